@@ -1,0 +1,1 @@
+"""Train language models with PyTorch DDP on Slurm: clone, edit, submit."""

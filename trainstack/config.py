@@ -1,0 +1,543 @@
+"""What a run is: config.yaml read strictly, with every problem reported at once.
+
+Command line: ``python -m trainstack.config [--config FILE] [--world-size N] [key=value ...]``
+prints the resolved configuration and the batch arithmetic. Imports neither torch nor transformers,
+so that a check on a login node takes a blink.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainstack.places import absolute
+
+USAGE_ERROR = 2
+
+
+class ConfigError(Exception):
+    """A person asked for something that cannot be; each problem is one line with its fix."""
+
+    def __init__(self, *problems: str):
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
+
+    def report(self, speaker: str, consequence: str = "") -> str:
+        """One line for one problem; for several a head line and an indented line each."""
+        if len(self.problems) == 1:
+            return f"{speaker}: error: {self.problems[0]}"
+        head = f"{speaker}: error: {len(self.problems)} problems in the configuration{consequence}"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class Section(BaseModel):
+    """A part of config.yaml: no unknown key, no default, no silent conversion of a type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ModelSection(Section):
+    name: Name
+    revision: Name
+    init: Literal["scratch", "pretrained"]
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+
+
+class DataSection(Section):
+    name: Name
+    revision: Name
+    subset: Name | None
+    split: Name
+    eval_split: Name | None
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)]
+    text_field: Name
+    seq_len: Annotated[int, Field(ge=2)]
+    packing: Literal["concat"]
+
+
+class TrainSection(Section):
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    num_train_epochs: PositiveFloat
+    max_steps: PositiveInt | None
+    precision: Literal["fp32", "bf16", "fp16", "fp64"]
+    torch_compile: bool
+    activation_checkpointing: bool
+
+    @model_validator(mode="after")
+    def check_batch(self) -> "TrainSection":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(batch_problem(self.global_batch_size, self.micro_batch_size, 1))
+        return self
+
+
+class OptimSection(Section):
+    learning_rate: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    adam_beta1: Beta
+    adam_beta2: Beta
+    adam_epsilon: PositiveFloat
+    max_grad_norm: PositiveFloat | None
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ]
+    lr_scheduler_kwargs: dict[str, float | int | str | bool]
+    warmup_steps: Annotated[int, Field(ge=0)]
+
+
+class CheckpointSection(Section):
+    save_steps: PositiveInt
+    save_total_limit: Annotated[int, Field(ge=2)]
+
+
+class EvalSection(Section):
+    eval_steps: PositiveInt | None
+    eval_samples: PositiveInt | None
+    sample_prompt: str | None
+    sample_tokens: PositiveInt
+
+
+class LogSection(Section):
+    logging_steps: PositiveInt
+    report_to: list[Literal["tensorboard"]]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that this module would read back as something else, such as a name 1e3."""
+
+
+def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
+    style = None if isinstance(scalar(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+class Config(Section):
+    """The whole of config.yaml; every value is there, none has a second default here."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    optim: OptimSection
+    checkpoint: CheckpointSection
+    eval: EvalSection
+    log: LogSection
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as it is kept in the run folder."""
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that may not change when a run goes on: they decide what is learned from."""
+        data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
+        model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}
+        return {
+            "run.seed": self.run.seed,
+            "train.global_batch_size": self.train.global_batch_size,
+            **model,
+            **data,
+        }
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step of ``global_batch_size`` sequences is spread over processes and micro steps."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    seq_len: int
+
+    def __post_init__(self):
+        if self.global_batch_size % (self.micro_batch_size * self.world_size):
+            raise ConfigError(
+                batch_problem(self.global_batch_size, self.micro_batch_size, self.world_size)
+            )
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch_size} sequences = {self.world_size} processes"
+            f" x {self.micro_batch_size} x {self.gradient_accumulation_steps} micro steps"
+            f" = {self.tokens_per_step:,} tokens per step"
+        )
+
+
+def batch_plan(config: Config, world_size: int) -> BatchPlan:
+    """The plan for ``world_size`` processes; ConfigError with the arithmetic where none exists."""
+    train = config.train
+    return BatchPlan(
+        train.global_batch_size, train.micro_batch_size, world_size, config.data.seq_len
+    )
+
+
+def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
+    """The sentence that explains an uneven split and offers the nearest even ones."""
+    unit = micro_batch_size * world_size
+    below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
+    nearest = " or ".join(str(size) for size in (below, above) if size)
+    divisors = [d for d in range(1, global_batch_size + 1) if global_batch_size % d == 0]
+    fits = [d for d in divisors if global_batch_size % (d * world_size) == 0]
+    micro = min(fits, key=lambda d: abs(d - micro_batch_size), default=None)
+    other = f", or train.micro_batch_size={micro}" if micro else ""
+    return (
+        f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
+        f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"
+        f"{other}"
+    )
+
+
+def load(path: Path, overrides: list[str]) -> Config:
+    """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
+    values, places = read_yaml(path)
+    problems = apply_overrides(values, places, overrides)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        described = [describe(detail, values, places, path) for detail in error.errors()]
+        raise ConfigError(*dict.fromkeys(problems + described)) from None
+    if problems:
+        raise ConfigError(*problems)
+    model = config.model.model_copy(update={"name": absolute(config.model.name)})
+    data = config.data.model_copy(update={"name": absolute(config.data.name)})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
+    """Nested values and, for each dotted key, the place ``file:line`` where it stands.
+
+    Scalars follow YAML 1.2's core schema plus ``1_000`` for integers: ``2e-5`` is a number,
+    ``yes`` and ``1:30`` are text. Tags are refused, so nothing can be constructed but plain values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name one with --config FILE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}; write it as UTF-8 text") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(syntax_problem(path, text, error)) from None
+    if not isinstance(root, yaml.MappingNode):
+        found = "nothing" if root is None else f"a {root.id}"
+        raise ConfigError(
+            f"{path}: holds {found} where sections are expected; start from the shipped config.yaml"
+        )
+    places: dict[str, str] = {}
+    problems: list[str] = []
+    values = to_values(root, "", path.name, places, problems)
+    if problems:
+        raise ConfigError(*problems)
+    return values, places
+
+
+def syntax_problem(path: Path, text: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"{path}: not YAML: {' '.join(str(error).split())}; mend or remove that character"
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        what = "a tab at the start of the line; indent with spaces"
+    else:
+        problem = getattr(error, "problem", None) or "not YAML"
+        what = f"{problem}; mend the line {line.strip()[:60]!r}"
+    return f"{path.name}:{mark.line + 1}:{mark.column + 1}: {what}"
+
+
+def to_values(node: yaml.Node, key: str, file: str, places: dict, problems: list) -> Any:
+    """Plain values of a YAML node; fills ``places`` and ``problems`` on the way."""
+    place = f"{file}:{node.start_mark.line + 1}"
+    if node.tag.split(":")[-1] not in ("str", "seq", "map"):
+        problems.append(f"{place}: {key}: the tag {node.tag} is not allowed; write a plain value")
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        return scalar(node.value) if node.style is None else node.value
+    if isinstance(node, yaml.SequenceNode):
+        return [to_values(item, key, file, places, problems) for item in node.value]
+    values = {}
+    for key_node, value_node in node.value:
+        name = str(key_node.value)
+        dotted = f"{key}.{name}" if key else name
+        place = f"{file}:{key_node.start_mark.line + 1}"
+        if name in values:
+            first = places[dotted].rpartition(":")[2]
+            problems.append(f"{place}: {dotted}: stands twice, first on line {first}; remove one")
+        places[dotted] = place
+        values[name] = to_values(value_node, dotted, file, places, problems)
+    return values
+
+
+def scalar(text: str) -> Any:
+    """A plain YAML scalar by the core schema of YAML 1.2."""
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[-+]?(0|[1-9][0-9]*(_[0-9]{3})*)", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
+        return text if re.match(r"[-+]?0[0-9]", text) else float(text)
+    if text.lower().lstrip("+-") in (".inf", ".nan"):
+        return float(text.lower().replace(".", ""))
+    return text
+
+
+def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) -> list[str]:
+    """Set ``section.key=value`` pairs into ``values``; returns problems instead of raising."""
+    problems = []
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals or override.startswith("-"):
+            problems.append(f"{override!r} (command line): not a setting; write section.key=value")
+            continue
+        section, dot, name = dotted.partition(".")
+        if not dot or not isinstance(values.get(section), dict):
+            problems.append(f"{override} (command line): no such key; {suggestion(dotted)}")
+            continue
+        try:
+            node = yaml.compose(text, Loader=yaml.BaseLoader)
+        except yaml.YAMLError:
+            node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
+        value = None if node is None else to_values(node, dotted, "command line", {}, problems)
+        target, *rest = values[section], *name.split(".")
+        while len(rest) > 1:
+            target = target.setdefault(rest.pop(0), {})
+        target[rest[0]] = value
+        places[dotted] = f"{override} (command line)"
+    return problems
+
+
+def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> str:
+    """One line of pydantic's findings in our words: place, key=value, what is wrong, the fix."""
+    dotted = known_prefix(detail["loc"], values)
+    kind, wanted = detail["type"], detail.get("ctx", {})
+    place = places.get(dotted, "")
+    if kind == "missing":
+        section = dotted.rpartition(".")[0]
+        at = places.get(section, path.name)
+        return f"{at}: {dotted}: missing; copy its line from the shipped config.yaml"
+    if kind == "value_error":
+        return f"{places.get(dotted, path.name)}: {wanted['error']}"
+    value = detail["input"]
+    shown = "null" if value is None else str(value).lower() if value in (True, False) else value
+    where = place if "(command line)" in place else f"{place}: {dotted}={shown}"
+    if kind == "extra_forbidden":
+        where = place if "(command line)" in place else f"{place}: {dotted}"
+        return f"{where}: no such key; {suggestion(dotted)}"
+    return f"{where}: {expectation(kind, wanted, value, dotted)}"
+
+
+def known_prefix(location: tuple, values: dict) -> str:
+    """The dotted key of pydantic's location, without the union branches it appends."""
+    parts = []
+    for part in location:
+        if not isinstance(values, dict) or (part not in values and len(parts) > 1):
+            break
+        parts.append(str(part))
+        values = values.get(part)
+    return ".".join(parts)
+
+
+def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
+    """What would have been right, with an example to copy."""
+    if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
+        sign = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        limits = [f"{words} {wanted[key]:g}" for key, words in sign.items() if key in wanted]
+        return f"out of range; write a number {' and '.join(limits)}"
+    if kind == "finite_number":
+        return "not a finite number; write for example 2e-5"
+    if kind.startswith(("int", "float")):
+        example, noun = ("8", "whole number") if kind.startswith("int") else ("2e-5", "number")
+        return f"not a {noun}; write for example {example}"
+    if kind.startswith("bool"):
+        return "neither true nor false; write one of the two"
+    if kind == "literal_error":
+        options = wanted["expected"].replace("'", "")
+        near = difflib.get_close_matches(str(value), re.split(r", | or ", options), 1)
+        return f"not one of {options}" + (f"; did you mean {near[0]}?" if near else "; choose one")
+    if kind == "string_pattern_mismatch":
+        return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
+    if kind in ("string_type", "string_too_short"):
+        return 'not a text; write it in quotes, for example "name"'
+    if kind in ("model_type", "model_attributes_type"):
+        return f"not a section; put its keys below {dotted}:, indented by two spaces"
+    return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
+
+
+# What others call the same thing (TrainingArguments, TRL, axolotl, torchtune, litgpt,
+# LLaMA-Factory, torchtitan); None: it is derived here, or not a setting.
+FOREIGN_NAMES = {
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "local_batch_size": "train.micro_batch_size",
+    "device_batch_size": "train.micro_batch_size",
+    "batch_size": "train.micro_batch_size",
+    "total_batch_size": "train.global_batch_size",
+    "train_batch_size": "train.global_batch_size",
+    "gradient_accumulation_steps": None,
+    "gradient_accumulation_iters": None,
+    "world_size": None,
+    "model_name_or_path": "model.name",
+    "model_name": "model.name",
+    "base_model": "model.name",
+    "checkpoint_dir": "model.name",
+    "hf_assets_path": "model.name",
+    "model_revision": "model.revision",
+    "revision_of_model": "model.revision",
+    "dataset_name": "data.name",
+    "dataset": "data.name",
+    "datasets": "data.name",
+    "dataset_config_name": "data.subset",
+    "dataset_text_field": "data.text_field",
+    "val_set_size": "data.eval_fraction",
+    "output_dir": "run.name",
+    "out_dir": "run.name",
+    "dump_folder": "run.name",
+    "run_name": "run.name",
+    "wandb_project": "run.name",
+    "data_seed": "run.seed",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "max_seq_len": "data.seq_len",
+    "sequence_len": "data.seq_len",
+    "sequence_length": "data.seq_len",
+    "cutoff_len": "data.seq_len",
+    "block_size": "data.seq_len",
+    "sample_packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "packed": "data.packing",
+    "num_epochs": "train.num_train_epochs",
+    "epochs": "train.num_train_epochs",
+    "steps": "train.max_steps",
+    "max_iters": "train.max_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "tf32": "train.precision",
+    "dtype": "train.precision",
+    "mixed_precision": "train.precision",
+    "mixed_precision_param": "train.precision",
+    "compile": "train.torch_compile",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "enable_activation_checkpointing": "train.activation_checkpointing",
+    "flash_attention": "model.attn_implementation",
+    "sdp_attention": "model.attn_implementation",
+    "lr": "optim.learning_rate",
+    "max_lr": "optim.learning_rate",
+    "min_lr": "optim.lr_scheduler_kwargs",
+    "cosine_min_lr_ratio": "optim.lr_scheduler_kwargs",
+    "lr_scheduler": "optim.lr_scheduler_type",
+    "decay_type": "optim.lr_scheduler_type",
+    "warmup_ratio": "optim.warmup_steps",
+    "num_warmup_steps": "optim.warmup_steps",
+    "lr_warmup_steps": "optim.warmup_steps",
+    "beta1": "optim.adam_beta1",
+    "beta2": "optim.adam_beta2",
+    "betas": "optim.adam_beta1",
+    "eps": "optim.adam_epsilon",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "max_norm": "optim.max_grad_norm",
+    "grad_clip": "optim.max_grad_norm",
+    "save_interval": "checkpoint.save_steps",
+    "interval": "checkpoint.save_steps",
+    "keep_latest_k": "checkpoint.save_total_limit",
+    "eval_interval": "eval.eval_steps",
+    "evaluation_strategy": "eval.eval_steps",
+    "eval_strategy": "eval.eval_steps",
+    "log_freq": "log.logging_steps",
+    "log_interval": "log.logging_steps",
+    "log_every_n_steps": "log.logging_steps",
+    "metric_logger": "log.report_to",
+}
+
+
+def all_keys() -> list[str]:
+    """Every dotted key that config.yaml has."""
+    return [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key in field.annotation.model_fields
+    ]
+
+
+def suggestion(dotted: str) -> str:
+    """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
+    name = dotted.rpartition(".")[2]
+    keys = all_keys()
+    if name in FOREIGN_NAMES and FOREIGN_NAMES[name] is None:
+        return "it is derived from the batch sizes and the number of processes; remove it"
+    exact = FOREIGN_NAMES.get(name) or next((k for k in keys if k.endswith(f".{name}")), None)
+    near = [exact] if exact else difflib.get_close_matches(dotted, keys, 1, 0.6)
+    if not near:
+        last = {key.rpartition(".")[2]: key for key in keys}
+        near = [last[n] for n in difflib.get_close_matches(name, list(last), 1, 0.6)]
+    return f"did you mean {near[0]}?" if near else "remove it; config.yaml lists every key"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack.config", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+        plan = batch_plan(config, options.world_size)
+    except ConfigError as error:
+        print(error.report("config"), file=sys.stderr)
+        return USAGE_ERROR
+    print(config.to_yaml())
+    print(f"# {plan}")
+    if config.train.max_steps:
+        tokens = config.train.max_steps * plan.tokens_per_step
+        print(f"# {config.train.max_steps:,} steps = {tokens:,} tokens")
+        print("# train.num_train_epochs is not used: train.max_steps decides")
+    return 0
+
+
+def steps_for(config: Config, num_samples: int) -> int:
+    """Steps of the run: max_steps, else those that cover num_train_epochs of ``num_samples``."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return math.ceil(config.train.num_train_epochs * num_samples / config.train.global_batch_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
