@@ -20,14 +20,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainstack.places import absolute
 
 USAGE_ERROR = 2
+IGNORED_LABEL = -100  # "no loss here", for data and model alike; torch's and transformers' value
 
 
 class ConfigError(Exception):
     """A person asked for something that cannot be; each problem is one line with its fix."""
 
+    code = USAGE_ERROR  # exit code of the command that reports it
+
     def __init__(self, *problems: str):
         self.problems = list(problems)
         super().__init__("\n".join(problems))
+
+    def __reduce__(self):  # rank 0 sends it to its peers
+        return type(self), tuple(self.problems)
 
     def report(self, speaker: str, consequence: str = "") -> str:
         """One line for one problem; for several a head line and an indented line each."""
@@ -35,6 +41,12 @@ class ConfigError(Exception):
             return f"{speaker}: error: {self.problems[0]}"
         head = f"{speaker}: error: {len(self.problems)} problems in the configuration{consequence}"
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class Refused(ConfigError):
+    """The run folder belongs to another job, or to another experiment."""
+
+    code = 78
 
 
 class Section(BaseModel):
@@ -167,6 +179,20 @@ class Config(Section):
             **model,
             **data,
         }
+
+
+def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str) -> None:
+    """Refused, showing each setting that may not change between lives of one run."""
+    different = [
+        f"{key}={wanted.get(key)} (the run has {saved.get(key)})"
+        for key in sorted(saved.keys() | wanted.keys())
+        if saved.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise Refused(
+            f"run {run_name} cannot go on with {', '.join(different)}; "
+            "put it back, or choose another run.name"
+        )
 
 
 @dataclass(frozen=True)

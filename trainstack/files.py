@@ -180,9 +180,10 @@ def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
             size = path.stat().st_size
             if size != entry["size"]:
                 yield f"{name}: {size:,} bytes instead of {entry['size']:,}"
-            elif hash_up_to is None or size <= hash_up_to:
-                if hash_file(path)["sha256"] != entry["sha256"]:
-                    yield f"{name}: hash differs"
+                continue
+            is_small = hash_up_to is None or size <= hash_up_to
+            if is_small and hash_file(path)["sha256"] != entry["sha256"]:
+                yield f"{name}: hash differs"
         except FileNotFoundError:
             yield f"{name}: missing"
         except OSError as error:

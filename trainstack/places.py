@@ -1,9 +1,14 @@
 """Where things lie below the project's folder ($SHARED_DIR/$PROJECT_NAME, here called home)."""
 
 import hashlib
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 DEMO = "demo"
+STATE = "training/state.json"  # within a checkpoint
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 
 
@@ -37,3 +42,18 @@ def folder_name(name: str) -> str:
 
 def run_folder(home: Path, run_name: str) -> Path:
     return home / "runs" / run_name
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of all checkpoints by name, newest first; links and other names are none."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = CHECKPOINT.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint: step, counters, identity, versions."""
+    return json.loads((checkpoint / STATE).read_bytes())

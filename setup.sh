@@ -1,0 +1,270 @@
+#!/usr/bin/env bash
+#
+# Make the shared folders and the Python environment, and prove that it works.
+#
+# Usage: bash setup.sh [--check]
+#
+#   --check   only tell whether everything is ready: exit 0 and silence, or exit 1
+#
+# Makes SHARED_DIR/PROJECT_NAME with venv, models, datasets, tokens and runs, installs the pins of
+# requirements.txt, and writes env.sh beside this file, which the other scripts read. Run again, it
+# changes nothing. An install that fails or is killed leaves the environment of before in use.
+
+set -euo pipefail
+
+# --- Edit; each can also be set in the environment. ---------------------------------------------
+PROJECT_NAME="${PROJECT_NAME:-trainstack}"       # folder below SHARED_DIR
+SHARED_DIR="${SHARED_DIR:-${HOME:-/tmp}/shared}" # on a file system that every node sees
+ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda
+MODULES="${MODULES:-}"                           # for `module load`, here and in jobs: "python/3.12"
+MIN_FREE_GB="${MIN_FREE_GB:-8}"                  # the environment takes 1.5 GB, with CUDA 7 GB
+# ------------------------------------------------------------------------------------------------
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+MIN_PYTHON="3.11" # transformers 5.23 needs it
+
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+log() { printf 'setup.sh: %s\n' "$*" >&2; }
+die() {
+  log "error: $1"
+  exit "${2:-1}"
+}
+
+main() {
+  case "${1:-}" in
+    -h | --help) usage && return ;;
+    --check | "") ;;
+    *) die "$1 is no option; see bash setup.sh --help" 2 ;;
+  esac
+  check_settings
+  if is_ready; then
+    write_env_file
+    [[ "${1:-}" == --check ]] || log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
+    return
+  fi
+  [[ "${1:-}" != --check ]] || exit 1
+  load_modules
+  make_folders
+  take_lock
+  if ! is_ready; then # another setup.sh may have been at work
+    check_space
+    install
+  fi
+  write_env_file
+  log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
+}
+
+check_settings() {
+  [[ "$SHARED_DIR" == /* && "$SHARED_DIR" != *$'\n'* ]] ||
+    die "SHARED_DIR=$SHARED_DIR is no absolute path; write one that starts with /" 2
+  [[ "$PROJECT_NAME" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
+    die "PROJECT_NAME=$PROJECT_NAME is no plain folder name; use letters, digits, . _ -" 2
+  [[ "$ENV_TOOL" =~ ^(venv|uv|conda)$ ]] ||
+    die "ENV_TOOL=$ENV_TOOL is not known; write venv, uv or conda" 2
+  PROJECT_DIR="$SHARED_DIR/$PROJECT_NAME"
+  VENV="$PROJECT_DIR/venv"
+  local sum
+  sum="$(sha256sum <"$HERE/requirements.txt")"
+  PINS="${sum:0:12}"
+}
+
+# Ready is what the last successful install wrote, as long as its Python still starts.
+is_ready() {
+  [[ -f "$VENV/.pins" && "$(<"$VENV/.pins")" == "$PINS" && -x "$VENV/bin/python" ]]
+}
+
+load_modules() {
+  [[ -n "$MODULES" ]] || return 0
+  type module >/dev/null 2>&1 || die "MODULES=$MODULES is set, but there is no module command here; clear it"
+  # shellcheck disable=SC2086 # several modules are several words
+  module load $MODULES || die "module load $MODULES failed; see module avail"
+}
+
+make_folders() {
+  local name
+  mkdir -p "$PROJECT_DIR" 2>/dev/null && [[ -w "$PROJECT_DIR" ]] ||
+    die "SHARED_DIR=$SHARED_DIR cannot be written; choose another in setup.sh, or ask its owner"
+  for name in "" cache models datasets tokens runs; do
+    mkdir -p "$PROJECT_DIR/$name" || die "$PROJECT_DIR/$name cannot be made; look at its owner"
+    # New files belong to the folder's group; some file systems refuse the bit, nothing depends on it.
+    if [[ -O "$PROJECT_DIR/$name" ]]; then
+      chmod g+rwxs "$PROJECT_DIR/$name" 2>/dev/null || log "no setgid on $PROJECT_DIR/$name here"
+    fi
+  done
+}
+
+# One installer at a time. A folder, not flock, which some shared file systems do not keep.
+take_lock() {
+  LOCK="$PROJECT_DIR/.setup.lock"
+  local me is_told=""
+  me="$(uname -n) $$"
+  until mkdir "$LOCK" 2>/dev/null; do
+    if is_lock_stale; then
+      mv "$LOCK" "$LOCK.stale.$$" 2>/dev/null && rm -rf "$LOCK.stale.$$"
+      continue
+    fi
+    [[ -n "$is_told" ]] || log "waiting for another setup.sh ($(cat "$LOCK/owner" 2>/dev/null))"
+    is_told=yes
+    sleep 1
+  done
+  printf '%s\n' "$me" >"$LOCK/owner"
+  trap 'kill "${HEARTBEAT:-}" 2>/dev/null; rm -rf "$LOCK"' EXIT
+  trap 'exit 130' INT TERM
+  local self=$$
+  (
+    trap - EXIT INT TERM
+    while kill -0 "$self" 2>/dev/null; do
+      touch -c "$LOCK" 2>/dev/null || exit 0
+      sleep 5
+    done
+  ) </dev/null >/dev/null 2>&1 &
+  HEARTBEAT=$!
+}
+
+# Its owner died on this host, or another host has not touched it for two minutes.
+is_lock_stale() {
+  local host="" pid="" age
+  read -r host pid 2>/dev/null <"$LOCK/owner" || true
+  if [[ "$host" == "$(uname -n)" && -n "$pid" ]]; then
+    if kill -0 "$pid" 2>/dev/null; then return 1; fi
+    return 0
+  fi
+  age=$(($(date +%s) - $(stat -c %Y "$LOCK" 2>/dev/null || date +%s)))
+  ((age > 120))
+}
+
+check_space() {
+  local free_kb
+  free_kb="$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print $4 }')"
+  ((free_kb >= MIN_FREE_GB * 1000 * 1000)) ||
+    die "$PROJECT_DIR has $((free_kb / 1000000)) GB free, the environment needs $MIN_FREE_GB GB; free some, or choose another SHARED_DIR"
+}
+
+# Build beside the environment in use, prove it, then swing the link: a rename, so never half there.
+install() {
+  local new="$PROJECT_DIR/venv-$PINS-$$" report="$PROJECT_DIR/cache/setup.log"
+  remove_leftovers
+  log "no environment yet; installing into $VENV (about 2 minutes, 1.5 GB, more with CUDA)"
+  : >"$report"
+  create_environment "$new" "$report"
+  install_pins "$new" "$report" || explain_failure "$report"
+  "$new/bin/python" - >"$new/.summary" 2>>"$report" <<'EOF' || die "the new environment does not import; see $report"
+import platform
+import torch, transformers, datasets
+if torch.cuda.is_available():
+    device = f"CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
+elif torch.version.cuda:
+    device = f"CUDA {torch.version.cuda}, no GPU on this machine"
+else:
+    device = "CPU build"
+print(f"Python {platform.python_version()}, torch {torch.__version__}, "
+      f"transformers {transformers.__version__}, {device}")
+EOF
+  printf '%s\n' "$PINS" >"$new/.pins"
+  ln -s "${new##*/}" "$PROJECT_DIR/.venv.$$"
+  mv -T "$PROJECT_DIR/.venv.$$" "$VENV"
+}
+
+# What an earlier install left unfinished; and finished ones, but for the newest, which may be in use.
+remove_leftovers() {
+  local path current
+  current="$(readlink "$VENV" || true)"
+  for path in "$PROJECT_DIR"/venv-*; do
+    [[ -d "$path" && "${path##*/}" != "$current" ]] || continue
+    rm -rf "$path"
+  done
+}
+
+create_environment() {
+  local new="$1" report="$2" python=""
+  python="$(find_python)" || true
+  case "$ENV_TOOL" in
+    venv)
+      if [[ -n "$python" ]]; then
+        "$python" -m venv "$new" >>"$report" 2>&1 ||
+          die "$python -m venv failed (see $report); install python3-venv, or set ENV_TOOL=uv"
+      elif command -v uv >/dev/null; then
+        with_uv "$new" "$report"
+      elif find_conda >/dev/null; then
+        with_conda "$new" "$report"
+      else
+        die "no Python >= $MIN_PYTHON here (python3 is $(python_version python3)); load one (module load python), put it in MODULES, or install uv"
+      fi
+      ;;
+    uv)
+      command -v uv >/dev/null || die "ENV_TOOL=uv, but uv is not on the PATH; install it, or set ENV_TOOL=venv"
+      with_uv "$new" "$report"
+      ;;
+    conda)
+      find_conda >/dev/null || die "ENV_TOOL=conda, but neither conda nor mamba is on the PATH; load its module"
+      with_conda "$new" "$report"
+      ;;
+  esac
+}
+
+find_python() {
+  local candidate
+  for candidate in python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+python_version() {
+  "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || printf 'not there'
+}
+
+find_conda() { command -v mamba || command -v conda || command -v micromamba; }
+
+with_uv() {
+  log "taking Python from uv"
+  uv venv --seed --python ">=$MIN_PYTHON,<3.14" "$1" >>"$2" 2>&1 || explain_failure "$2"
+}
+
+with_conda() {
+  local conda
+  conda="$(find_conda)"
+  log "taking Python from ${conda##*/}"
+  "$conda" create --yes --prefix "$1" "python>=$MIN_PYTHON,<3.14" pip >>"$2" 2>&1 ||
+    explain_failure "$2"
+}
+
+install_pins() {
+  local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-input)
+  if [[ "$ENV_TOOL" == uv ]]; then pip=(uv pip install --python "$1/bin/python"); fi
+  "${pip[@]}" --requirement "$HERE/requirements.txt" >>"$2" 2>&1
+}
+
+explain_failure() {
+  tail -n 5 "$1" | sed 's/^/    /' >&2
+  if grep -qiE 'name resolution|connection (refused|reset|error)|network is unreachable|max retries|ProxyError|timed out|dns error' "$1"; then
+    die "the package index cannot be reached; run setup.sh where there is internet (a login node), or set PIP_INDEX_URL to your site's mirror"
+  elif grep -qi 'no space left' "$1"; then
+    die "the disk of $PROJECT_DIR is full; free some space and run setup.sh again"
+  fi
+  die "installing failed, its last lines are above, all of it is in $1; mend that and run setup.sh again"
+}
+
+# The environment wins over this file, so that SHARED_DIR=/elsewhere bash submit.sh works.
+write_env_file() {
+  local text temporary="$HERE/.env.sh.$$"
+  text="# Written by setup.sh; sourced by the other scripts.
+[ -n \"\${SHARED_DIR:-}\" ] || SHARED_DIR=$(printf '%q' "$SHARED_DIR")
+[ -n \"\${PROJECT_NAME:-}\" ] || PROJECT_NAME=$(printf '%q' "$PROJECT_NAME")
+[ -n \"\${MODULES:-}\" ] || MODULES=$(printf '%q' "$MODULES")
+export SHARED_DIR PROJECT_NAME MODULES
+export TRAINSTACK_HOME=\"\$SHARED_DIR/\$PROJECT_NAME\"
+export TRAINSTACK_PYTHON=\"\$TRAINSTACK_HOME/venv/bin/python\"
+[ -z \"\$MODULES\" ] || module load \$MODULES"
+  [[ ! -f "$HERE/env.sh" || "$(<"$HERE/env.sh")" != "$text" ]] || return 0
+  printf '%s\n' "$text" >"$temporary" 2>/dev/null || {
+    [[ -f "$HERE/env.sh" ]] && return 0 # a read-only checkout that was set up before
+    die "$HERE cannot be written; env.sh belongs there"
+  }
+  mv "$temporary" "$HERE/env.sh"
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -1,0 +1,148 @@
+#!/usr/bin/env bash
+#
+# Check everything, then submit one training run to Slurm, or run it here.
+#
+# Usage: bash submit.sh [--config FILE] [--local] [--dry-run] [key=value ...] [-- SBATCH_OPTION ...]
+#
+#   --config FILE   settings of the run (default: config.yaml beside this file)
+#   --local         run the same job on this machine: all its GPUs, or two processes without one
+#   --dry-run       do all checks and print the command, but submit nothing
+#   key=value       change a setting for this run:  optim.learning_rate=1e-3 run.name=second
+#   -- OPTION ...   options for sbatch, over those in train.slurm:  -- --nodes=4 --time=2:00:00
+#
+# Prints the job id alone on stdout. A run.name that exists is continued. The job uses a copy of
+# code and settings, so that editing them while it waits changes nothing.
+# Exit: 0 done, 1 could not, 2 asked wrongly, 78 the run belongs to another job or experiment.
+
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# What a job may see of the environment here: never a token, which Slurm would keep in its records.
+ALLOWED='^(PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|MODULEPATH|MODULES|NPROC_PER_NODE|MASTER_PORT|OMP_NUM_THREADS|OMP_[A-Z_]+|NCCL_[A-Z0-9_]+|GLOO_[A-Z_]+|TORCH_[A-Z_]+|TORCHINDUCTOR_[A-Z_]+|PYTORCH_[A-Z_]+|CUDA_[A-Z_]+|UCX_[A-Z_]+|FI_[A-Z_]+)$'
+SECRET='TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL'
+
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+log() { printf 'submit.sh: %s\n' "$*" >&2; }
+die() {
+  log "error: $1"
+  exit "${2:-1}"
+}
+
+main() {
+  local config="$HERE/config.yaml" is_local="" is_dry="" settings=() sbatch_options=()
+  parse "$@"
+  load_environment
+  local check=("$TRAINSTACK_PYTHON" -m trainstack.submit --home "$TRAINSTACK_HOME"
+    --repository "$HERE" --config "$config")
+  if [[ -n "$is_local" ]]; then check+=(--local); else find_queue; fi
+  if [[ -n "$is_dry" ]]; then check+=(--dry-run); fi
+  check+=("${settings[@]}" -- "${sbatch_options[@]}")
+
+  local answer run_dir state
+  answer="$(PYTHONPATH="$HERE" "${check[@]}")"
+  state="${answer%%$'\n'*}"
+  run_dir="${answer#*$'\n'}"
+  if [[ "$state" == complete ]]; then return; fi
+  if [[ -n "$is_local" ]]; then run_here; else submit; fi
+}
+
+parse() {
+  while (($#)); do
+    case "$1" in
+      -h | --help) usage && exit 0 ;;
+      --config)
+        (($# > 1)) || die "--config needs a file" 2
+        config="$2"
+        shift
+        ;;
+      --config=*) config="${1#*=}" ;;
+      --local) is_local=yes ;;
+      --dry-run) is_dry=yes ;;
+      --)
+        shift
+        sbatch_options=("$@")
+        break
+        ;;
+      -*) die "$1 is no option of submit.sh; options for sbatch go behind --, see --help" 2 ;;
+      *) settings+=("$1") ;;
+    esac
+    shift
+  done
+  if [[ -n "$is_local" ]] && ((${#sbatch_options[@]})); then
+    die "--local runs without Slurm; leave out: ${sbatch_options[*]}" 2
+  fi
+}
+
+load_environment() {
+  # shellcheck source=/dev/null
+  if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
+  if ! bash "$HERE/setup.sh" --check; then
+    [[ -n "$is_local" ]] || die "the environment is not ready; run: bash setup.sh"
+    bash "$HERE/setup.sh"
+  fi
+  # shellcheck source=/dev/null
+  source "$HERE/env.sh"
+}
+
+# What runs and waits, so that a run with a live job is not given to a second one.
+find_queue() {
+  command -v sbatch >/dev/null || die "no sbatch here; log in to the cluster, or use --local"
+  local queue
+  queue="$(squeue --noheader --format='%A %T' 2>&1)" ||
+    die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works"
+  check+=(--queue "$queue")
+}
+
+run_here() {
+  local command=(bash "$run_dir/code/train.slurm" "$run_dir")
+  if [[ -n "$is_dry" ]]; then
+    printf '%q ' "${command[@]}" && printf '\n'
+    return
+  fi
+  TRAINSTACK_LOCAL=yes exec "${command[@]}"
+}
+
+submit() {
+  local name="${run_dir##*/}" job_id code=0 error
+  local command=(sbatch --parsable --job-name="$name" --output="$run_dir/logs/%j.out"
+    --chdir="$run_dir" --export="$(allowed_names)" "${sbatch_options[@]}"
+    "$run_dir/code/train.slurm" "$run_dir")
+  if [[ -n "$is_dry" ]]; then
+    printf '%q ' "${command[@]}" && printf '\n'
+    return
+  fi
+  error="$(mktemp)"
+  job_id="$("${command[@]}" 2>"$error")" || code=$?
+  PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m trainstack.job submitted "$run_dir" \
+    --job "${job_id%%;*}" --code "$code"
+  if ((code)); then
+    log "error: sbatch refused the job: $(tr '\n' ' ' <"$error")$(hint "$(<"$error")")"
+    rm -f "$error"
+    exit "$code"
+  fi
+  cat "$error" >&2
+  rm -f "$error"
+  log "run $name is queued; look: bash monitor.sh $name     log: $run_dir/logs/${job_id%%;*}.out"
+  printf '%s\n' "${job_id%%;*}"
+}
+
+allowed_names() {
+  local name names=NIL
+  while read -r name; do
+    if [[ "$name" =~ $ALLOWED && ! "$name" =~ $SECRET ]]; then names+=",$name"; fi
+  done < <(compgen -e)
+  printf '%s' "${names#NIL,}"
+}
+
+# What to do about the refusals that people meet most.
+hint() {
+  case "$1" in
+    *"generic resource"* | *"gres"* | *"GPU"*) printf '(no such GPUs here: sinfo -o %%G lists them; without: -- --gpus-per-node=0)' ;;
+    *partition*) printf '(sinfo -s lists the partitions; put yours into train.slurm)' ;;
+    *ccount*) printf '(put #SBATCH --account=NAME into train.slurm; sacctmgr show assoc user=%s lists yours)' "$USER" ;;
+    *"node configuration"* | *"ode count"*) printf '(fewer nodes, GPUs or cores: sinfo -o "%%D %%c %%G" tells what there is)' ;;
+    *imit*) printf '(shorten #SBATCH --time in train.slurm; sinfo -o "%%P %%l" lists the limits)' ;;
+  esac
+}
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

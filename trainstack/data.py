@@ -1,0 +1,135 @@
+"""Which samples a step consumes, computed from the step alone, and their batches.
+
+The stream of samples is infinite: position i is sample ``perm(seed, epoch)(i mod N)`` of epoch
+``i div N``. Step s (from 0) consumes positions ``[s*G, (s+1)*G)`` with G the global batch size;
+rank r of W takes every W-th of them. Nothing is stored, so any step at any world size is reached
+in microseconds and without memory.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DistributedSampler
+
+from trainstack.config import IGNORED_LABEL
+
+ROUNDS = 12
+HASH_BITS = 52  # sums of two 26-bit halves stay exact in float64
+
+
+class Permutation:
+    """A keyed bijection of ``range(n)``, computed per index: O(1) memory, no list of n.
+
+    A balanced Feistel network over the smallest even number of bits that holds n, walked until the
+    value falls below n (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002). Fewer than four walks on average.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int):
+        self.n = n
+        self.half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+        self.mask = np.uint64((1 << int(self.half_bits)) - 1)
+        key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+        start = np.frombuffer(key, "<u8")[0]
+        self.keys = _mix(start + np.arange(ROUNDS, dtype=np.uint64))
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Map int64 indices in ``range(n)`` to distinct ones."""
+        values = self._encrypt(np.asarray(indices).astype(np.uint64))
+        while (outside := values >= self.n).any():
+            values[outside] = self._encrypt(values[outside])
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self.half_bits, values & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right ^ key) & self.mask)
+        return (left << self.half_bits) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit depends on every bit."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
+
+
+class StepSampler(DistributedSampler):
+    """A DistributedSampler whose samples are a function of the step, at any world size.
+
+    Iterating yields this rank's sample indices without end from ``first_step`` on; ``samples_at``
+    gives one step's directly, for this or any other rank.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        first_step: int = 0,
+    ):
+        dataset = range(num_samples)
+        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
+        self.total_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.first_step = first_step
+
+    def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
+        """Sample indices of one step, int64 [global_batch_size / world_size]."""
+        rank = self.rank if rank is None else rank
+        first = step * self.global_batch_size
+        return self.at(np.arange(first + rank, first + self.global_batch_size, self.num_replicas))
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at positions of the infinite stream."""
+        epochs, offsets = np.divmod(positions, self.total_samples)
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            permute = Permutation(self.total_samples, self.seed, int(epoch))
+            samples[here] = permute(offsets[here])
+        return samples
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.first_step
+        while True:
+            yield from self.samples_at(step).tolist()
+            step += 1
+
+
+def samples_hash(samples: np.ndarray) -> int:
+    """An order-independent hash of samples; hashes of parts add up modulo 2**HASH_BITS."""
+    mixed = _mix(np.asarray(samples).astype(np.uint64)) >> np.uint64(64 - HASH_BITS)
+    return int(mixed.sum(dtype=np.uint64)) % 2**HASH_BITS
+
+
+def micro_batches(
+    samples: np.ndarray,
+    micro_batch_size: int,
+    read: Callable[[np.ndarray], np.ndarray],
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels of each micro step, both int64 [micro_batch_size, seq_len].
+
+    ``read`` gives rows of seq_len + 1 tokens, where IGNORED_LABEL marks what carries no loss; the
+    labels are the inputs shifted by one.
+    """
+    for start in range(0, len(samples), micro_batch_size):
+        rows = torch.from_numpy(read(samples[start : start + micro_batch_size]))
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        yield rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+
+def held_out_row(tokens: np.ndarray, seq_len: int, index: int) -> np.ndarray:
+    """One row of the held-out stream, [1, seq_len + 1]; the last one is filled up without loss."""
+    row = np.full((1, seq_len + 1), IGNORED_LABEL, np.int64)
+    part = tokens[index * seq_len : (index + 1) * seq_len + 1]
+    row[0, : len(part)] = part
+    return row

@@ -1,0 +1,170 @@
+"""Who am I: ranks, device, process group, and the logging that carries the rank.
+
+The only module that reads RANK and its kin. Without them a process is a world of one.
+"""
+
+import ctypes
+import datetime
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainstack.config import ConfigError
+
+log = logging.getLogger("trainstack")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # NCCL's own default; gloo's is 30
+PEER_LOST_SECONDS = 3  # a victim waits, so that the rank that failed first is seen first
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process with its parent: a killed torchrun leaves no orphan."""
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank_of_process() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an error only says that another rank went away (gloo's and NCCL's words for it)."""
+    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out")
+    text = str(error).lower()
+    is_distributed = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
+    return is_distributed and any(sign in text for sign in signs)
+
+
+def start(promised_world_size: int | None) -> World:
+    """Join the process group. Collective: every rank must call this.
+
+    ConfigError where the environment is torchrun's only in part, or where the world is not the
+    size that the job promised (a node that rendezvoused with itself would train alone).
+    """
+    world = read_world()
+    if promised_world_size and world.world_size != promised_world_size:
+        raise ConfigError(
+            f"{world.world_size} processes met where the job has {promised_world_size}; "
+            "look for a node whose name does not resolve on the others"
+        )
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    arguments = {"backend": world.backend, "timeout": COLLECTIVE_TIMEOUT}
+    if world.device.type == "cuda":
+        arguments["device_id"] = world.device  # connects now, not in the first step
+    if "RANK" in os.environ:
+        dist.init_process_group(**arguments)
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **arguments)
+    return world
+
+
+def read_world() -> World:
+    """The ranks from torchrun's environment, and this process's device."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    found = [name for name in names if name in os.environ]
+    missing = [name for name in names if name not in os.environ]
+    if found and missing:
+        raise ConfigError(f"{found[0]} is set but {missing[0]} is not; start train.py by torchrun")
+    values = [
+        int(os.environ.get(name, default)) for name, default in zip(names, "0011", strict=True)
+    ]
+    rank, local_rank, world_size, local_world_size = values
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_world_size} processes on a node with {torch.cuda.device_count()} GPUs; "
+                "set NPROC_PER_NODE in train.slurm to the number of GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+    return World(rank, local_rank, world_size, local_world_size, device)
+
+
+def start_logging(world: World, log_file: Path | None) -> None:
+    """Rank 0 speaks on the console; every rank writes its own file; warnings show everywhere."""
+    prefix = "" if world.is_main else f"[rank {world.rank}] "
+    console = logging.StreamHandler(sys.stdout)
+    console.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    console.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    log.handlers = [console]
+    if log_file is not None:
+        to_file = logging.FileHandler(log_file)
+        to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {world.rank} %(message)s"))
+        log.addHandler(to_file)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def introduce(world: World) -> tuple[str, str]:
+    """This rank's host, and one line for people: rank, host, device, process."""
+    host = socket.gethostname()
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    return host, f"rank {world.rank} on {host}: {device}, pid {os.getpid()}"
+
+
+def gather(value, world: World) -> list:
+    """Every rank's value, in rank order. Collective: every rank must call this."""
+    values = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value):
+    """Rank 0's value on every rank. Collective: every rank must call this."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def main_decides(world: World, action: Callable):
+    """Rank 0 acts, all ranks get its result or its ConfigError. Collective: every rank calls."""
+    outcome = None
+    if world.is_main:
+        try:
+            outcome = (action(), None)
+        except ConfigError as error:
+            outcome = (None, error)
+    result, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random within a step (dropout) by the step, so no random state is stored."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> np.uint64(1)))  # also seeds every GPU
+    random.seed(int(mixed))

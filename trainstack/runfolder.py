@@ -1,0 +1,219 @@
+"""The files that say what a run is doing: status.json, events.jsonl, and the lease."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainstack import files
+from trainstack.config import Refused
+
+# State of a run -> exit code of its job. torchrun swallows codes: the truth is in status.json.
+EXIT_CODES = {
+    "DONE": 0,
+    "FAILED": 1,
+    "PAUSED": 75,
+    "NO_PROGRESS": 76,
+    "REFUSED": 78,
+    "DIVERGED": 79,
+    "HANG": 81,
+}
+QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+
+
+class LeaseHeld(Refused):
+    """Another job owns the run folder; the message names it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """One life of one job: ``attempt`` counts from 1 within ``job``."""
+
+    job: str
+    attempt: int
+
+
+class RunFolder:
+    """A run's folder; only rank 0 and the job's shell write here."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+
+    def create(self) -> None:
+        for folder in (self.checkpoints, self.logs, self.path / "lease"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def status(self) -> dict[str, Any]:
+        """The last status; empty where none was written or it cannot be read."""
+        try:
+            return json.loads((self.path / "status.json").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def set_status(self, state: str, **facts: Any) -> None:
+        """Write the state; ``facts`` replace those of before, the others stay."""
+        status = {**self.status(), **facts, "state": state, "updated_at": now()}
+        status["run"] = self.path.name
+        text = json.dumps(status, indent=1) + "\n"
+        files.replace_file(self.path / "status.json", text.encode())
+
+    def add_event(self, event: str, **facts: Any) -> None:
+        """Append to the history: what happened, when, where."""
+        record = {"event": event, "at": now(), "host": socket.gethostname(), **facts}
+        files.append_line(self.path / "events.jsonl", record)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The history; a torn last line is left out."""
+        records = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.path / "events.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+        return records
+
+    def add_failure(
+        self,
+        job: str | None,
+        attempt: int,
+        rank: int,
+        state: str,
+        code: int,
+        cause: str,
+        is_victim: bool,
+    ) -> None:
+        """Leave one rank's account of why it ended; ``is_victim``: it only lost a peer."""
+        record = {
+            "rank": rank,
+            "host": socket.gethostname(),
+            "at": now(),
+            "state": state,
+            "exit_code": code,
+            "cause": cause,
+            "is_victim": is_victim,
+        }
+        name = f"{job or 'local'}.{attempt}.rank{rank}.failure.json"
+        with contextlib.suppress(OSError):  # the disk may be the very cause
+            files.replace_file(self.logs / name, json.dumps(record).encode())
+
+    def failures(self, job: str, attempt: int) -> list[dict[str, Any]]:
+        """All accounts of one life, the first that was no victim's first."""
+        records = []
+        for path in self.logs.glob(f"{job}.{attempt}.rank*.failure.json"):
+            with contextlib.suppress(OSError, ValueError):
+                records.append(json.loads(path.read_bytes()))
+        return sorted(records, key=lambda record: (record["is_victim"], record["at"]))
+
+    def has_lease(self, epoch: int) -> bool:
+        """Whether the lease that rank 0 took shows up here, waiting out a slow file system."""
+        for _ in range(100):
+            if (self.path / "lease" / f"{epoch}.json").exists():
+                return True
+            time.sleep(0.1)
+        return False
+
+
+class Lease:
+    """Ownership of a run folder: files ``lease/<epoch>.json``, the highest epoch owns.
+
+    Taken by exclusive creation, not flock: run folders lie on shared file systems, where flock may
+    exclude nobody. A holder that sees a higher epoch than its own has been replaced and must not
+    publish (the fencing of Kleppmann, "How to do distributed locking", 2016).
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "lease"
+        self.epoch = 0
+
+    def take(self, owner: Owner, gone: str | None = None) -> None:
+        """Own the folder from now on, or raise LeaseHeld naming who does.
+
+        A released lease, one of an earlier attempt of the same job, one of the job ``gone`` (which
+        Slurm no longer knows) and one of a dead process of this host are taken over.
+        """
+        epoch, holder = self.holder()
+        if holder and not holder.get("released") and not self._may_replace(holder, owner, gone):
+            raise LeaseHeld(
+                f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
+                f"{self.folder.parent}; wait for it, or end it first"
+            )
+        record = {
+            "job": owner.job,
+            "attempt": owner.attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": process_start(os.getpid()),
+            "taken_at": now(),
+        }
+        self.record = record
+        if not files.create_file(self._file(epoch + 1), json.dumps(record).encode()):
+            raise LeaseHeld(f"another job took {self.folder.parent} at this moment; try again")
+        self.epoch = epoch + 1
+        for old in range(1, self.epoch):
+            self._file(old).unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """LeaseHeld where another life has taken over: asked before every publish."""
+        epoch, holder = self.holder()
+        if epoch != self.epoch:
+            raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
+
+    def release(self) -> None:
+        """Let the next job take over without asking; nothing where another already did."""
+        if self.epoch and self.holder()[0] == self.epoch:
+            record = {**self.record, "released": True}
+            files.replace_file(self._file(self.epoch), json.dumps(record).encode())
+
+    def holder(self) -> tuple[int, dict[str, Any] | None]:
+        """The highest epoch and its record; (0, None) where nobody ever took it."""
+        epochs = [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
+        for epoch in sorted(epochs, reverse=True):
+            with contextlib.suppress(OSError, ValueError):
+                return epoch, json.loads(self._file(epoch).read_bytes())
+        return max(epochs, default=0), None
+
+    def _file(self, epoch: int) -> Path:
+        return self.folder / f"{epoch}.json"
+
+    @staticmethod
+    def _may_replace(holder: dict[str, Any], owner: Owner, gone: str | None) -> bool:
+        if holder["job"] == owner.job:
+            return holder["attempt"] < owner.attempt
+        if holder["job"] == gone:
+            return True
+        return holder["host"] == socket.gethostname() and is_local_job(holder) and is_dead(holder)
+
+
+def is_local_job(holder: dict[str, Any]) -> bool:
+    """Whether a job ran without Slurm: only of those does this host know whether they live."""
+    return str(holder["job"]).startswith("local")
+
+
+def is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the process of this host that took a lease has ended (or its pid was used again)."""
+    return process_start(holder["pid"]) != holder["process_started"]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot with the boot's id; None where it ended.
+
+    Field 22 of /proc/<pid>/stat, counted behind the command's closing parenthesis (proc(5)).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+
+
+def now() -> str:
+    """The time of day in UTC, to the millisecond."""
+    seconds = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"

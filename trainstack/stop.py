@@ -1,0 +1,37 @@
+"""When to save and stop: the end of the job, a stop file, or a signal; one flag for the loop."""
+
+import signal
+import time
+from pathlib import Path
+
+MARGIN_SECONDS = 15  # for leaving: logs, the last status, torchrun's own end
+FIRST_SAVE_SECONDS = 30  # assumed until a save was measured
+
+
+class Stop:
+    """Asked once a step; the loop reduces the answer over ranks, so that all act at one step.
+
+    Rank 0 looks at the stop file and the clock, every rank at its signals. A signal handler sets a
+    flag and does nothing else: it may run between any two bytecodes.
+    """
+
+    def __init__(self, stop_file: Path | None, ends_at: float | None, is_main: bool):
+        self.stop_file, self.ends_at, self.is_main = stop_file, ends_at, is_main
+        self.save_seconds: float = FIRST_SAVE_SECONDS
+        self.reason: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, _frame) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+
+    def is_wanted(self, step_seconds: float) -> bool:
+        """Whether this rank has a reason to stop; the flag is read one step later, hence two."""
+        if self.is_main and self.reason is None:
+            if self.stop_file is not None and self.stop_file.exists():
+                self.reason = self.stop_file.read_text().strip() or "stop file"
+            elif self.ends_at is not None:
+                need = 2 * step_seconds + self.save_seconds + MARGIN_SECONDS
+                if time.time() + need > self.ends_at:
+                    self.reason = f"the job ends in {self.ends_at - time.time():.0f} s"
+        return self.reason is not None

@@ -1,0 +1,207 @@
+"""One step of training, its numbers read one step late, and the evaluation."""
+
+import contextlib
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainstack.config import BatchPlan
+from trainstack.distributed import World
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, labels: int64 [micro_batch_size, seq_len]
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Iterable[Batch],
+    plan: BatchPlan,
+    target_tokens: int,
+    max_grad_norm: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer update; returns this rank's sum of losses and the global gradient norm.
+
+    The only place that knows of micro steps. The loss is divided by the global number of target
+    tokens; DDP averages gradients over ranks, hence the factor world_size. Both results stay on the
+    device. Collective: every rank must call this.
+    """
+    loss_sum = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for micro_step, (inputs, labels) in enumerate(batches, start=1):
+        is_last = micro_step == plan.gradient_accumulation_steps
+        with contextlib.nullcontext() if is_last else model.no_sync():
+            loss = model(inputs, labels)
+            scaler.scale(loss * (plan.world_size / target_tokens)).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, norm
+
+
+def warm_up(model: DistributedDataParallel, batches: Iterator[Batch]) -> None:
+    """One forward and backward pass whose gradients are thrown away. Collective.
+
+    DDP regroups its buckets after its first backward pass, and with three or more ranks the order
+    of summation depends on the grouping. Done before the first step of every life, a resumed run
+    sums as one that was never stopped. It also compiles, and finds out whether memory suffices.
+    """
+    inputs, labels = next(batches)
+    model(inputs, labels).backward()
+    model.zero_grad(set_to_none=True)
+
+
+@dataclass
+class StepResult:
+    """The numbers of one step, the same on every rank."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    is_stop_wanted: bool
+    samples_hash: str
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+
+class StepNumbers:
+    """Sends a step's numbers to the host without waiting; they are read when the next step runs.
+
+    The one reduction and the one device-to-host copy of a step carry loss, norm, stop flag and the
+    hash of the consumed samples together.
+    """
+
+    HALF = 26  # bits; sums of 2**26 halves are exact in float64
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pending: tuple | None = None
+
+    def send(
+        self,
+        step: int,
+        loss_sum: torch.Tensor,
+        grad_norm: torch.Tensor,
+        target_tokens: int,
+        wants_stop: bool,
+        samples_hash: int,
+    ) -> None:
+        """Reduce over ranks and start the copy. Collective: every rank must call this."""
+        high, low = divmod(samples_hash, 1 << self.HALF)
+        own = torch.tensor([float(wants_stop), high, low], dtype=torch.float64)
+        own = own.to(self.device, non_blocking=True)
+        numbers = torch.cat([loss_sum.reshape(1), own])
+        dist.all_reduce(numbers)
+        numbers = torch.cat([numbers, grad_norm.to(torch.float64).reshape(1)])
+        event = None
+        if self.device.type == "cuda":
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            host.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            numbers = host
+        self._pending = (step, numbers, event, target_tokens)
+
+    def read(self) -> StepResult | None:
+        """The numbers sent last; None where they were read already."""
+        if self._pending is None:
+            return None
+        step, numbers, event, target_tokens = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        loss_sum, stop, high, low, norm = numbers.tolist()
+        total = (int(high) * (1 << self.HALF) + int(low)) % (1 << 2 * self.HALF)
+        return StepResult(step, loss_sum / target_tokens, norm, stop > 0, f"{total:013x}")
+
+
+class Pace:
+    """Seconds per step and per batch since the last log line."""
+
+    def __init__(self):
+        self.step_seconds = 0.0  # mean of the last window, for who has to plan ahead
+        self.restart()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, the time spent on getting them noted."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.data_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def count(self) -> None:
+        """Note one finished step."""
+        self._steps += 1
+
+    def read(self) -> tuple[float, float]:
+        """Mean step_seconds and data_seconds since the last call."""
+        elapsed, steps = time.perf_counter() - self._since, max(1, self._steps)
+        self.step_seconds, data_seconds = elapsed / steps, self.data_seconds / steps
+        self.restart()
+        return self.step_seconds, data_seconds
+
+    def restart(self) -> None:
+        """Leave out what was not training: an evaluation, a save."""
+        self._steps, self._since, self.data_seconds = 0, time.perf_counter(), 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    loss_model: nn.Module, batches: Iterable[Batch], ignored_label: int, world: World
+) -> tuple[float, int]:
+    """Mean loss in nats over every held-out target token, and their number.
+
+    ``batches`` are this rank's share; shares may differ in size. Collective: every rank must call.
+    """
+    loss_model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for inputs, labels in batches:
+        sums[0] += loss_model(inputs, labels)
+        sums[1] += (labels != ignored_label).sum()
+    dist.all_reduce(sums)
+    loss_model.train()
+    loss, tokens = sums.tolist()
+    return loss / max(1, tokens), int(tokens)
+
+
+@torch.no_grad()
+def generate_text(causal_lm: nn.Module, tokenizer, prompt: str, tokens: int, seed: int) -> str:
+    """The prompt and what the model says next, drawn with a fixed seed."""
+    causal_lm.eval()
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(causal_lm.parameters()).device)
+    output = causal_lm.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    causal_lm.train()
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: on the GPU if it has one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
