@@ -24,6 +24,7 @@ from trainstack.config import (
     Config,
     ConfigError,
     batch_plan,
+    check_identity,
     load,
     steps_for,
 )

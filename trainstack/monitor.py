@@ -1,4 +1,4 @@
-"""What runs are doing, from their folders and squeue's lines alone; the Python half of monitor.sh."""
+"""What runs are doing: the Python half of monitor.sh, from run folders and squeue's lines alone."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from trainstack import places
 from trainstack.runfolder import EXIT_CODES, RUNNING, RunFolder, process_start
 
-COLUMNS = ["RUN", "JOB", "SLURM", "STATE", "STEP", "LOSS", "TOK/S", "JOB_LEFT", "RUN_ETA", "CHECKPOINT"]
+COLUMNS = "RUN JOB SLURM STATE STEP LOSS TOK/S JOB_LEFT RUN_ETA CHECKPOINT".split()  # noqa: SIM905
 NOTHING = "-"
 
 
@@ -214,13 +214,13 @@ def show_run(run: RunFolder, jobs: dict[str, Job] | None) -> None:
     if facts["nodes"]:
         lines.append(("nodes", ", ".join(facts["nodes"])))
     if measured:
+        pace = f"{measured['tokens_per_second']:,.0f} tokens/s"
         lines.append(("loss", f"{measured['loss']:.4f} at step {measured['step']:,}"))
-        lines.append(("speed", f"{measured['tokens_per_second']:,.0f} tokens/s, "
-                      f"{measured['step_seconds']:.2f} s per step"))  # fmt: skip
+        lines.append(("speed", f"{pace}, {measured['step_seconds']:.2f} s per step"))
         lines.append(("seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"))
     if evaluated:
-        lines.append(("held out", f"loss {evaluated['eval_loss']:.4f}, perplexity "
-                      f"{evaluated['eval_perplexity']:.2f} at step {evaluated['step']:,}"))  # fmt: skip
+        perplexity = f"perplexity {evaluated['eval_perplexity']:.2f} at step {evaluated['step']:,}"
+        lines.append(("held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"))
     if facts["eta_seconds"] is not None:
         lines.append(("run ETA", clock(facts["eta_seconds"])))
     lines.append(("checkpoint", newest_checkpoint(facts)))
