@@ -157,7 +157,6 @@ class Report:
 
     def __init__(self, parts: Parts, resumed_step: int, rate_at, pace: training.Pace):
         self.parts, self.rate_at, self.pace = parts, rate_at, pace
-        self.first_step = resumed_step + 1
         self.status_at = 0.0
         self.metrics = None
         if parts.world.is_main:
@@ -177,11 +176,11 @@ class Report:
                 f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}; lower "
                 f"optim.learning_rate={config.optim.learning_rate:g}, or look at the data"
             )
-        self.pace.count()
+        self.pace.note(result.sent_at)
         if self.metrics:
             self.metrics.note_samples(result.step, result.samples_hash)
         steps = config.log.logging_steps
-        if result.step == self.first_step or is_due(result.step, steps, parts.max_steps):
+        if result.step == 1 or is_due(result.step, steps, parts.max_steps):
             self._log(result)
         return result.is_stop_wanted
 

@@ -176,6 +176,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
     with dtype, shape and offsets, then the raw data. The library's own writer needs the whole file
     in memory to hash it, writes mode 0600 and hides a full disk behind its own exception.
     """
+    # Widest first keeps every tensor aligned; by name makes equal weights equal files.
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():

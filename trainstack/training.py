@@ -72,6 +72,7 @@ class StepResult:
     grad_norm: float
     is_stop_wanted: bool
     samples_hash: str
+    sent_at: float  # seconds on the clock of time.perf_counter
 
     @property
     def is_finite(self) -> bool:
@@ -114,23 +115,26 @@ class StepNumbers:
             event = torch.cuda.Event()
             event.record()
             numbers = host
-        self._pending = (step, numbers, event, target_tokens)
+        self._pending = (step, numbers, event, target_tokens, time.perf_counter())
 
     def read(self) -> StepResult | None:
         """The numbers sent last; None where they were read already."""
         if self._pending is None:
             return None
-        step, numbers, event, target_tokens = self._pending
+        step, numbers, event, target_tokens, sent_at = self._pending
         self._pending = None
         if event is not None:
             event.synchronize()
         loss_sum, stop, high, low, norm = numbers.tolist()
         total = (int(high) * (1 << self.HALF) + int(low)) % (1 << 2 * self.HALF)
-        return StepResult(step, loss_sum / target_tokens, norm, stop > 0, f"{total:013x}")
+        return StepResult(step, loss_sum / target_tokens, norm, stop > 0, f"{total:013x}", sent_at)
 
 
 class Pace:
-    """Seconds per step and per batch since the last log line."""
+    """Seconds per step and per batch since the last log line, by when steps were sent off.
+
+    A step's numbers are read one step late, so the time of reading says nothing about its length.
+    """
 
     def __init__(self):
         self.step_seconds = 0.0  # mean of the last window, for who has to plan ahead
@@ -141,25 +145,28 @@ class Pace:
         while True:
             started = time.perf_counter()
             batch = next(batches, None)
-            self.data_seconds += time.perf_counter() - started
+            self._data_seconds += time.perf_counter() - started
             if batch is None:
                 return
             yield batch
 
-    def count(self) -> None:
-        """Note one finished step."""
+    def note(self, sent_at: float) -> None:
+        """Count one finished step."""
         self._steps += 1
+        self._last_sent_at = sent_at
 
     def read(self) -> tuple[float, float]:
-        """Mean step_seconds and data_seconds since the last call."""
-        elapsed, steps = time.perf_counter() - self._since, max(1, self._steps)
-        self.step_seconds, data_seconds = elapsed / steps, self.data_seconds / steps
-        self.restart()
+        """Mean step_seconds and data_seconds of the steps noted since the last call."""
+        steps = max(1, self._steps)
+        self.step_seconds = (self._last_sent_at - self._since) / steps
+        data_seconds = self._data_seconds / steps
+        self._steps, self._since, self._data_seconds = 0, self._last_sent_at, 0.0
         return self.step_seconds, data_seconds
 
     def restart(self) -> None:
-        """Leave out what was not training: an evaluation, a save."""
-        self._steps, self._since, self.data_seconds = 0, time.perf_counter(), 0.0
+        """Leave out what was not training: an evaluation, a save. No step may be unread."""
+        self._since = self._last_sent_at = time.perf_counter()
+        self._steps, self._data_seconds = 0, 0.0
 
 
 @torch.no_grad()

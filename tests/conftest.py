@@ -1,0 +1,56 @@
+"""Fixtures that several test files share: a tiny model with its tokens, and torchrun."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A project folder with a tiny model and a small data set, tokenised; shared, so read-only."""
+    folder = tmp_path_factory.mktemp("home")
+    tiny.make_model(folder)
+    tiny.make_dataset(folder)
+    tiny.run_module("trainstack.prepare", "--home", folder, "--config", tiny.write_config(folder))
+    return folder
+
+
+@pytest.fixture
+def own_home(home, tmp_path) -> Path:
+    """A copy of ``home`` that a test may damage; its runs are its own."""
+    folder = tmp_path / "home"
+    shutil.copytree(home, folder, ignore=shutil.ignore_patterns("runs"))
+    return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip what this machine cannot run, saying why; with CI=true that is a failure instead."""
+    from slurm_cluster import missing_requirements
+
+    if not any("slurm" in item.keywords for item in items):
+        return
+    missing = missing_requirements()
+    if not missing:
+        return
+    reason = f"a real Slurm cannot run here: {'; '.join(missing)}"
+    if os.environ.get("CI") == "true":
+        pytest.exit(f"{reason}. With CI=true that is a failure.", returncode=1)
+    for item in items:
+        if "slurm" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionstart():
+    """The tests' own processes see neither the user's tokens nor a Hub."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SHARED_DIR", "PROJECT_NAME"):
+        os.environ.pop(name, None)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    assert subprocess.run([sys.executable, "-c", "import trainstack"]).returncode == 0

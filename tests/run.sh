@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+#
+# Set up everything that the tests need, then run them all.
+#
+# Usage: bash tests/run.sh [PYTEST_OPTION ...]
+#
+# Installs the project's environment (setup.sh), the test tools beside it, and, as root with apt,
+# Slurm. What cannot be run is skipped and said aloud; with CI=true a skipped Slurm test is a
+# failure. Examples:  bash tests/run.sh -k config      bash tests/run.sh -m "not slurm"
+
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+ROOT="$(dirname "$HERE")"
+SLURM_PACKAGES=(slurmctld slurmd slurm-client munge iproute2)
+
+log() { printf 'tests/run.sh: %s\n' "$*" >&2; }
+
+main() {
+  case "${1:-}" in
+    -h | --help)
+      sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      return
+      ;;
+  esac
+  bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
+  # shellcheck source=/dev/null
+  source "$ROOT/env.sh"
+  install_tools
+  install_slurm
+  export PATH="$TOOLS/bin:$PATH" PYTHONPATH="$TOOLS" PYTHONDONTWRITEBYTECODE=1
+  cd "$ROOT"
+  # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
+  exec "$TRAINSTACK_PYTHON" -m pytest "$@"
+}
+
+# Apart from the environment of the runs, which stays exactly the pins of requirements.txt.
+install_tools() {
+  local sum
+  sum="$(sha256sum <"$HERE/requirements.txt")"
+  TOOLS="$TRAINSTACK_HOME/cache/test-tools-${sum:0:12}"
+  [[ ! -f "$TOOLS/.ready" ]] || return 0
+  log "installing the test tools"
+  rm -rf "$TOOLS"
+  "$TRAINSTACK_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$TOOLS" --requirement "$HERE/requirements.txt"
+  touch "$TOOLS/.ready"
+}
+
+install_slurm() {
+  local name missing=()
+  for name in sbatch slurmctld slurmd munged ip; do
+    command -v "$name" >/dev/null || missing+=("$name")
+  done
+  ((${#missing[@]})) || return 0
+  if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
+    log "no ${missing[*]} here, and only root with apt can install it: the Slurm tests will be skipped"
+    return 0
+  fi
+  log "installing Slurm (${SLURM_PACKAGES[*]})"
+  {
+    apt-get update -qq
+    # The services must not start: the tests bring their own cluster.
+    DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends \
+      "${SLURM_PACKAGES[@]}"
+  } >"$TRAINSTACK_HOME/cache/apt.log" 2>&1 ||
+    log "apt-get failed, see $TRAINSTACK_HOME/cache/apt.log: the Slurm tests will be skipped"
+}
+
+main "$@"

@@ -1,0 +1,196 @@
+"""Checkpoints: whole or not there, verified before use, and loadable by transformers."""
+
+import json
+import os
+import random
+import stat
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainstack import checkpoint, files, places
+from trainstack.config import ConfigError
+from trainstack.distributed import World
+
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def snapshot(step: int, value: float = 1.0) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot(
+        step,
+        {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)},
+        {"a/exp_avg": torch.full((3, 4), value), "a/exp_avg_sq": torch.zeros(3, 4)},
+        {"step": step},
+        {"config.json": b"{}"},
+    )
+
+
+def save(folder, step, keep=2, check=lambda: None, value=1.0):
+    folder.mkdir(exist_ok=True)
+    return checkpoint.save(folder, snapshot(step, value), ALONE, keep, "job.1", check)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool],
+)
+def test_the_safetensors_library_reads_what_we_write(tmp_path, dtype):
+    tensors = {
+        "matrix": torch.randn(3, 5).to(dtype),
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.zeros(0, 4).to(dtype),
+        "strided": torch.randn(4, 6).to(dtype).T,
+    }
+    entry = checkpoint.write_safetensors(tmp_path / "x.safetensors", tensors)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert entry == files.hash_file(tmp_path / "x.safetensors")
+
+
+def test_files_are_readable_by_the_group_as_the_umask_says(tmp_path):
+    old = os.umask(0o027)
+    try:
+        path = save(tmp_path / "c", 1)
+    finally:
+        os.umask(old)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in path.rglob("*") if p.is_file()}
+    assert modes == {0o640}
+
+
+def test_the_newest_checkpoints_are_kept_and_never_less_than_two(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path / "c", step, keep=1)
+    assert [step for step, _ in places.checkpoints(tmp_path / "c")] == [4, 3]
+
+
+def test_no_temporary_folder_of_a_killed_life_stays(tmp_path):
+    leftover = tmp_path / "c" / ".checkpoint-1.old.1.tmp" / "training"
+    leftover.mkdir(parents=True)
+    save(tmp_path / "c", 2)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["checkpoint-2"]
+
+
+def test_every_flipped_bit_is_found_and_its_file_named(tmp_path):
+    path = save(tmp_path / "c", 1)
+    generator = random.Random(1)
+    everything = [p for p in path.rglob("*") if p.is_file()]
+    assert len(everything) == 5  # weights, optimizer, state, config, manifest
+    for trial in range(200):
+        victim = everything[trial % len(everything)]
+        whole = victim.read_bytes()
+        bit = generator.randrange(len(whole) * 8)
+        broken = bytearray(whole)
+        broken[bit // 8] ^= 1 << bit % 8
+        victim.write_bytes(broken)
+        found = list(files.damage(path))
+        assert len(found) == 1, f"bit {bit} of {victim.name}: {found}"
+        assert found[0].startswith(str(victim.relative_to(path)))
+        victim.write_bytes(whole)
+    assert not list(files.damage(path))
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path, caplog):
+    first, second = save(tmp_path / "c", 1), save(tmp_path / "c", 2)
+    (second / "model.safetensors").write_bytes(b"")
+    with caplog.at_level("WARNING", "trainstack"):
+        assert checkpoint.newest_whole(tmp_path / "c") == first
+    assert "checkpoint-2 is damaged (model.safetensors: 0 bytes instead of" in caplog.text
+    assert "using checkpoint-1 instead" in caplog.text
+    assert (tmp_path / "c" / "damaged-checkpoint-2").is_dir()
+    assert not second.exists()
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "training/state.json", "model.safetensors"])
+def test_a_checkpoint_without_one_of_its_files_is_not_used(tmp_path, missing):
+    first, second = save(tmp_path / "c", 1), save(tmp_path / "c", 2)
+    (second / missing).unlink()
+    assert checkpoint.newest_whole(tmp_path / "c") == first
+
+
+def test_it_never_starts_over_when_no_checkpoint_verifies(tmp_path):
+    for step in (1, 2):
+        (save(tmp_path / "c", step) / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint verifies: checkpoint-2 .* checkpoint-1"):
+        checkpoint.newest_whole(tmp_path / "c")
+    assert checkpoint.newest_whole(tmp_path / "nothing") is None
+
+
+def test_other_names_and_links_are_no_checkpoints(tmp_path):
+    real = save(tmp_path / "c", 3)
+    (tmp_path / "c" / "checkpoint-abc").mkdir()
+    (tmp_path / "c" / "checkpoint-9").symlink_to(real)
+    (tmp_path / "c" / "checkpoint-8").write_text("a file")
+    assert checkpoint.newest_whole(tmp_path / "c") == real
+
+
+def test_a_full_disk_costs_a_save_and_nothing_else(tmp_path, monkeypatch):
+    first = save(tmp_path / "c", 1)
+
+    def write(self, data):
+        raise OSError(28, "No space left on device", str(self.path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.HashedFile, "write", write)
+        with pytest.raises(checkpoint.SaveError, match=r"No space left on device \(.* GB free\)"):
+            save(tmp_path / "c", 2)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["checkpoint-1"]
+    assert not list(files.damage(first))
+    save(tmp_path / "c", 2)
+
+
+def test_who_lost_the_run_folder_does_not_publish(tmp_path):
+    def lost():
+        raise ConfigError("job 7 took over")
+
+    with pytest.raises(ConfigError, match="job 7"):
+        save(tmp_path / "c", 1, check=lost)
+    assert not places.checkpoints(tmp_path / "c")
+
+
+def test_optimizer_shards_are_spread_over_ranks_and_are_whole_together():
+    snap = snapshot(1)
+    snap.weights = {"w": torch.zeros(100)}
+    snap.optimizer = {f"p{i}/{s}": torch.full((10 + i,), i) for i in range(9) for s in "mv"}
+    for world_size in (1, 2, 3, 8):
+        shares = [checkpoint.optimizer_share(snap, r, world_size) for r in range(world_size)]
+        names = [name for share in shares for name in share]
+        assert sorted(names) == sorted(snap.optimizer)
+    sizes = [sum(t.nbytes for t in checkpoint.optimizer_share(snap, r, 2).values()) for r in (0, 1)]
+    assert sizes[0] < sizes[1], "rank 0 writes the weights as well"
+
+
+def test_readers_see_the_old_or_the_new_status_and_never_a_part(tmp_path):
+    path = tmp_path / "status.json"
+    contents = [json.dumps({"n": n, "fill": "x" * 5000}).encode() for n in range(2)]
+    files.replace_file(path, contents[0])
+    done = threading.Event()
+
+    def write():
+        for i in range(200):
+            files.replace_file(path, contents[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert path.read_bytes() in contents
+    writer.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_only_one_of_many_creates_a_file(tmp_path):
+    won = [files.create_file(tmp_path / "1.json", f"{i}".encode()) for i in range(5)]
+    assert won == [True, False, False, False, False]
+    assert (tmp_path / "1.json").read_bytes() == b"0"

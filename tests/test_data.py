@@ -1,0 +1,114 @@
+"""The order of the data: exact, the same at any world size, and without memory."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from trainstack import data, tokens
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 256, 1000, 65537])
+def test_a_permutation_maps_every_index_to_another_one(n):
+    assert sorted(data.Permutation(n, seed=7, epoch=3)(np.arange(n)).tolist()) == list(range(n))
+
+
+def test_every_position_is_as_likely_as_any_other():
+    n, epochs = 10, 5000
+    counts = np.zeros((n, n))
+    for epoch in range(epochs):
+        counts[np.arange(n), data.Permutation(n, seed=3, epoch=epoch)(np.arange(n))] += 1
+    chi_squared = ((counts - epochs / n) ** 2 / (epochs / n)).sum()
+    assert chi_squared < 150, "81 degrees of freedom: above 150 once in 200,000 draws"
+
+
+def test_epochs_and_seeds_have_unrelated_orders():
+    orders = [data.Permutation(10_000, s, e)(np.arange(10_000)) for s in (1, 2) for e in (0, 1)]
+    for i, first in enumerate(orders):
+        for second in orders[:i]:
+            assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+def test_the_order_is_the_same_on_every_machine_and_in_every_release():
+    order = data.Permutation(1000, seed=1234, epoch=0)(np.arange(8)).tolist()
+    assert order == GOLDEN, "a changed order breaks the resuming of every run that exists"
+
+
+GOLDEN = [169, 80, 486, 808, 246, 596, 239, 656]
+
+
+def test_any_index_of_a_trillion_samples_is_there_at_once():
+    sampler = data.StepSampler(10**12, 512, rank=3, world_size=8, seed=1)
+    samples = sampler.samples_at(10**9)
+    assert samples.shape == (64,)
+    assert samples.min() >= 0
+    assert samples.max() < 10**12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_every_world_size_consumes_the_same_samples_at_each_step(world_size):
+    for step in (0, 1, 12, 13):  # 100 samples: step 12 crosses the end of an epoch
+        parts = [
+            data.StepSampler(100, 8, r, world_size, 1).samples_at(step) for r in range(world_size)
+        ]
+        whole = data.StepSampler(100, 8, 0, 1, 1).samples_at(step)
+        assert sorted(np.concatenate(parts)) == sorted(whole)
+        hashes = sum(data.samples_hash(part) for part in parts) % 2**data.HASH_BITS
+        assert hashes == data.samples_hash(whole)
+
+
+def test_an_epoch_uses_every_sample_exactly_once_also_across_a_change_of_world_size():
+    used = []
+    for step in range(26):  # 26 steps of 8 = 208 = two epochs of 104
+        world_size = (1, 2, 4)[step % 3]
+        for rank in range(world_size):
+            used.extend(data.StepSampler(104, 8, rank, world_size, 5).samples_at(step))
+    assert sorted(used) == sorted([*range(104)] * 2)
+
+
+def test_it_is_a_distributed_sampler_that_a_data_loader_takes():
+    sampler = data.StepSampler(40, 8, rank=1, world_size=2, seed=0, first_step=3)
+    assert isinstance(sampler, DistributedSampler)
+    batch = next(iter(DataLoader(range(40), batch_size=4, sampler=sampler)))
+    assert batch.tolist() == sampler.samples_at(3).tolist()
+
+
+def test_the_hash_sees_a_repeated_a_missing_and_a_swapped_sample():
+    samples = np.arange(100, 132)
+    seen = data.samples_hash(samples)
+    assert data.samples_hash(samples[::-1]) == seen
+    assert data.samples_hash(samples[:-1]) != seen
+    assert data.samples_hash(np.append(samples[:-1], 100)) != seen
+    assert data.samples_hash(np.append(samples[:-1], 132)) != seen
+
+
+def test_labels_are_the_inputs_shifted_by_one():
+    stream = np.arange(50, dtype="<u2")
+    batches = list(
+        data.micro_batches(
+            np.array([0, 3, 1]), 2, lambda i: tokens.windows(stream, 10, i), torch.device("cpu")
+        )
+    )
+    assert [inputs.shape[0] for inputs, _ in batches] == [2, 1]
+    inputs, labels = batches[0]
+    assert inputs[1].tolist() == list(range(30, 40))
+    assert labels[1].tolist() == list(range(31, 41))
+
+
+@pytest.mark.parametrize("length", [2, 10, 11, 12, 21, 25])
+def test_every_held_out_token_is_a_target_exactly_once(length):
+    stream = np.arange(length, dtype="<u2")
+    rows = -(-(length - 1) // 10)
+    targets = []
+    for index in range(rows):
+        labels = data.held_out_row(stream, 10, index)[0, 1:]
+        targets.extend(labels[labels != -100].tolist())
+    assert targets == list(range(1, length))
+
+
+def test_the_same_text_always_falls_on_the_same_side_of_the_split():
+    texts = [f"document {i}" for i in range(20_000)]
+    held_out = [text for text in texts if tokens.is_held_out(text, 0.05)]
+    assert 0.04 < len(held_out) / len(texts) < 0.06
+    assert all(tokens.is_held_out(text, 0.10) for text in held_out)
+    assert not any(tokens.is_held_out(text, 0.0) for text in texts)

@@ -1,0 +1,144 @@
+"""A model and a data set small enough to train in seconds, and ways to run ours on them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from trainstack import files, places
+
+ROOT = Path(__file__).resolve().parent.parent
+SEQ_LEN = 32
+END = "<|end|>"
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+SETTINGS = {
+    "model.name": "tiny",
+    "data.name": "tiny",
+    "data.seq_len": SEQ_LEN,
+    "data.eval_fraction": 0.1,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
+    "train.max_steps": 20,
+    "optim.learning_rate": 0.01,
+    "checkpoint.save_steps": 5,
+    "eval.eval_steps": 10,
+    "eval.eval_samples": 16,
+    "eval.sample_tokens": 4,
+    "eval.sample_prompt": "one",
+    "log.logging_steps": 1,
+    "log.report_to": [],
+}
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def make_model(home: Path, name: str = "tiny") -> Path:
+    """A word-level tokenizer and a Llama configuration of 20,000 parameters, published."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {END: 0, **{word: i + 1 for i, word in enumerate(WORDS)}}
+    vocabulary |= {f"w{i}": len(vocabulary) + i for i in range(64)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([END])
+    content = {
+        "config.json": json.dumps({**CONFIG, "vocab_size": len(vocabulary)}),
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
+        ),
+    }
+    return publish(places.model_folder(home, name), content, kind="model", weight_bytes=0)
+
+
+def make_dataset(home: Path, name: str = "tiny", documents: int = 300) -> Path:
+    """Counting with a pattern to learn, as jsonl."""
+    generator = random.Random(5)
+    lines = []
+    for number in range(documents):
+        start = generator.randrange(len(WORDS))
+        words = [WORDS[(start + i) % len(WORDS)] for i in range(generator.randrange(20, 90))]
+        lines.append(json.dumps({"text": " ".join([f"w{number % 64}", *words])}))
+    content = {"train.jsonl": "\n".join(lines) + "\n"}
+    return publish(places.dataset_folder(home, name, None), content, kind="dataset")
+
+
+def publish(folder: Path, content: dict[str, str], **facts) -> Path:
+    """Write a folder as a download would leave it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary.mkdir(parents=True)
+    entries = {n: files.write_file(temporary / n, t.encode()) for n, t in content.items()}
+    files.publish_folder(temporary, folder, entries, source="test", revision=None, **facts)
+    return folder
+
+
+def write_config(folder: Path, **changes) -> Path:
+    """config.yaml with SETTINGS, then ``changes`` (``section__key=value``), as a file."""
+    values = yaml.safe_load((ROOT / "config.yaml").read_text())
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    for key, value in {**SETTINGS, **changed}.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def run_module(module: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+    """``python -m module ...`` with its output captured."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def train_command(home: Path, processes: int, *overrides: str, config: Path | None = None) -> list:
+    """The torchrun command of a run on this machine."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", ROOT / "train.py", "--home", home,
+        "--config", config or home / "config.yaml", *overrides,
+    ]  # fmt: skip
+
+
+def train(home: Path, processes: int, *overrides: str, check: bool = True, **options):
+    """Train to the end; the completed process, its output in stdout."""
+    started = time.monotonic()
+    result = subprocess.run(
+        list(map(str, train_command(home, processes, *overrides))),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+        env=environment(**options),
+    )  # fmt: skip
+    assert not check or result.returncode == 0, result.stdout[-4000:]
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a job: one thread per process, so that results do not depend on cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **changes}
+
+
+def metrics(home: Path, run: str, key: str = "loss") -> dict[int, float]:
+    """A measurement by step, from metrics.jsonl; fails where a step stands twice."""
+    lines = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if key in record]
+    steps = [record["step"] for record in records]
+    assert len(set(steps)) == len(steps), f"steps that stand twice in metrics.jsonl: {steps}"
+    return {record["step"]: record[key] for record in records}
