@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from trainstack import checkpoint, data, distributed, model, optim, places, tokens, training
 from trainstack.config import (
@@ -355,7 +354,7 @@ def own_run_folder(
 
     owner, epoch = distributed.main_decides(world, take)
     log_file = run.logs / f"{owner.job}.{owner.attempt}.rank{world.rank}.log"
-    seen = distributed.gather((run.has_lease(epoch), *distributed.introduce(world)), world)
+    seen = distributed.gather((run.has_lease(epoch), *distributed.introduce(world)))
     blind = sorted({host for is_visible, host, _ in seen if not is_visible})
     if blind:
         raise ConfigError(
@@ -458,7 +457,7 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def guarded_main() -> int:
+def guarded_main() -> None:
     """Run main; what goes wrong becomes a record, a line and an exit code, never a hang."""
     options = parse_arguments()
     distributed.die_with_parent()
@@ -468,8 +467,10 @@ def guarded_main() -> int:
         config = load(options.config, options.overrides)
         run = RunFolder(places.run_folder(options.home, config.run.name))
         state = main(options, config)
-        dist.destroy_process_group()
-        return EXIT_CODES[state] if options.job is None else 0
+        # All leave together, and at once: taking a process group apart while a peer is already
+        # gone aborts now and then (seen with gloo, torch 2.13).
+        distributed.gather(None)
+        code = EXIT_CODES[state] if options.job is None else 0
     except ConfigError as error:
         if is_main:
             print(error.report("train.py"), file=sys.stderr, flush=True)
@@ -493,7 +494,7 @@ def guarded_main() -> int:
         code = 1
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(code)  # leaving in order could wait for ever on a collective that nobody answers
+    os._exit(code)  # in order it could wait for ever, on a collective that nobody answers
 
 
 def record_failure(
@@ -508,4 +509,4 @@ def record_failure(
 
 
 if __name__ == "__main__":
-    sys.exit(guarded_main())
+    guarded_main()

@@ -82,7 +82,7 @@ def save(
     problem = from_main(problem)
     if problem is None:
         entries, problem = _write_share(temporary, snapshot, world)
-    shares = gather((entries, problem), world)
+    shares = gather((entries, problem))
     problem = next((text for _, text in shares if text), None)
     if world.is_main and problem is None:
         whole = {name: entry for share, _ in shares for name, entry in share.items()}

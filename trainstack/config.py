@@ -205,6 +205,8 @@ class BatchPlan:
     seq_len: int
 
     def __post_init__(self):
+        if self.world_size < 1:
+            raise ConfigError(f"{self.world_size} processes cannot train; ask for at least 1")
         if self.global_batch_size % (self.micro_batch_size * self.world_size):
             raise ConfigError(
                 batch_problem(self.global_batch_size, self.micro_batch_size, self.world_size)
@@ -239,9 +241,9 @@ def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int
     unit = micro_batch_size * world_size
     below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
     nearest = " or ".join(str(size) for size in (below, above) if size)
-    divisors = [d for d in range(1, global_batch_size + 1) if global_batch_size % d == 0]
-    fits = [d for d in divisors if global_batch_size % (d * world_size) == 0]
-    micro = min(fits, key=lambda d: abs(d - micro_batch_size), default=None)
+    distances = range(micro_batch_size if global_batch_size % world_size == 0 else 0)
+    sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
+    micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
     other = f", or train.micro_batch_size={micro}" if micro else ""
     return (
         f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
@@ -252,13 +254,19 @@ def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int
 
 def load(path: Path, overrides: list[str]) -> Config:
     """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
-    values, places = read_yaml(path)
-    problems = apply_overrides(values, places, overrides)
+    try:
+        values, places = read_yaml(path)
+        problems = apply_overrides(values, places, overrides)
+    except RecursionError:  # an alias of itself, say
+        raise ConfigError(f"{path}: nested without end; write sections with plain keys") from None
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        described = [describe(detail, values, places, path) for detail in error.errors()]
-        raise ConfigError(*dict.fromkeys(problems + described)) from None
+        described = {}
+        for detail in error.errors():  # one per value: a union complains once per branch
+            value = known_prefix(detail["loc"], values), repr(detail["input"])
+            described.setdefault(value, describe(detail, values, places, path))
+        raise ConfigError(*dict.fromkeys([*problems, *described.values()])) from None
     if problems:
         raise ConfigError(*problems)
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
@@ -276,8 +284,10 @@ def read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name one with --config FILE") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}; write it as UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name another with --config FILE") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
@@ -313,7 +323,8 @@ def to_values(node: yaml.Node, key: str, file: str, places: dict, problems: list
     """Plain values of a YAML node; fills ``places`` and ``problems`` on the way."""
     place = f"{file}:{node.start_mark.line + 1}"
     if node.tag.split(":")[-1] not in ("str", "seq", "map"):
-        problems.append(f"{place}: {key}: the tag {node.tag} is not allowed; write a plain value")
+        tag = shown(node.tag)
+        problems.append(f"{place}: {key}: the tag {tag} is not allowed; write a plain value")
         return None
     if isinstance(node, yaml.ScalarNode):
         return scalar(node.value) if node.style is None else node.value
@@ -321,12 +332,13 @@ def to_values(node: yaml.Node, key: str, file: str, places: dict, problems: list
         return [to_values(item, key, file, places, problems) for item in node.value]
     values = {}
     for key_node, value_node in node.value:
-        name = str(key_node.value)
+        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else f"a {key_node.id}"
         dotted = f"{key}.{name}" if key else name
         place = f"{file}:{key_node.start_mark.line + 1}"
         if name in values:
             first = places[dotted].rpartition(":")[2]
-            problems.append(f"{place}: {dotted}: stands twice, first on line {first}; remove one")
+            twice = f"stands twice, first on line {first}; remove one"
+            problems.append(f"{place}: {shown(dotted)}: {twice}")
         places[dotted] = place
         values[name] = to_values(value_node, dotted, file, places, problems)
     return values
@@ -334,6 +346,8 @@ def to_values(node: yaml.Node, key: str, file: str, places: dict, problems: list
 
 def scalar(text: str) -> Any:
     """A plain YAML scalar by the core schema of YAML 1.2."""
+    if len(text) > 400:
+        return text  # int() raises beyond 4300 digits
     if text in ("", "~", "null", "Null", "NULL"):
         return None
     if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
@@ -352,42 +366,58 @@ def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) 
     problems = []
     for override in overrides:
         dotted, equals, text = override.partition("=")
+        place = f"{shown(override)} (command line)"
         if not equals or override.startswith("-"):
-            problems.append(f"{override!r} (command line): not a setting; write section.key=value")
+            problems.append(f"{place}: not a setting; write section.key=value")
             continue
-        section, dot, name = dotted.partition(".")
-        if not dot or not isinstance(values.get(section), dict):
-            problems.append(f"{override} (command line): no such key; {suggestion(dotted)}")
+        section, *parents, last = dotted.split(".") if "." in dotted else ("", dotted)
+        target, path = values.get(section), section
+        for parent in parents:
+            path = f"{path}.{parent}"
+            places.setdefault(path, place)
+            target = target.setdefault(parent, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            problems.append(f"{place}: no such key; {suggestion(dotted)}")
             continue
         try:
             node = yaml.compose(text, Loader=yaml.BaseLoader)
-        except yaml.YAMLError:
+        except yaml.YAMLError:  # a text such as "a: b: c"
             node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
         value = None if node is None else to_values(node, dotted, "command line", {}, problems)
-        target, *rest = values[section], *name.split(".")
-        while len(rest) > 1:
-            target = target.setdefault(rest.pop(0), {})
-        target[rest[0]] = value
-        places[dotted] = f"{override} (command line)"
+        target[last] = value
+        for replaced in [key for key in places if key.startswith(f"{dotted}.")]:
+            del places[replaced]
+        places[dotted] = place
     return problems
+
+
+def place_of(dotted: str, places: dict[str, str], path: Path) -> str:
+    """Where a key stands, else the section around it, else the file."""
+    while dotted and dotted not in places:
+        dotted = dotted.rpartition(".")[0]
+    return places.get(dotted, path.name)
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: on one line, and not longer than one."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else text if text.isprintable() else repr(text)
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> str:
     """One line of pydantic's findings in our words: place, key=value, what is wrong, the fix."""
     dotted = known_prefix(detail["loc"], values)
     kind, wanted = detail["type"], detail.get("ctx", {})
-    place = places.get(dotted, "")
+    place = place_of(dotted, places, path)
     if kind == "missing":
-        section = dotted.rpartition(".")[0]
-        at = places.get(section, path.name)
-        return f"{at}: {dotted}: missing; copy its line from the shipped config.yaml"
+        return f"{place}: {dotted}: missing; copy its line from the shipped config.yaml"
     if kind == "value_error":
-        return f"{places.get(dotted, path.name)}: {wanted['error']}"
+        return f"{place}: {wanted['error']}"
     value = detail["input"]
-    shown = "null" if value is None else str(value).lower() if value in (True, False) else value
-    where = place if "(command line)" in place else f"{place}: {dotted}={shown}"
+    where = place if "(command line)" in place else f"{place}: {dotted}={shown(value)}"
     if kind == "extra_forbidden":
-        where = place if "(command line)" in place else f"{place}: {dotted}"
+        where = place if "(command line)" in place else f"{place}: {shown(dotted)}"
         return f"{where}: no such key; {suggestion(dotted)}"
     return f"{where}: {expectation(kind, wanted, value, dotted)}"
 

@@ -135,9 +135,9 @@ def introduce(world: World) -> tuple[str, str]:
     return host, f"rank {world.rank} on {host}: {device}, pid {os.getpid()}"
 
 
-def gather(value, world: World) -> list:
+def gather(value) -> list:
     """Every rank's value, in rank order. Collective: every rank must call this."""
-    values = [None] * world.world_size
+    values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
