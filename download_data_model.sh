@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+#
+# Fetch a model and a data set once, tokenise, and prove that a job can load it all offline.
+#
+# Usage: bash download_data_model.sh [CONFIG_FILE] [section.key=value ...]
+#
+#   CONFIG_FILE       names the model and the data set (default: config.yaml); or --config FILE
+#   FORCE_REFRESH=1   fetch anew what is here; the old copy is in use until the new one is whole
+#   HF_TOKEN=...      for gated and private repositories; or once: hf auth login
+#
+# Run it where there is internet, such as a login node: jobs touch no network. Run again, it skips
+# what is here, without a request. Only safetensors are taken, and no code of anybody else is run.
+
+set -euo pipefail
+
+# --- Edit; each can also be set in the environment. Empty: what the config file says. -----------
+MODEL_NAME="${MODEL_NAME:-}"             # org/name on the Hugging Face Hub, a local folder, or demo
+MODEL_REVISION="${MODEL_REVISION:-}"     # branch, tag or commit
+DATASET_NAME="${DATASET_NAME:-}"         # org/name on the Hub, a local file or folder, or demo
+DATASET_REVISION="${DATASET_REVISION:-}" # branch, tag or commit
+DATASET_SUBSET="${DATASET_SUBSET:-}"     # configuration of the data set
+DATASET_SPLIT="${DATASET_SPLIT:-}"       # split that is trained on
+FORCE_REFRESH="${FORCE_REFRESH:-0}"      # 1: fetch anew what is here
+# ------------------------------------------------------------------------------------------------
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
+
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+log() { printf 'download_data_model.sh: %s\n' "$*" >&2; }
+die() {
+  log "error: $1"
+  exit "${2:-1}"
+}
+
+main() {
+  config="$HERE/config.yaml"
+  overrides=()
+  is_forced=""
+  add_edited_values
+  read_arguments "$@"
+  find_environment
+  local what=(--home "$TRAINSTACK_HOME" --config "$config")
+  # Bash before 4.4 takes the expansion of an empty array for an unset variable.
+  if ((${#overrides[@]})); then what+=("${overrides[@]}"); fi
+  run trainstack.hub ${is_forced:+--force} "${what[@]}"
+  run trainstack.prepare ${is_forced:+--force} "${what[@]}"
+  HF_HUB_OFFLINE=1 run trainstack.prepare --prove "${what[@]}"
+  tell_next_step
+}
+
+# Before the command line's, so that those win.
+add_edited_values() {
+  add_override model.name "$MODEL_NAME"
+  add_override model.revision "$MODEL_REVISION"
+  add_override data.name "$DATASET_NAME"
+  add_override data.revision "$DATASET_REVISION"
+  add_override data.subset "$DATASET_SUBSET"
+  add_override data.split "$DATASET_SPLIT"
+  case "$FORCE_REFRESH" in
+    1 | true | yes) is_forced=yes ;;
+    "" | 0 | false | no) ;;
+    *) die "FORCE_REFRESH=$FORCE_REFRESH is neither 1 nor 0; write one of the two" 2 ;;
+  esac
+}
+
+# In YAML's single quotes, so that a revision 1e3 stays a text and a path may hold a #.
+add_override() {
+  local value="$2" quote="'"
+  case "$value" in
+    "") return ;;
+    ./* | ../*) value="$PWD/$value" ;; # the next step may be typed elsewhere
+  esac
+  overrides+=("$1='${value//$quote/$quote$quote}'")
+}
+
+read_arguments() {
+  while (($#)); do
+    case "$1" in
+      -h | --help) usage && exit ;;
+      --config=*) config="${1#--config=}" ;;
+      --config) config="${2:-}" && shift ;;
+      -*) die "$1 is no option; see bash download_data_model.sh --help" 2 ;;
+      *=*) overrides+=("$1") ;;
+      *) config="$1" ;;
+    esac
+    shift || break
+  done
+  [[ -f "$config" ]] || die "$config: no such config file; name one, such as config.yaml" 2
+}
+
+find_environment() {
+  # shellcheck source=/dev/null
+  if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
+  bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
+  [[ -n "${TRAINSTACK_HOME:-}" && -n "${TRAINSTACK_PYTHON:-}" ]] ||
+    die "env.sh does not say where the environment is; run: bash setup.sh"
+}
+
+run() { PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" "$TRAINSTACK_PYTHON" -m "$@"; }
+
+# A job reads the config file, so what was only said here must be said to it too.
+tell_next_step() {
+  local submit="bash submit.sh" said
+  if [[ "$config" != "$HERE/config.yaml" ]]; then submit+=" --config $(printf '%q' "$config")"; fi
+  if ((${#overrides[@]} == 0)) || [[ "$(resolved)" == "$(resolved "${overrides[@]}")" ]]; then
+    log "ready; next: $submit"
+    return
+  fi
+  said="$(printf ' %q' "${overrides[@]}")"
+  log "ready; the job reads $config, so put these values there, or next: $submit$said"
+}
+
+resolved() { run trainstack.config --config "$config" "$@"; }
+
+if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi
