@@ -92,8 +92,8 @@ find_environment() {
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
   bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
-  [[ -n "${TRAINSTACK_HOME:-}" && -n "${TRAINSTACK_PYTHON:-}" ]] ||
-    die "env.sh does not say where the environment is; run: bash setup.sh"
+  # shellcheck source=/dev/null
+  source "$HERE/env.sh" # which the check may just have written
 }
 
 run() { PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" "$TRAINSTACK_PYTHON" -m "$@"; }

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUNDATIONS = ("files", "places", "config", "distributed")  # each may import those before it
+FOUNDATIONS = (
+    "files",
+    "places",
+    "foreign",
+    "config",
+    "distributed",
+)  # each may import those before it
 COMPONENTS = {
     "checkpoint", "data", "demo", "documents", "environment", "metrics", "model", "optim",
     "runfolder", "stop", "tokens", "training",

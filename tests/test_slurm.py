@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from slurm_cluster import SlurmCluster
 from trainstack.runfolder import RunFolder
 
 pytestmark = pytest.mark.slurm
-CHECKOUT = ("submit.sh", "monitor.sh", "setup.sh", "train.slurm", "train.py", "requirements.txt")
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +28,10 @@ def cluster(tmp_path_factory):
 def site(home, tmp_path_factory):
     """A checkout and a shared folder with an environment that is ready: this one."""
     shared = tmp_path_factory.mktemp("shared folder")
-    project = shared / "trainstack"
-    shutil.copytree(home, project, ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(home, shared / "trainstack", ignore=shutil.ignore_patterns("runs"))
     checkout = shared / "checkout"
-    checkout.mkdir()
-    for name in CHECKOUT:
-        shutil.copy2(tiny.ROOT / name, checkout / name)
-    shutil.copytree(tiny.ROOT / "trainstack", checkout / "trainstack")
-    tiny.write_config(checkout, run__name="first")
-    make_ready(project, checkout)
+    tiny.make_checkout(checkout, shared, run__name="first")
     return checkout
-
-
-def make_ready(project: Path, checkout: Path) -> None:
-    """What setup.sh leaves behind, around the Python that runs these tests."""
-    pins = subprocess.run(
-        ["sha256sum", checkout / "requirements.txt"], capture_output=True, text=True
-    ).stdout[:12]
-    (project / "venv" / "bin").mkdir(parents=True)
-    (project / "venv" / ".pins").write_text(f"{pins}\n")
-    (project / "venv" / ".summary").write_text("the Python of the tests\n")
-    python = project / "venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
 
 
 class Site:

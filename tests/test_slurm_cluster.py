@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from slurm_cluster import MARKER, SlurmCluster, missing_requirements
 
 pytestmark = pytest.mark.slurm

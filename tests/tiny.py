@@ -1,8 +1,10 @@
 """A model and a data set small enough to train in seconds, and ways to run ours on them."""
 
+import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +47,7 @@ SETTINGS = {
     "log.logging_steps": 1,
     "log.report_to": [],
 }
+SINGLE_FILES = ("train.slurm", "train.py", "requirements.txt")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -98,6 +101,27 @@ def write_config(folder: Path, **changes) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def make_checkout(folder: Path, shared: Path, **changes) -> None:
+    """A copy of this checkout with a small config.yaml, and its environment ready in ``shared``.
+
+    The environment is the Python of these tests, marked as setup.sh would mark it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*ROOT.glob("*.sh"), *(ROOT / name for name in SINGLE_FILES)]:
+        if path.name != "env.sh":
+            shutil.copy2(path, folder / path.name)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "trainstack", folder / "trainstack", ignore=ignored)
+    write_config(folder, **changes)
+    pins = hashlib.sha256((ROOT / "requirements.txt").read_bytes()).hexdigest()[:12]
+    python = shared / "trainstack" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    (python.parent.parent / ".pins").write_text(f"{pins}\n")
+    (python.parent.parent / ".summary").write_text("the Python of the tests\n")
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
 
 
 def run_module(module: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:

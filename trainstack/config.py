@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainstack.foreign import FOREIGN_NAMES
 from trainstack.places import absolute
 
 USAGE_ERROR = 2
@@ -266,7 +267,11 @@ def load(path: Path, overrides: list[str]) -> Config:
         for detail in error.errors():  # one per value: a union complains once per branch
             value = known_prefix(detail["loc"], values), repr(detail["input"])
             described.setdefault(value, describe(detail, values, places, path))
-        raise ConfigError(*dict.fromkeys([*problems, *described.values()])) from None
+        found = list(dict.fromkeys([*problems, *described.values()]))
+        meant = set(re.findall(r"did you mean ([\w.]+)\?", " ".join(found)))  # a typo, told once
+        missing = (re.search(r": ([\w.]+): missing; ", problem) for problem in found)
+        told = zip(found, missing, strict=True)
+        raise ConfigError(*(p for p, key in told if not (key and key[1] in meant))) from None
     if problems:
         raise ConfigError(*problems)
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
@@ -381,9 +386,9 @@ def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) 
             continue
         try:
             node = yaml.compose(text, Loader=yaml.BaseLoader)
+            value = to_values(node, dotted, "command line", {}, problems) if node else None
         except yaml.YAMLError:  # a text such as "a: b: c"
-            node = yaml.ScalarNode("tag:yaml.org,2002:str", text, style='"')
-        value = None if node is None else to_values(node, dotted, "command line", {}, problems)
+            value = text
         target[last] = value
         for replaced in [key for key in places if key.startswith(f"{dotted}.")]:
             del places[replaced]
@@ -457,91 +462,6 @@ def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"not a section; put its keys below {dotted}:, indented by two spaces"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
-
-
-# What others call the same thing (TrainingArguments, TRL, axolotl, torchtune, litgpt,
-# LLaMA-Factory, torchtitan); None: it is derived here, or not a setting.
-FOREIGN_NAMES = {
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "local_batch_size": "train.micro_batch_size",
-    "device_batch_size": "train.micro_batch_size",
-    "batch_size": "train.micro_batch_size",
-    "total_batch_size": "train.global_batch_size",
-    "train_batch_size": "train.global_batch_size",
-    "gradient_accumulation_steps": None,
-    "gradient_accumulation_iters": None,
-    "world_size": None,
-    "model_name_or_path": "model.name",
-    "model_name": "model.name",
-    "base_model": "model.name",
-    "checkpoint_dir": "model.name",
-    "hf_assets_path": "model.name",
-    "model_revision": "model.revision",
-    "revision_of_model": "model.revision",
-    "dataset_name": "data.name",
-    "dataset": "data.name",
-    "datasets": "data.name",
-    "dataset_config_name": "data.subset",
-    "dataset_text_field": "data.text_field",
-    "val_set_size": "data.eval_fraction",
-    "output_dir": "run.name",
-    "out_dir": "run.name",
-    "dump_folder": "run.name",
-    "run_name": "run.name",
-    "wandb_project": "run.name",
-    "data_seed": "run.seed",
-    "max_length": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "max_seq_len": "data.seq_len",
-    "sequence_len": "data.seq_len",
-    "sequence_length": "data.seq_len",
-    "cutoff_len": "data.seq_len",
-    "block_size": "data.seq_len",
-    "sample_packing": "data.packing",
-    "packing_strategy": "data.packing",
-    "packed": "data.packing",
-    "num_epochs": "train.num_train_epochs",
-    "epochs": "train.num_train_epochs",
-    "steps": "train.max_steps",
-    "max_iters": "train.max_steps",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "tf32": "train.precision",
-    "dtype": "train.precision",
-    "mixed_precision": "train.precision",
-    "mixed_precision_param": "train.precision",
-    "compile": "train.torch_compile",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "enable_activation_checkpointing": "train.activation_checkpointing",
-    "flash_attention": "model.attn_implementation",
-    "sdp_attention": "model.attn_implementation",
-    "lr": "optim.learning_rate",
-    "max_lr": "optim.learning_rate",
-    "min_lr": "optim.lr_scheduler_kwargs",
-    "cosine_min_lr_ratio": "optim.lr_scheduler_kwargs",
-    "lr_scheduler": "optim.lr_scheduler_type",
-    "decay_type": "optim.lr_scheduler_type",
-    "warmup_ratio": "optim.warmup_steps",
-    "num_warmup_steps": "optim.warmup_steps",
-    "lr_warmup_steps": "optim.warmup_steps",
-    "beta1": "optim.adam_beta1",
-    "beta2": "optim.adam_beta2",
-    "betas": "optim.adam_beta1",
-    "eps": "optim.adam_epsilon",
-    "clip_grad_norm": "optim.max_grad_norm",
-    "max_norm": "optim.max_grad_norm",
-    "grad_clip": "optim.max_grad_norm",
-    "save_interval": "checkpoint.save_steps",
-    "interval": "checkpoint.save_steps",
-    "keep_latest_k": "checkpoint.save_total_limit",
-    "eval_interval": "eval.eval_steps",
-    "evaluation_strategy": "eval.eval_steps",
-    "eval_strategy": "eval.eval_steps",
-    "log_freq": "log.logging_steps",
-    "log_interval": "log.logging_steps",
-    "log_every_n_steps": "log.logging_steps",
-    "metric_logger": "log.report_to",
-}
 
 
 def all_keys() -> list[str]:

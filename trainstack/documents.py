@@ -4,11 +4,15 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet", ".csv", ".txt")
+from trainstack import files
+
+PACKED = ("", ".gz", ".zst")
+SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
 BATCH_ROWS = 1024
 
 
@@ -16,28 +20,21 @@ class DataError(Exception):
     """A data file holds something that is no document; says file, place, what and the fix."""
 
 
-def split_files(folder: Path, subset: str | None, split: str) -> list[Path]:
-    """The files of a folder that make up a split, by the rules of the datasets library.
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a data set's folder that make up a split, as its manifest says.
 
-    It knows the README's ``configs:``, names such as train-00000-of-00002.parquet and folders such
-    as data/; a folder without any such hint is one split, train. Raises DataError.
+    The download writes down the splits (the README's ``configs:``, names such as
+    train-00000-of-00002.parquet); a folder without them is one split, train. Raises DataError.
     """
-    names = [p for p in sorted(folder.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
-    if not names:
+    manifest = files.read_manifest(folder)
+    whole = [name for name in manifest["files"] if name.endswith(SUFFIXES)]
+    splits = manifest.get("splits") or {"train": whole}
+    if not any(splits.values()):
         raise DataError(f"{folder} has no {', '.join(SUFFIXES)} file; look at what was downloaded")
-    # A builder reads one format; text files without the library's naming are all of the split.
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
-
-    try:
-        builder = load_dataset_builder(str(folder), name=subset)
-        by_split = {str(k): [Path(f) for f in v] for k, v in builder.config.data_files.items()}
-    except (DatasetsError, ValueError, FileNotFoundError) as error:
-        raise DataError(f"{folder}: {str(error).splitlines()[0]}") from None
-    if split not in by_split:
-        have = ", ".join(sorted(by_split))
+    if split not in splits:
+        have = ", ".join(sorted(splits))
         raise DataError(f"data.split={split}: {folder.name} has {have}; choose one of them")
-    return sorted(by_split[split])
+    return [folder / name for name in sorted(splits[split])]
 
 
 def read_documents(path: Path, field: str) -> Iterator[str]:
@@ -56,23 +53,26 @@ def read_documents(path: Path, field: str) -> Iterator[str]:
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of a file with the place of each; a .txt file is one record with a field text."""
     name = path.name
+    kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    readers = {"parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json}
     try:
-        if name.endswith(".parquet"):
-            yield from _read_parquet(path)
-        elif name.endswith(".txt"):
-            yield name, {"text": path.read_text(encoding="utf-8-sig")}
-        elif name.endswith(".csv"):
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                for number, row in enumerate(csv.DictReader(file), start=1):
-                    yield f"{name}: row {number}", row
-        elif name.endswith(".json"):
-            yield from _read_json(path)
-        else:
-            yield from _read_lines(path)
+        yield from readers.get(kind, _read_lines)(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{name}: cannot be read to its end ({error}); fetch it again") from None
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as stream:
+        yield path.name, {"text": stream.read().decode("utf-8-sig")}
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with _open(path) as stream:
+        rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        for number, row in enumerate(rows, start=1):
+            yield f"{path.name}: row {number}", row
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,13 +104,14 @@ def _open(path: Path):
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """A JSON array of records; a .json file with a record per line is read as lines."""
-    with path.open("rb") as file:
-        first = file.read(64).lstrip()[:1]
+    with _open(path) as stream:
+        first = stream.read(64).lstrip()[:1]
     if first != b"[":
         yield from _read_lines(path)
         return
     try:
-        records = json.loads(path.read_bytes())
+        with _open(path) as stream:
+            records = json.loads(stream.read())
     except json.JSONDecodeError as error:
         raise DataError(f"{path.name}:{error.lineno}: {error.msg}; mend the file") from None
     for number, record in enumerate(records, start=1):

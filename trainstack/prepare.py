@@ -70,6 +70,7 @@ def prepare(home: Path, config: Config, force: bool) -> Path:
         problem = next(files.damage(folder, SMALL_FILE), None)
         if problem:
             raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
+    check_vocabulary(config, model_folder)
     settings = tokens.store_settings(config.data)
     final = home / "tokens" / tokens.store_key(model_folder, dataset_folder, settings)
     if not force and not any(files.damage(final, SMALL_FILE)):
@@ -102,16 +103,10 @@ def write_store(
     """Tokenise all documents into a temporary folder and publish it."""
     section = config.data
     tokenizer, end_id = load_tokenizer(model_folder)
-    vocab_size = model_vocabulary(model_folder)
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ConfigError(
-            f"{config.model.name}: its tokenizer has {tokenizer.get_vocab_size():,} tokens, its "
-            f"model only {vocab_size:,}; they do not belong together, choose another model.name"
-        )
-    writer = tokens.TokenWriter(temporary, vocab_size)
-    sources = [(split_files(dataset_folder, section.subset, section.split), None)]
+    writer = tokens.TokenWriter(temporary, tokenizer.get_vocab_size())
+    sources = [(split_files(dataset_folder, section.split), None)]
     if section.eval_split:
-        held_out = split_files(dataset_folder, section.subset, section.eval_split)
+        held_out = split_files(dataset_folder, section.eval_split)
         sources = [(sources[0][0], tokens.TRAIN), (held_out, tokens.EVAL)]
     paths = [path for found, _ in sources for path in found]
     with tqdm(
@@ -130,7 +125,7 @@ def write_store(
         "data": config.data.name,
         "settings": tokens.store_settings(section),
         "end_id": end_id,
-        "vocab_size": vocab_size,
+        "vocab_size": tokenizer.get_vocab_size(),
         "format": tokens.FORMAT_VERSION,
     }
     if force or any(files.damage(final, SMALL_FILE)):
@@ -187,6 +182,20 @@ def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
             "name one as eos_token in its tokenizer_config.json"
         )
     return tokenizer, end_id
+
+
+def check_vocabulary(config: Config, model_folder: Path) -> None:
+    """ConfigError where a token id would lie beyond the model's embedding.
+
+    Asked also of tokens that are there: models with one tokenizer share them.
+    """
+    tokenizer, _ = load_tokenizer(model_folder)
+    vocab_size = model_vocabulary(model_folder)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ConfigError(
+            f"{config.model.name}: its tokenizer has {tokenizer.get_vocab_size():,} tokens, its "
+            f"model only {vocab_size:,}; they do not belong together, choose another model.name"
+        )
 
 
 def model_vocabulary(model_folder: Path) -> int:

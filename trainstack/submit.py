@@ -216,8 +216,9 @@ def input_problem(home: Path, config: Config) -> str | None:
         (named[0][0], model_folder, config.model.revision),
         (named[1][0], dataset_folder, config.data.revision),
     ):
-        fetched = files.read_manifest(folder).get("revision")
-        if fetched not in (None, revision):
+        manifest = files.read_manifest(folder)
+        fetched = manifest.get("revision")
+        if fetched is not None and revision not in (fetched, manifest.get("commit")):
             return f"{name} is here in revision {fetched}, not {revision}; {fix}"
     tokens_folder = home / "tokens" / token_key(home, config)
     problem = next(files.damage(tokens_folder, SMALL_FILE), None)
