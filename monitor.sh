@@ -35,7 +35,11 @@ main() {
   done
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
-  [[ -x "${TRAINSTACK_PYTHON:-}" ]] || die "the environment is not ready; run: bash setup.sh"
+  if [[ ! -x "${TRAINSTACK_PYTHON:-}" ]]; then # SHARED_DIR may come from the environment alone
+    bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
+    # shellcheck source=/dev/null
+    source "$HERE/env.sh"
+  fi
   if [[ -z "$is_following" ]]; then
     show "$run"
     return
