@@ -12,6 +12,7 @@
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
 usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 die() {
@@ -52,13 +53,13 @@ main() {
 }
 
 show() {
-  local command=("$TRAINSTACK_PYTHON" -m trainstack.monitor --home "$TRAINSTACK_HOME") queue
+  local command=("$TRAINSTACK_PYTHON" -m trainstack.monitor --home "$TRAINSTACK_HOME") queue=""
   # Without an answer from Slurm the states of jobs are shown as unknown, not as gone.
   if command -v squeue >/dev/null && queue="$(squeue --noheader --format='%A|%T|%L|%r' 2>/dev/null)"; then
-    command+=(--queue "$queue")
+    command+=(--queue)
   fi
   if [[ -n "$1" ]]; then command+=(-- "$1"); fi
-  PYTHONPATH="$HERE" "${command[@]}"
+  PYTHONPATH="$HERE" "${command[@]}" <<<"$queue"
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

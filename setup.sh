@@ -38,7 +38,8 @@ main() {
   esac
   check_settings
   if is_ready; then
-    write_env_file
+    # A SHARED_DIR that was set for one command stays with that command.
+    [[ "${1:-}" == --check && -f "$HERE/env.sh" ]] || write_env_file
     [[ "${1:-}" == --check ]] || log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
     return
   fi
@@ -61,6 +62,8 @@ check_settings() {
     die "PROJECT_NAME=$PROJECT_NAME is no plain folder name; use letters, digits, . _ -" 2
   [[ "$ENV_TOOL" =~ ^(venv|uv|conda)$ ]] ||
     die "ENV_TOOL=$ENV_TOOL is not known; write venv, uv or conda" 2
+  [[ "$MIN_FREE_GB" =~ ^[0-9]+$ ]] ||
+    die "MIN_FREE_GB=$MIN_FREE_GB is no whole number; write for example 8" 2
   PROJECT_DIR="$SHARED_DIR/$PROJECT_NAME"
   VENV="$PROJECT_DIR/venv"
   local sum
@@ -260,7 +263,7 @@ export TRAINSTACK_HOME=\"\$SHARED_DIR/\$PROJECT_NAME\"
 export TRAINSTACK_PYTHON=\"\$TRAINSTACK_HOME/venv/bin/python\"
 [ -z \"\$MODULES\" ] || module load \$MODULES"
   [[ ! -f "$HERE/env.sh" || "$(<"$HERE/env.sh")" != "$text" ]] || return 0
-  printf '%s\n' "$text" >"$temporary" 2>/dev/null || {
+  printf '%s\n' "$text" 2>/dev/null >"$temporary" || {
     [[ -f "$HERE/env.sh" ]] && return 0 # a read-only checkout that was set up before
     die "$HERE cannot be written; env.sh belongs there"
   }

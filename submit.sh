@@ -20,6 +20,7 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # What a job may see of the environment here: never a token, which Slurm would keep in its records.
 ALLOWED='^(PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|MODULEPATH|MODULES|NPROC_PER_NODE|MASTER_PORT|OMP_NUM_THREADS|OMP_[A-Z_]+|NCCL_[A-Z0-9_]+|GLOO_[A-Z_]+|TORCH_[A-Z_]+|TORCHINDUCTOR_[A-Z_]+|PYTORCH_[A-Z_]+|CUDA_[A-Z_]+|UCX_[A-Z_]+|FI_[A-Z_]+)$'
 SECRET='TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL'
+export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
 usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
 log() { printf 'submit.sh: %s\n' "$*" >&2; }
@@ -29,7 +30,7 @@ die() {
 }
 
 main() {
-  local config="$HERE/config.yaml" is_local="" is_dry="" settings=() sbatch_options=()
+  local config="$HERE/config.yaml" is_local="" is_dry="" settings=() sbatch_options=() queue=""
   parse "$@"
   load_environment
   local check=("$TRAINSTACK_PYTHON" -m trainstack.submit --home "$TRAINSTACK_HOME"
@@ -39,7 +40,7 @@ main() {
   check+=("${settings[@]}" -- "${sbatch_options[@]}")
 
   local answer run_dir state
-  answer="$(PYTHONPATH="$HERE" "${check[@]}")"
+  answer="$(PYTHONPATH="$HERE" "${check[@]}" <<<"$queue")"
   state="${answer%%$'\n'*}"
   run_dir="${answer#*$'\n'}"
   if [[ "$state" == complete ]]; then return; fi
@@ -84,13 +85,13 @@ load_environment() {
   source "$HERE/env.sh"
 }
 
-# What runs and waits, so that a run with a live job is not given to a second one.
+# What runs and waits, so that a run with a live job is not given to a second one. Told on stdin: an
+# argument may have 128 KiB, which 8000 jobs fill.
 find_queue() {
   command -v sbatch >/dev/null || die "no sbatch here; log in to the cluster, or use --local"
-  local queue
   queue="$(squeue --noheader --format='%A %T' 2>&1)" ||
     die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works"
-  check+=(--queue "$queue")
+  check+=(--queue)
 }
 
 run_here() {
@@ -138,8 +139,8 @@ allowed_names() {
 hint() {
   case "$1" in
     *"generic resource"* | *"gres"* | *"GPU"*) printf '(no such GPUs here: sinfo -o %%G lists them; without: -- --gpus-per-node=0)' ;;
+    *ccount*) printf '(put #SBATCH --account=NAME into train.slurm; sacctmgr show assoc user=%s lists yours)' "$(id -un)" ;;
     *partition*) printf '(sinfo -s lists the partitions; put yours into train.slurm)' ;;
-    *ccount*) printf '(put #SBATCH --account=NAME into train.slurm; sacctmgr show assoc user=%s lists yours)' "$USER" ;;
     *"node configuration"* | *"ode count"*) printf '(fewer nodes, GPUs or cores: sinfo -o "%%D %%c %%G" tells what there is)' ;;
     *imit*) printf '(shorten #SBATCH --time in train.slurm; sinfo -o "%%P %%l" lists the limits)' ;;
   esac

@@ -7,12 +7,26 @@ import pytest
 import yaml
 
 import tiny
-from trainstack.config import all_keys
+from trainstack.config import USAGE_ERROR, all_keys, load
 from trainstack.runfolder import EXIT_CODES
 
 ROOT = tiny.ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "doc" / "architecture.md").read_text()
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def project_files() -> list[str]:
+    """The paths that belong to the project: by git; without it, all but what is made here."""
+    command = ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        names = done.stdout.strip("\0").split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        paths = [path for path in ROOT.rglob("*") if "__pycache__" not in path.parts]
+        names = [str(path.relative_to(ROOT)) for path in paths if path.name != "env.sh"]
+    return [name for name in names if name[0] != "." and (ROOT / name).is_file()]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -42,29 +56,50 @@ def test_every_setting_that_is_named_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_that_is_named_exists(document):
-    for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", document.read_text()):
-        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+    for file, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", document.read_text()):
+        assert f"def {name}(" in (ROOT / file).read_text() or not name, f"{file}::{name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_option_of_train_by_hand_exists(document):
+    source = (ROOT / "train.py").read_text()
+    for options in re.findall(r"train\.py(( --?[\w.=-]+| [\w./]+)*)", document.read_text()):
+        for option in re.findall(r"--[a-z-]+", options[0]):
+            assert f'"{option}"' in source, option
 
 
 def test_the_file_tree_of_the_readme_is_the_repository():
-    tree = README.split("## The files")[1].split("```")[1]
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line[:1].strip()}
-    modules = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
-    # benchmarks/ will be named when it holds something.
-    hidden_or_made = {"env.sh", "README.md", "benchmarks", "__pycache__"}
-    there = {p.name for p in ROOT.iterdir() if p.name[0] != "."} - hidden_or_made
-    assert named == there
-    assert modules == {p.name for p in (ROOT / "trainstack").glob("*.py")} - {"__init__.py"}
+    lines = README.split("## The files")[1].split("```")[1].strip().splitlines()
+    named = {line.split()[0] for line in lines if line[0] != " "}
+    modules = {line.split()[0] for line in lines if line[0] == " "}
+    paths = [name.split("/") for name in project_files() if name != "README.md"]
+    assert named == {path[0] + "/" * (len(path) > 1) for path in paths}
+    assert modules == {path[1] for path in paths if path[0] == "trainstack"} - {"__init__.py"}
+    assert not [line for line in lines if len(line.split()) > 9], "a name and eight words at most"
+
+
+def test_the_table_of_modules_is_the_package():
+    named = re.findall(r"^\| \[(\w+)\]\(../trainstack/(\w+)\.py\) \|", ARCHITECTURE, re.MULTILINE)
+    assert all(name == file for name, file in named)
+    there = {path.stem for path in (ROOT / "trainstack").glob("*.py")} - {"__init__"}
+    assert sorted(name for name, _ in named) == sorted(there)
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
-    rows = re.findall(r"^\| (\d+) \| ([A-Z_]+) \|", README, re.MULTILINE)
-    assert {state: int(code) for code, state in rows} == EXIT_CODES
+    rows = re.findall(r"^\| (\d+) \| ([A-Z_]*) ?\|", README, re.MULTILINE)
+    assert {state: int(code) for code, state in rows} == {**EXIT_CODES, "": USAGE_ERROR}
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_a_valid_configuration(recipe):
+    """Its schedule too, which only torch and transformers can judge."""
+    from trainstack.optim import build_schedule
+
     tiny.run_module("trainstack.config", "--config", recipe)
+    config = load(recipe, [])
+    build_schedule(config.optim, config.train.max_steps or 1)
+    assert config.run.name == recipe.stem
+    assert f"--config recipes/{recipe.name}" in recipe.read_text(), "it says how it is used"
 
 
 def test_every_setting_of_config_yaml_has_a_comment_and_none_is_missing():

@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUNDATIONS = (
-    "files",
-    "places",
-    "foreign",
-    "config",
-    "distributed",
-)  # each may import those before it
+FOUNDATIONS = ("files", "places", "foreign", "config", "distributed")  # each imports those before
 COMPONENTS = {
     "checkpoint", "data", "demo", "documents", "environment", "metrics", "model", "optim",
     "runfolder", "stop", "tokens", "training",
@@ -27,7 +21,7 @@ LIGHT = ("config", "hub", *sorted(HUB_PARTS), "job", "monitor", "submit")  # for
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-LONGEST_FILE = 600  # lines; 300 is the aim, config.py and train.py are beyond it
+LONGEST_FILE = 520  # lines; 300 is the aim, config.py and train.py are beyond it
 LONGEST_FUNCTION = 50  # lines; 40 is the aim
 
 PACKAGE = {path.stem: path for path in sorted((ROOT / "trainstack").glob("*.py"))}

@@ -213,6 +213,22 @@ def test_what_can_be_known_here_is_said_here_in_one_line(site, arguments, code, 
     assert not site.run.path.exists()
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to a folder"])
+def test_a_run_folder_that_is_none_is_named_and_left_alone(site, kind):
+    path = site.run.path
+    path.parent.mkdir(exist_ok=True)
+    if kind == "a file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(site.stubs if kind.endswith("folder") else "/nowhere")
+    before = sorted(site.stubs.iterdir())
+    result = site.submit()
+    assert result.returncode == 1
+    assert "is not a folder; move it away, or choose another run.name" in only_error(result)
+    assert path.is_symlink() or path.read_text() == "mine"
+    assert not [p for p in site.stubs.iterdir() if p not in before and "squeue" not in p.name]
+
+
 def test_damaged_tokens_are_named(site):
     path = next((site.shared / "trainstack" / "tokens").glob("*/train.bin"))
     broken = bytearray(path.read_bytes())

@@ -109,7 +109,6 @@ def test_a_complete_run_is_not_submitted_again(user):
 
 
 def test_a_failing_rank_makes_the_job_failed_and_is_named(user):
-    """A step that only one rank cannot take: its part of the data is damaged under its hands."""
     job = user.submit("run.name=broken", "train.max_steps=100000", *TWO_NODES)
     user.wait_until(lambda: user.steps("broken") >= 3, "training")
     victim = rank_process(user.cluster, "node2", 3, "broken")
@@ -119,8 +118,22 @@ def test_a_failing_rank_makes_the_job_failed_and_is_named(user):
     status = user.folder("broken").status()
     assert status["state"] == "FAILED"
     assert status["exit_code"] == 1
-    assert "monitor" not in status["cause"]
     assert "broken: FAILED at step" in user.log("broken", job)
+    assert table(user.run("monitor.sh").stdout)["broken"]["STATE"] == "FAILED"
+    screen = user.run("monitor.sh", "broken").stdout
+    assert "FAILED" in screen
+    assert "cause" in screen
+
+
+def test_the_run_of_a_job_that_failed_goes_on_in_the_next_job(user):
+    """The dead job could not give its lease back; Slurm says that it has ended."""
+    newest = user.folder("broken").status()["checkpoint"]
+    steps = int(newest.rpartition("-")[2]) + 5
+    job = user.submit("run.name=broken", f"train.max_steps={steps}", *TWO_NODES)
+    state = user.cluster.wait(job, timeout=180)
+    assert state == "COMPLETED", user.log("broken", job)
+    assert f"resume  attempt 1 from {newest}" in user.log("broken", job)
+    assert user.folder("broken").status()["state"] == "DONE"
 
 
 def rank_process(cluster: SlurmCluster, host: str, rank: int, run: str) -> int:
@@ -155,19 +168,30 @@ def test_a_warned_job_saves_requeues_itself_and_ends_as_if_nothing_had_happened(
     assert sorted(tiny.metrics(user.shared / "trainstack", run)) == list(range(1, 301))
 
 
+def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
+    job = user.submit(
+        "run.name=bad", "optim.learning_rate=1e30", "optim.max_grad_norm=null", *TWO_NODES
+    )
+    assert user.cluster.wait(job, timeout=120) == "FAILED"
+    status = user.folder("bad").status()
+    assert (status["state"], status["exit_code"]) == ("DIVERGED", 79)
+    assert user.cluster.job(job)["ExitCode"] == "79:0"
+
+
 def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
     running = user.submit("run.name=live", "train.max_steps=100000", *TWO_NODES)
     user.wait_until(lambda: user.steps("live") >= 3, "training")
     waiting = user.submit("run.name=waits", "--", "--begin=now+1hour")
     rows = table(user.run("monitor.sh").stdout)
     assert rows["first"]["STATE"] == "DONE"
-    assert rows["broken"]["STATE"] == "FAILED"
+    assert rows["broken"]["STATE"] == "DONE"
+    assert rows["bad"]["STATE"] == "DIVERGED"
     assert (rows["live"]["STATE"], rows["live"]["SLURM"]) == ("RUNNING", "RUNNING")
     assert rows["live"]["JOB"] == running
     assert int(rows["live"]["STEP"].split("/")[0].replace(",", "")) >= 3
     assert (rows["waits"]["STATE"], rows["waits"]["SLURM"]) == ("QUEUED", "PENDING")
-    screen = user.run("monitor.sh", "broken").stdout
-    assert "FAILED" in screen
+    screen = user.run("monitor.sh", "bad").stdout
+    assert "DIVERGED" in screen
     assert "cause" in screen
     refused = user.run("submit.sh", "run.name=live", *TWO_NODES)
     assert refused.returncode == 78

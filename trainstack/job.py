@@ -4,6 +4,7 @@ Command line: ``python -m trainstack.job port|holder|submitted|finish ...``.
 """
 
 import argparse
+import contextlib
 import json
 import socket
 import sys
@@ -44,12 +45,9 @@ def main(arguments: list[str]) -> int:
 def free_port(first: int) -> int:
     """The first port from ``first`` on that nothing on this host listens at."""
     for port in range(first, first + PORTS_TRIED):
-        with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
-            try:
-                probe.bind(("", port))
-                return port
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET) as probe:
+            probe.bind(("", port))
+            return port
     raise SystemExit(f"train.slurm: error: no free port in {first}..{port}; set MASTER_PORT")
 
 

@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack.monitor", description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument(
-        "--queue", help="lines of squeue: id|state|time left|reason; none: no Slurm"
+        "--queue", action="store_true", help="stdin has squeue's lines: id|state|time left|reason"
     )
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
-    jobs = None if options.queue is None else read_queue(options.queue)
+    jobs = read_queue(sys.stdin.read()) if options.queue else None  # None: no Slurm here
     runs = sorted((options.home / "runs").glob("*/status.json"))
     if options.run:
         run = RunFolder(places.run_folder(options.home, options.run))

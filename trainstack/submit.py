@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class Resources:
     gpus_per_node: int | None
     time: str
     partition: str
+    processes_per_node: int | None  # as NPROC_PER_NODE stands in train.slurm; 0 where it is empty
 
     def __str__(self) -> str:
         nodes = f"{self.nodes or '?'} node{'s'[: self.nodes != 1]}"
@@ -80,10 +82,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--local", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--queue", default="", help="lines of squeue: job id and state")
+    parser.add_argument("--queue", action="store_true", help="stdin has squeue's ids, states")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, settings = parser.parse_known_args(arguments[:split])
     options.overrides, options.sbatch = settings, arguments[split + 1 :]
+    options.queue = sys.stdin.read() if options.queue else ""
     return options
 
 
@@ -96,7 +99,7 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     check_owner(run, options.queue)
     if options.local:
         prepare_demo(options, config)
-    store = check_inputs(options.home, config)
+    store = check_inputs(options, config)
     max_steps = steps_for(config, tokens.num_samples(len(store.train), config.data.seq_len))
     if check_progress(run, config, store) >= max_steps and run.status().get("state") == "DONE":
         newest = places.checkpoints(run.checkpoints)[0][1]
@@ -120,7 +123,9 @@ def say(text: str) -> None:
 
 def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     """Nodes, GPUs per node, time and partition; the command line wins over the #SBATCH lines."""
-    lines = re.findall(r"^#SBATCH\s+(.*?)\s*(?:#.*)?$", train_slurm.read_text(), re.MULTILINE)
+    script = train_slurm.read_text()
+    lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
+    edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
     words = [word for line in lines for word in line.split()] + sbatch_options
     return Resources(
         nodes=_number(_last(words, "--nodes", "-N") or "1"),
@@ -129,6 +134,7 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
         ),
         time=_last(words, "--time", "-t") or "the partition's time limit",
         partition=f"partition {_last(words, '--partition', '-p') or '(default)'}",
+        processes_per_node=_number(edited[1] or "0") if edited else None,
     )
 
 
@@ -158,9 +164,10 @@ def check_batch(config: Config, resources: Resources, is_local: bool) -> None:
     processes = os.environ.get("NPROC_PER_NODE", "")
     if processes and not (processes.isdigit() and int(processes)):
         raise ConfigError(f"NPROC_PER_NODE={processes} is no number of processes; write 2, or none")
-    if is_local or resources.nodes is None or resources.gpus_per_node is None:
+    per_node = int(processes) if processes else resources.processes_per_node
+    if is_local or None in (resources.nodes, resources.gpus_per_node, per_node):
         return  # train.py checks it as well, when it knows
-    per_node = int(processes) if processes else resources.gpus_per_node or 2
+    per_node = per_node or resources.gpus_per_node or 2
     batch_plan(config, resources.nodes * per_node)
 
 
@@ -191,7 +198,7 @@ def check_owner(run: RunFolder, queue: str) -> None:
 def prepare_demo(options: argparse.Namespace, config: Config) -> None:
     """Build the built-in demo where the configuration names it and it is not there."""
     is_demo = config.model.name == places.DEMO and config.data.name == places.DEMO
-    if not is_demo or not input_problem(options.home, config):
+    if not is_demo or not input_problem(options, config):
         return
     command = [sys.executable, "-m", "trainstack.prepare", "--home", options.home]
     command += ["--config", options.config, *options.overrides]
@@ -199,11 +206,21 @@ def prepare_demo(options: argparse.Namespace, config: Config) -> None:
         raise Failed("the demo could not be prepared; the line above says why")
 
 
-def input_problem(home: Path, config: Config) -> str | None:
+def download_command(options: argparse.Namespace) -> str:
+    """What fetches the inputs of this run: with its config file and its choice of inputs."""
+    command = ["bash", "download_data_model.sh"]
+    if options.config != options.repository / "config.yaml":
+        command.append(str(options.config))
+    command += [word for word in options.overrides if word.startswith(("model.", "data."))]
+    return shlex.join(command)
+
+
+def input_problem(options: argparse.Namespace, config: Config) -> str | None:
     """What is missing or damaged of model, data set and tokens, and the command that mends it."""
+    home = options.home
     model_folder = places.model_folder(home, config.model.name)
     dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
-    fix = "run: bash download_data_model.sh"
+    fix = f"run: {download_command(options)}"
     named = ((f"model {config.model.name}", model_folder),
              (f"data set {config.data.name}", dataset_folder))  # fmt: skip
     for name, folder in named:
@@ -237,12 +254,12 @@ def token_key(home: Path, config: Config) -> str:
     )
 
 
-def check_inputs(home: Path, config: Config) -> tokens.TokenStore:
+def check_inputs(options: argparse.Namespace, config: Config) -> tokens.TokenStore:
     """The token store, once model, data and tokens are known to be there and whole."""
-    problem = input_problem(home, config)
+    problem = input_problem(options, config)
     if problem:
         raise Failed(problem)
-    store = tokens.TokenStore(home / "tokens" / token_key(home, config))
+    store = tokens.TokenStore(options.home / "tokens" / token_key(options.home, config))
     samples = tokens.num_samples(len(store.train), config.data.seq_len)
     if samples < config.train.global_batch_size:
         raise ConfigError(
