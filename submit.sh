@@ -18,7 +18,7 @@ set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # What a job may see of the environment here: never a token, which Slurm would keep in its records.
-ALLOWED='^(PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|MODULEPATH|MODULES|NPROC_PER_NODE|MASTER_PORT|OMP_NUM_THREADS|OMP_[A-Z_]+|NCCL_[A-Z0-9_]+|GLOO_[A-Z_]+|TORCH_[A-Z_]+|TORCHINDUCTOR_[A-Z_]+|PYTORCH_[A-Z_]+|CUDA_[A-Z_]+|UCX_[A-Z_]+|FI_[A-Z_]+)$'
+ALLOWED='^(PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR|MODULEPATH|MODULESHOME|LMOD_[A-Z_]+|MODULES|NPROC_PER_NODE|MASTER_PORT|OMP_NUM_THREADS|OMP_[A-Z_]+|NCCL_[A-Z0-9_]+|GLOO_[A-Z_]+|TORCH_[A-Z_]+|TORCHINDUCTOR_[A-Z_]+|PYTORCH_[A-Z_]+|CUDA_[A-Z_]+|UCX_[A-Z_]+|FI_[A-Z_]+)$'
 SECRET='TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL'
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
@@ -35,9 +35,10 @@ main() {
   load_environment
   local check=("$TRAINSTACK_PYTHON" -m trainstack.submit --home "$TRAINSTACK_HOME"
     --repository "$HERE" --config "$config")
-  if [[ -n "$is_local" ]]; then check+=(--local); else find_queue; fi
+  if [[ -n "$is_local" ]]; then check+=(--local); fi
+  find_queue
   if [[ -n "$is_dry" ]]; then check+=(--dry-run); fi
-  check+=("${settings[@]}" -- "${sbatch_options[@]}")
+  check+=(${settings[@]+"${settings[@]}"} -- ${sbatch_options[@]+"${sbatch_options[@]}"})
 
   local answer run_dir state
   answer="$(PYTHONPATH="$HERE" "${check[@]}" <<<"$queue")"
@@ -88,6 +89,10 @@ load_environment() {
 # What runs and waits, so that a run with a live job is not given to a second one. Told on stdin: an
 # argument may have 128 KiB, which 8000 jobs fill.
 find_queue() {
+  if [[ -n "$is_local" ]]; then # a job of Slurm may work on the run all the same
+    queue="$(squeue --noheader --format='%A %T' 2>/dev/null)" && check+=(--queue)
+    return 0
+  fi
   command -v sbatch >/dev/null || die "no sbatch here; log in to the cluster, or use --local"
   queue="$(squeue --noheader --format='%A %T' 2>&1)" ||
     die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works"
@@ -106,7 +111,7 @@ run_here() {
 submit() {
   local name="${run_dir##*/}" job_id code=0 error
   local command=(sbatch --parsable --job-name="$name" --output="$run_dir/logs/%j.out"
-    --chdir="$run_dir" --export="$(allowed_names)" "${sbatch_options[@]}"
+    --chdir="$run_dir" --export="$(allowed_names)" ${sbatch_options[@]+"${sbatch_options[@]}"}
     "$run_dir/code/train.slurm" "$run_dir")
   if [[ -n "$is_dry" ]]; then
     printf '%q ' "${command[@]}" && printf '\n'

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainstack import checkpoint, data, distributed, model, optim, places, tokens, training
+from trainstack import checkpoint, data, distributed, files, model, optim, places, tokens, training
 from trainstack.config import (
     IGNORED_LABEL,
     BatchPlan,
@@ -142,7 +142,7 @@ def train(parts: Parts, step: int) -> str:
         if is_evaluated:
             evaluate(parts, report, step)
         if is_saved or is_stopping:
-            save(parts, step, is_needed=is_stopping or step == max_steps)
+            save(parts, report, step, is_needed=is_stopping or step == max_steps)
             pace.restart()
     report.close()
     if step < max_steps:
@@ -211,6 +211,10 @@ class Report:
         if self.metrics:
             self.metrics.log_evaluation(step, loss, counted)
 
+    def flush(self) -> None:
+        if self.metrics:
+            self.metrics.flush()
+
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
@@ -251,7 +255,7 @@ def evaluate(parts: Parts, report: Report, step: int) -> None:
     report.pace.restart()
 
 
-def save(parts: Parts, step: int, is_needed: bool) -> None:
+def save(parts: Parts, report: Report, step: int, is_needed: bool) -> None:
     """Publish checkpoint-<step>. Collective: every rank must call this.
 
     A save that fails is an error only where it ``is_needed``; else training goes on and the next
@@ -288,6 +292,7 @@ def save(parts: Parts, step: int, is_needed: bool) -> None:
             parts.run.add_event("save_failed", step=step, cause=str(error))
         return
     parts.stop.save_seconds = time.monotonic() - started
+    report.flush()  # a checkpoint's steps are never without their hashes
     if parts.world.is_main:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e9
         seconds = parts.stop.save_seconds
@@ -349,7 +354,7 @@ def own_run_folder(
         lease.take(owner, options.gone)
         path = run.path / "config.yaml"
         if not path.exists() or path.read_text() != config.to_yaml():
-            path.write_text(config.to_yaml())
+            files.replace_file(path, config.to_yaml().encode())
         return owner, lease.epoch
 
     owner, epoch = distributed.main_decides(world, take)
@@ -425,7 +430,7 @@ def announce(parts: Parts, step: int, newest: Path | None) -> None:
     epochs = total / parts.sampler.total_samples
     log.info("%s  %s", " " * len(name), plan)
     log.info("%s  %s steps = %.2f epochs", " " * len(name), f"{parts.max_steps:,}", epochs)
-    if config.train.max_steps is not None and config.train.num_train_epochs < epochs:
+    if config.train.max_steps is not None:
         log.info("%s  train.num_train_epochs is not used: max_steps decides", " " * len(name))
     if len(parts.store.eval) < 2:
         log.info("%s  no held-out documents: there will be no evaluation", " " * len(name))

@@ -159,6 +159,20 @@ def test_who_lost_the_run_folder_does_not_publish(tmp_path):
     assert not places.checkpoints(tmp_path / "c")
 
 
+def test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner(tmp_path):
+    theirs = save(tmp_path / "c", 1, value=2.0)
+    answers = iter([None])
+
+    def lost_meanwhile():
+        if next(answers, "lost") == "lost":
+            raise ConfigError("job 7 took over")
+
+    with pytest.raises(ConfigError, match="job 7"):
+        save(tmp_path / "c", 1, check=lost_meanwhile)
+    assert not list(files.damage(theirs))
+    assert torch.equal(load_file(theirs / "model.safetensors")["a"], torch.full((3, 4), 2.0))
+
+
 def test_optimizer_shards_are_spread_over_ranks_and_are_whole_together():
     snap = snapshot(1)
     snap.weights = {"w": torch.zeros(100)}

@@ -407,6 +407,37 @@ def test_a_former_holder_that_slurm_no_longer_knows_is_replaced(site):
     assert "--gone" not in site.calls("srun")
 
 
+def test_a_launch_that_breaks_leaves_a_failed_status_and_not_a_queued_one(site):
+    site.stub("scontrol", "echo 'slurm_load_node error' >&2; exit 1")
+    process = batch(site, "exit 0")
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert site.run.status()["state"] == "FAILED"
+    assert not site.calls("srun")
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [(["--gres=gpu:3"], 3), (["--gpus-per-node=a100:3"], 3), (["-N", "3"], 3), (["-N3"], 3)],
+)
+def test_the_command_line_of_sbatch_wins_over_the_file(site, options, processes):
+    line = only_error(site.submit("--", *options))
+    assert f"x {processes} processes" in line
+
+
+def test_a_run_that_lives_on_this_machine_is_left_alone(site):
+    from trainstack.runfolder import Lease, Owner
+
+    assert site.submit().returncode == 0
+    before = (site.run.path / "config.yaml").read_text()
+    Lease(site.run.path).take(Owner("local-this-test", 1))
+    for arguments in ([], ["--local"]):
+        result = site.submit("train.max_steps=99", *arguments)
+        assert result.returncode == 78
+        assert "is in the hands of job local-this-test" in only_error(result)
+    assert (site.run.path / "config.yaml").read_text() == before
+
+
 def test_the_monitor_tells_a_killed_run_from_a_living_one(site):
     site.run.create()
     from trainstack.runfolder import process_start

@@ -78,6 +78,7 @@ def save(
     temporary = folder / f".{final.name}.{attempt}.tmp"
     entries, problem = {}, None
     if world.is_main:
+        still_mine()  # or the leftovers below may be another life's save in the making
         problem = _attempt(lambda: _prepare_folder(folder, temporary), temporary)
     problem = from_main(problem)
     if problem is None:
@@ -204,10 +205,10 @@ def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
 def _publish(
     temporary: Path, final: Path, entries: dict, step: int, still_mine: Callable[[], None]
 ) -> None:
-    if final.exists():  # damaged, and trained again since
-        set_aside(final)
     files.write_manifest(temporary, entries, kind="checkpoint", step=step)
     still_mine()
+    if final.exists():  # damaged, and trained again since
+        set_aside(final)
     os.rename(temporary, final)
     files.sync_folder(final.parent)
 

@@ -1,5 +1,6 @@
 """Documents out of data files: jsonl (.gz, .zst), json, parquet, csv and txt, read as a stream."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -14,6 +15,7 @@ from trainstack import files
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
 BATCH_ROWS = 1024
+csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, is a short document
 
 
 class DataError(Exception):
@@ -105,13 +107,13 @@ def _open(path: Path):
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """A JSON array of records; a .json file with a record per line is read as lines."""
     with _open(path) as stream:
-        first = stream.read(64).lstrip()[:1]
+        first = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first != b"[":
         yield from _read_lines(path)
         return
     try:
         with _open(path) as stream:
-            records = json.loads(stream.read())
+            records = json.loads(stream.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path.name}:{error.lineno}: {error.msg}; mend the file") from None
     for number, record in enumerate(records, start=1):

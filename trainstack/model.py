@@ -57,7 +57,8 @@ class CausalLMLoss(nn.Module):
         self.device_type = device.type
         self.autocast_dtype = DTYPES[train.precision]
         self.is_autocast = train.precision in ("bf16", "fp16")
-        self.is_chunked = has_plain_head(self.causal_lm, device)
+        with self._autocast():  # flash attention knows no fp32
+            self.is_chunked = has_plain_head(self.causal_lm, device)
         body = self.causal_lm.base_model if self.is_chunked else self.causal_lm
         self._body = [torch.compile(body) if train.torch_compile else body]  # no second submodule
 

@@ -212,7 +212,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def prove(home: Path, config: Config) -> None:
-    """Load what a run loads, by path: model configuration, tokenizer, schedule, first batch."""
+    """Load by path, offline: model configuration, tokenizer, first batch (not the weights)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoConfig, AutoTokenizer
 

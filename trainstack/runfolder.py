@@ -139,7 +139,8 @@ class Lease:
         if holder and not holder.get("released") and not self._may_replace(holder, owner, gone):
             raise LeaseHeld(
                 f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
-                f"{self.folder.parent}; wait for it, or end it first"
+                f"{self.folder.parent}; wait for it or end it, or, if it surely has ended, remove "
+                f"{self._file(epoch)}"
             )
         record = {
             "job": owner.job,
@@ -185,7 +186,12 @@ class Lease:
             return holder["attempt"] < owner.attempt
         if holder["job"] == gone:
             return True
-        return holder["host"] == socket.gethostname() and is_local_job(holder) and is_dead(holder)
+        return is_known_here(holder) and is_dead(holder)
+
+
+def is_known_here(holder: dict[str, Any]) -> bool:
+    """Whether this host can tell if a holder lives: a job of its own, without Slurm."""
+    return is_local_job(holder) and holder["host"] == socket.gethostname()
 
 
 def is_local_job(holder: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from trainstack.config import (
     steps_for,
 )
 from trainstack.environment import describe_environment
-from trainstack.runfolder import QUEUED, Lease, RunFolder
+from trainstack.runfolder import QUEUED, Lease, RunFolder, is_dead, is_known_here
 
 SPEAKER = "submit.sh"
 SMALL_FILE = (
@@ -126,16 +126,26 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     script = train_slurm.read_text()
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
-    words = [word for line in lines for word in line.split()] + sbatch_options
+    written = [word for line in lines for word in line.split()]
+    words = written + sbatch_options
     return Resources(
         nodes=_number(_last(words, "--nodes", "-N") or "1"),
-        gpus_per_node=_number(
-            _last(words, "--gpus-per-node") or _last(words, "--gres", "", r"gpu:(.*)") or "0"
-        ),
+        gpus_per_node=_gpus_per_node(sbatch_options, written),
         time=_last(words, "--time", "-t") or "the partition's time limit",
         partition=f"partition {_last(words, '--partition', '-p') or '(default)'}",
         processes_per_node=_number(edited[1] or "0") if edited else None,
     )
+
+
+def _gpus_per_node(*sources: list[str]) -> int | None:
+    """GPUs per node by the first source that says; None where it gives only a total."""
+    for words in sources:
+        value = _last(words, "--gpus-per-node") or _last(words, "--gres", "", r"gpu:(.*)")
+        if value is not None:
+            return _number(value)
+        if _last(words, "--gpus", "-G") is not None:
+            return None
+    return 0
 
 
 def _last(words: list[str], long: str, short: str = "", pattern: str = "(.*)") -> str | None:
@@ -191,7 +201,10 @@ def check_owner(run: RunFolder, queue: str) -> None:
             f"end it: scancel {waiting}"
         )
     _, holder = Lease(run.path).holder()
-    if holder and not holder.get("released") and states.get(holder["job"]) in LIVE:
+    if not holder or holder.get("released"):
+        return
+    is_alive = is_known_here(holder) and not is_dead(holder)
+    if is_alive or states.get(holder["job"]) in LIVE:
         raise Refused(f"run {run.path.name} is in the hands of job {holder['job']}; wait for it")
 
 
