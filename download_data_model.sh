@@ -96,7 +96,7 @@ find_environment() {
   source "$HERE/env.sh" # which the check may just have written
 }
 
-run() { PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" "$TRAINSTACK_PYTHON" -m "$@"; }
+run() { PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 "$TRAINSTACK_PYTHON" -m "$@"; }
 
 # A job reads the config file, so what was only said here must be said to it too.
 tell_next_step() {

@@ -28,6 +28,7 @@ from trainstack.config import (
     steps_for,
 )
 from trainstack.distributed import World
+from trainstack.environment import changed_settings
 from trainstack.metrics import HEADER, Metrics, duration
 from trainstack.runfolder import EXIT_CODES, RUNNING, Lease, Owner, RunFolder
 from trainstack.stop import Stop
@@ -135,8 +136,8 @@ def train(parts: Parts, step: int) -> str:
         consumed = data.samples_hash(parts.sampler.samples_at(step - 1))
         wants_stop = parts.stop.is_wanted(pace.step_seconds)
         numbers.send(step, loss_sum, grad_norm, parts.plan.tokens_per_step, wants_stop, consumed)
-        is_evaluated = is_due(step, config.eval.eval_steps, max_steps)
-        is_saved = is_due(step, config.checkpoint.save_steps, max_steps)
+        is_evaluated = training.is_due(step, config.eval.eval_steps, max_steps)
+        is_saved = training.is_due(step, config.checkpoint.save_steps, max_steps)
         if is_evaluated or is_saved or is_stopping:
             is_stopping |= report.step(numbers.read())
         if is_evaluated:
@@ -179,7 +180,7 @@ class Report:
         if self.metrics:
             self.metrics.note_samples(result.step, result.samples_hash)
         steps = config.log.logging_steps
-        if result.step == 1 or is_due(result.step, steps, parts.max_steps):
+        if result.step == 1 or training.is_due(result.step, steps, parts.max_steps):
             self._log(result)
         return result.is_stop_wanted
 
@@ -218,11 +219,6 @@ class Report:
     def close(self) -> None:
         if self.metrics:
             self.metrics.close()
-
-
-def is_due(step: int, every: int | None, max_steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
-    return step == max_steps or (every is not None and step % every == 0)
 
 
 def batches_at(parts: Parts, step: int):
@@ -272,6 +268,7 @@ def save(parts: Parts, report: Report, step: int, is_needed: bool) -> None:
             "samples_seen": step * parts.plan.global_batch_size,
             "tokens_seen": step * parts.plan.tokens_per_step,
             "identity": tokens.identity(parts.config, parts.store.folder.name),
+            "settings": parts.config.model_dump(),
             "scaler": parts.scaler.state_dict(),
             "world_size": parts.world.world_size,
             "torch": torch.__version__,
@@ -439,7 +436,10 @@ def announce(parts: Parts, step: int, newest: Path | None) -> None:
             "resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
             parts.owner.attempt, newest.name,
         )  # fmt: skip
-        parts.run.add_event("resume", step=step, checkpoint=newest.name)
+        changes = changed_settings(places.read_state(newest)["settings"], config.model_dump())
+        for change in changes:
+            log.info("resume  %s", change)
+        parts.run.add_event("resume", step=step, checkpoint=newest.name, changes=changes)
 
 
 def parse_arguments() -> argparse.Namespace:

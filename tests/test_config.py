@@ -205,3 +205,133 @@ def test_settings_of_another_run_are_refused_with_the_difference():
     with pytest.raises(ConfigError, match=r"run\.seed=2 \(the run has 1\); put it back") as error:
         config.check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
     assert error.value.code == 78
+
+
+LONG = "x" * 5000
+ODD = [
+    # what was written -> the part of the message that repeats it
+    ([f"run.name={LONG}"], "run.name=xxx"),
+    (["run.name=" + "9" * 5000], "(5,009 characters) (command line): not a plain name"),
+    (["run.seed=" + "9" * 5000], "not a whole number"),
+    ([f"{LONG}=1"], "(5,002 characters) (command line): no such key"),
+    (["optim.learning_rate.peak=1"], "optim.learning_rate.peak=1 (command line): no such key"),
+    (["optim.lr_scheduler_kwargs={min_lr_rate: null}"], "not a number; write for example 2e-5"),
+    (["optim.lr_scheduler_kwargs.a.b=1"], "optim.lr_scheduler_kwargs.a.b=1 (command line): not a"),
+    (["optim.lr_scheduler_kwargs=[1]"], "lr_scheduler_kwargs=[1] (command line): wrong type"),
+    (["run.name=&a [*a]"], "nested without end; write sections with plain keys"),
+    (["run.name=" + "[" * 5000], "nested without end"),
+    (["run=3"], "run=3 (command line): no such key"),
+    (["train.global_batch_size=1000000000001"], "write train.global_batch_size=1000000000000 or"),
+    (["--world-size", "0"], "0 processes cannot train; ask for at least 1"),
+    (["--config", "."], "Is a directory; name another with --config FILE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), ODD, ids=range(len(ODD)))
+def test_the_oddest_input_is_still_one_short_line(arguments, part):
+    assert part in complaint(check(*arguments))
+
+
+ODD_FILES = [
+    (changed("name: demo ", f"name: {LONG} "), r"config\.yaml:8: run\.name=x{60}\.\.\. \(5,000 ch"),
+    (changed("name: demo ", 'name: "a\\nb" '), r"config\.yaml:8: run\.name='a\\nb': not a plain"),
+    (changed("  seed:", f"  {LONG[:900]}: 1\n  seed:"), r"yaml:9: run\.x+\.\.\. \(904 characters"),
+    (changed("  seed:", f"  {LONG}: 1\n  seed:"), r"config\.yaml:9:\d+: .*; mend the line 'x{60}'"),
+    (changed("  seed: 1234", "  seed: &a {b: *a}"), r"nested without end"),
+    (
+        changed("  seed: 1234", "  ? [a, b]\n  : 1\n  seed: 1234"),
+        r"config\.yaml:9: run\.a sequence: no such key",
+    ),
+    (
+        changed("  seed: 1234", "  seed: 1:30"),
+        r"config\.yaml:9: run\.seed=1:30: not a whole number",
+    ),
+    (changed("  seed: 1234", "  seed: 2026-11-23"), r"run\.seed=2026-11-23: not a whole number"),
+    (changed("  seed: 1234", "  seed: -1"), r"run\.seed=-1: out of range; write a number at least"),
+    (changed("  seed: 1234", "  seed: no"), r"config\.yaml:9: run\.seed=no: not a whole number"),
+    (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; mend the line"),
+    (SHIPPED + "\0", r"config\.yaml: not YAML: .*remove that character"),
+    (changed("global_batch_size: 32", "global_batch_size: 30"), r"config\.yaml:\d+: train\.global"),
+]
+
+
+@pytest.mark.parametrize(("text", "pattern"), ODD_FILES, ids=range(len(ODD_FILES)))
+def test_the_oddest_file_is_still_one_short_line(text, pattern, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    line = complaint(check("--config", tmp_path / "config.yaml"))
+    assert re.search(pattern, line), line
+
+
+def test_a_tag_on_the_command_line_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    tag = f'eval.sample_prompt=!!python/object/apply:os.system ["touch {canary}"]'
+    assert "is not allowed; write a plain value" in complaint(check(tag))
+    assert not canary.exists()
+
+
+def test_file_and_command_line_are_judged_together(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(changed("save_total_limit: 3", "save_total_limit: 1"))
+    result = check("--config", path, "data.seq_len=1", "lr=1")
+    assert result.returncode == 2
+    told = result.stderr
+    assert "3 problems" in told
+    assert re.search(r"config\.yaml:\d+: checkpoint\.save_total_limit=1: out of range", told)
+    assert "data.seq_len=1 (command line): out of range; write a number at least 2" in told
+    assert "lr=1 (command line): no such key; did you mean optim.learning_rate?" in told
+
+
+def test_the_names_of_other_trainers_are_told_all_at_once():
+    names = [name for name in FOREIGN_NAMES if name not in ("dataset", "datasets")]
+    result = check(*(f"train.{name}=1" for name in names))
+    assert result.returncode == 2
+    told = result.stderr.splitlines()
+    assert told[0] == f"config: error: {len(names)} problems in the configuration"
+    for name in names:
+        (line,) = [line for line in told if f" train.{name}=1 (" in line]
+        fix = FOREIGN_NAMES[name]
+        assert f"did you mean {fix}?" in line if fix else "remove it" in line
+
+
+def test_the_shipped_file_has_every_key_once_with_a_comment():
+    section, found = "", []
+    for line in SHIPPED.splitlines():
+        if match := re.match(r"(\w+):$", line):
+            section = match[1]
+        elif match := re.match(r"  (\w+): +\S", line):
+            found.append(f"{section}.{match[1]}")
+            assert re.search(r"  # \w", line), f"{line}: why would one change it?"
+    assert found == config.all_keys()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "2e-5", "1_000"])
+def test_the_file_takes_the_numbers_that_people_write(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(changed("learning_rate: 4e-3", f"learning_rate: {text}"))
+    assert config.load(path, []).optim.learning_rate == float(text)
+
+
+TEXTS = [
+    "", " ", "~", "null", "yes", "08", "1e3", "1_000", ".inf", "true", "1:30", "=", "<<", "- a",
+    "a: b", "# no comment", "'", '"', "$(touch canary)", "two\nlines\n", "\ttab",
+    "ü 漢 \u2028 \x85", "!!python/name:os.system", "&a *a", "{", "%", "x" * 5000, "word " * 300,
+    "9" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text)[:20])
+def test_any_text_reads_back_as_it_was(text, tmp_path):
+    loaded = config.load(tiny.ROOT / "config.yaml", [])
+    asked = loaded.model_copy(
+        update={"eval": loaded.eval.model_copy(update={"sample_prompt": text})}
+    )
+    (tmp_path / "c.yaml").write_text(asked.to_yaml(), encoding="utf-8")
+    assert config.load(tmp_path / "c.yaml", []).eval.sample_prompt == text
+
+
+def test_the_resolved_configuration_that_is_printed_reads_back(tmp_path):
+    result = check("run.name=other", "optim.learning_rate=2e-5")
+    assert (result.returncode, result.stderr) == (0, "")
+    (tmp_path / "c.yaml").write_text(result.stdout)
+    loaded = config.load(tmp_path / "c.yaml", [])
+    assert (loaded.run.name, loaded.optim.learning_rate) == ("other", 2e-5)

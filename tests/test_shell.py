@@ -1,633 +1,976 @@
-"""The shell scripts against stub commands: golden command lines, hostile paths, truthful ends."""
+"""The scripts against fake Slurm commands: golden command lines, hostile paths, no secret told."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import tiny
-from trainstack import places
-from trainstack.runfolder import RunFolder
+from trainstack import config, places, submit, tokens
+from trainstack.runfolder import Lease, Owner, RunFolder
 
-SCRIPTS = ["setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh", "tests/run.sh"]
-STUB = """#!/usr/bin/env bash
-printf '%s\\n' "$0" "$@" >>"{log}"
-env >"{log}.env"
-{body}
-"""
+BASH = shutil.which("bash")
+TOOLS = (
+    "awk", "bash", "cat", "chmod", "cp", "date", "df", "dirname", "env", "git", "grep", "id", "ln",
+    "ls", "mkdir", "mktemp", "mv", "nproc", "readlink", "rm", "sed", "sh", "sha256sum", "sleep",
+    "stat", "tail", "touch", "tr", "uname",
+)  # fmt: skip
+HOSTILE = 'it\'s "a" $(touch canary) `touch canary` & é;#'
+SECRET = "hf_thisMustNeverBeSeenAnywhere0"
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "OMP_API_KEY")
+SCRIPTS = ("setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh", "tests/run.sh")
 
 
-@pytest.fixture
-def site(home, tmp_path):
-    """A checkout and a shared folder whose names would run a command, with stubs for Slurm."""
-    return Site(home, tmp_path / 'it\'s a $(touch canary) "place"', tmp_path / "stubs")
+class Commands:
+    """A folder for PATH: everyday tools, and fakes of what a site has, whose calls are kept."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.log = folder / "bin", folder / "calls"
+        self.folder.mkdir()
+        self.log.mkdir()
+        for name in TOOLS:
+            found = shutil.which(name)
+            assert found, f"these tests need {name}"
+            (self.folder / name).symlink_to(found)
+
+    def add(self, name: str, body: str = "", path: Path | None = None) -> None:
+        """A fake that keeps its arguments and environment, then does ``body``."""
+        path = path or self.folder / name
+        path.unlink(missing_ok=True)
+        path.write_text(f"#!{BASH}\n{self.keep(name)}\n{body}\n")
+        path.chmod(0o755)
+
+    def keep(self, name: str) -> str:
+        """Bash that keeps this call: arguments end in NUL, calls in RS."""
+        log = shlex.quote(str(self.log / name))
+        return f"{{ printf '%s\\0' \"$@\"; printf '\\036'; }} >>{log}; env -0 >{log}.environment"
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink()
+
+    def calls(self, name: str) -> list[list[str]]:
+        path = self.log / name
+        calls = path.read_text().split("\x1e")[:-1] if path.exists() else []
+        return [call.split("\0")[:-1] for call in calls]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The environment of the last call."""
+        entries = (self.log / f"{name}.environment").read_text().split("\0")
+        return dict(entry.split("=", 1) for entry in entries if entry)
 
 
 class Site:
-    def __init__(self, home: Path, root: Path, stubs: Path):
-        self.checkout, self.shared, self.stubs = root / "check out", root / "shared", stubs
-        shutil.copytree(
-            home, self.shared / "trainstack", ignore=shutil.ignore_patterns("runs"), symlinks=True
-        )
-        tiny.make_checkout(self.checkout, self.shared, run__name="r")
-        stubs.mkdir()
-        self.stub("sbatch", "echo 4711")
-        self.stub("squeue", "true")
-        self.stub("scontrol", '[[ "$1" == show ]] && printf "n%s\\n" 1 2 || true')
+    """A user's checkout and shared folder under hostile names, and the commands of a cluster."""
 
-    def stub(self, name: str, body: str) -> None:
-        path = self.stubs / name
-        path.write_text(STUB.format(log=self.stubs / f"{name}.log", body=body))
-        path.chmod(0o755)
+    def __init__(self, folder: Path, home: Path):
+        self.folder = folder
+        self.checkout, self.shared = folder / f"checkout {HOSTILE}", folder / f"shared {HOSTILE}"
+        self.home = self.shared / "trainstack"
+        self.run_dir = self.home / "runs" / "first"
+        shutil.copytree(home, self.home, ignore=shutil.ignore_patterns("runs"))
+        tiny.make_checkout(self.checkout, self.shared, run__name="first")
+        self.python = self.home / "venv" / "bin" / "python"
+        self.commands = Commands(folder)
+        self.commands.add("sbatch", "echo 4711")
+        for name in ("squeue", "scontrol", "srun"):
+            self.commands.add(name)
+        self.cwd = folder / "elsewhere"  # with files that Python must not take for its own modules
+        self.cwd.mkdir()
+        for name in ("json.py", "yaml.py"):
+            (self.cwd / name).write_text(f"open({str(folder / 'canary')!r}, 'w')\n")
+        self.environment = {
+            "PATH": str(self.commands.folder), "HOME": str(folder), "LANG": "C.UTF-8",
+            "SHARED_DIR": str(self.shared), **dict.fromkeys(SECRETS, SECRET),
+        }  # fmt: skip
 
-    def calls(self, name: str) -> list[str]:
-        path = self.stubs / f"{name}.log"
-        return path.read_text().splitlines() if path.exists() else []
-
-    def environment(self, **changes: str) -> dict[str, str]:
-        names = ("NPROC_PER_NODE", "MASTER_PORT", "OMP_NUM_THREADS")
-        kept = {k: v for k, v in os.environ.items() if k not in names and "SLURM" not in k}
-        path = f"{self.stubs}:{os.environ['PATH']}"
-        return {**kept, "PATH": path, "SHARED_DIR": str(self.shared), **changes}
-
-    def submit(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    def run(self, script: str, *arguments, cwd: Path | None = None, **changes: str | None):
+        """``bash script ...`` in the folder of somebody else; None takes a variable away."""
+        changed = {**self.environment, **changes}
         return subprocess.run(
-            ["bash", self.checkout / "submit.sh", *arguments], cwd="/", text=True,
-            capture_output=True, env=self.environment(**changes), timeout=60,
+            [BASH, self.checkout / script, *map(str, arguments)], capture_output=True, text=True,
+            cwd=cwd or self.cwd, timeout=60,
+            env={name: value for name, value in changed.items() if value is not None},
         )  # fmt: skip
 
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.shared / "trainstack" / "runs" / "r")
+    def submit(self, *arguments, **options) -> subprocess.CompletedProcess:
+        return self.run("submit.sh", *arguments, **options)
+
+    def make_checkpoint(self, step: int, **changes) -> None:
+        """What a run of this configuration leaves, as far as submit.sh looks at it."""
+        loaded = config.load(self.checkout / "config.yaml", [])
+        (store,) = (self.home / "tokens").iterdir()
+        changed = {name.replace("__", "."): value for name, value in changes.items()}
+        identity = {**tokens.identity(loaded, store.name), **changed}
+        path = self.run_dir / "checkpoints" / f"checkpoint-{step}" / places.STATE
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"step": step, "identity": identity}))
+
+    def files(self) -> dict[Path, int]:
+        """Everything in the shared folder, with the time of its last change."""
+        return {path: path.stat().st_mtime_ns for path in self.shared.rglob("*")}
 
 
-def only_error(result: subprocess.CompletedProcess) -> str:
-    """The one error line; fails on a traceback or a second error."""
-    assert "Traceback" not in result.stderr
-    errors = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1, result.stderr
+@pytest.fixture
+def site(tmp_path, home):
+    """Whatever a test does: nothing in a name was run, and no secret stands in any file."""
+    site = Site(tmp_path, home)
+    yield site
+    assert not list(tmp_path.rglob("canary"))
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.suffix != ".environment":
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def complaint(result: subprocess.CompletedProcess, code: int, script: str = "submit.sh") -> str:
+    """The one line of an error; fails where there is more, less, a traceback or another code."""
+    assert result.returncode == code, result.stdout + result.stderr
     assert result.stdout == ""
-    return errors[0]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith(f"{script}: error: ")
+    return lines[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_of_a_script_is_its_header(script):
-    result = subprocess.run(
-        ["bash", tiny.ROOT / script, "--help"], capture_output=True, text=True, cwd="/"
-    )
-    assert result.returncode == 0
-    assert "Usage: bash" in result.stdout
-    header = (tiny.ROOT / script).read_text().split("\n\n")[0].splitlines()[2:]
-    assert result.stdout.splitlines() == [
-        line.removeprefix("#").removeprefix(" ") for line in header
-    ]
+# --- submit.sh
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if not s.startswith("tests")])
-def test_an_unknown_option_is_one_line_and_code_two(script):
-    result = subprocess.run(
-        ["bash", tiny.ROOT / script, "--nosuch"], capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert "--nosuch" in only_error(result)
-
-
-@pytest.mark.parametrize(
-    ("tool", "files"),
-    [
-        (["shellcheck", "-x"], [*SCRIPTS, "train.slurm", ".ci/run"]),
-        (["shfmt", "-i", "2", "-ci", "-d"], [*SCRIPTS, "train.slurm", ".ci/run"]),
-        (["ruff", "check"], ["."]),
-        (["ruff", "format", "--check"], ["."]),
-    ],
-    ids=["shellcheck", "shfmt", "ruff check", "ruff format"],
-)
-def test_the_linters_find_nothing(tool, files):
-    result = subprocess.run([*tool, *files], cwd=tiny.ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_submitting_prints_the_job_id_alone_and_the_command_is_as_it_should_be(site):
-    result = site.submit("--", "--nodes=2", "--gpus-per-node=h100:2")
+def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
+    result = site.submit()
     assert result.returncode == 0, result.stderr
     assert result.stdout == "4711\n"
-    run = site.run.path
-    command = site.calls("sbatch")
-    exported = command.pop(5).removeprefix("--export=").split(",")
-    assert command == [
-        str(site.stubs / "sbatch"), "--parsable", "--job-name=r", f"--output={run}/logs/%j.out",
-        f"--chdir={run}", "--nodes=2", "--gpus-per-node=h100:2", f"{run}/code/train.slurm",
-        str(run),
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("submit.sh: ") for line in lines)
+    assert "config.yaml ok | model and tokens present and verified | " in lines[0]
+    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[1]
+    assert "run first is queued; look: bash monitor.sh first" in lines[2]
+    run = RunFolder(site.run_dir)
+    assert run.status()["state"] == "QUEUED"
+    assert [(event["event"], event["job"]) for event in run.events()] == [("submitted", "4711")]
+
+
+def golden(site: Site, *sbatch_options: str) -> list[str]:
+    """The arguments of sbatch but for --export, whose names come in any order."""
+    return [
+        "--parsable", "--job-name=first", f"--output={site.run_dir}/logs/%j.out",
+        f"--chdir={site.run_dir}", *sbatch_options, f"{site.run_dir}/code/train.slurm",
+        str(site.run_dir),
     ]  # fmt: skip
-    assert {"PATH", "HOME"} <= set(exported)
-    assert not (site.checkout / "canary").exists()
-    assert not Path("/canary").exists()
-    assert site.run.status()["state"] == "QUEUED"
-    assert [e["job"] for e in site.run.events() if e["event"] == "submitted"] == ["4711"]
 
 
-def test_no_token_goes_to_slurm_or_into_the_run_folder(site):
-    secrets = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "MY_PASSWORD")
-    environment = dict.fromkeys(secrets, "verysecret")
-    assert site.submit(**environment, NCCL_DEBUG="INFO").returncode == 0
-    exported = next(word for word in site.calls("sbatch") if word.startswith("--export="))
-    assert "NCCL_DEBUG" in exported
-    assert not [name for name in secrets if name in exported]
-    for path in site.run.path.rglob("*"):
-        assert not path.is_file() or b"verysecret" not in path.read_bytes(), path
+def without_export(call: list[str]) -> list[str]:
+    return [word for word in call if not word.startswith("--export=")]
 
 
-def test_what_sbatch_says_comes_out_with_its_code_and_a_hint_and_nothing_is_left(site):
-    site.stub("sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 3")
+def test_sbatch_gets_exactly_these_arguments_also_where_paths_are_hostile(site):
+    options = ["--nodes=4", "--gpus-per-node=1", "--comment=two words; $(touch canary)"]
+    assert site.submit("--", *options).returncode == 0
+    (call,) = site.commands.calls("sbatch")
+    assert without_export(call) == golden(site, *options)
+
+
+def test_a_job_sees_the_names_on_the_list_and_never_a_secret(site):
+    result = site.submit(NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x")
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("sbatch")
+    (names,) = [word.partition("=")[2] for word in call if word.startswith("--export=")]
+    assert set(names.split(",")) == {"HOME", "LANG", "MODULES", "NCCL_DEBUG", "OMP_PLACES", "PATH"}
+
+
+def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
+    site.run("setup.sh", "--check")
+    before = site.files()
+    result = site.submit("--dry-run", "--", "--time=5")
+    assert result.returncode == 0, result.stderr
+    assert site.files() == before
+    assert site.commands.calls("sbatch") == []
+    parse = ["bash", "-c", f"printf '%s\\0' {result.stdout}"]
+    words = subprocess.run(parse, capture_output=True, text=True).stdout.split("\0")[:-1]
+    assert words[0] == "sbatch"
+    assert without_export(words[1:]) == golden(site, "--time=5")
+
+
+def test_a_dry_run_on_this_machine_prints_its_command_too(site):
+    result = site.submit("--dry-run", "--local")
+    assert result.returncode == 0, result.stderr
+    assert "code/train.slurm" in result.stdout
+    assert not site.run_dir.exists()
+
+
+def test_the_cluster_that_sbatch_names_is_no_part_of_the_job_id(site):
+    site.commands.add("sbatch", "echo '4711;east'")
+    assert site.submit().stdout == "4711\n"
+    assert [event["job"] for event in RunFolder(site.run_dir).events()] == ["4711"]
+
+
+REFUSALS = {
+    "Batch job submission failed: Invalid partition name specified": "sinfo -s lists the",
+    "Invalid account or account/partition combination specified": "#SBATCH --account=NAME",
+    "Requested time limit is invalid (missing or exceeds some limit)": "#SBATCH --time",
+    "Requested node configuration is not available": "fewer nodes, GPUs or cores",
+    "Invalid generic resource (gres) specification": "no such GPUs here",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_a_refusal_of_sbatch_gets_a_hint(site, reason):
+    script = ["-c", 'source "$1"; hint "$2"', "bash", site.checkout / "submit.sh", reason]
+    result = subprocess.run(
+        [BASH, *script], capture_output=True, text=True, env=site.environment, cwd=site.cwd
+    )  # without USER, as in many containers
+    assert result.stderr == ""
+    assert REFUSALS[reason] in result.stdout
+
+
+def test_what_sbatch_refuses_is_one_line_with_its_reason_and_a_hint(site):
+    reason = "sbatch: error: invalid partition specified: x\\nsbatch: error: and more"
+    site.commands.add("sbatch", f"printf '{reason}\\n' >&2; exit 3")
     result = site.submit()
-    assert result.returncode == 3
-    assert "sinfo -s lists the partitions" in only_error(result)
-    assert site.run.status() == {}
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.count("error: sbatch refused") == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("submit.sh: error: sbatch refused the job: sbatch: error: invalid part")
+    assert "and more" in last
+    assert "(sinfo -s lists the partitions; put yours into train.slurm)" in last
 
 
-def test_a_cluster_name_behind_the_job_id_is_cut_off(site):
-    site.stub("sbatch", "echo '4711;cluster'")
+def test_a_refused_job_leaves_the_status_of_before(site):
+    site.commands.add("sbatch", "exit 3")
+    assert site.submit().returncode == 3
+    assert RunFolder(site.run_dir).status() == {}
+    RunFolder(site.run_dir).set_status("PAUSED", step=7, job="12")
+    before = (site.run_dir / "status.json").read_text()
+    assert site.submit().returncode == 3
+    assert json.loads((site.run_dir / "status.json").read_text()) == json.loads(before)
+    assert RunFolder(site.run_dir).events() == []
+
+
+def test_without_sbatch_the_way_out_is_named(site):
+    site.commands.remove("sbatch")
+    assert "no sbatch here; log in to the cluster, or use --local" in complaint(site.submit(), 1)
+
+
+def test_a_slurm_that_does_not_answer_is_quoted_on_one_line(site):
+    site.commands.add("squeue", "printf 'slurm_load_jobs error: no contact\\nmore\\n' >&2; exit 1")
+    line = complaint(site.submit(), 1)
+    assert "Slurm does not answer: slurm_load_jobs error: no contact; try again" in line
+    assert site.commands.calls("sbatch") == []
+
+
+def test_a_queue_of_twenty_thousand_jobs_is_no_obstacle(site):
+    """One argument of a command may have 128 KiB on Linux; this queue has 300."""
+    site.commands.add("squeue", "for ((i = 100000; i < 120000; i++)); do echo $i PENDING; done")
+    result = site.submit()
+    assert result.stdout == "4711\n", result.stderr
+
+
+def test_an_environment_that_is_not_ready_is_named_with_the_command_that_makes_it(site):
+    (site.home / "venv" / ".pins").unlink()
+    assert "not ready; run: bash setup.sh" in complaint(site.submit(), 1)
+
+
+WRONG_USE = [
+    (["--nodes=4"], "--nodes=4 is no option of submit.sh; options for sbatch go behind --"),
+    (["--config"], "--config needs a file"),
+    (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),
+    (["nonsense"], "nonsense (command line): not a setting; write section.key=value"),
+    (["run.name=$(touch canary)"], "not a plain name"),
+    (["run.name=../../up"], "not a plain name"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml: no such file; name one with --config FILE"),
+    (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N2"], "no multiple of"),
+    (["--", "--nodes=3", "--gpus-per-node=h100:8"], "x 24 processes; write train.global_batch"),
+    (["--", "--nodes=0"], "0 processes cannot train"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fix"), WRONG_USE, ids=lambda value: " ".join(value)[:40])
+def test_a_wrong_use_is_one_line_before_the_queue(site, arguments, fix):
+    assert fix in complaint(site.submit(*arguments), 2)
+    assert site.commands.calls("sbatch") == []
+    assert not site.run_dir.exists()
+
+
+SPELLINGS = [
+    # options behind -- -> nodes and GPUs per node, over train.slurm's one of each
+    ("", 1, 1),
+    ("--nodes=3", 3, 1),
+    ("--nodes 3", 3, 1),
+    ("-N3", 3, 1),
+    ("-N 3 --nodes=4", 4, 1),
+    ("--nodes=2-4", None, 1),
+    ("--gpus-per-node=3", 1, 3),
+    ("--gpus-per-node a100:3", 1, 3),
+    ("--gres=gpu:3", 1, 3),
+    ("--gres=gpu:a100:3", 1, 3),
+    ("--gpus=8", 1, None),
+]
+
+
+@pytest.mark.parametrize(("options", "nodes", "gpus"), SPELLINGS)
+def test_what_the_job_asks_for_is_read_in_every_spelling_of_sbatch(options, nodes, gpus):
+    found = submit.read_resources(tiny.ROOT / "train.slurm", options.split())
+    assert (found.nodes, found.gpus_per_node) == (nodes, gpus)
+    assert (found.time, found.processes_per_node) == ("24:00:00", 0)
+
+
+def test_several_mistakes_are_told_together_under_one_head(site):
+    result = site.submit("train.micro_batchsize=8", "optim.learning_rate=2e-5x")
+    assert result.returncode == 2
+    head, *problems = result.stderr.splitlines()
+    assert head == "submit.sh: error: 2 problems in the configuration, nothing was submitted"
+    assert len(problems) == 2
+
+
+def test_a_number_of_processes_that_is_none_is_refused(site):
+    line = complaint(site.submit(NPROC_PER_NODE="two"), 2)
+    assert "NPROC_PER_NODE=two is no number of processes" in line
+
+
+def test_the_processes_that_train_slurm_was_edited_for_count_in_the_arithmetic(site):
+    script = site.checkout / "train.slurm"
+    edited = script.read_text().replace('"${NPROC_PER_NODE:-}"', '"${NPROC_PER_NODE:-3}"')
+    script.write_text(edited)
+    assert "micro_batch_size=2 x 3 processes" in complaint(site.submit(), 2)
+    assert site.submit(NPROC_PER_NODE="2").returncode == 0
+
+
+def test_a_config_file_is_found_from_the_folder_of_the_user(site):
+    shutil.copy(site.checkout / "config.yaml", site.cwd / "my own.yaml")
+    result = site.submit("--config", "my own.yaml", "run.name=other")
+    assert result.stdout == "4711\n", result.stderr
+    assert "my own.yaml ok" in result.stderr
+    assert (site.home / "runs" / "other" / "config.yaml").exists()
+
+
+def test_a_second_submit_is_refused_while_the_job_of_the_first_waits(site):
+    assert site.submit().returncode == 0
+    site.commands.add("squeue", "printf '12 RUNNING\\n4711 PENDING\\n'")
+    line = complaint(site.submit(), 78)
+    assert "run first has job 4711 (PENDING) already; wait for it, or end it: scancel 4711" in line
+    assert len(site.commands.calls("sbatch")) == 1
+
+
+def test_a_run_in_the_hands_of_a_live_job_is_refused_and_of_a_dead_one_continued(site):
+    RunFolder(site.run_dir).create()
+    holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
+    (site.run_dir / "lease" / "1.json").write_text(json.dumps(holder))
+    site.commands.add("squeue", "echo 55 RUNNING")
+    assert "in the hands of job 55; wait for it" in complaint(site.submit(), 78)
+    site.commands.add("squeue", "echo 56 RUNNING")
     assert site.submit().stdout == "4711\n"
 
 
-def test_a_dry_run_prints_the_command_and_makes_nothing(site):
-    result = site.submit("--dry-run", "--", "--nodes=2", "--gpus-per-node=0")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("sbatch --parsable --job-name=r ")
-    assert not site.calls("sbatch")
-    assert not site.run.path.exists()
+def test_a_run_that_lives_on_this_machine_is_left_alone(site):
+    assert site.submit().returncode == 0
+    before = (site.run_dir / "config.yaml").read_text()
+    Lease(site.run_dir).take(Owner("local-this-test", 1))
+    for arguments in ([], ["--local"]):
+        line = complaint(site.submit("train.max_steps=99", *arguments), 78)
+        assert "is in the hands of job local-this-test" in line
+    assert (site.run_dir / "config.yaml").read_text() == before
 
 
-def test_without_slurm_the_way_out_is_named(site):
-    (site.stubs / "sbatch").unlink()
-    for path in Path("/usr/bin").iterdir():  # all that this machine has, but for Slurm
-        if not path.name.startswith("s") and not (site.stubs / path.name).exists():
-            (site.stubs / path.name).symlink_to(path)
-    for name in ("sed", "stat", "sha256sum", "sort", "sleep"):
-        (site.stubs / name).symlink_to(f"/usr/bin/{name}")
-    assert "no sbatch here; log in to the cluster, or use --local" in only_error(
-        site.submit(PATH=str(site.stubs))
-    )
+def test_a_local_run_is_refused_while_a_job_of_slurm_works_on_it(site):
+    assert site.submit().returncode == 0
+    site.commands.add("squeue", "echo 4711 RUNNING")
+    assert "run first has job 4711 (RUNNING) already" in complaint(site.submit("--local"), 78)
 
 
-def test_a_controller_that_does_not_answer_is_one_line(site):
-    site.stub(
-        "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
-    )
+def test_settings_of_another_experiment_are_refused_with_the_difference(site):
+    site.make_checkpoint(5, run__seed=99)
+    line = complaint(site.submit(), 78)
+    assert "run first cannot go on with run.seed=1234 (the run has 99); put it back, or" in line
+
+
+def test_a_setting_that_may_change_continues_the_run(site):
+    site.make_checkpoint(5)
+    assert site.submit("optim.learning_rate=0.5").stdout == "4711\n"
+    kept = config.load(site.run_dir / "config.yaml", [])
+    assert kept.optim.learning_rate == 0.5
+
+
+def test_a_complete_run_says_so_and_submits_nothing(site):
+    site.make_checkpoint(20)
+    RunFolder(site.run_dir).set_status("DONE", step=20)
     result = site.submit()
-    assert result.returncode == 1
-    assert "Unable to contact slurm controller" in result.stderr
-    assert not site.calls("sbatch")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "run first is complete: 20 steps" in result.stderr
+    assert "raise train.max_steps" in result.stderr
+    assert site.commands.calls("sbatch") == []
+    assert site.submit("train.max_steps=30").stdout == "4711\n"
+
+
+def remove_model(home: Path) -> None:
+    shutil.rmtree(home / "models" / "tiny")
+
+
+def remove_data(home: Path) -> None:
+    shutil.rmtree(home / "datasets" / "tiny")
+
+
+def remove_tokens(home: Path) -> None:
+    shutil.rmtree(home / "tokens")
+
+
+def damage_tokens(home: Path) -> None:
+    (path,) = (home / "tokens").glob("*/train.bin")
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def shorten_model(home: Path) -> None:
+    (home / "models" / "tiny" / "tokenizer.json").write_text("{")
+
+
+INPUTS = [
+    (remove_model, "model tiny is not here yet"),
+    (remove_data, "data set tiny is not here yet"),
+    (remove_tokens, "the tokens of tiny are not ready"),
+    (damage_tokens, "the tokens of tiny are not ready (train.bin: hash differs)"),
+    (shorten_model, "model tiny is damaged"),
+]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["optim.lr=1"], 2, "did you mean optim.learning_rate?"),
-        (["--config"], 2, "--config needs a file"),
-        (["--config", "/nowhere.yaml"], 2, "/nowhere.yaml: no such file"),
-        (["--local", "--", "--nodes=2"], 2, "--local runs without Slurm"),
-        (["--", "--nodes=3", "--gpus-per-node=1"], 2, "x 3 processes; write"),
-        (["data.name=org/none"], 1, "data set org/none is not here yet; run: bash download_data"),
-        (["model.name=org/none"], 1, "model org/none is not here yet; run: bash download_data"),
-        (["model.init=pretrained"], 1, "fetched without weights"),
-        (["data.text_field=body"], 1, "tokens of tiny are not ready"),
-        (
-            ["train.global_batch_size=10000", "train.micro_batch_size=1"],
-            2,
-            "sequences of 32 tokens",
-        ),
-    ],
+    ("damage", "what"), INPUTS, ids=lambda value: getattr(value, "__name__", "")
 )
-def test_what_can_be_known_here_is_said_here_in_one_line(site, arguments, code, message):
-    result = site.submit(*arguments)
-    assert result.returncode == code, result.stderr
-    assert message in only_error(result)
-    assert not site.calls("sbatch")
-    assert not site.run.path.exists()
+def test_inputs_that_are_missing_or_damaged_are_named_with_the_command_to_run(site, damage, what):
+    damage(site.home)
+    line = complaint(site.submit(), 1)
+    assert what in line
+    assert line.endswith("; run: bash download_data_model.sh")
+    assert not site.run_dir.exists()
+
+
+def test_inputs_that_do_not_fit_the_settings_are_named(site):
+    line = complaint(site.submit("model.init=pretrained"), 1)
+    assert "model tiny was fetched without weights" in line
+    assert line.endswith("model.init=pretrained, or set model.init=scratch")
+    assert "the tokens of tiny are not ready" in complaint(site.submit("data.text_field=body"), 1)
+
+
+def test_the_command_to_run_names_the_config_file_and_settings_that_it_needs(site):
+    shutil.copy(site.checkout / "config.yaml", site.cwd / "my own.yaml")
+    line = complaint(site.submit("--config", "my own.yaml", "model.name=org/x", "run.name=b"), 1)
+    assert "model org/x is not here yet" in line
+    assert line.endswith("; run: bash download_data_model.sh 'my own.yaml' model.name=org/x")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
+    model = site.home / "models" / "tiny"
+    content = {
+        n: (model / n).read_text()
+        for n in ("config.json", "tokenizer.json", "tokenizer_config.json")
+    }
+    shutil.rmtree(model)
+    tiny.publish(model, content, kind="model", parameters=10**15)
+    line = complaint(site.submit(), 1)
+    assert re.search(r"GB free, two checkpoints of tiny need 24,000,000\.0 GB; free some", line)
+
+
+def test_data_smaller_than_one_batch_is_told_with_both_numbers(site):
+    line = complaint(site.submit("train.global_batch_size=4096"), 2)
+    assert re.search(
+        r"has \d+ sequences of 32 tokens, less than train.global_batch_size=4096", line
+    )
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to a folder"])
 def test_a_run_folder_that_is_none_is_named_and_left_alone(site, kind):
-    path = site.run.path
-    path.parent.mkdir(exist_ok=True)
+    site.run_dir.parent.mkdir()
+    elsewhere = site.folder / "precious"
     if kind == "a file":
-        path.write_text("mine")
+        site.run_dir.write_text("mine")
     else:
-        path.symlink_to(site.stubs if kind.endswith("folder") else "/nowhere")
-    before = sorted(site.stubs.iterdir())
-    result = site.submit()
-    assert result.returncode == 1
-    assert "is not a folder; move it away, or choose another run.name" in only_error(result)
-    assert path.is_symlink() or path.read_text() == "mine"
-    assert not [p for p in site.stubs.iterdir() if p not in before and "squeue" not in p.name]
+        site.run_dir.symlink_to(elsewhere)
+    if kind == "a link to a folder":
+        elsewhere.mkdir()
+    assert "is not a folder; move it away, or choose another" in complaint(site.submit(), 1)
+    if kind == "a file":
+        assert site.run_dir.read_text() == "mine"
+    assert not elsewhere.exists() or not list(elsewhere.iterdir())
 
 
-def test_damaged_tokens_are_named(site):
-    path = next((site.shared / "trainstack" / "tokens").glob("*/train.bin"))
-    broken = bytearray(path.read_bytes())
-    broken[100] ^= 1
-    path.write_bytes(broken)
-    assert "(train.bin: hash differs)" in only_error(site.submit())
-
-
-def test_a_run_with_a_job_in_the_queue_is_not_given_to_another(site):
+def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(site):
     assert site.submit().returncode == 0
-    site.stub("squeue", "echo '4711 PENDING'")
-    result = site.submit()
-    assert result.returncode == 78
-    assert "job 4711 (PENDING) already" in only_error(result)
+    code = site.run_dir / "code"
+    kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
+    modules = {path.relative_to(site.checkout) for path in site.checkout.glob("trainstack/*.py")}
+    assert kept == modules | {Path(n) for n in ("train.py", "train.slurm", "requirements.txt")}
+    for path in kept:
+        assert (code / path).read_bytes() == (site.checkout / path).read_bytes()
+    (site.checkout / "train.py").write_text("edited")
+    (site.checkout / "trainstack" / "new.py").write_text("edited")
+    assert "edited" not in (code / "train.py").read_text()
+    assert site.submit().returncode == 0  # again: the new code
+    assert (code / "train.py").read_text() == "edited"
+    assert (code / "trainstack" / "new.py").exists()
 
 
-def test_another_experiment_under_the_same_name_is_refused_with_the_difference(site):
-    checkpoint = site.run.checkpoints / "checkpoint-5" / "training"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text(json.dumps({"identity": {"run.seed": 1}}))
-    result = site.submit()
-    assert result.returncode == 78
-    assert "run.seed=1234 (the run has 1)" in only_error(result)
-
-
-def test_the_run_keeps_code_settings_and_environment(site):
-    assert site.submit("optim.learning_rate=0.5").returncode == 0
-    kept = {str(p.relative_to(site.run.path / "code")) for p in site.run.path.glob("code/**/*.*")}
-    names = {f"trainstack/{p.name}" for p in (tiny.ROOT / "trainstack").glob("*.py")}
-    assert kept == {"train.py", "train.slurm", "requirements.txt", *names}
-    assert "learning_rate: 0.5" in (site.run.path / "config.yaml").read_text()
-    environment = json.loads((site.run.path / "environment.json").read_text())
-    assert environment["packages"]["torch"]
-    assert {"git_commit", "git_difference", "python"} <= set(environment)
-
-
-def test_a_disk_that_is_too_small_is_told_with_both_numbers(site):
-    manifest = places.model_folder(site.shared / "trainstack", "tiny") / "manifest.json"
-    folder = manifest.parent
-    content = {p.name: p.read_text() for p in folder.iterdir() if p != manifest}
-    shutil.rmtree(folder)
-    tiny.publish(folder, content, kind="model", weight_bytes=0, parameters=10**15)
-    line = only_error(site.submit())
-    assert re.search(r"has [\d,.]+ GB free, two checkpoints of tiny need 24,000,000\.0 GB", line)
-
-
-# What follows runs train.slurm itself, as Slurm would: a copy, somewhere else.
-
-
-def batch(site: Site, srun: str, attempt: int = 1, **changes: str) -> subprocess.Popen:
-    assert site.run.path.exists() or site.submit().returncode == 0
-    site.stub("srun", srun)
-    spool = site.stubs / "slurm_script"
-    shutil.copy2(site.run.path / "code" / "train.slurm", spool)
-    slurm = {
-        "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "8", "HF_TOKEN": "verysecret",
-    }  # fmt: skip
-    if attempt > 1:
-        slurm["SLURM_RESTART_COUNT"] = str(attempt - 1)
-    return subprocess.Popen(
-        ["bash", spool, site.run.path], env=site.environment(**{**slurm, **changes}), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/", start_new_session=True,
-    )  # fmt: skip
-
-
-def write_status(site: Site, state: str) -> str:
-    """A stub body that leaves the status as rank 0 would."""
-    status = {"run": "r", "state": state, "job": "4711", "attempt": 1, "step": 5}
-    return f"cat >'{site.stubs}/status' <<'E'\n{json.dumps(status)}\nE\n" + (
-        f'cp "{site.stubs}/status" "$(dirname "$(cat "{site.stubs}/where")")/status.json"\n'
-    )
-
-
-def remember_place(site: Site) -> None:
-    site.run.create()
-    (site.stubs / "where").write_text(f"{site.run.path}/logs\n")
-
-
-def test_the_launch_is_as_it_should_be(site):
-    process = batch(site, "exit 1", attempt=2, SLURM_JOB_END_TIME="1999999999")
-    process.communicate(timeout=60)
-    run, home = site.run.path, site.shared / "trainstack"
-    words = site.calls("srun")
-    port = int(next(w for w in words if w.startswith("--rdzv-endpoint=n1:")).rpartition(":")[2])
-    assert 20000 <= port < 30050
-    assert words == [
-        str(site.stubs / "srun"), "--kill-on-bad-exit=1", "--ntasks-per-node=1", "--export=ALL",
-        "--cpus-per-task=8", f"{home}/venv/bin/python", "-m", "torch.distributed.run",
-        "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-id=4711.2",
-        f"--rdzv-endpoint=n1:{port}", "--nnodes=2", "--nproc-per-node=2", f"{run}/code/train.py",
-        "--config", f"{run}/config.yaml", "--home", str(home), "--job", "4711", "--attempt", "2",
-        "--stop-file", f"{run}/logs/4711.2.stop", "--expect-world-size", "4",
-        "--ends-at", "1999999999",
-    ]  # fmt: skip
-    environment = (site.stubs / "srun.log.env").read_text()
-    assert "verysecret" not in environment
-    for wanted in ("HF_HUB_OFFLINE=1", "SLURM_EXPORT_ENV=ALL", "OMP_NUM_THREADS=4"):
-        assert wanted in environment
-
-
-def test_processes_per_node_and_the_end_of_the_job_may_come_from_elsewhere(site):
-    site.stub("squeue", '[[ "$*" == *%e* ]] && echo 2030-01-01T00:00:00 || true')
-    batch(site, "exit 1", NPROC_PER_NODE="3").communicate(timeout=60)
-    words = site.calls("srun")
-    assert "--nproc-per-node=3" in words
-    assert words[words.index("--expect-world-size") + 1] == "6"
-    assert int(words[words.index("--ends-at") + 1]) > 1893000000
-
-
-def test_a_node_without_gpus_runs_two_processes(site):
-    batch(site, "exit 1", SLURM_GPUS_ON_NODE="").communicate(timeout=60)
-    assert "--nproc-per-node=2" in site.calls("srun")
-
-
-def test_two_thousand_hosts_do_not_break_the_choice_of_the_first(site):
-    site.stub("scontrol", 'for i in $(seq 1 2000); do printf "n%s\\n" "$i"; done')
-    batch(site, "exit 1").communicate(timeout=60)
-    assert any(word.startswith("--rdzv-endpoint=n1:") for word in site.calls("srun"))
-
-
-@pytest.mark.parametrize("code", [0, 42])
-def test_an_end_without_a_done_record_is_a_failure_whatever_srun_says(site, code):
-    process = batch(site, f"exit {code}")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"r: FAILED at step 0: the processes ended with code {code}" in stderr
-    assert site.run.status()["state"] == "FAILED"
-
-
-@pytest.mark.parametrize(("state", "code"), [("DONE", 0), ("PAUSED", 75), ("DIVERGED", 79)])
-def test_the_exit_code_is_that_of_the_status(site, state, code):
+def test_the_environment_of_a_run_is_kept_with_commit_difference_and_packages(site):
+    git = ["git", "-C", site.checkout, "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for command in (["init", "-q"], ["add", "config.yaml"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    with (site.checkout / "config.yaml").open("a") as file:
+        file.write("# my change\n")
     assert site.submit().returncode == 0
-    remember_place(site)
-    process = batch(site, write_status(site, state) + "exit 1")
-    process.communicate(timeout=60)
-    assert process.returncode == code
-    requeued = "requeue" in site.calls("scontrol")
-    assert requeued == (state == "PAUSED")
+    kept = json.loads((site.run_dir / "environment.json").read_text())
+    assert kept["git_commit"] == commit.strip()
+    assert "+# my change" in kept["git_difference"]
+    assert kept["packages"]["torch"]
+    assert kept["python"] == ".".join(map(str, sys.version_info[:3]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_the_batch_shell_asks_the_ranks_and_leaves_srun_alone(site, number):
-    assert site.submit().returncode == 0
-    remember_place(site)
-    waits = f'touch "{site.stubs}/running"; for i in $(seq 100); do sleep 0.1; '
-    waits += f'[[ ! -f "{site.stubs}/saved" ]] || break; done; '
-    process = batch(site, waits + write_status(site, "PAUSED") + f'touch "{site.stubs}/finished"')
-    deadline = time.monotonic() + 30
-    while not (site.stubs / "running").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    stop = site.run.logs / "4711.1.stop"
-    while not stop.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert stop.exists()
-    assert process.poll() is None
-    (site.stubs / "saved").touch()
-    _, stderr = process.communicate(timeout=60)
-    assert (site.stubs / "finished").exists(), stderr
-    assert process.returncode == 75
-    # After TERM Slurm itself cancels or requeues; asking again would fight it.
-    assert ("requeue" in site.calls("scontrol")) == (number == signal.SIGUSR1)
+def test_it_works_without_home_in_the_c_locale_and_with_an_open_umask(site):
+    result = site.submit(HOME=None, LANG=None, LC_ALL="C", TZ="Pacific/Chatham")
+    assert result.stdout == "4711\n", result.stderr
 
 
-def test_a_former_holder_that_slurm_no_longer_knows_is_replaced(site):
-    assert site.submit().returncode == 0
-    (site.run.path / "lease" / "1.json").write_text(
-        json.dumps({"job": "77", "attempt": 1, "host": "x", "pid": 1, "process_started": "b/1"})
-    )
-    batch(site, "exit 1").communicate(timeout=60)
-    assert site.calls("srun")[-2:] == ["--gone", "77"]
-    (site.stubs / "srun.log").unlink()
-    site.stub("squeue", '[[ "$*" == *%A* ]] && echo 77 || true')
-    batch(site, "exit 1").communicate(timeout=60)
-    assert "--gone" not in site.calls("srun")
+# --- train.slurm
 
 
-def test_a_launch_that_breaks_leaves_a_failed_status_and_not_a_queued_one(site):
-    site.stub("scontrol", "echo 'slurm_load_node error' >&2; exit 1")
-    process = batch(site, "exit 0")
-    process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert site.run.status()["state"] == "FAILED"
-    assert not site.calls("srun")
+def end_group(process: subprocess.Popen) -> None:
+    """End what a test started and what that left behind, also where the test failed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
-@pytest.mark.parametrize(
-    ("options", "processes"),
-    [(["--gres=gpu:3"], 3), (["--gpus-per-node=a100:3"], 3), (["-N", "3"], 3), (["-N3"], 3)],
-)
-def test_the_command_line_of_sbatch_wins_over_the_file(site, options, processes):
-    line = only_error(site.submit("--", *options))
-    assert f"x {processes} processes" in line
+class Job(Site):
+    """A submitted run, and the batch shell that Slurm starts of it, from a spool folder."""
 
-
-def test_a_run_that_lives_on_this_machine_is_left_alone(site):
-    from trainstack.runfolder import Lease, Owner
-
-    assert site.submit().returncode == 0
-    before = (site.run.path / "config.yaml").read_text()
-    Lease(site.run.path).take(Owner("local-this-test", 1))
-    for arguments in ([], ["--local"]):
-        result = site.submit("train.max_steps=99", *arguments)
-        assert result.returncode == 78
-        assert "is in the hands of job local-this-test" in only_error(result)
-    assert (site.run.path / "config.yaml").read_text() == before
-
-
-def test_the_monitor_tells_a_killed_run_from_a_living_one(site):
-    site.run.create()
-    from trainstack.runfolder import process_start
-
-    def show(pid: int, host: str = os.uname().nodename) -> str:
-        site.run.set_status("RUNNING", job="local-x", attempt=1, pid=pid, host=host, step=3)
-        result = subprocess.run(
-            ["bash", site.checkout / "monitor.sh"], capture_output=True, text=True,
-            env=site.environment(),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    assert process_start(os.getpid())
-    assert "RUNNING" in show(os.getpid())
-    assert "KILLED" in show(2**22 + 1)
-
-
-def test_the_monitor_names_the_runs_that_there_are(site):
-    assert site.submit().returncode == 0
-    result = subprocess.run(
-        ["bash", site.checkout / "monitor.sh", "nosuch"], capture_output=True, text=True,
-        env=site.environment(),
-    )  # fmt: skip
-    assert result.returncode == 1
-    assert "no run nosuch; there are: r" in only_error(result)
-
-
-# setup.sh, with a Python that only pretends to install.
-
-
-class FakeMachine:
-    """A copy of setup.sh with a python3 on the PATH that makes venvs and 'installs' as told."""
-
-    def __init__(self, root: Path):
-        self.root, self.bin = root, root / "bin"
-        self.bin.mkdir(parents=True)
-        for name in ("setup.sh", "requirements.txt"):
-            shutil.copy2(tiny.ROOT / name, root / name)
-        self.python("3.12.0")
-
-    def python(self, version: str, name: str = "python3") -> None:
-        """A python that answers questions for its version, makes venvs, and notes its installs."""
-        old = "1" if tuple(map(int, version.split("."))) < (3, 11) else "0"
-        path = self.bin / name
-        path.write_text(f"""#!/bin/bash
-case "$*" in
-  *"sys.version_info"*) exit {old} ;;
-  *"python_version()"*) echo {version} ;;
-  "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-  "-m pip install "*) echo x >>"{self.root}/installs"; source "{self.root}/install" ;;
-  -) cat >/dev/null; echo "Python {version}, pretended" ;;
-esac
-""")
-        path.chmod(0o755)
-        (self.root / "install").touch()
-
-    def setup(self, *arguments: str, **changes: str) -> subprocess.Popen:
-        environment = {
-            "PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.root), "MIN_FREE_GB": "0",
-            "SHARED_DIR": str(self.root / "sha red"), **changes,
+    def __init__(self, folder: Path, home: Path):
+        super().__init__(folder, home)
+        self.run = RunFolder(self.run_dir)
+        self.run.create()
+        shutil.copytree(self.checkout / "trainstack", self.run_dir / "code" / "trainstack")
+        shutil.copy(self.checkout / "config.yaml", self.run_dir / "config.yaml")
+        spool = folder / "spool" / "job00077"
+        spool.mkdir(parents=True)
+        self.script = spool / "slurm_script"
+        shutil.copy(self.checkout / "train.slurm", self.script)
+        self.stop_file = self.run_dir / "logs" / "77.1.stop"
+        self.release = folder / "release"
+        self.commands.add("scontrol", "printf 'gpu-07\\ngpu-08\\n'")
+        self.environment |= {
+            "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu-[07-08]",
+            "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16",
+            "SLURM_JOB_END_TIME": "1900000000", "TMPDIR": str(folder),
         }  # fmt: skip
-        # No python3 of the machine, so that the stub's version is what counts.
-        return subprocess.Popen(
-            ["bash", self.root / "setup.sh", *arguments], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+
+    def status(self, state: str, attempt: int = 1) -> str:
+        """Bash by which the fake ranks say how they ended."""
+        status = {"state": state, "job": "77", "attempt": attempt, "step": 9}
+        path = shlex.quote(str(self.run_dir / "status.json"))
+        return f"printf %s {shlex.quote(json.dumps(status))} >{path}"
+
+    def start(self, **changes: str | None) -> subprocess.Popen:
+        changed = {**self.environment, **changes}
+        self.process = subprocess.Popen(
+            [BASH, self.script, self.run_dir], cwd=self.run_dir, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={name: value for name, value in changed.items() if value is not None},
         )  # fmt: skip
+        return self.process
 
-    def installs(self) -> int:
-        path = self.root / "installs"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+    def wait(self, **changes: str | None) -> tuple[int, str]:
+        """Exit code and stderr of the batch shell."""
+        process = self.start(**changes)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors
 
-    @property
-    def venv(self) -> Path:
-        return self.root / "sha red" / "trainstack" / "venv"
+    def command(self) -> list[str]:
+        (call,) = self.commands.calls("srun")
+        return call
+
+    def value(self, option: str) -> str:
+        """The value of an option in the command of srun, written with a space or with =."""
+        call = self.command()
+        if option in call:
+            return call[call.index(option) + 1]
+        (word,) = [word for word in call if word.startswith(f"{option}=")]
+        return word.partition("=")[2]
 
 
 @pytest.fixture
-def machine(tmp_path):
-    return FakeMachine(tmp_path / "m")
+def job(tmp_path, home):
+    job = Job(tmp_path, home)
+    yield job
+    end_group(job.process)
+    assert not list(tmp_path.rglob("canary"))
 
 
-def end(process: subprocess.Popen) -> str:
-    _, stderr = process.communicate(timeout=60)
-    return stderr
+def test_srun_and_torchrun_get_exactly_these_arguments(job):
+    job.commands.add("srun", job.status("DONE"))
+    code, errors = job.wait()
+    assert code == 0, errors
+    port = job.value("--rdzv-endpoint").partition(":")[2]
+    assert job.command() == [
+        "--kill-on-bad-exit=1", "--ntasks-per-node=1", "--export=ALL", "--cpus-per-task=16",
+        str(job.python), "-m", "torch.distributed.run", "--max-restarts=0", "--rdzv-backend=c10d",
+        "--rdzv-id=77.1", f"--rdzv-endpoint=gpu-07:{port}", "--nnodes=2", "--nproc-per-node=4",
+        f"{job.run_dir}/code/train.py", "--config", f"{job.run_dir}/config.yaml",
+        "--home", str(job.home), "--job", "77", "--attempt", "1", "--stop-file", str(job.stop_file),
+        "--expect-world-size", "8", "--ends-at", "1900000000",
+    ]  # fmt: skip
+    assert ["show", "hostnames", "gpu-[07-08]"] in job.commands.calls("scontrol")
 
 
-def test_the_second_setup_changes_nothing(machine):
-    assert "ready: Python 3.12.0, pretended" in end(machine.setup())
-    assert "ready: Python 3.12.0, pretended" in end(machine.setup())
-    assert machine.installs() == 1
-    check = machine.setup("--check")
-    assert end(check) == ""
-    assert check.returncode == 0
-    for name in ("models", "datasets", "tokens", "runs", "cache"):
-        assert (machine.venv.parent / name).is_dir()
+def test_the_second_life_of_a_job_meets_under_its_own_name(job):
+    job.commands.add("srun", job.status("DONE", attempt=3))
+    code, errors = job.wait(SLURM_RESTART_COUNT="2")
+    assert code == 0, errors
+    assert job.value("--rdzv-id") == "77.3"
+    assert job.value("--attempt") == "3"
+    assert job.value("--stop-file").endswith("/logs/77.3.stop")
 
 
-def test_a_failed_install_keeps_the_environment_of_before_and_the_next_one_repairs(machine):
-    end(machine.setup())
-    before = machine.venv.resolve()
-    (machine.root / "requirements.txt").write_text("new\n")
-    (machine.root / "install").write_text("echo 'ERROR: No matching distribution'; exit 1")
-    failing = machine.setup()
-    text = end(failing)
-    assert failing.returncode == 1
-    assert "No matching distribution" in text
-    assert text.splitlines()[-1].startswith("setup.sh: error: installing failed")
-    assert machine.venv.resolve() == before
-    (machine.root / "install").write_text("")
-    assert "ready" in end(machine.setup())
-    assert machine.venv.resolve() != before
+def test_what_the_user_wrote_wins_over_what_slurm_says(job):
+    job.wait(NPROC_PER_NODE="3", MASTER_PORT="12345", OMP_NUM_THREADS="7")
+    assert job.value("--nproc-per-node") == "3"
+    assert job.value("--expect-world-size") == "6"
+    assert job.value("--rdzv-endpoint") == "gpu-07:12345"
+    assert job.commands.environment("srun")["OMP_NUM_THREADS"] == "7"
 
 
-def test_a_network_that_is_gone_is_told_as_such(machine):
-    (machine.root / "install").write_text("echo 'Temporary failure in name resolution'; exit 1")
-    assert "the package index cannot be reached" in end(machine.setup())
+def test_a_node_without_gpus_gets_two_processes(job):
+    job.wait(SLURM_GPUS_ON_NODE=None)
+    assert job.value("--nproc-per-node") == "2"
+    assert job.commands.environment("srun")["OMP_NUM_THREADS"] == "8"
 
 
-def test_a_killed_install_is_repaired_by_the_next_at_once(machine):
-    (machine.root / "install").write_text("sleep 30")
-    killed = machine.setup()
-    deadline = time.monotonic() + 20
-    while not machine.installs() and time.monotonic() < deadline:
+@pytest.mark.parametrize(("number", "first"), [("9999", 20000), ("4294900000", 20001)])
+def test_the_port_follows_from_the_job_below_the_ephemeral_range(job, number, first):
+    job.wait(SLURM_JOB_ID=number)
+    port = int(job.value("--rdzv-endpoint").partition(":")[2])
+    assert first <= port < first + 50
+
+
+def test_a_port_that_somebody_uses_is_passed_over(job):
+    with socket.create_server(("", 20078)):
+        job.wait()
+    assert 20078 < int(job.value("--rdzv-endpoint").partition(":")[2]) < 20128
+
+
+def test_two_thousand_hosts_do_not_break_the_pipe(job):
+    job.commands.add("scontrol", "for i in {1000..2999}; do echo a-rather-long-host-name-$i; done")
+    job.commands.add("srun", job.status("DONE"))
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.value("--rdzv-endpoint").startswith("a-rather-long-host-name-1000:")
+
+
+def test_no_hosts_no_launch(job):
+    """Nodes that each fell back to themselves would train alone, as many times as there are."""
+    job.commands.add("scontrol", "echo 'slurm_load_node error' >&2; exit 1")
+    code, errors = job.wait()
+    assert code == 1
+    assert "slurm_load_node error" in errors
+    assert job.commands.calls("srun") == []
+    assert job.run.status()["state"] == "FAILED"  # and not QUEUED for ever
+
+
+def test_the_tasks_have_modules_and_code_but_no_network_and_no_token(job):
+    job.commands.add("module")
+    job.commands.add("srun", f"umask >{job.folder}/umask")
+    job.wait(MODULES="cuda/12.8 python/3.12")
+    assert job.commands.calls("module") == [["load", "cuda/12.8", "python/3.12"]]
+    seen = job.commands.environment("srun")
+    assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"} & seen.keys()
+    assert (seen["HF_HUB_OFFLINE"], seen["HF_DATASETS_OFFLINE"]) == ("1", "1")
+    assert seen["PYTHONPATH"] == f"{job.run_dir}/code"
+    assert seen["SLURM_EXPORT_ENV"] == "ALL"
+    assert seen["OMP_NUM_THREADS"] == "4"
+    assert seen["TRITON_CACHE_DIR"].startswith(str(job.folder))
+    assert (job.folder / "umask").read_text().strip()[-2] in "02"  # the group may read
+
+
+def test_where_slurm_does_not_tell_the_end_of_the_job_squeue_is_asked(job):
+    job.commands.add("squeue", 'case "$*" in *%e*) echo 2030-01-02T03:04:05 ;; esac')
+    job.wait(SLURM_JOB_END_TIME=None, TZ="UTC")
+    assert job.value("--ends-at") == "1893553445"
+    assert ["--noheader", "--jobs=77", "--format=%e"] in job.commands.calls("squeue")
+
+
+@pytest.mark.parametrize("answer", ["exit 1", "echo N/A"])
+def test_an_end_that_nobody_knows_is_left_out(job, answer):
+    """An empty date is last midnight to date(1): the job would stop at its first step."""
+    job.commands.add("squeue", answer)
+    job.wait(SLURM_JOB_END_TIME=None)
+    assert "--ends-at" not in job.command()
+
+
+@pytest.mark.parametrize(("queue", "is_gone"), [("55", False), ("56", True)])
+def test_a_job_that_slurm_no_longer_has_is_told_to_the_ranks(job, queue, is_gone):
+    holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
+    (job.run_dir / "lease" / "1.json").write_text(json.dumps(holder))
+    job.commands.add("squeue", f"echo {queue}")
+    job.wait()
+    assert ("--gone" in job.command()) is is_gone
+    if is_gone:
+        assert job.value("--gone") == "55"
+
+
+ENDS = [
+    # what the ranks wrote, what srun returned -> exit code, state
+    (None, 42, 1, "FAILED"),
+    (None, 0, 1, "FAILED"),
+    ("RUNNING", 0, 1, "FAILED"),
+    ("DONE", 1, 0, "DONE"),
+    ("DIVERGED", 1, 79, "DIVERGED"),
+]
+
+
+@pytest.mark.parametrize(("written", "srun", "code", "state"), ENDS)
+def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(job, written, srun, code, state):
+    job.commands.add("srun", f"{job.status(written) if written else ':'}; exit {srun}")
+    ended, errors = job.wait()
+    assert ended == code, errors
+    status = job.run.status()
+    assert status["state"] == state
+    if written in (None, "RUNNING"):
+        assert f"ended with code {srun} and left no word" in status["cause"]
+        assert re.search(rf"first: FAILED at step \d: .* code {srun}", errors)
+        assert "bash submit.sh" in errors
+    assert not [call for call in job.commands.calls("scontrol") if call[0] == "requeue"]
+
+
+def test_the_done_of_an_earlier_life_is_not_taken_for_this_one(job):
+    job.run.set_status("DONE", job="12", attempt=1, step=5)
+    code, _ = job.wait()
+    assert code == 1
+    assert job.run.status()["state"] == "FAILED"
+
+
+def test_the_first_culprit_among_the_ranks_is_named(job):
+    for rank, victim, cause in ((0, True, "lost rank 1"), (1, False, "no space left")):
+        job.run.add_failure("77", 1, rank, "FAILED", 1, cause, is_victim=victim)
+    job.commands.add("srun", "exit 1")
+    code, errors = job.wait()
+    assert code == 1
+    assert re.search(r"first: FAILED at step 0: rank 1 on \S+: no space left", errors)
+
+
+def hold(job: Job, state: str = "PAUSED") -> str:
+    """Ranks that go on until the test releases them, and tell every signal that reaches them."""
+    folder = shlex.quote(str(job.folder))
+    return (
+        f'for name in TERM USR1 INT HUP; do trap "echo $name >>{folder}/signals" $name; done\n'
+        f"echo $$ >{folder}/pid\n"
+        f"until [[ -e {folder}/release ]]; do sleep 0.05; done\n"
+        f"{job.status(state)}; exit 1"
+    )
+
+
+def until(condition, what: str, timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
         time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    (machine.root / "install").write_text("")
-    started = time.monotonic()
-    assert "ready" in end(machine.setup())
-    assert time.monotonic() - started < 15, "it waited for a lock whose owner is dead"
 
 
-def test_two_at_once_install_once(machine):
-    (machine.root / "install").write_text("sleep 1")
-    first, second = machine.setup(), machine.setup()
-    assert "ready" in end(first)
-    assert "ready" in end(second)
-    assert (first.returncode, second.returncode) == (0, 0)
-    assert machine.installs() == 1
+def warn(job: Job, *signals: int) -> tuple[int, str]:
+    """Send signals to the batch shell while srun runs, see them through; its code and stderr."""
+    process = job.start()
+    try:
+        until((job.folder / "pid").exists, "srun")
+        for number in signals:
+            os.kill(process.pid, number)
+            until(job.stop_file.exists, "the stop file", timeout=5)
+            time.sleep(0.1)
+        os.kill(int((job.folder / "pid").read_text()), 0)  # srun lives
+        assert process.poll() is None
+        assert not (job.folder / "signals").exists()
+    finally:
+        job.release.touch()
+    _, errors = process.communicate(timeout=30)
+    return process.returncode, errors
+
+
+def requeues(job: Job) -> list[list[str]]:
+    return [call for call in job.commands.calls("scontrol") if call[0] == "requeue"]
+
+
+def test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself(job):
+    job.commands.add("srun", hold(job))
+    code, errors = warn(job, signal.SIGUSR1)
+    assert code == 75, errors
+    assert job.stop_file.read_text() == "Slurm warned of the end of the job\n"
+    assert requeues(job) == [["requeue", "77"]]
+    assert "back to the queue as attempt 2" in errors
+
+
+def test_a_job_that_was_ended_by_hand_saves_and_stays_ended(job):
+    job.commands.add("srun", hold(job))
+    code, errors = warn(job, signal.SIGTERM)
+    assert code == 75, errors
+    assert job.stop_file.read_text() == "the job was asked to end\n"
+    assert requeues(job) == []
+
+
+def test_a_warned_job_that_is_then_ended_is_left_to_slurm(job):
+    job.commands.add("srun", hold(job))
+    code, errors = warn(job, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
+    assert code == 75, errors
+    assert errors.count("the ranks will save and stop") == 1
+    assert requeues(job) == []
+
+
+def test_a_warned_job_that_was_done_anyway_is_done(job):
+    job.commands.add("srun", hold(job, "DONE"))
+    code, errors = warn(job, signal.SIGUSR1)
+    assert code == 0, errors
+    assert requeues(job) == []
+
+
+def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
+    job.commands.add("srun", job.status("PAUSED"))
+    job.commands.add("scontrol", '[[ "$1" != requeue ]] || exit 1; echo gpu-07')
+    code, errors = job.wait()
+    assert code == 75
+    assert "this site does not requeue; run the same bash submit.sh again" in errors
+
+
+def test_three_lives_without_a_checkpoint_are_not_requeued(job):
+    for attempt in (1, 2, 3):
+        job.run.add_event("start", job="77", attempt=attempt)
+    job.commands.add("srun", job.status("PAUSED", attempt=3))
+    code, errors = job.wait(SLURM_RESTART_COUNT="2")
+    assert code == 76, errors
+    assert job.run.status()["state"] == "NO_PROGRESS"
+    assert "3 attempts without a newer checkpoint" in errors
+    assert requeues(job) == []
+
+
+def test_a_job_script_that_was_started_by_hand_points_to_submit(site):
+    for arguments in ([], ["/nowhere"]):
+        line = complaint(site.run("train.slurm", *arguments), 2, "train.slurm")
+        assert "bash submit.sh" in line
+
+
+# --- --local
+
+
+def fake_torchrun(site: Site) -> None:
+    """A Python that starts no ranks but writes what they would write."""
+    body = (
+        'if [[ "$1 $2" == "-m torch.distributed.run" ]]; then\n'
+        f"  {site.commands.keep('torchrun')}\n"
+        '  while (($#)); do if [[ "$1" == --job ]]; then job="$2"; fi; shift; done\n'
+        '  printf \'{"state": "DONE", "job": "%s", "attempt": 1}\' "$job" >'
+        f"{shlex.quote(str(site.run_dir))}/status.json\n"
+        "  exit 0\n"
+        "fi\n"
+    )
+    site.python.write_text(f'#!{BASH}\n{body}exec {shlex.quote(sys.executable)} "$@"\n')
+
+
+def test_a_local_run_is_the_same_job_without_slurm(site):
+    fake_torchrun(site)
+    for name in ("sbatch", "squeue", "scontrol", "srun"):
+        site.commands.remove(name)
+    result = site.submit("--local")
+    assert result.returncode == 0, result.stderr
+    assert f"run first -> {site.run_dir}" in result.stderr
+    (call,) = site.commands.calls("torchrun")
+    job = call[call.index("--job") + 1]
+    assert re.fullmatch(rf"local-{re.escape(os.uname().nodename)}-\d+", job)
+    assert call == [
+        "-m", "torch.distributed.run", "--max-restarts=0", "--standalone", "--nnodes=1",
+        "--nproc-per-node=2", f"{site.run_dir}/code/train.py", "--config",
+        f"{site.run_dir}/config.yaml", "--home", str(site.home), "--job", job, "--attempt", "1",
+        "--stop-file", f"{site.run_dir}/logs/{job}.1.stop", "--expect-world-size", "2",
+    ]  # fmt: skip
+    seen = site.commands.environment("torchrun")
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert "HF_TOKEN" not in seen
+
+
+GPUS = [
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", None, "3"),
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "0,2,1,5", "4"),
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "", "2"),
+    ("echo 'No devices were found'; exit 6", None, "2"),
+]
+
+
+@pytest.mark.parametrize(("smi", "visible", "processes"), GPUS)
+def test_a_local_run_takes_the_gpus_that_it_may_see(site, smi, visible, processes):
+    fake_torchrun(site)
+    site.commands.add("nvidia-smi", smi)
+    batch = "train.global_batch_size=24"
+    result = site.submit("--local", batch, CUDA_VISIBLE_DEVICES=visible)
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("torchrun")
+    assert f"--nproc-per-node={processes}" in call
+
+
+# --- all scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_header_of_the_script(script):
+    result = subprocess.run(
+        [BASH, tiny.ROOT / script, "--help"], capture_output=True, text=True, cwd="/", timeout=20
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
+    header = re.match(r"#!.*\n#\n((?:#.*\n)+)\n", (tiny.ROOT / script).read_text())[1]
+    assert result.stdout.strip() == re.sub(r"^# ?", "", header, flags=re.MULTILINE).strip()
+    assert f"Usage: bash {script}" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "message"),
-    [
-        ({"SHARED_DIR": "relative"}, 2, "SHARED_DIR=relative is no absolute path"),
-        ({"PROJECT_NAME": "a/b"}, 2, "PROJECT_NAME=a/b is no plain folder name"),
-        ({"ENV_TOOL": "pip"}, 2, "write venv, uv or conda"),
-        ({"SHARED_DIR": "/proc/x"}, 1, "SHARED_DIR=/proc/x cannot be written"),
-        ({"MIN_FREE_GB": "99999999"}, 1, "GB free, the environment needs 99999999 GB"),
-        ({"ENV_TOOL": "conda"}, 1, "neither conda nor mamba is on the PATH"),
-    ],
+    "script", ["setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh"]
 )
-def test_a_setting_that_cannot_be_is_one_line(machine, changes, code, message):
-    process = machine.setup(**changes)
-    text = end(process)
-    assert process.returncode == code
-    assert message in text.splitlines()[-1]
+def test_an_option_that_is_not_known_is_refused_with_the_way_to_the_help(site, script):
+    line = complaint(site.run(script, "--nonsense"), 2, script)
+    assert "--nonsense is no option" in line
+    assert "--help" in line
 
 
-def test_an_old_python_names_its_version_and_the_way_out(machine):
-    for name in ("python3", "python", "python3.11", "python3.12", "python3.13"):
-        machine.python("3.8.10", name)
-    text = end(machine.setup())
-    assert "no Python >= 3.11 here (python3 is 3.8.10)" in text
-    assert "install uv" in text
+def scripts() -> list[Path]:
+    """Every shell script of the project; env.sh is the user's."""
+    found = [path for path in tiny.ROOT.rglob("*.sh") if path.name != "env.sh"]
+    return [*sorted(found), tiny.ROOT / "train.slurm", tiny.ROOT / ".ci" / "run"]
 
 
-@pytest.mark.parametrize("tool", ["uv", "conda"])
-def test_an_old_python_is_no_matter_where_uv_or_conda_bring_a_newer_one(machine, tool):
-    for name in ("python3", "python", "python3.11", "python3.12", "python3.13"):
-        machine.python("3.8.10", name)
-    machine.python("3.12.9", "newer")
-    last = "${@: -1}" if tool == "uv" else "$4"
-    (machine.bin / tool).write_text(
-        f'#!/bin/bash\nmkdir -p "{last}/bin"; cp "{machine.bin}/newer" "{last}/bin/python"\n'
+def lint(*command) -> None:
+    """Run a checker, from beside this Python or from the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = shutil.which(command[0], path=path)
+    assert found, f"{command[0]} is not installed; see tests/requirements.txt"
+    result = subprocess.run(
+        [found, *map(str, command[1:])], capture_output=True, text=True, cwd=tiny.ROOT
     )
-    (machine.bin / tool).chmod(0o755)
-    assert "ready: Python 3.12.9, pretended" in end(machine.setup())
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_env_sh_lets_the_environment_win_and_survives_a_hostile_folder(machine):
-    hostile = machine.root / "a $(touch canary) 'b' \"c\""
-    end(machine.setup(SHARED_DIR=str(hostile)))
-    show = 'source "$1/env.sh"; printf "%s\\n" "$TRAINSTACK_HOME"'
-    for shared in (None, "/elsewhere"):
-        environment = {"PATH": "/usr/bin:/bin"} | ({"SHARED_DIR": shared} if shared else {})
-        result = subprocess.run(
-            ["bash", "-c", show, "x", machine.root], env=environment, cwd=machine.root,
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.stdout == f"{shared or hostile}/trainstack\n"
-    assert not (machine.root / "canary").exists()
+def test_shellcheck_finds_nothing():
+    lint("shellcheck", "--external-sources", *scripts())
+
+
+def test_shfmt_would_change_nothing():
+    lint("shfmt", "-i", "2", "-ci", "-d", *scripts())
+
+
+def test_bash_parses_every_script():
+    for path in scripts():
+        lint("bash", "-n", path)
+
+
+def test_ruff_finds_nothing_and_would_format_nothing():
+    lint("ruff", "check", "--no-cache", ".")
+    lint("ruff", "format", "--no-cache", "--check", ".")

@@ -13,6 +13,7 @@ import pytest
 
 import tiny
 from slurm_cluster import SlurmCluster
+from trainstack import places
 from trainstack.runfolder import RunFolder
 
 pytestmark = pytest.mark.slurm
@@ -110,7 +111,8 @@ def test_a_complete_run_is_not_submitted_again(user):
 
 def test_a_failing_rank_makes_the_job_failed_and_is_named(user):
     job = user.submit("run.name=broken", "train.max_steps=100000", *TWO_NODES)
-    user.wait_until(lambda: user.steps("broken") >= 3, "training")
+    folder = user.folder("broken")
+    user.wait_until(lambda: folder.status().get("checkpoint"), "the first checkpoint")
     victim = rank_process(user.cluster, "node2", 3, "broken")
     os.kill(victim, signal.SIGKILL)
     state = user.cluster.wait(job, timeout=120)
@@ -127,7 +129,7 @@ def test_a_failing_rank_makes_the_job_failed_and_is_named(user):
 
 def test_the_run_of_a_job_that_failed_goes_on_in_the_next_job(user):
     """The dead job could not give its lease back; Slurm says that it has ended."""
-    newest = user.folder("broken").status()["checkpoint"]
+    newest = places.checkpoints(user.folder("broken").checkpoints)[0][1].name
     steps = int(newest.rpartition("-")[2]) + 5
     job = user.submit("run.name=broken", f"train.max_steps={steps}", *TWO_NODES)
     state = user.cluster.wait(job, timeout=180)

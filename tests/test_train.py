@@ -225,13 +225,15 @@ def test_another_seed_in_the_same_run_is_refused_and_changes_nothing(home, refer
 
 def test_a_new_learning_rate_is_applied_when_a_run_goes_on(home, reference):
     shutil.copytree(home / "runs/reference", home / "runs/retuned")
-    tiny.train(
+    result = tiny.train(
         home, 2, "run.name=retuned", "train.max_steps=22", "optim.learning_rate=0.001",
         "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}",
     )  # fmt: skip
     rates = tiny.metrics(home, "retuned", "learning_rate")
     assert rates[21] == rates[22] == 0.001
     assert rates[20] != 0.001
+    assert "resume  optim.learning_rate: 0.01 -> 0.001" in result.stdout
+    assert "resume  train.max_steps: 20 -> 22" in result.stdout
 
 
 def test_a_second_job_on_the_same_run_is_refused_and_the_first_goes_on(home):

@@ -212,3 +212,8 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def is_due(step: int, every: int | None, max_steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == max_steps or (every is not None and step % every == 0)
