@@ -70,14 +70,8 @@ def main(options: argparse.Namespace, config: Config) -> str:
     owner, lease = own_run_folder(run, options, config, world)
 
     model_folder, store = open_inputs(options.home, config)
-    num_samples = tokens.num_samples(len(store.train), config.data.seq_len)
+    num_samples = tokens.enough_samples(config, store)
     max_steps = steps_for(config, num_samples)
-    if num_samples < config.train.global_batch_size:
-        raise ConfigError(
-            f"data.name={config.data.name} has {num_samples} sequences of {config.data.seq_len} "
-            f"tokens, less than train.global_batch_size={config.train.global_batch_size}; "
-            "use more data, a shorter data.seq_len or a smaller batch"
-        )
 
     newest = distributed.main_decides(world, lambda: find_checkpoint(run, config, store))
     init = "pretrained" if newest else config.model.init

@@ -273,13 +273,7 @@ def check_inputs(options: argparse.Namespace, config: Config) -> tokens.TokenSto
     if problem:
         raise Failed(problem)
     store = tokens.TokenStore(options.home / "tokens" / token_key(options.home, config))
-    samples = tokens.num_samples(len(store.train), config.data.seq_len)
-    if samples < config.train.global_batch_size:
-        raise ConfigError(
-            f"data.name={config.data.name} has {samples} sequences of {config.data.seq_len} tokens,"
-            f" less than train.global_batch_size={config.train.global_batch_size}; use more data, "
-            "a shorter data.seq_len or a smaller batch"
-        )
+    tokens.enough_samples(config, store)
     return store
 
 

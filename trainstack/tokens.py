@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trainstack import files
-from trainstack.config import Config, DataSection
+from trainstack.config import Config, ConfigError, DataSection
 
 FORMAT_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -79,6 +79,18 @@ class TokenStore:
 def num_samples(tokens: int, seq_len: int) -> int:
     """Whole samples in a stream: each has seq_len inputs and, one further, seq_len targets."""
     return max(0, (tokens - 1) // seq_len)
+
+
+def enough_samples(config: Config, store: TokenStore) -> int:
+    """The samples of the training split; ConfigError where they do not fill one global batch."""
+    samples = num_samples(len(store.train), config.data.seq_len)
+    if samples < config.train.global_batch_size:
+        raise ConfigError(
+            f"data.name={config.data.name} has {samples} sequences of {config.data.seq_len} tokens,"
+            f" less than train.global_batch_size={config.train.global_batch_size}; use more data, "
+            "a shorter data.seq_len or a smaller batch"
+        )
+    return samples
 
 
 class TokenWriter:
