@@ -5,214 +5,163 @@ world of one. Everything durable goes to the run folder; the same command again 
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from trainstack import checkpoint, data, distributed, files, model, optim, places, tokens, training
-from trainstack.config import (
-    IGNORED_LABEL,
-    BatchPlan,
-    Config,
-    ConfigError,
-    batch_plan,
-    check_identity,
-    load,
-    steps_for,
+from trainstack import (
+    checkpoint,
+    data,
+    distributed,
+    fault,
+    model,
+    optim,
+    places,
+    startup,
+    tokens,
+    training,
 )
-from trainstack.distributed import World
-from trainstack.environment import changed_settings
-from trainstack.metrics import HEADER, Metrics, duration
-from trainstack.runfolder import EXIT_CODES, RUNNING, Lease, Owner, RunFolder
+from trainstack.config import IGNORED_LABEL, batch_plan, load, steps_for
+from trainstack.errors import ConfigError
+from trainstack.guard import Guard, withhold
+from trainstack.metrics import duration
+from trainstack.report import Diverged, Report
+from trainstack.runfolder import EXIT_CODES, RUNNING, RunFolder
+from trainstack.startup import Parts, Resumed, Watch
 from trainstack.stop import Stop
+from trainstack.watchdog import SAVE_SECONDS, START_SECONDS
 
 log = logging.getLogger("trainstack")
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
-class Diverged(Exception):
-    """Loss or gradient norm is not finite; nothing of it was saved."""
-
-
-@dataclass
-class Parts:
-    """What the loop works with; built once, in the order of main."""
-
-    config: Config
-    world: World
-    plan: BatchPlan
-    run: RunFolder
-    lease: Lease
-    owner: Owner
-    max_steps: int
-    store: tokens.TokenStore
-    causal_lm: torch.nn.Module
-    ddp: torch.nn.parallel.DistributedDataParallel
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
-    sampler: data.StepSampler
-    stop: Stop
-    small_files: dict[str, bytes]
-
-
-def main(options: argparse.Namespace, config: Config) -> str:
+def main(options: argparse.Namespace, config) -> str:
     """Build everything, train, and return the state in which the run was left."""
     world = distributed.start(options.expect_world_size)
     plan = batch_plan(config, world.world_size)
     run = RunFolder(places.run_folder(options.home, config.run.name))
-    owner, lease = own_run_folder(run, options, config, world)
+    model_folder, store = startup.open_inputs(options.home, config)
+    owner, lease = startup.own_run_folder(run, options, config, store, world)
+    stop = Stop(options.stop_file, options.ends_at, world.is_main)
+    watch = Watch(run, options, world.rank, config.guard.hang_seconds)
+    faults = fault.Faults(fault.parse(options.fault), world.rank, owner.attempt)
 
-    model_folder, store = open_inputs(options.home, config)
     num_samples = tokens.enough_samples(config, store)
     max_steps = steps_for(config, num_samples)
 
-    newest = distributed.main_decides(world, lambda: find_checkpoint(run, config, store))
+    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, config, store))
     init = "pretrained" if newest else config.model.init
     causal_lm = model.build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
     loss_model = model.CausalLMLoss(causal_lm, config.train, world.device)
+    if faults.faults:  # TRAINSTACK_FAULT alone brings this in
+        loss_model.register_forward_hook(lambda _model, _input, loss: loss * faults.loss_factor)
     ddp = model.wrap_ddp(loss_model, world)
     optimizer = optim.build_optimizer(causal_lm, config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-    step = restore(newest, causal_lm, optimizer, scaler) if newest else 0
+    guard = Guard(config.guard, world.device, scaler.is_enabled())
+    resumed = startup.restore(newest, causal_lm, optimizer, scaler, guard)
     sampler = data.StepSampler(
-        num_samples,
-        config.train.global_batch_size,
-        world.rank,
-        world.world_size,
-        config.run.seed,
-        first_step=step,
-    )
-    stop = Stop(options.stop_file, options.ends_at, world.is_main)
+        num_samples, config.train.global_batch_size, world.rank, world.world_size, config.run.seed,
+        first_step=resumed.step, left_out=distributed.from_main(run.left_out()),
+    )  # fmt: skip
+    attempt = f"{owner.job}.{owner.attempt}"
+    keep = config.checkpoint.save_total_limit
+    saver = checkpoint.Saver(run.checkpoints, world, keep, attempt, lease.check)
     small_files = checkpoint.small_files(causal_lm, model_folder)
     parts = Parts(
         config, world, plan, run, lease, owner, max_steps, store, causal_lm, ddp, optimizer,
-        scaler, sampler, stop, small_files,
+        scaler, guard, sampler, saver, small_files, stop, watch, faults,
     )  # fmt: skip
     if world.is_main:
-        run.set_status(RUNNING, step=step, max_steps=max_steps)
-    announce(parts, step, newest)
-    return train(parts, step)
+        stop.save_seconds = startup.expected_save_seconds(run, model.count_parameters(causal_lm))
+        run.set_status(RUNNING, step=resumed.step, max_steps=max_steps)
+    startup.announce(parts, resumed)
+    try:
+        return train(parts, resumed)
+    except Diverged:
+        saver.wait()  # what is on its way is of good steps
+        raise
+    finally:
+        watch.dog.close()
 
 
-def train(parts: Parts, step: int) -> str:
+def train(parts: Parts, resumed: Resumed) -> str:
     """The loop: from a step that is done to max_steps, or to a stop. Returns DONE or PAUSED."""
-    config, world, max_steps = parts.config, parts.world, parts.max_steps
-    rate_at = optim.build_schedule(config.optim, max_steps)
-    numbers, pace = training.StepNumbers(world.device), training.Pace()
-    report = Report(parts, step, rate_at, pace)
+    config, max_steps, step = parts.config, parts.max_steps, resumed.step
+    numbers, pace = training.StepNumbers(parts.world.device), training.Pace()
+    report = Report(parts, resumed, optim.build_schedule(config.optim, max_steps), pace)
     started = time.monotonic()
     training.warm_up(parts.ddp, batches_at(parts, min(step, max_steps - 1)))
-    pace.restart()
-    is_stopping = False
+    # Asked to while it was starting? And was the stop before this life in an evaluation?
+    is_stopping = training.is_agreed(parts.stop.is_wanted(0), parts.world)
+    is_evaluated = resumed.is_evaluated or (not is_stopping and evaluate(parts, report, step))
+    is_stopping |= not is_evaluated
+    report.begins(step)
     while step < max_steps and not is_stopping:
         step += 1
-        distributed.seed_step(config.run.seed, step, world.rank)
-        optim.set_learning_rate(parts.optimizer, rate_at(step))
-        loss_sum, grad_norm = training.train_step(
-            parts.ddp,
-            parts.optimizer,
-            parts.scaler,
-            pace.timed(batches_at(parts, step - 1)),
-            parts.plan,
-            parts.plan.tokens_per_step,
-            config.optim.max_grad_norm,
-        )
-        is_stopping |= report.step(numbers.read())  # of the step before
-        consumed = data.samples_hash(parts.sampler.samples_at(step - 1))
-        wants_stop = parts.stop.is_wanted(pace.step_seconds)
-        numbers.send(step, loss_sum, grad_norm, parts.plan.tokens_per_step, wants_stop, consumed)
-        is_evaluated = training.is_due(step, config.eval.eval_steps, max_steps)
-        is_saved = training.is_due(step, config.checkpoint.save_steps, max_steps)
-        if is_evaluated or is_saved or is_stopping:
-            is_stopping |= report.step(numbers.read())
-        if is_evaluated:
-            evaluate(parts, report, step)
-        if is_saved or is_stopping:
-            save(parts, report, step, is_needed=is_stopping or step == max_steps)
+        is_stopping, is_saving = take_step(parts, report, numbers, step)
+        is_saving |= training.is_due(step, config.checkpoint.save_steps, max_steps)
+        is_evaluation_due = training.is_due(step, config.eval.eval_steps, max_steps)
+        if is_evaluation_due or is_saving or is_stopping:
+            is_stopping |= report.step(numbers.read())[0]
+        is_evaluated = not is_evaluation_due or evaluate(parts, report, step)
+        is_stopping |= not is_evaluated
+        if is_saving or is_stopping:
+            save(parts, report, step, is_evaluated)
             pace.restart()
+    if step > resumed.step:  # without the last save the end would not be durable
+        finish_save(parts, report, step)
     report.close()
-    if step < max_steps:
+    if step < max_steps or not is_evaluated:
         return leave(parts, "PAUSED", step, started)
+    parts.watch.at(step, "the end", START_SECONDS)
     show_sample(parts)
     return leave(parts, "DONE", step, started)
 
 
-class Report:
-    """Turns the numbers of a step into log lines, files and status; rank 0 writes."""
-
-    def __init__(self, parts: Parts, resumed_step: int, rate_at, pace: training.Pace):
-        self.parts, self.rate_at, self.pace = parts, rate_at, pace
-        self.status_at = 0.0
-        self.metrics = None
-        if parts.world.is_main:
-            attempt = f"{parts.owner.job}.{parts.owner.attempt}"
-            report_to = parts.config.log.report_to
-            self.metrics = Metrics(parts.run.path, report_to, resumed_step, attempt)
-            log.info("%s", HEADER)
-
-    def step(self, result: training.StepResult | None) -> bool:
-        """Note one step's numbers; returns whether a rank wants to stop. Raises Diverged."""
-        if result is None:
-            return False
-        parts, config = self.parts, self.parts.config
-        is_skipped = parts.scaler.is_enabled() and np.isfinite(result.loss)  # fp16 scaled too far
-        if not result.is_finite and not is_skipped:
-            raise Diverged(
-                f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}; lower "
-                f"optim.learning_rate={config.optim.learning_rate:g}, or look at the data"
-            )
-        self.pace.note(result.sent_at)
-        if self.metrics:
-            self.metrics.note_samples(result.step, result.samples_hash)
-        steps = config.log.logging_steps
-        if result.step == 1 or training.is_due(result.step, steps, parts.max_steps):
-            self._log(result)
-        return result.is_stop_wanted
-
-    def _log(self, result: training.StepResult) -> None:
-        step_seconds, data_seconds = self.pace.read()
-        if self.metrics is None:
-            return
-        parts, plan = self.parts, self.parts.plan
-        samples_seen = result.step * plan.global_batch_size
-        values = {
-            "step": result.step,
-            "loss": result.loss,
-            "learning_rate": self.rate_at(result.step),
-            "grad_norm": result.grad_norm,
-            "tokens_seen": samples_seen * plan.seq_len,
-            "samples_seen": samples_seen,
-            "epoch": samples_seen / parts.sampler.total_samples,
-            "tokens_per_second": plan.tokens_per_step / step_seconds,
-            "step_seconds": step_seconds,
-            "data_seconds": data_seconds,
-            "samples_hash": result.samples_hash,
-        }
-        self.metrics.log_step(values, parts.max_steps, training.peak_memory_gb(parts.world.device))
-        if time.monotonic() - self.status_at > 2:  # seconds; a status is synced to disk
-            self.status_at = time.monotonic()
-            parts.run.set_status(RUNNING, step=result.step)
-
-    def evaluation(self, step: int, loss: float, counted: int) -> None:
-        if self.metrics:
-            self.metrics.log_evaluation(step, loss, counted)
-
-    def flush(self) -> None:
-        if self.metrics:
-            self.metrics.flush()
-
-    def close(self) -> None:
-        if self.metrics:
-            self.metrics.close()
+def take_step(
+    parts: Parts, report: Report, numbers: training.StepNumbers, step: int
+) -> tuple[bool, bool]:
+    """One optimizer update; whether a rank wanted to stop, and to save, as of the step before."""
+    parts.watch.at(step, "samples")
+    parts.faults.before(step)
+    distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
+    optim.set_learning_rate(parts.optimizer, report.rate_at(step))
+    loss_sum, grad_norm = training.compute_gradients(
+        parts.ddp,
+        parts.optimizer,
+        parts.scaler,
+        watched(parts, step, report.pace.timed(batches_at(parts, step - 1))),
+        parts.plan,
+        parts.plan.tokens_per_step,
+    )
+    wishes_before = report.step(numbers.read())
+    saves = 1 + parts.saver.is_busy
+    is_bad = numbers.send(
+        step,
+        loss_sum,
+        grad_norm,
+        parts.plan.tokens_per_step,
+        (parts.stop.is_wanted(report.pace.step_seconds, saves), report.wants_save()),
+        data.samples_hash(parts.sampler.samples_at(step - 1)),
+        parts.guard.judge,
+    )
+    parts.watch.at(step, "update")
+    withhold(parts.optimizer, is_bad)
+    report.stalled(parts.saver.before_update())
+    max_grad_norm = parts.config.optim.max_grad_norm
+    training.update(parts.ddp, parts.optimizer, parts.scaler, grad_norm, max_grad_norm)
+    report.saved(parts.saver.poll())
+    return wishes_before
 
 
 def batches_at(parts: Parts, step: int):
@@ -225,13 +174,27 @@ def batches_at(parts: Parts, step: int):
     )
 
 
-def evaluate(parts: Parts, report: Report, step: int) -> None:
-    """Loss and perplexity over the held-out split. Collective: every rank must call this."""
-    seq_len, world = parts.plan.seq_len, parts.world
+def watched(parts: Parts, step: int, batches):
+    """The same batches; the watchdog knows whether one is awaited or used."""
+    while True:
+        parts.watch.at(step, "samples")
+        batch = next(batches, None)
+        parts.watch.at(step, "gradients")
+        if batch is None:
+            return
+        yield batch
+
+
+def evaluate(parts: Parts, report: Report, step: int) -> bool:
+    """Loss and perplexity over the held-out split; False where it was broken off, to stop.
+
+    Collective: every rank must call this.
+    """
+    seq_len, world, started = parts.plan.seq_len, parts.world, time.monotonic()
     rows = -(-(len(parts.store.eval) - 1) // seq_len)
     rows = min(rows, parts.config.eval.eval_samples or rows)
     if rows <= 0:
-        return
+        return True
     batches = data.micro_batches(
         np.arange(world.rank, rows, world.world_size),
         parts.plan.micro_batch_size,
@@ -240,18 +203,24 @@ def evaluate(parts: Parts, report: Report, step: int) -> None:
         ),
         world.device,
     )
-    loss, counted = training.evaluate(parts.ddp.module, batches, IGNORED_LABEL, world)
-    report.evaluation(step, loss, counted)
+    rounds = -(-rows // (world.world_size * parts.plan.micro_batch_size))
+
+    def wants_stop() -> bool:
+        parts.watch.at(step, "evaluation")
+        return parts.stop.is_wanted(0, 1 + parts.saver.is_busy)
+
+    result = training.evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
+    if result is not None:
+        report.evaluation(step, *result, time.monotonic() - started)
     report.pace.restart()
+    return result is not None
 
 
-def save(parts: Parts, report: Report, step: int, is_needed: bool) -> None:
-    """Publish checkpoint-<step>. Collective: every rank must call this.
-
-    A save that fails is an error only where it ``is_needed``; else training goes on and the next
-    one is tried.
-    """
+def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
+    """Begin to publish checkpoint-<step>. Collective: every rank must call this."""
     started = time.monotonic()
+    finish_save(parts, report)  # of the checkpoint before
+    report.saving()
     snapshot = checkpoint.Snapshot(
         step,
         model.saved_weights(parts.causal_lm),
@@ -261,35 +230,32 @@ def save(parts: Parts, report: Report, step: int, is_needed: bool) -> None:
             "updates": optim.updates_done(parts.optimizer),
             "samples_seen": step * parts.plan.global_batch_size,
             "tokens_seen": step * parts.plan.tokens_per_step,
+            "is_evaluated": is_evaluated,
+            "skips_in_a_row": report.skips_in_a_row,
+            "left_out": parts.sampler.left_out,
             "identity": tokens.identity(parts.config, parts.store.folder.name),
             "settings": parts.config.model_dump(),
             "scaler": parts.scaler.state_dict(),
+            "guard": parts.guard.state(),
             "world_size": parts.world.world_size,
             "torch": torch.__version__,
         },
         parts.small_files,
+        [parts.run.path / "samples.jsonl"],
     )
-    keep = parts.config.checkpoint.save_total_limit
-    attempt = f"{parts.owner.job}.{parts.owner.attempt}"
-    try:
-        path = checkpoint.save(
-            parts.run.checkpoints, snapshot, parts.world, keep, attempt, parts.lease.check
-        )
-    except checkpoint.SaveError as error:
-        if is_needed:
-            raise
-        if parts.world.is_main:
-            log.error("save    step %s failed: %s; training goes on", f"{step:,}", error)
-            parts.run.add_event("save_failed", step=step, cause=str(error))
+    parts.saver.start(snapshot)
+    report.stalled(time.monotonic() - started)
+
+
+def finish_save(parts: Parts, report: Report, needed: int | None = None) -> None:
+    """Wait for the save under way; SaveError where it is the ``needed`` step's and failed."""
+    if not parts.saver.is_busy:
         return
-    parts.stop.save_seconds = time.monotonic() - started
-    report.flush()  # a checkpoint's steps are never without their hashes
-    if parts.world.is_main:
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e9
-        seconds = parts.stop.save_seconds
-        log.info("saved   %s (%.2f GB, %.1f s)", path.name, size, seconds)
-        parts.run.set_status(RUNNING, step=step, checkpoint=path.name, checkpoint_at=time.time())
-        parts.run.add_event("checkpoint", step=step, save_seconds=round(seconds, 3))
+    parts.watch.at(needed or 0, "save", SAVE_SECONDS)
+    saved = parts.saver.wait()
+    if saved.problem is not None and saved.step == needed:
+        raise checkpoint.SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
+    report.saved(saved)
 
 
 def show_sample(parts: Parts) -> None:
@@ -311,129 +277,29 @@ def show_sample(parts: Parts) -> None:
 
 def leave(parts: Parts, state: str, step: int, started: float) -> str:
     """Record how the run was left, durably, and say what to do next."""
-    if parts.world.is_main:
-        name, newest = parts.run.path.name, places.checkpoints(parts.run.checkpoints)[0][1]
-        taken = duration(time.monotonic() - started)
-        done = state == "DONE"
-        cause = None if done else parts.stop.reason or "another rank was asked to stop"
-        action = f"bash monitor.sh {name}" if done else "the same command continues it"
-        parts.run.set_status(
-            state, step=step, exit_code=EXIT_CODES[state], cause=cause, next_action=action
-        )
-        parts.run.add_event(state.lower(), step=step, cause=cause)
-        parts.lease.release()
-        if done:
-            log.info(
-                "%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest
-            )
-            log.info("      look: bash monitor.sh %s", name)
-            log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
-        else:
-            log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, action)
-    return state
-
-
-def own_run_folder(
-    run: RunFolder, options: argparse.Namespace, config: Config, world: World
-) -> tuple[Owner, Lease]:
-    """Make this life the owner of the run folder. Collective: every rank must call this."""
-    lease = Lease(run.path)
-    owner = Owner(options.job or f"local-{os.uname().nodename}-{os.getpid()}", options.attempt)
-
-    def take() -> tuple[Owner, int]:
-        run.create()
-        lease.take(owner, options.gone)
-        path = run.path / "config.yaml"
-        if not path.exists() or path.read_text() != config.to_yaml():
-            files.replace_file(path, config.to_yaml().encode())
-        return owner, lease.epoch
-
-    owner, epoch = distributed.main_decides(world, take)
-    log_file = run.logs / f"{owner.job}.{owner.attempt}.rank{world.rank}.log"
-    seen = distributed.gather((run.has_lease(epoch), *distributed.introduce(world)))
-    blind = sorted({host for is_visible, host, _ in seen if not is_visible})
-    if blind:
-        raise ConfigError(
-            f"{run.path} is not visible from {', '.join(blind)}; SHARED_DIR must lie on a file "
-            "system that all nodes share"
-        )
-    distributed.start_logging(world, log_file)
-    if world.is_main:
-        run.set_status(
-            RUNNING, job=owner.job, attempt=owner.attempt, host=os.uname().nodename,
-            pid=os.getpid(), exit_code=None, cause=None, next_action=None,
-            nodes=sorted({host for _, host, _ in seen}),
-        )  # fmt: skip
-        lines = [line for _, _, line in seen]
-        run.add_event("start", job=owner.job, attempt=owner.attempt, ranks=lines)
-        for line in lines:
-            log.info("%s", line)
-    return owner, lease
-
-
-def open_inputs(home: Path, config: Config) -> tuple[Path, tokens.TokenStore]:
-    """The model folder and the token store that the configuration names."""
-    model_folder = places.model_folder(home, config.model.name)
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
-    settings = tokens.store_settings(config.data)
-    try:
-        key = tokens.store_key(model_folder, dataset_folder, settings)
-        return model_folder, tokens.TokenStore(home / "tokens" / key)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {config.model.name} or the tokens of {config.data.name} are not ready "
-            f"({error}); run: bash download_data_model.sh"
-        ) from None
-
-
-def find_checkpoint(run: RunFolder, config: Config, store: tokens.TokenStore) -> Path | None:
-    """The newest checkpoint that verifies and belongs to this configuration."""
-    newest = checkpoint.newest_whole(run.checkpoints)
-    if newest:
-        saved = places.read_state(newest)["identity"]
-        check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
-    return newest
-
-
-def restore(newest: Path, causal_lm, optimizer, scaler) -> int:
-    """Put a checkpoint's optimizer state back, and return its step; the model has its weights."""
-    state = places.read_state(newest)
-    stored = checkpoint.read_optimizer(newest)
-    optim.restore_optimizer(causal_lm, optimizer, stored, state["updates"])
-    if state["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
-    return state["step"]
-
-
-def announce(parts: Parts, step: int, newest: Path | None) -> None:
-    """Say what is about to happen, with every number that decides it; rank 0 only."""
     if not parts.world.is_main:
-        return
-    config, plan, world = parts.config, parts.plan, parts.world
-    name = config.run.name
-    hosts = world.world_size // world.local_world_size
-    log.info(
-        "%s  %s | %d host%s x %d processes, %s, %s | seq_len %d",
-        name, model.describe(parts.causal_lm, config.model.init), hosts, "s"[: hosts != 1],
-        world.local_world_size, world.backend, config.train.precision, plan.seq_len,
-    )  # fmt: skip
-    total = parts.max_steps * plan.global_batch_size
-    epochs = total / parts.sampler.total_samples
-    log.info("%s  %s", " " * len(name), plan)
-    log.info("%s  %s steps = %.2f epochs", " " * len(name), f"{parts.max_steps:,}", epochs)
-    if config.train.max_steps is not None:
-        log.info("%s  train.num_train_epochs is not used: max_steps decides", " " * len(name))
-    if len(parts.store.eval) < 2:
-        log.info("%s  no held-out documents: there will be no evaluation", " " * len(name))
-    if newest:
+        return state
+    name, newest = parts.run.path.name, next(iter(places.checkpoints(parts.run.checkpoints)), None)
+    taken = duration(time.monotonic() - started)
+    done = state == "DONE"
+    cause = None if done else parts.stop.reason or "another rank was asked to stop"
+    action = f"bash monitor.sh {name}" if done else "the same command continues it"
+    parts.run.set_status(
+        state, step=step, exit_code=EXIT_CODES[state], cause=cause, next_action=action
+    )
+    parts.run.add_event(
+        state.lower(), step=step, cause=cause, job=parts.owner.job, attempt=parts.owner.attempt
+    )
+    parts.lease.release()
+    if done:
         log.info(
-            "resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
-            parts.owner.attempt, newest.name,
-        )  # fmt: skip
-        changes = changed_settings(places.read_state(newest)["settings"], config.model_dump())
-        for change in changes:
-            log.info("resume  %s", change)
-        parts.run.add_event("resume", step=step, checkpoint=newest.name, changes=changes)
+            "%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest[1]
+        )
+        log.info("      look: bash monitor.sh %s", name)
+        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest[1])
+    else:
+        log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, action)
+    return state
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -445,10 +311,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--job", help="id of the Slurm job; default: this process")
     parser.add_argument("--attempt", type=int, default=1, help="which life of the job this is")
+    parser.add_argument("--restarts", type=int, default=0, help="how often the job was requeued")
     parser.add_argument("--gone", help="a job that Slurm says has ended: its lease is taken over")
     parser.add_argument("--expect-world-size", type=int, metavar="N")
     parser.add_argument("--stop-file", type=Path, help="when it appears: save and stop")
     parser.add_argument("--ends-at", type=float, help="end of the job, seconds since 1970")
+    parser.add_argument("--fault", default="", help="break on purpose; see trainstack/fault.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     if options.home is None:
@@ -460,7 +328,6 @@ def guarded_main() -> None:
     """Run main; what goes wrong becomes a record, a line and an exit code, never a hang."""
     options = parse_arguments()
     distributed.die_with_parent()
-    is_main = distributed.rank_of_process() == 0
     run = None
     try:
         config = load(options.config, options.overrides)
@@ -470,41 +337,66 @@ def guarded_main() -> None:
         # gone aborts now and then (seen with gloo, torch 2.13).
         distributed.gather(None)
         code = EXIT_CODES[state] if options.job is None else 0
-    except ConfigError as error:
-        if is_main:
-            print(error.report("train.py"), file=sys.stderr, flush=True)
-            record_failure(
-                run, options, STATES.get(error.code, "FAILED"), error.code, " ".join(error.problems)
-            )
-        code = error.code
-    except Diverged as error:
-        if is_main:
-            log.error("DIVERGED at %s", error)
-            record_failure(run, options, "DIVERGED", EXIT_CODES["DIVERGED"], str(error))
-        code = EXIT_CODES["DIVERGED"]
     except BaseException as error:
-        text = traceback.format_exc()
-        log.error("%s", text)
-        cause = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        is_victim = distributed.is_peer_lost(error)
-        record_failure(run, options, "FAILED", 1, cause, is_victim=is_victim)
-        if is_victim:
-            time.sleep(distributed.PEER_LOST_SECONDS)
-        code = 1
+        code = explain(error, run, options)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # in order it could wait for ever, on a collective that nobody answers
 
 
+def explain(error: BaseException, run: RunFolder | None, options: argparse.Namespace) -> int:
+    """Say what went wrong and leave this rank's account of it; the exit code."""
+    is_main = distributed.rank_of_process() == 0
+    if isinstance(error, ConfigError):
+        if is_main:
+            print(error.report("train.py"), file=sys.stderr, flush=True)
+            state = STATES.get(error.code, "FAILED")
+            record_failure(run, options, state, error.code, " ".join(error.problems))
+        return error.code
+    if isinstance(error, Diverged):
+        if is_main:
+            text = roll_back(run, error) if error.is_rollback else str(error)
+            log.error("DIVERGED at %s", text)
+            record_failure(run, options, "DIVERGED", 79, text, is_rollback=error.is_rollback)
+        return EXIT_CODES["DIVERGED"]
+    lines = traceback.format_exception(error)
+    what = str(error).splitlines()[0] if str(error) else ""
+    is_victim = distributed.is_peer_lost(error)
+    if is_victim:  # its traceback would only hide the one that matters
+        log.error("lost a peer (%s)", what[:160])
+    else:
+        log.error("%s", "".join(lines))
+    kind = type(error).__name__
+    cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
+    tail = "".join(lines[-3:]).splitlines()[-8:]
+    record_failure(run, options, "FAILED", 1, cause, is_victim=is_victim, traceback=tail)
+    if is_victim:
+        time.sleep(distributed.PEER_LOST_SECONDS)
+    return 1
+
+
+def roll_back(run: RunFolder, error: Diverged) -> str:
+    """Record that what led to a divergence is left out from the newest checkpoint on."""
+    newest = next(iter(places.checkpoints(run.checkpoints)), (0, None))[0]
+    run.leave_out(newest, error.step)
+    run.add_event("rollback", step=error.step, to=newest, cause=str(error))
+    return (
+        f"{error}; back to step {newest:,}: the data of steps {newest + 1:,} to {error.step:,} is "
+        "left out"
+    )
+
+
 def record_failure(
     run: RunFolder | None, options: argparse.Namespace, state: str, code: int, cause: str,
-    is_victim: bool = False,
+    is_victim: bool = False, **facts,
 ) -> None:  # fmt: skip
     """Leave this rank's account of the failure for the job's shell, which decides the blame."""
-    if run is None or not run.path.is_dir():
-        return
-    rank = distributed.rank_of_process()
-    run.add_failure(options.job, options.attempt, rank, state, code, cause, is_victim)
+    if run is not None and run.path.is_dir():
+        rank = distributed.rank_of_process()
+        with contextlib.suppress(OSError):
+            run.add_failure(
+                options.job, options.attempt, rank, state, code, cause, is_victim, **facts
+            )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,26 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A real Slurm of three hosts, for all tests that need one."""
+    from slurm_cluster import SlurmCluster
+
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def user(home, cluster, tmp_path_factory):
+    """A user of that cluster, with a checkout and a shared folder whose environment is ready."""
+    from slurm_user import Site
+
+    shared = tmp_path_factory.mktemp("shared folder")
+    shutil.copytree(home, shared / "trainstack", ignore=shutil.ignore_patterns("runs"))
+    tiny.make_checkout(shared / "checkout", shared, run__name="first")
+    return Site(shared / "checkout", cluster)
+
+
 @pytest.fixture
 def own_home(home, tmp_path) -> Path:
     """A copy of ``home`` that a test may damage; its runs are its own."""

@@ -12,7 +12,7 @@ set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ROOT="$(dirname "$HERE")"
-SLURM_PACKAGES=(slurmctld slurmd slurm-client munge iproute2)
+SLURM_PACKAGES=(slurmctld slurmd slurm-client munge iproute2 faketime)
 
 log() { printf 'tests/run.sh: %s\n' "$*" >&2; }
 
@@ -49,7 +49,7 @@ install_tools() {
 
 install_slurm() {
   local name missing=()
-  for name in sbatch slurmctld slurmd munged ip; do
+  for name in sbatch slurmctld slurmd munged ip faketime; do
     command -v "$name" >/dev/null || missing+=("$name")
   done
   ((${#missing[@]})) || return 0

@@ -17,8 +17,8 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 """
 CGROUP_CONF = """\
 CgroupPlugin=cgroup/v1
@@ -139,7 +140,7 @@ class SlurmCluster:
             self._make_bridge()
             self._write_configuration()
             self._start_munged()
-            self._launch("slurmctld", "slurmctld", "-c", "-D", "-f", str(self._conf))
+            self._controller = self._launch("slurmctld", "slurmctld", "-cDf", str(self._conf))
             for number, host in enumerate(self.hosts, start=1):
                 self._make_host(host, number)
                 self.start_slurmd(host)
@@ -233,6 +234,32 @@ class SlurmCluster:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
+
+    def cut(self, host: str, seconds: float) -> None:
+        """Take a host off the network for a while."""
+        veth = f"{self.tag}h{self.hosts.index(host) + 1}"
+        self.run("ip", "link", "set", veth, "down")
+        time.sleep(seconds)
+        self.run("ip", "link", "set", veth, "up")
+
+    @contextmanager
+    def names_on(self, host: str, change: Callable[[str], str]) -> Iterator[None]:
+        """Let a host see another /etc/hosts for a while: ``change`` of the one that all see."""
+        path = self.folder / f"hosts.{host}"
+        path.write_text(change((self.folder / "hosts").read_text()))
+        self.run(*self.enter(host), "mount", "-n", "--bind", path, "/etc/hosts")
+        try:
+            yield
+        finally:
+            self.run(*self.enter(host), "umount", "-n", "/etc/hosts")
+
+    def restart_controller(self) -> None:
+        """Kill slurmctld and start it again on the state that it saved."""
+        os.kill(self._controller.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, self._controller.pid, os.WEXITED | os.WNOWAIT)  # `stop` reaps it
+        self._controller = self._launch("slurmctld", "slurmctld", "-Df", str(self._conf))
+        answers = ["scontrol", "ping"]
+        self._until(lambda: "UP" in self.run(*answers, check=False).stdout, 30, "no slurmctld")
 
     def log_tails(self, lines: int = 25) -> str:
         """The last lines of every daemon's log, each under its file's name."""

@@ -1,9 +1,12 @@
 """Checkpoints: whole or not there, verified before use, and loadable by transformers."""
 
+import errno
+import itertools
 import json
 import os
 import random
 import stat
+import subprocess
 import threading
 
 import pytest
@@ -11,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from trainstack import checkpoint, files, places
-from trainstack.config import ConfigError
 from trainstack.distributed import World
+from trainstack.errors import ConfigError, Refused
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -37,8 +40,16 @@ def snapshot(step: int, value: float = 1.0) -> checkpoint.Snapshot:
 
 
 def save(folder, step, keep=2, check=lambda: None, value=1.0):
+    """Save to the end; the checkpoint's folder. Raises what a run that needs it would raise."""
     folder.mkdir(exist_ok=True)
-    return checkpoint.save(folder, snapshot(step, value), ALONE, keep, "job.1", check)
+    saver = checkpoint.Saver(folder, ALONE, keep, "job.1", check)
+    saver.start(snapshot(step, value))
+    saved = saver.wait()
+    if isinstance(saved.problem, Refused):
+        raise saved.problem
+    if saved.problem:
+        raise checkpoint.SaveError(saved.problem)
+    return saved.path
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,17 @@ def test_a_checkpoint_without_one_of_its_files_is_not_used(tmp_path, missing):
     assert checkpoint.newest_whole(tmp_path / "c") == first
 
 
+@pytest.mark.parametrize("size", [0, -1])
+@pytest.mark.parametrize("name", ["manifest.json", "training/state.json", "model.safetensors"])
+def test_a_file_that_was_cut_short_or_emptied_is_named(tmp_path, name, size, caplog):
+    first, second = save(tmp_path / "c", 1), save(tmp_path / "c", 2)
+    whole = (second / name).read_bytes()
+    (second / name).write_bytes(whole[:size])
+    with caplog.at_level("WARNING", "trainstack"):
+        assert checkpoint.newest_whole(tmp_path / "c") == first
+    assert f"checkpoint-2 is damaged ({name}: " in caplog.text
+
+
 def test_it_never_starts_over_when_no_checkpoint_verifies(tmp_path):
     for step in (1, 2):
         (save(tmp_path / "c", step) / "manifest.json").unlink()
@@ -135,26 +157,96 @@ def test_other_names_and_links_are_no_checkpoints(tmp_path):
     assert checkpoint.newest_whole(tmp_path / "c") == real
 
 
-def test_a_full_disk_costs_a_save_and_nothing_else(tmp_path, monkeypatch):
-    first = save(tmp_path / "c", 1)
+def fail(number: int, *when: int):
+    """A watcher that raises an OSError at those changes to the disk, counted from 1."""
+    count = itertools.count(1)
 
-    def write(self, data):
-        raise OSError(28, "No space left on device", str(self.path))
+    def watcher(operation, path, _detail):
+        if next(count) in when:
+            raise OSError(number, os.strerror(number), str(path))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files.HashedFile, "write", write)
-        with pytest.raises(checkpoint.SaveError, match=r"No space left on device \(.* GB free\)"):
+    return watcher
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_else(tmp_path, number):
+    first, names = save(tmp_path / "c", 1), []
+    with files.watched_by(lambda name, *_: names.append(name)):
+        save(tmp_path / "c", 2)
+    files.remove_folder(tmp_path / "c" / "checkpoint-2")
+    for change in range(1, names.index("rename") + 2):
+        # EIO is tried again, so it has to last
+        watcher = fail(number, *range(change, change + 200 * (number == errno.EIO) + 1))
+        with files.watched_by(watcher), pytest.raises(checkpoint.SaveError) as caught:
             save(tmp_path / "c", 2)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["checkpoint-1"]
-    assert not list(files.damage(first))
+        assert os.strerror(number) in str(caught.value)
+        assert "GB free)" in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+        assert not list(files.damage(first))
+        # What could not be cleaned up either goes with the next save.
+        assert {p.name for p in (tmp_path / "c").iterdir() if p.name[0] != "."} == {"checkpoint-1"}
     save(tmp_path / "c", 2)
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
+def test_a_moment_of_eio_is_survived_by_writing_the_file_anew(tmp_path):
+    names = []
+    with files.watched_by(lambda name, *_: names.append(name)):
+        save(tmp_path / "c", 1)
+    sync = names.index("sync") + 1
+    with files.watched_by(fail(errno.EIO, sync)):
+        path = save(tmp_path / "c", 2)
+    assert not list(files.damage(path))
+
+
+def test_a_really_full_disk_is_named_and_the_next_save_succeeds_once_there_is_space(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder])
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        (folder / "filler").write_bytes(b"x" * 900_000)
+        big = snapshot(1)
+        big.weights = {"a": torch.zeros(100_000)}
+        saver = checkpoint.Saver(folder / "c", ALONE, 2, "job.1", lambda: None)
+        (folder / "c").mkdir()
+        saver.start(big)
+        problem = saver.wait().problem
+        assert "No space left on device (0.00 GB free)" in problem
+        assert "needed by rank 0" in problem
+        assert "model.safetensors" in problem
+        assert not list((folder / "c").iterdir())
+        (folder / "filler").unlink()
+        saver.start(big)
+        assert saver.wait().problem is None
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_training_may_change_the_weights_as_soon_as_they_are_copied(tmp_path):
+    (tmp_path / "c").mkdir()
+    saver = checkpoint.Saver(tmp_path / "c", ALONE, 2, "job.1", lambda: None)
+    for step in (1, 2):  # the second reuses the memory of the first
+        snap = snapshot(step, float(step))
+        saver.start(snap)
+        saver.before_update()
+        snap.weights["a"].fill_(99.0)
+        snap.optimizer["a/exp_avg"].fill_(99.0)
+        path = saver.wait().path
+        assert torch.equal(
+            load_file(path / "model.safetensors")["a"], torch.full((3, 4), float(step))
+        )
+        assert torch.equal(
+            checkpoint.read_optimizer(path)["a/exp_avg"], torch.full((3, 4), float(step))
+        )
 
 
 def test_who_lost_the_run_folder_does_not_publish(tmp_path):
     def lost():
-        raise ConfigError("job 7 took over")
+        raise Refused("job 7 took over")
 
-    with pytest.raises(ConfigError, match="job 7"):
+    with pytest.raises(Refused, match="job 7"):
         save(tmp_path / "c", 1, check=lost)
     assert not places.checkpoints(tmp_path / "c")
 
@@ -165,9 +257,9 @@ def test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner
 
     def lost_meanwhile():
         if next(answers, "lost") == "lost":
-            raise ConfigError("job 7 took over")
+            raise Refused("job 7 took over")
 
-    with pytest.raises(ConfigError, match="job 7"):
+    with pytest.raises(Refused, match="job 7"):
         save(tmp_path / "c", 1, check=lost_meanwhile)
     assert not list(files.damage(theirs))
     assert torch.equal(load_file(theirs / "model.safetensors")["a"], torch.full((3, 4), 2.0))

@@ -9,7 +9,7 @@ import yaml
 
 import tiny
 from trainstack import config
-from trainstack.config import ConfigError
+from trainstack.errors import ConfigError
 from trainstack.foreign import FOREIGN_NAMES
 
 SHIPPED = (tiny.ROOT / "config.yaml").read_text()

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import tiny
-from trainstack.config import USAGE_ERROR, all_keys, load
+from trainstack.config import all_keys, load
+from trainstack.errors import USAGE_ERROR
 from trainstack.runfolder import EXIT_CODES
 
 ROOT = tiny.ROOT

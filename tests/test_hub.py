@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hub_server import HubServer
 from trainstack import files, hub, hub_choose, places
-from trainstack.config import ConfigError
+from trainstack.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_" + "Q7w9" * 8

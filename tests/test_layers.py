@@ -10,18 +10,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOUNDATIONS = ("files", "places", "foreign", "config", "distributed")  # each imports those before
+FOUNDATIONS = (  # each imports those before
+    "files", "places", "foreign", "errors", "strict_yaml", "config", "distributed",
+)  # fmt: skip
 COMPONENTS = {
-    "checkpoint", "data", "demo", "documents", "environment", "metrics", "model", "optim",
-    "runfolder", "stop", "tokens", "training",
+    "checkpoint", "data", "demo", "documents", "environment", "fault", "guard", "history",
+    "interval", "metrics", "model", "optim", "runfolder", "stop", "tokens", "training", "watchdog",
 }  # fmt: skip
 HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
-ENTRY_POINTS = {"hub", "job", "monitor", "prepare", "submit"}
-LIGHT = ("config", "hub", *sorted(HUB_PARTS), "job", "monitor", "submit")  # for login nodes
+TRAIN_PARTS = ("startup", "report")  # of train.py; each imports those before
+ENTRY_POINTS = {"goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit"}
+LIGHT = (
+    "config",
+    "goodput",
+    "hub",
+    *sorted(HUB_PARTS),
+    "job",
+    "monitor",
+    "submit",
+)  # for login nodes
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-LONGEST_FILE = 520  # lines; 300 is the aim, config.py and train.py are beyond it
+LONGEST_FILE = 420  # lines; 300 is the aim, config.py, train.py and checkpoint.py are beyond it
 LONGEST_FUNCTION = 50  # lines; 40 is the aim
 
 PACKAGE = {path.stem: path for path in sorted((ROOT / "trainstack").glob("*.py"))}
@@ -79,7 +90,7 @@ def loaded_by(*statements: str) -> set[str]:
 
 
 def test_every_module_has_its_layer():
-    assert {*MODULES} == {*FOUNDATIONS} | COMPONENTS | HUB_PARTS | ENTRY_POINTS
+    assert {*MODULES} == {*FOUNDATIONS, *TRAIN_PARTS} | COMPONENTS | HUB_PARTS | ENTRY_POINTS
 
 
 @pytest.mark.parametrize("name", FOUNDATIONS)
@@ -99,7 +110,13 @@ def test_an_entry_point_imports_no_other_entry_point(name):
 
 
 def test_train_imports_no_other_entry_point():
-    assert ours(ROOT / "train.py") <= {*FOUNDATIONS} | COMPONENTS
+    assert ours(ROOT / "train.py") <= {*FOUNDATIONS, *TRAIN_PARTS} | COMPONENTS
+
+
+@pytest.mark.parametrize("name", TRAIN_PARTS)
+def test_a_part_of_train_imports_only_parts_before_it(name):
+    parts = {*TRAIN_PARTS[: TRAIN_PARTS.index(name)]}
+    assert ours(MODULES[name]) <= {*FOUNDATIONS} | COMPONENTS | parts
 
 
 @pytest.mark.parametrize("name", LIGHT)

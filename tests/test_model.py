@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from trainstack import model, optim
-from trainstack.config import ConfigError, OptimSection, TrainSection
+from trainstack.config import OptimSection, TrainSection
+from trainstack.errors import ConfigError
 
 CPU = torch.device("cpu")
 TRAIN = {

@@ -1,6 +1,7 @@
 """The scripts against fake Slurm commands: golden command lines, hostile paths, no secret told."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 
 import tiny
 from trainstack import config, places, submit, tokens
-from trainstack.runfolder import Lease, Owner, RunFolder
+from trainstack.runfolder import EXIT_CODES, Lease, Owner, RunFolder
 
 BASH = shutil.which("bash")
 TOOLS = (
@@ -171,6 +172,12 @@ def without_export(call: list[str]) -> list[str]:
     return [word for word in call if not word.startswith("--export=")]
 
 
+def exported(call: list[str]) -> set[str]:
+    """The names of the variables that a job gets."""
+    (names,) = [word.partition("=")[2] for word in call if word.startswith("--export=")]
+    return set(names.split(","))
+
+
 def test_sbatch_gets_exactly_these_arguments_also_where_paths_are_hostile(site):
     options = ["--nodes=4", "--gpus-per-node=1", "--comment=two words; $(touch canary)"]
     assert site.submit("--", *options).returncode == 0
@@ -179,11 +186,15 @@ def test_sbatch_gets_exactly_these_arguments_also_where_paths_are_hostile(site):
 
 
 def test_a_job_sees_the_names_on_the_list_and_never_a_secret(site):
-    result = site.submit(NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x")
+    fault = "kill:rank=1,step=25;nan:step=30"
+    result = site.submit(
+        NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x", TRAINSTACK_FAULT=fault
+    )
     assert result.returncode == 0, result.stderr
     (call,) = site.commands.calls("sbatch")
-    (names,) = [word.partition("=")[2] for word in call if word.startswith("--export=")]
-    assert set(names.split(",")) == {"HOME", "LANG", "MODULES", "NCCL_DEBUG", "OMP_PLACES", "PATH"}
+    usual = {"HOME", "LANG", "MODULES", "NCCL_DEBUG", "OMP_PLACES", "PATH"}
+    assert exported(call) == {*usual, "TRAINSTACK_FAULT"}
+    assert site.commands.environment("sbatch")["TRAINSTACK_FAULT"] == fault
 
 
 def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
@@ -193,10 +204,15 @@ def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
     assert result.returncode == 0, result.stderr
     assert site.files() == before
     assert site.commands.calls("sbatch") == []
-    parse = ["bash", "-c", f"printf '%s\\0' {result.stdout}"]
-    words = subprocess.run(parse, capture_output=True, text=True).stdout.split("\0")[:-1]
+    words = words_of(result.stdout)
     assert words[0] == "sbatch"
     assert without_export(words[1:]) == golden(site, "--time=5")
+
+
+def words_of(line: str) -> list[str]:
+    """What bash makes of a line that a person would paste."""
+    parse = ["bash", "-c", f"printf '%s\\0' {line}"]
+    return subprocess.run(parse, capture_output=True, text=True).stdout.split("\0")[:-1]
 
 
 def test_a_dry_run_on_this_machine_prints_its_command_too(site):
@@ -204,6 +220,108 @@ def test_a_dry_run_on_this_machine_prints_its_command_too(site):
     assert result.returncode == 0, result.stderr
     assert "code/train.slurm" in result.stdout
     assert not site.run_dir.exists()
+
+
+def golden_chain(site: Site, *sbatch_options: str) -> list[str]:
+    """The arguments of each sbatch of a chain, but for --export."""
+    digest = hashlib.sha256(f"{site.run_dir}\n".encode()).hexdigest()[:8]
+    words = golden(site, *sbatch_options, "--no-requeue", "--dependency=singleton")
+    return ["--parsable", f"--job-name=first-{digest}", *words[2:]]
+
+
+NUMBERED = """n="$(cat ids 2>/dev/null || echo 4710)"; echo "$((n + 1))" >ids; cat ids"""
+
+
+def test_a_chain_is_jobs_of_one_name_of_which_each_waits_for_the_one_before(site):
+    site.commands.add("sbatch", NUMBERED)
+    result = site.submit("--chain", "3", "--", "--time=1:00:00")
+    assert (result.returncode, result.stdout) == (0, "4711\n"), result.stderr
+    calls = site.commands.calls("sbatch")
+    assert [without_export(call) for call in calls] == [golden_chain(site, "--time=1:00:00")] * 3
+    assert all("TRAINSTACK_CHAIN" in exported(call) for call in calls)
+    assert site.commands.environment("sbatch")["TRAINSTACK_CHAIN"] == "1"
+    name = calls[0][1].partition("=")[2]
+    last = result.stderr.splitlines()[-1]
+    assert (
+        f"behind 4711 wait, one after the other: 4712 4713; to end all: scancel --name={name}"
+        in last
+    )
+    events = [(event["event"], event["job"]) for event in RunFolder(site.run_dir).events()]
+    assert events == [("submitted", "4711"), ("submitted", "4712"), ("submitted", "4713")]
+    assert RunFolder(site.run_dir).status()["state"] == "QUEUED"
+
+
+def test_the_chains_of_two_projects_with_one_run_name_do_not_wait_for_each_other(site):
+    other = {"PROJECT_NAME": "other"}
+    shutil.copytree(site.home, site.shared / "other", ignore=shutil.ignore_patterns("runs"))
+    for names in ({}, {}, other):
+        result = site.submit("--chain=2", **names)
+        assert result.returncode == 0, result.stderr
+    names = [call[1] for call in site.commands.calls("sbatch")]
+    assert names[0] == names[1] == names[2] == names[3] != names[4] == names[5]
+    assert all(re.fullmatch(r"--job-name=first-[0-9a-f]{8}", name) for name in names)
+
+
+def test_without_chain_no_job_believes_that_others_wait_behind_it(site):
+    assert site.submit(TRAINSTACK_CHAIN="1").returncode == 0
+    (call,) = site.commands.calls("sbatch")
+    assert "TRAINSTACK_CHAIN" not in exported(call)
+
+
+def test_a_dry_run_of_a_chain_prints_every_command_and_submits_nothing(site):
+    result = site.submit("--dry-run", "--chain", "2", "--", "--time=5")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second
+    assert words_of(first)[:2] == ["TRAINSTACK_CHAIN=1", "sbatch"]
+    assert without_export(words_of(first)[2:]) == golden_chain(site, "--time=5")
+    assert site.commands.calls("sbatch") == []
+    assert not site.run_dir.exists()
+
+
+def test_a_second_submit_is_refused_while_any_job_of_a_chain_waits(site):
+    site.commands.add("sbatch", NUMBERED)
+    assert site.submit("--chain", "3").returncode == 0
+    for alive, named in (
+        (
+            "4711 RUNNING\\n4712 PENDING\\n4713 PENDING",
+            "4711 (RUNNING), 4712 (PENDING), 4713 (PEND",
+        ),
+        ("4713 PENDING", "4713 (PENDING)"),
+        ("4712 RUNNING", "4712 (RUNNING)"),
+    ):
+        site.commands.add("squeue", f"printf '12 RUNNING\\n{alive}\\n'")
+        for arguments in ([], ["--chain", "2"]):
+            line = complaint(site.submit(*arguments), 78)
+            assert f"run first has job {named}" in line
+            assert line.endswith("scancel " + " ".join(re.findall(r"471\d", alive)))
+    assert len(site.commands.calls("sbatch")) == 3
+    site.commands.add("squeue", "echo 12 RUNNING")
+    assert site.submit().stdout == "4714\n"
+
+
+def test_a_chain_that_sbatch_breaks_off_says_which_jobs_there_are(site):
+    refusal = "echo 'sbatch: error: job submit limit' >&2; exit 3"
+    site.commands.add(
+        "sbatch", f"[[ ! -e ids || $(<ids) != 4712 ]] || {{ {refusal}; }}; {NUMBERED}"
+    )
+    result = site.submit("--chain", "4")
+    assert (result.returncode, result.stdout) == (3, "4711\n")
+    last = result.stderr.splitlines()[-1]
+    assert "error: sbatch refused job 3 of 4: sbatch: error: job submit limit" in last
+    assert "; in the queue are already 4711 4712; to end them: scancel --name=first-" in last
+    run = RunFolder(site.run_dir)
+    assert [event["job"] for event in run.events()] == ["4711", "4712"]
+    assert run.status()["state"] == "QUEUED"
+
+
+def test_a_chain_that_sbatch_refuses_at_once_leaves_nothing_behind(site):
+    site.commands.add("sbatch", "exit 3")
+    result = site.submit("--chain", "4")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "sbatch refused job 1 of 4" in result.stderr
+    assert "in the queue" not in result.stderr
+    assert RunFolder(site.run_dir).status() == {}
 
 
 def test_the_cluster_that_sbatch_names_is_no_part_of_the_job_id(site):
@@ -282,6 +400,16 @@ WRONG_USE = [
     (["--nodes=4"], "--nodes=4 is no option of submit.sh; options for sbatch go behind --"),
     (["--config"], "--config needs a file"),
     (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),
+    (["--chain"], "--chain needs a number of jobs, such as --chain 4"),
+    (["--chain="], "--chain  is no number of jobs from 2 to 999; write --chain 4"),
+    (["--chain", "1"], "--chain 1 is no number of jobs from 2 to 999; write --chain 4"),
+    (["--chain=two"], "--chain two is no number of jobs"),
+    (["--chain", "1000"], "--chain 1000 is no number of jobs"),
+    (["--chain", "--dry-run"], "--chain --dry-run is no number of jobs"),
+    (["--chain", "3", "--local"], "--local has no time limit and needs no chain"),
+    (["--chain", "3", "--", "--nodes=2", "--requeue"], "leave out: --requeue"),
+    (["--chain", "3", "--", "-J", "mine"], "leave out: -J"),
+    (["--chain", "3", "--", "--dependency=afterok:5"], "leave out: --dependency=afterok:5"),
     (["nonsense"], "nonsense (command line): not a setting; write section.key=value"),
     (["run.name=$(touch canary)"], "not a plain name"),
     (["run.name=../../up"], "not a plain name"),
@@ -561,20 +689,35 @@ class Job(Site):
         spool.mkdir(parents=True)
         self.script = spool / "slurm_script"
         shutil.copy(self.checkout / "train.slurm", self.script)
-        self.stop_file = self.run_dir / "logs" / "77.1.stop"
+        self.stop_file = self.run_dir / "logs" / "77.0.stop"
         self.release = folder / "release"
         self.commands.add("scontrol", "printf 'gpu-07\\ngpu-08\\n'")
+        self.commands.add("srun", self.status("DONE"))
         self.environment |= {
-            "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu-[07-08]",
+            "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "first-5eed1e55",
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu-[07-08]",
             "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16",
             "SLURM_JOB_END_TIME": "1900000000", "TMPDIR": str(folder),
         }  # fmt: skip
 
-    def status(self, state: str, attempt: int = 1) -> str:
-        """Bash by which the fake ranks say how they ended."""
-        status = {"state": state, "job": "77", "attempt": attempt, "step": 9}
+    def status(self, state: str, job: str = "") -> str:
+        """Bash by which the fake ranks say how they ended, in the life that they were told."""
+        text = '{"state": "%s", "job": "%s", "attempt": %s, "step": 9}'
         path = shlex.quote(str(self.run_dir / "status.json"))
-        return f"printf %s {shlex.quote(json.dumps(status))} >{path}"
+        return (
+            'words="$*"; job="${words#*--job }"; attempt="${words#*--attempt }"\n'
+            f'printf \'{text}\' {state} "{job or "${job%% *}"}" "${{attempt%% *}}" >{path}'
+        )
+
+    def in_turn(self, *bodies: str) -> str:
+        """Bash of fake ranks that do something else in each attempt."""
+        cases = [f'*" --attempt {n} "*)\n{body}\n;;' for n, body in enumerate(bodies, start=1)]
+        return 'case " $* " in\n' + "\n".join(cases) + "\n*) exit 99 ;;\nesac"
+
+    def attempts(self) -> list[str]:
+        """The attempts that were launched."""
+        calls = self.commands.calls("srun")
+        return [call[call.index("--attempt") + 1] for call in calls]
 
     def start(self, **changes: str | None) -> subprocess.Popen:
         changed = {**self.environment, **changes}
@@ -613,28 +756,30 @@ def job(tmp_path, home):
 
 
 def test_srun_and_torchrun_get_exactly_these_arguments(job):
-    job.commands.add("srun", job.status("DONE"))
     code, errors = job.wait()
     assert code == 0, errors
     port = job.value("--rdzv-endpoint").partition(":")[2]
     assert job.command() == [
         "--kill-on-bad-exit=1", "--ntasks-per-node=1", "--export=ALL", "--cpus-per-task=16",
-        str(job.python), "-m", "torch.distributed.run", "--max-restarts=0", "--rdzv-backend=c10d",
-        "--rdzv-id=77.1", f"--rdzv-endpoint=gpu-07:{port}", "--nnodes=2", "--nproc-per-node=4",
-        f"{job.run_dir}/code/train.py", "--config", f"{job.run_dir}/config.yaml",
-        "--home", str(job.home), "--job", "77", "--attempt", "1", "--stop-file", str(job.stop_file),
-        "--expect-world-size", "8", "--ends-at", "1900000000",
+        str(job.python), "-m", "trainstack.launch", "--run", str(job.run_dir), "--job", "77",
+        "--attempt", "1", "--stop-file", str(job.stop_file), "--", "--max-restarts=0",
+        "--rdzv-backend=c10d", "--rdzv-id=77.1", f"--rdzv-endpoint=gpu-07:{port}", "--nnodes=2",
+        "--nproc-per-node=4", f"{job.run_dir}/code/train.py", "--config",
+        f"{job.run_dir}/config.yaml", "--home", str(job.home), "--job", "77", "--attempt", "1",
+        "--restarts", "0", "--stop-file", str(job.stop_file), "--expect-world-size", "8",
+        "--ends-at", "1900000000",
     ]  # fmt: skip
     assert ["show", "hostnames", "gpu-[07-08]"] in job.commands.calls("scontrol")
 
 
 def test_the_second_life_of_a_job_meets_under_its_own_name(job):
-    job.commands.add("srun", job.status("DONE", attempt=3))
+    job.stop_file.write_text("of the life before")
     code, errors = job.wait(SLURM_RESTART_COUNT="2")
     assert code == 0, errors
     assert job.value("--rdzv-id") == "77.3"
     assert job.value("--attempt") == "3"
-    assert job.value("--stop-file").endswith("/logs/77.3.stop")
+    assert job.value("--restarts") == "2"
+    assert job.value("--stop-file").endswith("/logs/77.2.stop")
 
 
 def test_what_the_user_wrote_wins_over_what_slurm_says(job):
@@ -666,7 +811,6 @@ def test_a_port_that_somebody_uses_is_passed_over(job):
 
 def test_two_thousand_hosts_do_not_break_the_pipe(job):
     job.commands.add("scontrol", "for i in {1000..2999}; do echo a-rather-long-host-name-$i; done")
-    job.commands.add("srun", job.status("DONE"))
     code, errors = job.wait()
     assert code == 0, errors
     assert job.value("--rdzv-endpoint").startswith("a-rather-long-host-name-1000:")
@@ -682,9 +826,30 @@ def test_no_hosts_no_launch(job):
     assert job.run.status()["state"] == "FAILED"  # and not QUEUED for ever
 
 
+def test_a_module_that_does_not_load_makes_the_job_failed_before_its_first_attempt(job):
+    job.run.set_status("QUEUED", job=None, attempt=None)
+    job.commands.add("module", "echo 'no such module' >&2; exit 1")
+    code, errors = job.wait(MODULES="cuda/0")
+    assert code == 1
+    assert "no such module" in errors
+    assert job.commands.calls("srun") == []
+    assert job.run.status()["state"] == "FAILED"
+
+
+@pytest.mark.parametrize("fault", ["kill:rank=1,step=25;nan:step=30", "sleep:$(touch canary)"])
+def test_a_fault_on_demand_reaches_the_ranks_as_it_was_written(job, fault):
+    job.wait(TRAINSTACK_FAULT=fault)
+    assert job.value("--fault") == fault
+
+
+def test_without_a_fault_on_demand_the_ranks_hear_of_none(job):
+    job.wait()
+    assert "--fault" not in job.command()
+
+
 def test_the_tasks_have_modules_and_code_but_no_network_and_no_token(job):
     job.commands.add("module")
-    job.commands.add("srun", f"umask >{job.folder}/umask")
+    job.commands.add("srun", f"umask >{job.folder}/umask\n{job.status('DONE')}")
     job.wait(MODULES="cuda/12.8 python/3.12")
     assert job.commands.calls("module") == [["load", "cuda/12.8", "python/3.12"]]
     seen = job.commands.environment("srun")
@@ -724,53 +889,137 @@ def test_a_job_that_slurm_no_longer_has_is_told_to_the_ranks(job, queue, is_gone
 
 
 ENDS = [
-    # what the ranks wrote, what srun returned -> exit code, state
-    (None, 42, 1, "FAILED"),
-    (None, 0, 1, "FAILED"),
-    ("RUNNING", 0, 1, "FAILED"),
-    ("DONE", 1, 0, "DONE"),
-    ("DIVERGED", 1, 79, "DIVERGED"),
+    # what the ranks wrote, what srun returned -> exit code, state, attempts
+    (None, 42, 76, "NO_PROGRESS", 3),
+    (None, 0, 76, "NO_PROGRESS", 3),
+    ("RUNNING", 0, 76, "NO_PROGRESS", 3),
+    ("DONE", 1, 0, "DONE", 1),
+    ("DIVERGED", 1, 79, "DIVERGED", 1),
 ]
 
 
-@pytest.mark.parametrize(("written", "srun", "code", "state"), ENDS)
-def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(job, written, srun, code, state):
+@pytest.mark.parametrize(("written", "srun", "code", "state", "attempts"), ENDS)
+def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(
+    job, written, srun, code, state, attempts
+):
     job.commands.add("srun", f"{job.status(written) if written else ':'}; exit {srun}")
     ended, errors = job.wait()
     assert ended == code, errors
     status = job.run.status()
     assert status["state"] == state
+    assert job.attempts() == ["1", "2", "3"][:attempts]
     if written in (None, "RUNNING"):
         assert f"ended with code {srun} and left no word" in status["cause"]
-        assert re.search(rf"first: FAILED at step \d: .* code {srun}", errors)
+        assert len(re.findall(rf"first: FAILED at step \d: .* code {srun}", errors)) == 3
         assert "bash submit.sh" in errors
-    assert not [call for call in job.commands.calls("scontrol") if call[0] == "requeue"]
+    assert requeues(job) == []
 
 
 def test_the_done_of_an_earlier_life_is_not_taken_for_this_one(job):
+    job.commands.add("srun", job.status("DONE", job="12"))
+    code, errors = job.wait()
+    assert code == 76, errors
+    assert "FAILED" in errors
+    assert job.run.status()["state"] == "NO_PROGRESS"
+
+
+def test_a_job_whose_run_is_done_ends_at_once_and_in_order(job):
     job.run.set_status("DONE", job="12", attempt=1, step=5)
-    code, _ = job.wait()
-    assert code == 1
-    assert job.run.status()["state"] == "FAILED"
+    before = (job.run_dir / "status.json").read_bytes()
+    code, errors = job.wait()
+    assert (code, errors) == (0, "first: complete: DONE at step 5; nothing to do\n")
+    assert job.commands.calls("srun") == []
+    assert job.run.events() == []
+    assert (job.run_dir / "status.json").read_bytes() == before
 
 
 def test_the_first_culprit_among_the_ranks_is_named(job):
     for rank, victim, cause in ((0, True, "lost rank 1"), (1, False, "no space left")):
         job.run.add_failure("77", 1, rank, "FAILED", 1, cause, is_victim=victim)
+    job.commands.add("srun", job.in_turn("exit 1", job.status("DONE")))
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert re.search(r"first: FAILED at step 0: rank 1 on \S+: no space left", errors)
+    assert "lost rank 1" not in errors
+
+
+def test_an_attempt_that_fails_is_followed_by_the_next_in_the_same_job(job):
+    job.make_checkpoint(5)
+    fails = f"{job.status('RUNNING')}; exit 1"
+    job.commands.add("srun", job.in_turn(fails, job.status("DONE")))
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.attempts() == ["1", "2"]
+    first, second = job.commands.calls("srun")
+    changes = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    ports = [word.rpartition(":")[2] for word in (*first, *second) if "--rdzv-endpoint" in word]
+    assert changes == [
+        ("1", "2"), ("--rdzv-id=77.1", "--rdzv-id=77.2"),
+        (f"--rdzv-endpoint=gpu-07:{ports[0]}", f"--rdzv-endpoint=gpu-07:{ports[1]}"), ("1", "2"),
+    ]  # fmt: skip
+    assert ports[0] != ports[1]
+    assert "first: restarting in place from checkpoint-5: 4 steps to redo (attempt 1 end" in errors
+    events = [(event["event"], event["attempt"]) for event in job.run.events()]
+    assert events == [("attempt", 1), ("failed", 1), ("attempt", 2)]
+    assert requeues(job) == []
+
+
+def test_attempts_that_each_bring_a_newer_checkpoint_go_on_for_ever(job):
+    folder = shlex.quote(str(job.run_dir / "checkpoints"))
+    bodies = [f"mkdir -p {folder}/checkpoint-{step}; exit 1" for step in (5, 10, 15, 20)]
+    job.commands.add("srun", job.in_turn(*bodies, job.status("DONE")))
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.attempts() == ["1", "2", "3", "4", "5"]
+
+
+FAILURES = [
+    # what the rank that failed wrote -> exit code of the job, or None where another attempt follows
+    ("FAILED", 1, {}, None),
+    ("HANG", 81, {"position": [3, 1]}, None),
+    ("DIVERGED", 79, {"is_rollback": True}, None),
+    ("FAILED", 2, {}, 2),
+    ("DIVERGED", 79, {}, 79),
+    ("REFUSED", 78, {}, 78),
+]
+
+
+@pytest.mark.parametrize(("state", "code", "facts", "ends"), FAILURES)
+def test_another_attempt_follows_where_it_may_help_and_only_there(job, state, code, facts, ends):
+    job.run.add_failure("77", 1, 0, state, code, "a reason", is_victim=False, **facts)
+    job.commands.add("srun", job.in_turn("exit 1", job.status("DONE")))
+    ended, errors = job.wait()
+    assert ended == (ends or 0), errors
+    assert job.attempts() == (["1"] if ends else ["1", "2"])
+    assert re.search(rf"first: {state} at step 0: rank 0 on \S+: a reason", errors)
+    if ends:
+        status = job.run.status()
+        assert (status["state"], status["exit_code"]) == (state, ends)
+        assert "restarting" not in errors
+
+
+def test_a_shell_whose_job_was_requeued_elsewhere_leaves_the_run_to_it(job):
+    """Slurm gave up a node that lives on, and started the job anew on others."""
+    job.run.set_status("RUNNING", job="77", attempt=2, step=4)
+    before = (job.run_dir / "status.json").read_bytes()
+    holder = {"job": "77", "attempt": 2, "restarts": 1, "host": "gpu-09", "pid": 1}
+    (job.run_dir / "lease" / "2.json").write_text(json.dumps(holder))
     job.commands.add("srun", "exit 1")
     code, errors = job.wait()
-    assert code == 1
-    assert re.search(r"first: FAILED at step 0: rank 1 on \S+: no space left", errors)
+    assert code == 78, errors
+    assert "first: REFUSED: attempt 1 of job 77 goes on elsewhere" in errors
+    assert job.attempts() == ["1"]
+    assert (job.run_dir / "status.json").read_bytes() == before
 
 
-def hold(job: Job, state: str = "PAUSED") -> str:
+def hold(job: Job, end: str) -> str:
     """Ranks that go on until the test releases them, and tell every signal that reaches them."""
     folder = shlex.quote(str(job.folder))
     return (
         f'for name in TERM USR1 INT HUP; do trap "echo $name >>{folder}/signals" $name; done\n'
         f"echo $$ >{folder}/pid\n"
         f"until [[ -e {folder}/release ]]; do sleep 0.05; done\n"
-        f"{job.status(state)}; exit 1"
+        f"{end}; exit 1"
     )
 
 
@@ -804,16 +1053,17 @@ def requeues(job: Job) -> list[list[str]]:
 
 
 def test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself(job):
-    job.commands.add("srun", hold(job))
+    job.commands.add("srun", hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 75, errors
     assert job.stop_file.read_text() == "Slurm warned of the end of the job\n"
     assert requeues(job) == [["requeue", "77"]]
-    assert "back to the queue as attempt 2" in errors
+    assert "train.slurm: back to the queue\n" in errors
+    assert job.attempts() == ["1"]
 
 
 def test_a_job_that_was_ended_by_hand_saves_and_stays_ended(job):
-    job.commands.add("srun", hold(job))
+    job.commands.add("srun", hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGTERM)
     assert code == 75, errors
     assert job.stop_file.read_text() == "the job was asked to end\n"
@@ -821,7 +1071,7 @@ def test_a_job_that_was_ended_by_hand_saves_and_stays_ended(job):
 
 
 def test_a_warned_job_that_is_then_ended_is_left_to_slurm(job):
-    job.commands.add("srun", hold(job))
+    job.commands.add("srun", hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
     assert code == 75, errors
     assert errors.count("the ranks will save and stop") == 1
@@ -829,10 +1079,80 @@ def test_a_warned_job_that_is_then_ended_is_left_to_slurm(job):
 
 
 def test_a_warned_job_that_was_done_anyway_is_done(job):
-    job.commands.add("srun", hold(job, "DONE"))
+    job.commands.add("srun", hold(job, job.status("DONE")))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 0, errors
     assert requeues(job) == []
+
+
+def test_an_attempt_that_fails_after_the_job_was_asked_to_end_is_not_followed_by_another(job):
+    job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
+    job.commands.add("srun", hold(job, ":"))
+    code, errors = warn(job, signal.SIGTERM)
+    assert code == 1, errors
+    assert job.attempts() == ["1"]
+    status = job.run.status()
+    assert (status["state"], status["exit_code"]) == ("FAILED", 1)
+    assert "restarting" not in errors
+    assert requeues(job) == []
+
+
+def test_a_job_that_is_asked_to_end_between_two_attempts_does_not_seem_to_go_on(job):
+    job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
+    job.commands.add("srun", "exit 1")
+    ours = shlex.quote(sys.executable)
+    job.python.write_text(  # the session's leader is the batch shell
+        f'#!{BASH}\nif [[ "$*" != *"trainstack.job finish"* || "$*" == *--ending* ]]; then\n'
+        f'  exec {ours} "$@"\nfi\n{ours} "$@"\ncode=$?\nread -r stat </proc/$$/stat\n'
+        'set -- ${stat##*) }\nkill -TERM "$4"\nexit "$code"\n'
+    )
+    code, errors = job.wait()
+    assert code == 1, errors
+    assert "restarting in place" in errors
+    assert job.attempts() == ["1"]
+    assert job.run.status()["state"] == "FAILED"
+
+
+def test_an_attempt_that_fails_after_a_warning_is_followed_by_one_that_saves(job):
+    job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
+    job.commands.add("srun", job.in_turn(hold(job, ":"), job.status("PAUSED")))
+    code, errors = warn(job, signal.SIGUSR1)
+    assert code == 75, errors
+    assert job.attempts() == ["1", "2"]
+    assert job.stop_file.exists()  # the second attempt looks at it at once
+    assert requeues(job) == [["requeue", "77"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_ranks_that_were_gone_before_they_could_begin_leave_a_paused_run(job, number):
+    job.commands.add("srun", hold(job, ":"))
+    code, errors = warn(job, number)
+    assert code == 75, errors
+    status = job.run.status()
+    assert (status["state"], status["exit_code"]) == ("PAUSED", 75)
+    assert status["cause"].endswith(", before training began")
+    assert "goes on from the beginning: nothing to redo" in errors
+    assert requeues(job) == ([] if number == signal.SIGTERM else [["requeue", "77"]])
+
+
+def test_ranks_that_were_gone_before_they_could_save_are_not_said_to_have_lost_nothing(job):
+    job.make_checkpoint(5)
+    ranks = ["rank 0 on gpu-07: pid 1"]
+    job.run.add_event("start", job="77", attempt=1, ranks=ranks)
+    job.commands.add("srun", hold(job, job.status("RUNNING")))
+    code, errors = warn(job, signal.SIGUSR1)
+    assert code == 75, errors
+    assert job.run.status()["cause"].endswith(", before the ranks had saved")
+    assert "goes on from checkpoint-5: 4 steps to redo" in errors
+
+
+def test_a_stop_file_of_an_earlier_process_of_this_name_stops_nobody(job):
+    job.stop_file.write_text("of long ago")
+    stop_file = shlex.quote(str(job.stop_file))
+    job.commands.add("srun", f"[[ ! -e {stop_file} ]] || exit 1\n{job.status('DONE')}")
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.attempts() == ["1"]
 
 
 def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
@@ -840,18 +1160,68 @@ def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
     job.commands.add("scontrol", '[[ "$1" != requeue ]] || exit 1; echo gpu-07')
     code, errors = job.wait()
     assert code == 75
-    assert "this site does not requeue; run the same bash submit.sh again" in errors
+    assert errors.endswith(
+        "train.slurm: this site does not requeue: the same bash submit.sh goes on from here; "
+        "bash submit.sh --chain N queues the jobs that follow beforehand\n"
+    )
+    assert job.run.status()["state"] == "PAUSED"
 
 
-def test_three_lives_without_a_checkpoint_are_not_requeued(job):
+def test_three_lives_without_a_checkpoint_are_not_followed_by_a_fourth(job):
+    """Slurm killed them with their shells, and requeued the job each time."""
     for attempt in (1, 2, 3):
-        job.run.add_event("start", job="77", attempt=attempt)
-    job.commands.add("srun", job.status("PAUSED", attempt=3))
-    code, errors = job.wait(SLURM_RESTART_COUNT="2")
+        job.run.add_event("attempt", job="77", attempt=attempt, newest=0)
+    code, errors = job.wait(SLURM_RESTART_COUNT="3")
     assert code == 76, errors
     assert job.run.status()["state"] == "NO_PROGRESS"
     assert "3 attempts without a newer checkpoint" in errors
+    assert job.commands.calls("srun") == []
     assert requeues(job) == []
+
+
+CHAINED = ["--noheader", "--states=PENDING", "--name=first-5eed1e55", "--format=%A"]
+
+
+def test_a_paused_job_of_a_chain_leaves_in_order_and_the_next_goes_on(job):
+    job.commands.add("srun", job.status("PAUSED"))
+    job.commands.add("squeue", "printf '78\\n79\\n'")
+    code, errors = job.wait(TRAINSTACK_CHAIN="1")
+    assert code == 0, errors
+    assert job.commands.calls("squeue")[-1] == CHAINED
+    assert errors.endswith(
+        "train.slurm: the next job of the chain goes on; to end all of them: "
+        "scancel --name=first-5eed1e55\n"
+    )
+    assert job.run.status()["state"] == "PAUSED"
+    assert requeues(job) == []
+
+
+@pytest.mark.parametrize("queue", ["", "exit 1"])
+def test_the_last_job_of_a_chain_says_that_nobody_goes_on(job, queue):
+    job.commands.add("srun", job.status("PAUSED"))
+    job.commands.add("squeue", queue)
+    code, errors = job.wait(TRAINSTACK_CHAIN="1")
+    assert code == 75, errors
+    assert "this was the last job of the chain; the same bash submit.sh --chain N goes" in errors
+    assert requeues(job) == []
+
+
+@pytest.mark.parametrize("state", ["NO_PROGRESS", "DIVERGED", "REFUSED"])
+def test_what_a_person_has_to_look_at_ends_the_rest_of_a_chain(job, state):
+    job.run.set_status(state, job="76", attempt=1)
+    code, errors = job.wait(TRAINSTACK_CHAIN="1")
+    assert code == EXIT_CODES[state]
+    assert errors == f"first: {state} in job 76: the rest of the chain does not go on\n"
+    assert job.commands.calls("srun") == []
+    assert job.run.status()["job"] == "76"
+
+
+@pytest.mark.parametrize("state", ["PAUSED", "FAILED", "HANG", "RUNNING"])
+def test_the_next_job_of_a_chain_goes_on_after_one_that_was_paused_or_lost(job, state):
+    job.run.set_status(state, job="76", attempt=1)
+    code, errors = job.wait(TRAINSTACK_CHAIN="1")
+    assert code == 0, errors
+    assert job.attempts() == ["1"]
 
 
 def test_a_job_script_that_was_started_by_hand_points_to_submit(site):
@@ -866,7 +1236,7 @@ def test_a_job_script_that_was_started_by_hand_points_to_submit(site):
 def fake_torchrun(site: Site) -> None:
     """A Python that starts no ranks but writes what they would write."""
     body = (
-        'if [[ "$1 $2" == "-m torch.distributed.run" ]]; then\n'
+        'if [[ "$1 $2" == "-m trainstack.launch" ]]; then\n'
         f"  {site.commands.keep('torchrun')}\n"
         '  while (($#)); do if [[ "$1" == --job ]]; then job="$2"; fi; shift; done\n'
         '  printf \'{"state": "DONE", "job": "%s", "attempt": 1}\' "$job" >'
@@ -887,15 +1257,36 @@ def test_a_local_run_is_the_same_job_without_slurm(site):
     (call,) = site.commands.calls("torchrun")
     job = call[call.index("--job") + 1]
     assert re.fullmatch(rf"local-{re.escape(os.uname().nodename)}-\d+", job)
+    stop_file = f"{site.run_dir}/logs/{job}.0.stop"
     assert call == [
-        "-m", "torch.distributed.run", "--max-restarts=0", "--standalone", "--nnodes=1",
+        "-m", "trainstack.launch", "--run", str(site.run_dir), "--job", job, "--attempt", "1",
+        "--stop-file", stop_file, "--", "--max-restarts=0", "--standalone", "--nnodes=1",
         "--nproc-per-node=2", f"{site.run_dir}/code/train.py", "--config",
         f"{site.run_dir}/config.yaml", "--home", str(site.home), "--job", job, "--attempt", "1",
-        "--stop-file", f"{site.run_dir}/logs/{job}.1.stop", "--expect-world-size", "2",
+        "--restarts", "0", "--stop-file", stop_file, "--expect-world-size", "2",
     ]  # fmt: skip
     seen = site.commands.environment("torchrun")
     assert seen["HF_HUB_OFFLINE"] == "1"
     assert "HF_TOKEN" not in seen
+
+
+def test_a_local_run_that_was_done_goes_further_when_it_is_asked_to(site):
+    fake_torchrun(site)
+    RunFolder(site.run_dir).create()
+    RunFolder(site.run_dir).set_status("DONE", step=20)
+    result = site.submit("--local", "train.max_steps=30")
+    assert result.returncode == 0, result.stderr
+    assert len(site.commands.calls("torchrun")) == 1
+
+
+def test_a_local_run_takes_a_fault_on_demand_and_no_chain_along(site):
+    fake_torchrun(site)
+    fault = "kill:rank=1,step=25"
+    result = site.submit("--local", TRAINSTACK_FAULT=fault, TRAINSTACK_CHAIN="1")
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("torchrun")
+    assert call[-2:] == ["--fault", fault]
+    assert "TRAINSTACK_CHAIN" not in site.commands.environment("torchrun")
 
 
 GPUS = [

@@ -1,87 +1,16 @@
 """Jobs on a real Slurm of three hosts: submit.sh to DONE, failures, stops, and the monitor."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 import tiny
-from slurm_cluster import SlurmCluster
+from slurm_user import PAIR, TWO_NODES
 from trainstack import places
-from trainstack.runfolder import RunFolder
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def site(home, tmp_path_factory):
-    """A checkout and a shared folder with an environment that is ready: this one."""
-    shared = tmp_path_factory.mktemp("shared folder")
-    shutil.copytree(home, shared / "trainstack", ignore=shutil.ignore_patterns("runs"))
-    checkout = shared / "checkout"
-    tiny.make_checkout(checkout, shared, run__name="first")
-    return checkout
-
-
-class Site:
-    """The commands of a user of the cluster."""
-
-    def __init__(self, checkout: Path, cluster: SlurmCluster):
-        self.checkout, self.cluster = checkout, cluster
-        self.shared = checkout.parent
-        self.environment = {
-            **os.environ, **cluster.env(), "SHARED_DIR": str(self.shared), "NPROC_PER_NODE": "",
-            "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_thisMustNeverBeSeenAnywhere",
-        }  # fmt: skip
-
-    def submit(self, *arguments: str) -> str:
-        result = self.run("submit.sh", *arguments)
-        assert result.returncode == 0, result.stderr
-        assert re.fullmatch(r"\d+\n", result.stdout), result.stdout
-        return result.stdout.strip()
-
-    def run(self, script: str, *arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", str(self.checkout / script), *arguments], env=self.environment,
-            capture_output=True, text=True, timeout=120, cwd="/",
-        )  # fmt: skip
-
-    def folder(self, run: str) -> RunFolder:
-        return RunFolder(self.shared / "trainstack" / "runs" / run)
-
-    def log(self, run: str, job: str) -> str:
-        path = self.folder(run).logs / f"{job}.out"
-        return path.read_text() if path.exists() else "(no log)"
-
-    def wait_until(self, condition, what: str, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"{what} did not happen"
-            time.sleep(0.1)
-
-    def steps(self, run: str) -> int:
-        path = self.folder(run).path / "metrics.jsonl"
-        return path.read_bytes().count(b'"loss"') if path.exists() else 0
-
-
-@pytest.fixture
-def user(site, cluster):
-    return Site(site, cluster)
-
-
-TWO_NODES = ("--", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4", "--time=10")
 
 
 def test_two_nodes_with_two_processes_each_train_to_done(user):
@@ -109,65 +38,32 @@ def test_a_complete_run_is_not_submitted_again(user):
     assert "run first is complete: 20 steps" in result.stderr
 
 
-def test_a_failing_rank_makes_the_job_failed_and_is_named(user):
-    job = user.submit("run.name=broken", "train.max_steps=100000", *TWO_NODES)
-    folder = user.folder("broken")
-    user.wait_until(lambda: folder.status().get("checkpoint"), "the first checkpoint")
-    victim = rank_process(user.cluster, "node2", 3, "broken")
-    os.kill(victim, signal.SIGKILL)
-    state = user.cluster.wait(job, timeout=120)
-    assert state == "FAILED", user.log("broken", job)
+def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
+    fault = "kill:rank=1,step=12,attempt=all"
+    job = user.submit("run.name=broken", *PAIR, fault=fault)
+    state = user.cluster.wait(job, timeout=180)
+    log = user.log("broken", job)
+    assert state == "FAILED", log
     status = user.folder("broken").status()
-    assert status["state"] == "FAILED"
-    assert status["exit_code"] == 1
-    assert "broken: FAILED at step" in user.log("broken", job)
-    assert table(user.run("monitor.sh").stdout)["broken"]["STATE"] == "FAILED"
+    assert (status["state"], status["exit_code"]) == ("NO_PROGRESS", 76)
+    assert "the last one: rank 1 on node2: killed by SIGKILL" in status["cause"]
+    assert user.cluster.job(job)["ExitCode"] == "76:0"
+    assert "broken: FAILED at step" in log
+    assert "broken: NO_PROGRESS at step" in log
+    assert table(user.run("monitor.sh").stdout)["broken"]["STATE"] == "NO_PROGRESS"
     screen = user.run("monitor.sh", "broken").stdout
-    assert "FAILED" in screen
+    assert "NO_PROGRESS" in screen
     assert "cause" in screen
 
 
 def test_the_run_of_a_job_that_failed_goes_on_in_the_next_job(user):
     """The dead job could not give its lease back; Slurm says that it has ended."""
     newest = places.checkpoints(user.folder("broken").checkpoints)[0][1].name
-    steps = int(newest.rpartition("-")[2]) + 5
-    job = user.submit("run.name=broken", f"train.max_steps={steps}", *TWO_NODES)
+    job = user.submit("run.name=broken", *PAIR)
     state = user.cluster.wait(job, timeout=180)
     assert state == "COMPLETED", user.log("broken", job)
     assert f"resume  attempt 1 from {newest}" in user.log("broken", job)
     assert user.folder("broken").status()["state"] == "DONE"
-
-
-def rank_process(cluster: SlurmCluster, host: str, rank: int, run: str) -> int:
-    """The pid of one rank of a run, found by its environment."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (path / "environ").read_bytes().split(b"\0")
-            command = (path / "cmdline").read_bytes().decode()
-        except OSError:
-            continue
-        if f"RANK={rank}".encode() in environment and f"runs/{run}/code/train.py" in command:
-            return int(path.name)
-    raise AssertionError(f"no rank {rank} of {run} on {host}")
-
-
-def test_a_warned_job_saves_requeues_itself_and_ends_as_if_nothing_had_happened(user):
-    """scancel -b -s USR1 is what Slurm sends before the end of the time limit."""
-    run, steps = "warned", "train.max_steps=300"
-    job = user.submit(f"run.name={run}", steps, "checkpoint.save_steps=1000", *TWO_NODES)
-    user.wait_until(lambda: user.steps(run) >= 5, "training")
-    user.cluster.run("scancel", "--batch", "--signal=USR1", job)
-    user.wait_until(lambda: user.folder(run).status()["state"] == "PAUSED", "the pause")
-    paused = user.folder(run).status()
-    assert paused["checkpoint"] == f"checkpoint-{paused['step']}"
-    assert paused["cause"] == "Slurm warned of the end of the job"
-    state = user.cluster.wait(job, states={"COMPLETED", "FAILED", "CANCELLED"}, timeout=240)
-    log = user.log(run, job)
-    assert state == "COMPLETED", log
-    assert "resume  attempt 2 from checkpoint-" in log
-    resumed = [e["step"] for e in user.folder(run).events() if e["event"] == "resume"]
-    assert resumed == [paused["step"]], "no step was done twice"
-    assert sorted(tiny.metrics(user.shared / "trainstack", run)) == list(range(1, 301))
 
 
 def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
@@ -234,7 +130,8 @@ def test_slurm_refuses_and_the_person_reads_one_line_with_a_hint(user):
     assert user.folder("nowhere").status() == {}
 
 
-def test_editing_the_checkout_while_the_job_waits_changes_nothing(user, site):
+def test_editing_the_checkout_while_the_job_waits_changes_nothing(user):
+    site = user.checkout
     job = user.submit("run.name=kept", "train.max_steps=2", "--", "--hold", *TWO_NODES[1:])
     original = (site / "train.py").read_text()
     (site / "train.py").write_text("raise SystemExit('edited after submission')\n")

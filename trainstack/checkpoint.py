@@ -5,27 +5,33 @@ and state.json. No pickle is written or read. Which rank writes what depends on 
 what is read does not.
 """
 
+import contextlib
+import datetime
 import json
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from trainstack import files
-from trainstack.config import ConfigError
 from trainstack.distributed import World, from_main, gather
+from trainstack.errors import ConfigError, Refused
 from trainstack.places import STATE, checkpoints
 
 log = logging.getLogger("trainstack")
 WEIGHTS = "model.safetensors"
+SAVE_TIMEOUT = datetime.timedelta(hours=2)  # a peer may write that long, to a slow file system
+WRITER_NICENESS = 10
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -59,82 +65,217 @@ class Snapshot:
     optimizer: dict[str, torch.Tensor]
     state: dict[str, Any]
     small_files: dict[str, bytes]
+    synced_first: list[Path] = field(default_factory=list)  # files made durable before it
 
 
-def save(
-    folder: Path,
-    snapshot: Snapshot,
-    world: World,
-    keep: int,
-    attempt: str,
-    still_mine: Callable[[], None],
-) -> Path:
-    """Publish a snapshot as ``folder/checkpoint-<step>``. Collective: every rank must call this.
+@dataclass
+class Saved:
+    """How a save ended, the same on every rank: ``problem`` is None where it was published."""
 
-    ``still_mine`` is asked by rank 0 just before the rename and raises where another job owns the
-    run. Raises SaveError on every rank where any rank could not write.
+    step: int
+    path: Path
+    seconds: float  # from its start to its publication
+    size: int  # bytes
+    problem: str | Refused | None
+
+
+class Saver:
+    """Publishes snapshots while training goes on, one at a time; every rank has one.
+
+    ``start`` only begins: the tensors are copied while the next step computes its gradients, which
+    reads weights and optimizer state but does not change them, so ``before_update`` has to be
+    called before something does. The files are then written in a thread, which speaks with its
+    peers over a process group of its own: its collectives never mix with those of the loop.
     """
-    final = folder / f"checkpoint-{snapshot.step}"
-    temporary = folder / f".{final.name}.{attempt}.tmp"
-    entries, problem = {}, None
-    if world.is_main:
-        still_mine()  # or the leftovers below may be another life's save in the making
-        problem = _attempt(lambda: _prepare_folder(folder, temporary), temporary)
-    problem = from_main(problem)
-    if problem is None:
-        entries, problem = _write_share(temporary, snapshot, world)
-    shares = gather((entries, problem))
-    problem = next((text for _, text in shares if text), None)
-    if world.is_main and problem is None:
-        whole = {name: entry for share, _ in shares for name, entry in share.items()}
-        problem = _attempt(
-            lambda: _publish(temporary, final, whole, snapshot.step, still_mine), final
+
+    def __init__(
+        self, folder: Path, world: World, keep: int, attempt: str, still_mine: Callable[[], None]
+    ):
+        self.folder, self.world, self.keep, self.attempt = folder, world, keep, attempt
+        self.still_mine = still_mine
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
+        self._thread: threading.Thread | None = None
+        self._saved: Saved | None = None
+        self._event: torch.cuda.Event | None = None
+        self._is_copied = threading.Event()
+        self._is_copied.set()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save was begun whose end was not asked for yet."""
+        return self._thread is not None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin a save; none may be under way. Collective: every rank must call this."""
+        assert self._thread is None, "one save at a time"
+        share = _share(snapshot, self.world)
+        if self._stream is not None:
+            self._copy_from_gpu(share)
+        else:
+            self._is_copied.clear()
+        self._thread = threading.Thread(target=self._run, args=(snapshot, share), daemon=True)
+        self._thread.start()
+
+    def before_update(self) -> float:
+        """Wait until the snapshot no longer needs the weights as they are; seconds waited."""
+        started = time.monotonic()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)  # the GPU waits, not this thread
+        else:
+            self._is_copied.wait()
+        return time.monotonic() - started
+
+    def poll(self) -> Saved | None:
+        """The end of the save that was begun; None where it goes on or there is none."""
+        if self._thread is None or self._thread.is_alive():
+            return None
+        return self.wait()
+
+    def wait(self) -> Saved | None:
+        """Wait for the end of the save that was begun; None where there is none."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, saved, self._saved = None, self._saved, None
+        return saved
+
+    def _copy_from_gpu(self, share: "Share") -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, tensor in share.tensors():
+                self._host_copy(name, tensor).copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(self._stream)
+
+    def _host_copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name not in self._host:
+            is_pinned = self._stream is not None
+            self._host[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_pinned
+            )
+        return self._host[name]
+
+    def _run(self, snapshot: Snapshot, share: "Share") -> None:
+        started, problem, size = time.monotonic(), None, 0
+        final = self.folder / f"checkpoint-{snapshot.step}"
+        try:
+            copied = self._copied(share)
+            size = self._publish(snapshot, copied, final)
+        except Refused as error:
+            problem = error
+        except SaveError as error:
+            problem = str(error)
+        except Exception as error:  # a peer that went away, say: the loop meets it as well
+            problem = f"{type(error).__name__}: {error}"
+        finally:
+            self._is_copied.set()
+        self._saved = Saved(snapshot.step, final, time.monotonic() - started, size, problem)
+
+    def _copied(self, share: "Share") -> "Share":
+        if self._event is None:
+            for name, tensor in share.tensors():
+                self._host_copy(name, tensor).copy_(tensor)
+        else:
+            self._event.synchronize()
+        self._is_copied.set()
+        # From here on training comes first: this thread takes what it leaves (setpriority(2) is
+        # per thread on Linux).
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
+        host = self._host
+        return Share(
+            {name: host[name] for name in share.weights},
+            {name: host[name] for name in share.optimizer},
         )
-    problem = from_main(problem)
-    if problem is not None:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(problem)
-    if world.is_main:
-        prune(folder, keep)
-    return final
+
+    def _publish(self, snapshot: Snapshot, share: "Share", final: Path) -> int:
+        """Write, agree, seal, rename; the size in bytes. Collective within the group."""
+        temporary = self.folder / f".{final.name}.{self.attempt}.tmp"
+        problem, entries = None, {}
+        if self.world.is_main:
+            # Asked first, or the leftovers below may be another life's save in the making.
+            problem = _attempt(lambda: (self.still_mine(), _prepare_folder(temporary)), temporary)
+        problem = from_main(problem, self.group)
+        if problem is None:
+            entries, problem = _write_share(temporary, snapshot, share, self.world)
+        shares = gather((entries, problem), self.group)
+        problem = next((found for _, found in shares if found), None)
+        whole = {name: entry for part, _ in shares for name, entry in part.items()}
+        if self.world.is_main and problem is None:
+            problem = _attempt(
+                lambda: _publish(temporary, final, whole, snapshot.step, self.still_mine), final
+            )
+        problem = from_main(problem, self.group)
+        if problem is not None:
+            if self.world.is_main:
+                files.remove_folder(temporary)
+            raise problem if isinstance(problem, Refused) else SaveError(problem)
+        if self.world.is_main:
+            prune(self.folder, self.keep)
+        return sum(entry["size"] for entry in whole.values())
 
 
-def _attempt(action: Callable[[], Any], path: Path) -> str | None:
+@dataclass
+class Share:
+    """What one rank writes of a snapshot."""
+
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of them, under names that differ."""
+        yield from self.weights.items()
+        yield from self.optimizer.items()
+
+
+def _share(snapshot: Snapshot, world: World) -> Share:
+    optimizer = optimizer_share(snapshot, world.rank, world.world_size)
+    return Share(snapshot.weights if world.is_main else {}, optimizer)
+
+
+def _attempt(action: Callable[[], Any], path: Path) -> str | Refused | None:
     """Run an action; what the file system refused becomes one line."""
     try:
         action()
     except OSError as error:
-        free = files.free_bytes(path.parent) / 1e9
+        free = files.free_bytes(path) / 1e9
         return f"{error.filename or path}: {error.strerror} ({free:.2f} GB free)"
+    except Refused as error:
+        return error
     return None
 
 
-def _prepare_folder(folder: Path, temporary: Path) -> None:
-    for leftover in folder.glob(".checkpoint-*.tmp"):  # of lives that were killed while saving
-        shutil.rmtree(leftover)
-    (temporary / "training").mkdir(parents=True)
+def _prepare_folder(temporary: Path) -> None:
+    for leftover in temporary.parent.glob(".checkpoint-*.tmp"):  # of lives killed while saving
+        files.remove_folder(leftover)
+    files.make_folder(temporary / "training")
 
 
 def _write_share(
-    temporary: Path, snapshot: Snapshot, world: World
+    temporary: Path, snapshot: Snapshot, share: Share, world: World
 ) -> tuple[dict[str, dict], str | None]:
     """Write this rank's files; returns their manifest entries, or the problem."""
     entries: dict[str, dict] = {}
+    need = sum(tensor.nbytes for _, tensor in share.tensors())
 
     def write() -> None:
         if world.is_main:
+            for path in snapshot.synced_first:
+                files.sync_file(path)
             for name, data in snapshot.small_files.items():
                 entries[name] = files.write_file(temporary / name, data)
-            entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, snapshot.weights)
+            entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights)
             state = json.dumps(snapshot.state, indent=1).encode()
             entries[STATE] = files.write_file(temporary / STATE, state)
-        mine = optimizer_share(snapshot, world.rank, world.world_size)
-        if mine:
+        if share.optimizer:
             name = f"training/optimizer-{world.rank}.safetensors"
-            entries[name] = write_safetensors(temporary / name, mine)
+            entries[name] = write_safetensors(temporary / name, share.optimizer)
 
     problem = _attempt(write, temporary)
+    if problem is not None:
+        problem += f", {need / 1e9:.2f} GB needed by rank {world.rank}"
     return entries, problem
 
 
@@ -190,11 +331,15 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
         offset += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with files.HashedFile(path) as file:
+
+    def fill(file: files.HashedFile) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(_raw_bytes(tensor))
-    return file.entry()
+            raw = _raw_bytes(tensor)
+            for start in range(0, raw.size, files.CHUNK_BYTES):
+                file.write(raw[start : start + files.CHUNK_BYTES])
+
+    return files.write_with(path, fill)
 
 
 def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -209,15 +354,15 @@ def _publish(
     still_mine()
     if final.exists():  # damaged, and trained again since
         set_aside(final)
-    os.rename(temporary, final)
+    files.rename(temporary, final)
     files.sync_folder(final.parent)
 
 
 def set_aside(folder: Path) -> None:
     """Rename a damaged checkpoint, so that a person can look and no name promises too much."""
     aside = folder.with_name(f"damaged-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
+    files.remove_folder(aside)
+    files.rename(folder, aside)
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -17,37 +17,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainstack.errors import USAGE_ERROR, ConfigError, Refused, shown
 from trainstack.foreign import FOREIGN_NAMES
 from trainstack.places import absolute
+from trainstack.strict_yaml import Dumper, read_yaml, to_values
 
-USAGE_ERROR = 2
 IGNORED_LABEL = -100  # "no loss here", for data and model alike; torch's and transformers' value
-
-
-class ConfigError(Exception):
-    """A person asked for something that cannot be; each problem is one line with its fix."""
-
-    code = USAGE_ERROR  # exit code of the command that reports it
-
-    def __init__(self, *problems: str):
-        self.problems = list(problems)
-        super().__init__("\n".join(problems))
-
-    def __reduce__(self):  # rank 0 sends it to its peers
-        return type(self), tuple(self.problems)
-
-    def report(self, speaker: str, consequence: str = "") -> str:
-        """One line for one problem; for several a head line and an indented line each."""
-        if len(self.problems) == 1:
-            return f"{speaker}: error: {self.problems[0]}"
-        head = f"{speaker}: error: {len(self.problems)} problems in the configuration{consequence}"
-        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
-
-
-class Refused(ConfigError):
-    """The run folder belongs to another job, or to another experiment."""
-
-    code = 78
 
 
 class Section(BaseModel):
@@ -126,7 +101,8 @@ class OptimSection(Section):
 
 
 class CheckpointSection(Section):
-    save_steps: PositiveInt
+    save_steps: PositiveInt | Literal["auto"]
+    failure_hours: PositiveFloat | None
     save_total_limit: Annotated[int, Field(ge=2)]
 
 
@@ -137,21 +113,16 @@ class EvalSection(Section):
     sample_tokens: PositiveInt
 
 
+class GuardSection(Section):
+    hang_seconds: PositiveFloat | None
+    on_divergence: Literal["stop", "skip", "rollback"]
+    max_skips: PositiveInt
+    spike_sigma: PositiveFloat | None
+
+
 class LogSection(Section):
     logging_steps: PositiveInt
     report_to: list[Literal["tensorboard"]]
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the texts that this module would read back as something else, such as a name 1e3."""
-
-
-def _represent_text(dumper: yaml.Dumper, text: str) -> yaml.Node:
-    style = None if isinstance(scalar(text), str) else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 class Config(Section):
@@ -164,11 +135,12 @@ class Config(Section):
     optim: OptimSection
     checkpoint: CheckpointSection
     eval: EvalSection
+    guard: GuardSection
     log: LogSection
 
     def to_yaml(self) -> str:
         """The resolved configuration, as it is kept in the run folder."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
         """The settings that may not change when a run goes on: they decide what is learned from."""
@@ -279,93 +251,6 @@ def load(path: Path, overrides: list[str]) -> Config:
     return config.model_copy(update={"model": model, "data": data})
 
 
-def read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
-    """Nested values and, for each dotted key, the place ``file:line`` where it stands.
-
-    Scalars follow YAML 1.2's core schema plus ``1_000`` for integers: ``2e-5`` is a number,
-    ``yes`` and ``1:30`` are text. Tags are refused, so nothing can be constructed but plain values.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name one with --config FILE") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another with --config FILE") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(syntax_problem(path, text, error)) from None
-    if not isinstance(root, yaml.MappingNode):
-        found = "nothing" if root is None else f"a {root.id}"
-        raise ConfigError(
-            f"{path}: holds {found} where sections are expected; start from the shipped config.yaml"
-        )
-    places: dict[str, str] = {}
-    problems: list[str] = []
-    values = to_values(root, "", path.name, places, problems)
-    if problems:
-        raise ConfigError(*problems)
-    return values, places
-
-
-def syntax_problem(path: Path, text: str, error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return f"{path}: not YAML: {' '.join(str(error).split())}; mend or remove that character"
-    lines = text.splitlines()
-    line = lines[mark.line] if mark.line < len(lines) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())]:
-        what = "a tab at the start of the line; indent with spaces"
-    else:
-        problem = getattr(error, "problem", None) or "not YAML"
-        what = f"{problem}; mend the line {line.strip()[:60]!r}"
-    return f"{path.name}:{mark.line + 1}:{mark.column + 1}: {what}"
-
-
-def to_values(node: yaml.Node, key: str, file: str, places: dict, problems: list) -> Any:
-    """Plain values of a YAML node; fills ``places`` and ``problems`` on the way."""
-    place = f"{file}:{node.start_mark.line + 1}"
-    if node.tag.split(":")[-1] not in ("str", "seq", "map"):
-        tag = shown(node.tag)
-        problems.append(f"{place}: {key}: the tag {tag} is not allowed; write a plain value")
-        return None
-    if isinstance(node, yaml.ScalarNode):
-        return scalar(node.value) if node.style is None else node.value
-    if isinstance(node, yaml.SequenceNode):
-        return [to_values(item, key, file, places, problems) for item in node.value]
-    values = {}
-    for key_node, value_node in node.value:
-        name = key_node.value if isinstance(key_node, yaml.ScalarNode) else f"a {key_node.id}"
-        dotted = f"{key}.{name}" if key else name
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if name in values:
-            first = places[dotted].rpartition(":")[2]
-            twice = f"stands twice, first on line {first}; remove one"
-            problems.append(f"{place}: {shown(dotted)}: {twice}")
-        places[dotted] = place
-        values[name] = to_values(value_node, dotted, file, places, problems)
-    return values
-
-
-def scalar(text: str) -> Any:
-    """A plain YAML scalar by the core schema of YAML 1.2."""
-    if len(text) > 400:
-        return text  # int() raises beyond 4300 digits
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?(0|[1-9][0-9]*(_[0-9]{3})*)", text):
-        return int(text)
-    if re.fullmatch(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", text):
-        return text if re.match(r"[-+]?0[0-9]", text) else float(text)
-    if text.lower().lstrip("+-") in (".inf", ".nan"):
-        return float(text.lower().replace(".", ""))
-    return text
-
-
 def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) -> list[str]:
     """Set ``section.key=value`` pairs into ``values``; returns problems instead of raising."""
     problems = []
@@ -401,13 +286,6 @@ def place_of(dotted: str, places: dict[str, str], path: Path) -> str:
     while dotted and dotted not in places:
         dotted = dotted.rpartition(".")[0]
     return places.get(dotted, path.name)
-
-
-def shown(value: Any) -> str:
-    """A value as it stands in a message: on one line, and not longer than one."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    text = "null" if value is None else text if text.isprintable() else repr(text)
-    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> str:

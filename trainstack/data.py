@@ -7,7 +7,7 @@ in microseconds and without memory.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -62,7 +62,8 @@ class StepSampler(DistributedSampler):
     """A DistributedSampler whose samples are a function of the step, at any world size.
 
     Iterating yields this rank's sample indices without end from ``first_step`` on; ``samples_at``
-    gives one step's directly, for this or any other rank.
+    gives one step's directly, for this or any other rank. ``left_out``: windows that rollbacks
+    left out, ``{"after": step, "steps": n}``: beyond that step the data runs n steps ahead.
     """
 
     def __init__(
@@ -73,17 +74,20 @@ class StepSampler(DistributedSampler):
         world_size: int,
         seed: int,
         first_step: int = 0,
+        left_out: Sequence[dict[str, int]] = (),
     ):
         dataset = range(num_samples)
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
         self.total_samples = num_samples
         self.global_batch_size = global_batch_size
         self.first_step = first_step
+        self.left_out = left_out
 
     def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
-        """Sample indices of one step, int64 [global_batch_size / world_size]."""
+        """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
         rank = self.rank if rank is None else rank
-        first = step * self.global_batch_size
+        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
+        first = (step + ahead) * self.global_batch_size
         return self.at(np.arange(first + rank, first + self.global_batch_size, self.num_replicas))
 
     def at(self, positions: np.ndarray) -> np.ndarray:

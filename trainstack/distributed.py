@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainstack.config import ConfigError
+from trainstack.errors import ConfigError
 
 log = logging.getLogger("trainstack")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # NCCL's own default; gloo's is 30
@@ -47,8 +47,11 @@ class World:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process with its parent: a killed torchrun leaves no orphan."""
-    parent = os.getppid()
+    """Ask the kernel to kill this process with its parent: a killed torchrun leaves no orphan.
+
+    The launcher tells its pid, since it may have died while this process was still importing.
+    """
+    parent = int(os.environ.get("TRAINSTACK_PARENT") or os.getppid())
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request took effect
         os.kill(os.getpid(), signal.SIGKILL)
@@ -135,17 +138,17 @@ def introduce(world: World) -> tuple[str, str]:
     return host, f"rank {world.rank} on {host}: {device}, pid {os.getpid()}"
 
 
-def gather(value) -> list:
+def gather(value, group: dist.ProcessGroup | None = None) -> list:
     """Every rank's value, in rank order. Collective: every rank must call this."""
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def from_main(value):
+def from_main(value, group: dist.ProcessGroup | None = None):
     """Rank 0's value on every rank. Collective: every rank must call this."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

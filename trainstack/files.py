@@ -1,21 +1,48 @@
 """Files that survive a crash: the one thin layer through which everything durable is written.
 
+Each change that the protocols rely on is announced before it is made (``watched_by``), so that a
+test can record a save, cut it short anywhere, and see whether what is left still resumes.
+
 The publish protocol: write into a temporary folder, fsync each file, write manifest.json last,
 fsync the folder, rename it to its final name, fsync the parent. A folder under its final name is
 therefore complete. Sources: rename(2) and fsync(2); an fsync of a file says nothing about its name.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20
+EIO_TRIES = 3  # a shared file system that fails over answers EIO for a moment
+
+# Called as (operation, path, detail) before each change: create, write (detail: the bytes), sync,
+# sync_folder, rename and link (detail: the new path), unlink, make_folder, remove_folder.
+Watcher = Callable[[str, Path, Any], None]
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Let ``watcher`` see every change to the disk, and raise OSError in its place."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def _announce(operation: str, path: Path, detail: Any = None) -> None:
+    for watcher in _watchers:
+        watcher(operation, path, detail)
 
 
 class HashedFile:
@@ -30,6 +57,7 @@ class HashedFile:
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> "HashedFile":
+        _announce("create", self.path)
         # 0666 less the umask: what the group may read is the umask's decision alone.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
@@ -38,6 +66,7 @@ class HashedFile:
     def write(self, data) -> None:
         """Write a bytes-like object whole."""
         view = memoryview(data).cast("B")
+        _announce("write", self.path, view)
         self._hash.update(view)
         self.size += len(view)
         while view:
@@ -46,6 +75,7 @@ class HashedFile:
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
+                _announce("sync", self.path)
                 os.fsync(self._file.fileno())
         finally:
             self._file.close()
@@ -58,9 +88,28 @@ class HashedFile:
 
 def write_file(path: Path, data: bytes) -> dict[str, Any]:
     """Write a new file durably; returns its manifest entry."""
-    with HashedFile(path) as file:
-        file.write(data)
-    return file.entry()
+    return write_with(path, lambda file: file.write(data))
+
+
+def write_with(path: Path, fill: Callable[[HashedFile], None]) -> dict[str, Any]:
+    """Write a new file durably, its content by ``fill``; returns its manifest entry.
+
+    After EIO the file is begun anew, since a page whose fsync failed may be gone: trying the fsync
+    alone again would succeed and lose it (Rebello et al., "Can Applications Recover from fsync
+    Failures?", 2020).
+    """
+    for tried in range(1, EIO_TRIES + 1):
+        try:
+            with HashedFile(path) as file:
+                fill(file)
+            return file.entry()
+        except OSError as error:
+            if error.errno != errno.EIO or tried == EIO_TRIES:
+                error.filename = error.filename or str(path)
+                raise
+            unlink(path)
+            time.sleep(0.2 * tried)
+    raise AssertionError("unreachable")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -68,9 +117,9 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write_file(temporary, data)
-        os.replace(temporary, path)
+        rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        unlink(temporary)
         raise
     sync_folder(path.parent)
 
@@ -84,27 +133,69 @@ def create_file(path: Path, data: bytes) -> bool:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     write_file(temporary, data)
     try:
+        _announce("link", temporary, path)
         os.link(temporary, path)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        unlink(temporary)
     sync_folder(path.parent)
     return True
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line with a single write, so that two writers never mix within a line."""
-    line = (json.dumps(record) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    """Append one JSON line."""
+    append_lines(path, (json.dumps(record) + "\n").encode())
+
+
+def append_lines(path: Path, lines: bytes) -> None:
+    """Append whole lines with a single write, so that two writers never mix within a line.
+
+    A torn last line, left by a kill, is ended first: else it would take the next one with it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            lines = b"\n" + lines
+        os.write(descriptor, lines)
     finally:
         os.close(descriptor)
 
 
+def rename(path: Path, to: Path) -> None:
+    """Give a file or a folder another name; a file of that name is replaced at once."""
+    _announce("rename", path, to)
+    os.replace(path, to)
+
+
+def unlink(path: Path) -> None:
+    """Remove a file; nothing where it is gone."""
+    _announce("unlink", path)
+    path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.is_dir():
+            _announce("make_folder", folder)
+            folder.mkdir(exist_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable; nothing where there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
+    _announce("sync_folder", folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -129,7 +220,7 @@ def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **fac
     beside them. Raises OSError where ``final`` exists and is not empty.
     """
     write_manifest(temporary, entries, **facts)
-    os.rename(temporary, final)
+    rename(temporary, final)
     sync_folder(final.parent)
 
 
@@ -192,8 +283,21 @@ def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a published folder, its manifest first: half removed, it no longer verifies."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what stays is tried again after the next save
+        if folder.is_dir():
+            unlink(folder / MANIFEST)
+        _remove_tree(folder)
+
+
+def _remove_tree(folder: Path) -> None:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            _remove_tree(path)
+        else:
+            unlink(path)
+    if folder.is_dir():
+        _announce("remove_folder", folder)
+        folder.rmdir()
 
 
 def free_bytes(folder: Path) -> int:

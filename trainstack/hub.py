@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainstack import files, hub_choose, places
-from trainstack.config import USAGE_ERROR, Config, ConfigError, load
+from trainstack.config import Config, load
+from trainstack.errors import USAGE_ERROR, ConfigError
 from trainstack.hub_local import LocalFiles
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack import files, hub_choose
-from trainstack.config import ConfigError
+from trainstack.errors import ConfigError
 
 
 class LocalFiles:

@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx, logging
 
 from trainstack import files
-from trainstack.config import ConfigError
+from trainstack.errors import ConfigError
 
 TRIES = 5
 WORKERS = 8  # files that arrive at a time, as in snapshot_download

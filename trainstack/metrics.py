@@ -76,16 +76,16 @@ class Metrics:
             self.tensorboard.add_scalar("eval/loss", loss, step)
             self.tensorboard.add_scalar("eval/perplexity", perplexity, step)
 
-    def note_samples(self, step: int, samples_hash: str) -> None:
-        """Remember what a step consumed; kept for every step, also of lives that were cut off."""
+    def note_samples(self, step: int, samples_hash: str, at: float) -> None:
+        """Remember what a step consumed, and when; kept also of lives that were cut off."""
         record = {"step": step, "samples_hash": samples_hash, "attempt": self.attempt}
+        record["at"] = round(at, 4)  # seconds since 1970
         self._hashes.append(json.dumps(record) + "\n")
 
     def flush(self) -> None:
         """Bring the steps' hashes to disk, in one write."""
         if self._hashes:
-            with self.ledger.open("a") as file:
-                file.write("".join(self._hashes))
+            files.append_lines(self.ledger, "".join(self._hashes).encode())
             self._hashes.clear()
 
     def close(self) -> None:

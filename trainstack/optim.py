@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from trainstack.config import ConfigError, OptimSection
+from trainstack.config import OptimSection
+from trainstack.errors import ConfigError
 
 STATES = ("exp_avg", "exp_avg_sq")
 

@@ -16,8 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from trainstack import demo, files, places, tokens
-from trainstack.config import Config, ConfigError, load
+from trainstack.config import Config, load
 from trainstack.documents import DataError, read_documents, split_files
+from trainstack.errors import ConfigError
 
 BATCH_BYTES = 4 << 20  # characters that are encoded at once, over all cores
 SMALL_FILE = 64 << 20  # bytes; larger files are compared by size when nothing is to be done

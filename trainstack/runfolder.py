@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack import files
-from trainstack.config import Refused
+from trainstack.errors import Refused
 
 # State of a run -> exit code of its job. torchrun swallows codes: the truth is in status.json.
 EXIT_CODES = {
@@ -20,8 +20,11 @@ EXIT_CODES = {
     "NO_PROGRESS": 76,
     "REFUSED": 78,
     "DIVERGED": 79,
+    "HANG": 81,
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+OWNED_SECONDS = 1.0  # for which an owner may write without looking at the lease again
+TAKEOVER_SECONDS = 3.0  # after which an owner that lives on has noticed that it was replaced
 
 
 class LeaseHeld(Refused):
@@ -30,10 +33,15 @@ class LeaseHeld(Refused):
 
 @dataclass(frozen=True)
 class Owner:
-    """One life of one job: ``attempt`` counts from 1 within ``job``."""
+    """One life of one job: ``attempt`` counts from 1 within ``job``.
+
+    ``restarts``: how often Slurm had requeued the job. A node that Slurm lost may live on, and its
+    shell may begin further attempts: they must not win over those of the requeued job.
+    """
 
     job: str
     attempt: int
+    restarts: int = 0
 
 
 class RunFolder:
@@ -46,7 +54,10 @@ class RunFolder:
 
     def create(self) -> None:
         for folder in (self.checkpoints, self.logs, self.path / "lease"):
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder)
+        # Whoever made them: a checkpoint lasts no longer than the names of the folders above it.
+        for folder in (self.path, *self.path.parents[:2]):
+            files.sync_folder(folder)
 
     def status(self) -> dict[str, Any]:
         """The last status; empty where none was written or it cannot be read."""
@@ -80,14 +91,16 @@ class RunFolder:
         self,
         job: str | None,
         attempt: int,
-        rank: int,
+        rank: int | str,
         state: str,
         code: int,
         cause: str,
         is_victim: bool,
+        **facts: Any,
     ) -> None:
         """Leave one rank's account of why it ended; ``is_victim``: it only lost a peer."""
         record = {
+            **facts,
             "rank": rank,
             "host": socket.gethostname(),
             "at": now(),
@@ -99,6 +112,11 @@ class RunFolder:
         name = f"{job or 'local'}.{attempt}.rank{rank}.failure.json"
         with contextlib.suppress(OSError):  # the disk may be the very cause
             files.replace_file(self.logs / name, json.dumps(record).encode())
+            self.failed_mark(job, attempt).touch()
+
+    def failed_mark(self, job: str | None, attempt: int) -> Path:
+        """A file that is there once any rank of a life has failed: cheap to look for."""
+        return self.logs / f"{job or 'local'}.{attempt}.failed"
 
     def failures(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """All accounts of one life, the first that was no victim's first."""
@@ -107,6 +125,24 @@ class RunFolder:
             with contextlib.suppress(OSError, ValueError):
                 records.append(json.loads(path.read_bytes()))
         return sorted(records, key=lambda record: (record["is_victim"], record["at"]))
+
+    def left_out(self) -> list[dict[str, int]]:
+        """Windows of samples that rollbacks left out, oldest first.
+
+        Each ``{"after": step, "steps": n}``: beyond step ``after`` the data runs n steps ahead.
+        """
+        try:
+            return json.loads((self.path / "left_out.json").read_bytes())
+        except FileNotFoundError:
+            return []
+
+    def leave_out(self, after: int, until: int) -> None:
+        """Record durably that what steps ``after`` + 1 to ``until`` consumed is not used again."""
+        windows = self.left_out()
+        steps = until - after + sum(w["steps"] for w in windows if after <= w["after"] < until)
+        kept = [w for w in windows if w["after"] < after]
+        text = json.dumps([*kept, {"after": after, "steps": steps}])
+        files.replace_file(self.path / "left_out.json", text.encode())
 
     def has_lease(self, epoch: int) -> bool:
         """Whether the lease that rank 0 took shows up here, waiting out a slow file system."""
@@ -145,6 +181,7 @@ class Lease:
         record = {
             "job": owner.job,
             "attempt": owner.attempt,
+            "restarts": owner.restarts,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process_started": process_start(os.getpid()),
@@ -154,8 +191,11 @@ class Lease:
         if not files.create_file(self._file(epoch + 1), json.dumps(record).encode()):
             raise LeaseHeld(f"another job took {self.folder.parent} at this moment; try again")
         self.epoch = epoch + 1
-        for old in range(1, self.epoch):
-            self._file(old).unlink(missing_ok=True)
+        if holder and not holder.get("released") and _may_live_on(holder, owner):
+            time.sleep(TAKEOVER_SECONDS)
+        for path in self.folder.glob("[0-9]*.json"):
+            if path.stem.isdigit() and int(path.stem) < self.epoch:
+                files.unlink(path)
 
     def check(self) -> None:
         """LeaseHeld where another life has taken over: asked before every publish."""
@@ -183,10 +223,17 @@ class Lease:
     @staticmethod
     def _may_replace(holder: dict[str, Any], owner: Owner, gone: str | None) -> bool:
         if holder["job"] == owner.job:
-            return holder["attempt"] < owner.attempt
+            theirs = (holder.get("restarts", 0), holder["attempt"])
+            return theirs < (owner.restarts, owner.attempt)
         if holder["job"] == gone:
             return True
         return is_known_here(holder) and is_dead(holder)
+
+
+def _may_live_on(holder: dict[str, Any], owner: Owner) -> bool:
+    """Whether a holder may still run on a node that Slurm has lost."""
+    is_in_place = holder["job"] == owner.job and holder.get("restarts", 0) == owner.restarts
+    return not is_in_place and not is_known_here(holder)
 
 
 def is_known_here(holder: dict[str, Any]) -> bool:

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 MARGIN_SECONDS = 15  # for leaving: logs, the last status, torchrun's own end
-FIRST_SAVE_SECONDS = 30  # assumed until a save was measured
 
 
 class Stop:
@@ -17,7 +16,7 @@ class Stop:
 
     def __init__(self, stop_file: Path | None, ends_at: float | None, is_main: bool):
         self.stop_file, self.ends_at, self.is_main = stop_file, ends_at, is_main
-        self.save_seconds: float = FIRST_SAVE_SECONDS
+        self.save_seconds = 0.0  # of the last save, or what is expected of the first
         self.reason: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -25,13 +24,20 @@ class Stop:
     def _on_signal(self, number, _frame) -> None:
         self.reason = self.reason or signal.Signals(number).name
 
-    def is_wanted(self, step_seconds: float) -> bool:
-        """Whether this rank has a reason to stop; the flag is read one step later, hence two."""
+    def is_wanted(self, step_seconds: float, saves: int = 1) -> bool:
+        """Whether this rank has a reason to stop; the flag is read one step later, hence two.
+
+        ``saves``: how many have to be waited for, one more where one is under way.
+        """
         if self.is_main and self.reason is None:
             if self.stop_file is not None and self.stop_file.exists():
                 self.reason = self.stop_file.read_text().strip() or "stop file"
             elif self.ends_at is not None:
-                need = 2 * step_seconds + self.save_seconds + MARGIN_SECONDS
-                if time.time() + need > self.ends_at:
-                    self.reason = f"the job ends in {self.ends_at - time.time():.0f} s"
+                need = 2 * step_seconds + saves * self.save_seconds + MARGIN_SECONDS
+                left = self.ends_at - time.time()
+                if need > left:
+                    self.reason = (
+                        f"{max(0, left):.0f} s to the end of the job, a step and a save take "
+                        f"{step_seconds + saves * self.save_seconds:.0f} s"
+                    )
         return self.reason is not None

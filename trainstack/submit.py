@@ -16,17 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainstack import files, places, tokens
-from trainstack.config import (
-    Config,
-    ConfigError,
-    Refused,
-    batch_plan,
-    check_identity,
-    load,
-    steps_for,
-)
+from trainstack.config import Config, batch_plan, check_identity, load, steps_for
 from trainstack.environment import describe_environment
-from trainstack.runfolder import QUEUED, Lease, RunFolder, is_dead, is_known_here
+from trainstack.errors import ConfigError, Refused
+from trainstack.runfolder import QUEUED, STARTING, Lease, RunFolder, is_dead, is_known_here
 
 SPEAKER = "submit.sh"
 SMALL_FILE = (
@@ -194,11 +187,12 @@ def check_owner(run: RunFolder, queue: str) -> None:
     """Refused where a job that lives or waits already works on this run."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
     submitted = [e["job"] for e in run.events() if e["event"] == "submitted"]
-    waiting = next((job for job in reversed(submitted) if job in states), None)
-    if waiting:
+    live = [job for job in dict.fromkeys(submitted) if job in states]  # of a chain, several
+    if live:
+        named = ", ".join(f"{job} ({states[job]})" for job in live)
         raise Refused(
-            f"run {run.path.name} has job {waiting} ({states[waiting]}) already; wait for it, or "
-            f"end it: scancel {waiting}"
+            f"run {run.path.name} has job {named} already; wait for it, or end it: "
+            f"scancel {' '.join(live)}"
         )
     _, holder = Lease(run.path).holder()
     if not holder or holder.get("released"):
@@ -340,7 +334,9 @@ def make_run_folder(options: argparse.Namespace, config: Config, run: RunFolder)
     if not options.local:
         before_status = run.status()
         files.replace_file(run.path / ".status.before", json.dumps(before_status).encode())
-        run.set_status(QUEUED, job=None, attempt=None, exit_code=None, cause=None)
+    # Also here: a DONE of before would tell the job that there is nothing to do.
+    state = STARTING if options.local else QUEUED
+    run.set_status(state, job=None, attempt=None, exit_code=None, cause=None)
 
 
 if __name__ == "__main__":

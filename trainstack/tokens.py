@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from trainstack import files
-from trainstack.config import Config, ConfigError, DataSection
+from trainstack.config import Config, DataSection
+from trainstack.errors import ConfigError
 
 FORMAT_VERSION = 1
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+#
+# Measure, each beside its peer in the same run.
+#
+# Usage: bash benchmarks/run.sh [NAME ...]
+#
+# Without a name all benchmarks, one after the other; nothing else should run meanwhile. The last
+# line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 all hold, else 1.
+
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+ROOT="$(dirname "$HERE")"
+
+log() { printf 'benchmarks/run.sh: %s\n' "$*" >&2; }
+
+main() {
+  local name names=() path code=0
+  case "${1:-}" in
+    -h | --help)
+      sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      return
+      ;;
+  esac
+  for path in "$HERE"/*.py; do names+=("$(basename "$path" .py)"); done
+  if (($#)); then
+    for name in "$@"; do
+      [[ -f "$HERE/$name.py" ]] || {
+        log "error: no benchmark $name; there are: ${names[*]}"
+        exit 2
+      }
+    done
+    names=("$@")
+  fi
+  bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
+  # shellcheck source=/dev/null
+  source "$ROOT/env.sh"
+  for name in "${names[@]}"; do
+    PYTHONPATH="$ROOT" "$TRAINSTACK_PYTHON" "$HERE/$name.py" || code=1
+  done
+  exit "$code"
+}
+
+main "$@"

@@ -1,0 +1,38 @@
+"""What a person is told when they asked for something that cannot be: one line, with its fix."""
+
+from typing import Any
+
+USAGE_ERROR = 2
+
+
+class ConfigError(Exception):
+    """A person asked for something that cannot be; each problem is one line with its fix."""
+
+    code = USAGE_ERROR  # exit code of the command that reports it
+
+    def __init__(self, *problems: str):
+        self.problems = list(problems)
+        super().__init__("\n".join(problems))
+
+    def __reduce__(self):  # rank 0 sends it to its peers
+        return type(self), tuple(self.problems)
+
+    def report(self, speaker: str, consequence: str = "") -> str:
+        """One line for one problem; for several a head line and an indented line each."""
+        if len(self.problems) == 1:
+            return f"{speaker}: error: {self.problems[0]}"
+        head = f"{speaker}: error: {len(self.problems)} problems in the configuration{consequence}"
+        return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
+
+
+class Refused(ConfigError):
+    """The run folder belongs to another job, or to another experiment."""
+
+    code = 78
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a message: on one line, and not longer than one."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else text if text.isprintable() else repr(text)
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"

@@ -1,0 +1,228 @@
+"""What happens between the process group and the first step: owner, inputs, resume, announce."""
+
+import argparse
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainstack import checkpoint, data, distributed, files, model, optim, places, tokens
+from trainstack.config import BatchPlan, Config, check_identity
+from trainstack.distributed import World
+from trainstack.environment import changed_settings
+from trainstack.errors import ConfigError
+from trainstack.fault import Faults
+from trainstack.guard import Guard
+from trainstack.runfolder import RUNNING, Lease, Owner, RunFolder
+from trainstack.stop import Stop
+from trainstack.watchdog import Watchdog
+
+log = logging.getLogger("trainstack")
+FIRST_SAVE_RATE = 200e6  # bytes per second
+PLACES = ("the start", "samples", "gradients", "update", "evaluation", "save", "the end")
+
+
+@dataclass
+class Parts:
+    """What the loop works with; built once, in the order of train.py's main."""
+
+    config: Config
+    world: World
+    plan: BatchPlan
+    run: RunFolder
+    lease: Lease
+    owner: Owner
+    max_steps: int
+    store: tokens.TokenStore
+    causal_lm: torch.nn.Module
+    ddp: torch.nn.parallel.DistributedDataParallel
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    guard: Guard
+    sampler: data.StepSampler
+    saver: checkpoint.Saver
+    small_files: dict[str, bytes]
+    stop: Stop
+    watch: "Watch"
+    faults: Faults
+
+
+@dataclass
+class Resumed:
+    """Where a run goes on: step 0 and no checkpoint where it begins."""
+
+    step: int = 0
+    checkpoint: Path | None = None
+    is_evaluated: bool = True  # whether the evaluation due at this step was made
+    skips_in_a_row: int = 0
+
+
+class Watch:
+    """The watchdog as the loop speaks with it: a step and the name of a place."""
+
+    def __init__(self, run: RunFolder, options: argparse.Namespace, rank: int, seconds):
+        stem = f"{options.job or 'local'}.{options.attempt}.rank{rank}"
+        self.position = [0, 0]
+
+        def account(place: str, stalled: float) -> None:
+            cause = f"no progress for {stalled:.0f} s at {place}"
+            log.error("HANG    %s; stacks: %s", cause, stacks)
+            run.add_failure(
+                options.job, options.attempt, rank, "HANG", 81, cause, False,
+                position=self.position,
+            )  # fmt: skip
+
+        stacks = run.logs / f"{stem}.stacks"
+        self.dog = Watchdog(seconds, stacks, account)
+
+    def at(self, step: int, place: str, extra_seconds: float = 0) -> None:
+        self.position = [step, PLACES.index(place)]
+        self.dog.at(f"step {step:,}, {place}", extra_seconds)
+
+
+def own_run_folder(
+    run: RunFolder,
+    options: argparse.Namespace,
+    config: Config,
+    store: tokens.TokenStore,
+    world: World,
+) -> tuple[Owner, Lease]:
+    """Make this life the owner of the run folder. Collective: every rank must call this.
+
+    Refused where another job owns it, or where it is another experiment's; nothing of it is changed
+    then.
+    """
+    lease = Lease(run.path)
+    job = options.job or f"local-{os.uname().nodename}-{os.getpid()}"
+    owner = Owner(job, options.attempt, options.restarts)
+
+    def take() -> tuple[Owner, int]:
+        check_same_experiment(run, config, store)
+        run.create()
+        lease.take(owner, options.gone)
+        path = run.path / "config.yaml"
+        if not path.exists() or path.read_text() != config.to_yaml():
+            files.replace_file(path, config.to_yaml().encode())
+        return owner, lease.epoch
+
+    owner, epoch = distributed.main_decides(world, take)
+    log_file = run.logs / f"{owner.job}.{owner.attempt}.rank{world.rank}.log"
+    seen = distributed.gather((run.has_lease(epoch), *distributed.introduce(world)))
+    blind = sorted({host for is_visible, host, _ in seen if not is_visible})
+    if blind:
+        raise ConfigError(
+            f"{run.path} is not visible from {', '.join(blind)}; SHARED_DIR must lie on a file "
+            "system that all nodes share"
+        )
+    distributed.start_logging(world, log_file)
+    if world.is_main:
+        run.set_status(
+            RUNNING, job=owner.job, attempt=owner.attempt, host=os.uname().nodename,
+            pid=os.getpid(), exit_code=None, cause=None, next_action=None,
+            nodes=sorted({host for _, host, _ in seen}),
+        )  # fmt: skip
+        lines = [line for _, _, line in seen]
+        run.add_event("start", job=owner.job, attempt=owner.attempt, ranks=lines)
+        for line in lines:
+            log.info("%s", line)
+    return owner, lease
+
+
+def check_same_experiment(run: RunFolder, config: Config, store: tokens.TokenStore) -> None:
+    """Refused where the run's newest readable checkpoint was made with another identity."""
+    for _, path in places.checkpoints(run.checkpoints):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged; found out later
+            saved = places.read_state(path)["identity"]
+            check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
+            return
+
+
+def open_inputs(home: Path, config: Config) -> tuple[Path, tokens.TokenStore]:
+    """The model folder and the token store that the configuration names."""
+    model_folder = places.model_folder(home, config.model.name)
+    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
+    settings = tokens.store_settings(config.data)
+    try:
+        key = tokens.store_key(model_folder, dataset_folder, settings)
+        return model_folder, tokens.TokenStore(home / "tokens" / key)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {config.model.name} or the tokens of {config.data.name} are not ready "
+            f"({error}); run: bash download_data_model.sh"
+        ) from None
+
+
+def find_checkpoint(run: RunFolder, config: Config, store: tokens.TokenStore) -> Path | None:
+    """The newest checkpoint that verifies and belongs to this configuration."""
+    newest = checkpoint.newest_whole(run.checkpoints)
+    if newest:
+        saved = places.read_state(newest)["identity"]
+        check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
+    return newest
+
+
+def restore(newest: Path | None, causal_lm, optimizer, scaler, guard: Guard) -> Resumed:
+    """Put a checkpoint's state back, and say where it was; the model has its weights already."""
+    if newest is None:
+        return Resumed()
+    state = places.read_state(newest)
+    stored = checkpoint.read_optimizer(newest)
+    optim.restore_optimizer(causal_lm, optimizer, stored, state["updates"])
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    guard.restore(state.get("guard"))
+    return Resumed(
+        state["step"], newest, state.get("is_evaluated", True), state.get("skips_in_a_row", 0)
+    )
+
+
+def expected_save_seconds(run: RunFolder, parameters: int) -> float:
+    """What the last save of this run took; before there was one, a guess from the size."""
+    saved = [e["save_seconds"] for e in run.events() if e["event"] == "checkpoint"]
+    return saved[-1] if saved else 1 + parameters * 12 / FIRST_SAVE_RATE
+
+
+def announce(parts: Parts, resumed: Resumed) -> None:
+    """Say what is about to happen, with every number that decides it; rank 0 only."""
+    if not parts.world.is_main:
+        return
+    config, plan, world = parts.config, parts.plan, parts.world
+    name, indent = config.run.name, " " * len(config.run.name)
+    hosts = world.world_size // world.local_world_size
+    log.info(
+        "%s  %s | %d host%s x %d processes, %s, %s | seq_len %d",
+        name, model.describe(parts.causal_lm, config.model.init), hosts, "s"[: hosts != 1],
+        world.local_world_size, world.backend, config.train.precision, plan.seq_len,
+    )  # fmt: skip
+    epochs = parts.max_steps * plan.global_batch_size / parts.sampler.total_samples
+    log.info("%s  %s", indent, plan)
+    log.info("%s  %s steps = %.2f epochs", indent, f"{parts.max_steps:,}", epochs)
+    if config.train.max_steps is not None:
+        log.info("%s  train.num_train_epochs is not used: max_steps decides", indent)
+    if len(parts.store.eval) < 2:
+        log.info("%s  no held-out documents: there will be no evaluation", indent)
+    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
+        log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)
+    for window in parts.sampler.left_out:
+        log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,
+                 f"{window['steps']:,}", f"{window['after']:,}")  # fmt: skip
+    if resumed.checkpoint:
+        announce_resume(parts, resumed)
+
+
+def announce_resume(parts: Parts, resumed: Resumed) -> None:
+    newest = resumed.checkpoint
+    log.info(
+        "resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
+        parts.owner.attempt, newest.name,
+    )  # fmt: skip
+    saved = places.read_state(newest)
+    changes = changed_settings(saved["settings"], parts.config.model_dump())
+    if saved["world_size"] != parts.world.world_size:
+        changes.append(f"processes: {saved['world_size']} -> {parts.world.world_size}")
+    for change in changes:
+        log.info("resume  %s", change)
+    parts.run.add_event("resume", step=resumed.step, checkpoint=newest.name, changes=changes)
