@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,8 @@ from trainstack import (
     training,
 )
 from trainstack.config import IGNORED_LABEL, batch_plan, load, steps_for
-from trainstack.errors import ConfigError
+from trainstack.errors import Refused
+from trainstack.failure import explain
 from trainstack.guard import Guard, withhold
 from trainstack.metrics import duration
 from trainstack.report import Diverged, Report
@@ -39,7 +39,6 @@ from trainstack.stop import Stop
 from trainstack.watchdog import SAVE_SECONDS, START_SECONDS
 
 log = logging.getLogger("trainstack")
-STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
 def main(options: argparse.Namespace, config) -> str:
@@ -50,6 +49,8 @@ def main(options: argparse.Namespace, config) -> str:
     model_folder, store = startup.open_inputs(options.home, config)
     owner, lease = startup.own_run_folder(run, options, config, store, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
+    if training.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
+        return startup.pause_early(run, owner, lease, stop, world)
     watch = Watch(run, options, world.rank, config.guard.hang_seconds)
     faults = fault.Faults(fault.parse(options.fault), world.rank, owner.attempt)
 
@@ -62,16 +63,16 @@ def main(options: argparse.Namespace, config) -> str:
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
     loss_model = model.CausalLMLoss(causal_lm, config.train, world.device)
-    if faults.faults:  # TRAINSTACK_FAULT alone brings this in
-        loss_model.register_forward_hook(lambda _model, _input, loss: loss * faults.loss_factor)
+    faults.attach(loss_model)
     ddp = model.wrap_ddp(loss_model, world)
     optimizer = optim.build_optimizer(causal_lm, config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
     guard = Guard(config.guard, world.device, scaler.is_enabled())
     resumed = startup.restore(newest, causal_lm, optimizer, scaler, guard)
+    left_out = distributed.main_decides(world, lambda: startup.windows(run, newest))
     sampler = data.StepSampler(
         num_samples, config.train.global_batch_size, world.rank, world.world_size, config.run.seed,
-        first_step=resumed.step, left_out=distributed.from_main(run.left_out()),
+        first_step=resumed.step, left_out=left_out,
     )  # fmt: skip
     attempt = f"{owner.job}.{owner.attempt}"
     keep = config.checkpoint.save_total_limit
@@ -82,16 +83,12 @@ def main(options: argparse.Namespace, config) -> str:
         scaler, guard, sampler, saver, small_files, stop, watch, faults,
     )  # fmt: skip
     if world.is_main:
+        lease.check()  # loading takes a while
         stop.save_seconds = startup.expected_save_seconds(run, model.count_parameters(causal_lm))
         run.set_status(RUNNING, step=resumed.step, max_steps=max_steps)
     startup.announce(parts, resumed)
-    try:
+    with settled(parts):
         return train(parts, resumed)
-    except Diverged:
-        saver.wait()  # what is on its way is of good steps
-        raise
-    finally:
-        watch.dog.close()
 
 
 def train(parts: Parts, resumed: Resumed) -> str:
@@ -124,7 +121,10 @@ def train(parts: Parts, resumed: Resumed) -> str:
     if step < max_steps or not is_evaluated:
         return leave(parts, "PAUSED", step, started)
     parts.watch.at(step, "the end", START_SECONDS)
-    show_sample(parts)
+    try:
+        show_sample(parts)
+    except Exception as error:  # the run is complete all the same
+        log.warning("sample  could not be made: %s: %s", type(error).__name__, error)
     return leave(parts, "DONE", step, started)
 
 
@@ -132,6 +132,7 @@ def take_step(
     parts: Parts, report: Report, numbers: training.StepNumbers, step: int
 ) -> tuple[bool, bool]:
     """One optimizer update; whether a rank wanted to stop, and to save, as of the step before."""
+    report.must_own()
     parts.watch.at(step, "samples")
     parts.faults.before(step)
     distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
@@ -146,12 +147,13 @@ def take_step(
     )
     wishes_before = report.step(numbers.read())
     saves = 1 + parts.saver.is_busy
+    step_seconds = max(report.pace.step_seconds, parts.watch.dog.median_seconds())
     is_bad = numbers.send(
         step,
         loss_sum,
         grad_norm,
         parts.plan.tokens_per_step,
-        (parts.stop.is_wanted(report.pace.step_seconds, saves), report.wants_save()),
+        (parts.stop.is_wanted(step_seconds, saves), report.wants_save()),
         data.samples_hash(parts.sampler.samples_at(step - 1)),
         parts.guard.judge,
     )
@@ -219,7 +221,8 @@ def evaluate(parts: Parts, report: Report, step: int) -> bool:
 def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
     """Begin to publish checkpoint-<step>. Collective: every rank must call this."""
     started = time.monotonic()
-    finish_save(parts, report)  # of the checkpoint before
+    parts.watch.at(step, "save", SAVE_SECONDS)
+    finish_save(parts, report, step)  # of the checkpoint before
     report.saving()
     snapshot = checkpoint.Snapshot(
         step,
@@ -247,15 +250,37 @@ def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
     report.stalled(time.monotonic() - started)
 
 
-def finish_save(parts: Parts, report: Report, needed: int | None = None) -> None:
-    """Wait for the save under way; SaveError where it is the ``needed`` step's and failed."""
+def finish_save(parts: Parts, report: Report, step: int) -> None:
+    """Wait for the save under way; SaveError where it is that of this very step and failed."""
     if not parts.saver.is_busy:
         return
-    parts.watch.at(needed or 0, "save", SAVE_SECONDS)
+    parts.watch.at(step, "save", SAVE_SECONDS)
     saved = parts.saver.wait()
-    if saved.problem is not None and saved.step == needed:
+    report_refused(saved)
+    if saved.problem is not None and saved.step == step:
         raise checkpoint.SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
     report.saved(saved)
+
+
+@contextlib.contextmanager
+def settled(parts: Parts):
+    """Before a run that diverged ends, the save of good steps that is under way does."""
+    try:
+        yield
+    except Diverged as error:
+        parts.watch.at(error.step, "save", SAVE_SECONDS)
+        report_refused(parts.saver.wait())
+        if parts.world.is_main:
+            parts.lease.check()  # a rollback is about to be recorded
+        raise
+    finally:
+        parts.watch.dog.close()
+
+
+def report_refused(saved: checkpoint.Saved | None) -> None:
+    """Raise what a save found out where another life owns the run."""
+    if saved is not None and isinstance(saved.problem, Refused):
+        raise saved.problem
 
 
 def show_sample(parts: Parts) -> None:
@@ -342,61 +367,6 @@ def guarded_main() -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # in order it could wait for ever, on a collective that nobody answers
-
-
-def explain(error: BaseException, run: RunFolder | None, options: argparse.Namespace) -> int:
-    """Say what went wrong and leave this rank's account of it; the exit code."""
-    is_main = distributed.rank_of_process() == 0
-    if isinstance(error, ConfigError):
-        if is_main:
-            print(error.report("train.py"), file=sys.stderr, flush=True)
-            state = STATES.get(error.code, "FAILED")
-            record_failure(run, options, state, error.code, " ".join(error.problems))
-        return error.code
-    if isinstance(error, Diverged):
-        if is_main:
-            text = roll_back(run, error) if error.is_rollback else str(error)
-            log.error("DIVERGED at %s", text)
-            record_failure(run, options, "DIVERGED", 79, text, is_rollback=error.is_rollback)
-        return EXIT_CODES["DIVERGED"]
-    lines = traceback.format_exception(error)
-    what = str(error).splitlines()[0] if str(error) else ""
-    is_victim = distributed.is_peer_lost(error)
-    if is_victim:  # its traceback would only hide the one that matters
-        log.error("lost a peer (%s)", what[:160])
-    else:
-        log.error("%s", "".join(lines))
-    kind = type(error).__name__
-    cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
-    tail = "".join(lines[-3:]).splitlines()[-8:]
-    record_failure(run, options, "FAILED", 1, cause, is_victim=is_victim, traceback=tail)
-    if is_victim:
-        time.sleep(distributed.PEER_LOST_SECONDS)
-    return 1
-
-
-def roll_back(run: RunFolder, error: Diverged) -> str:
-    """Record that what led to a divergence is left out from the newest checkpoint on."""
-    newest = next(iter(places.checkpoints(run.checkpoints)), (0, None))[0]
-    run.leave_out(newest, error.step)
-    run.add_event("rollback", step=error.step, to=newest, cause=str(error))
-    return (
-        f"{error}; back to step {newest:,}: the data of steps {newest + 1:,} to {error.step:,} is "
-        "left out"
-    )
-
-
-def record_failure(
-    run: RunFolder | None, options: argparse.Namespace, state: str, code: int, cause: str,
-    is_victim: bool = False, **facts,
-) -> None:  # fmt: skip
-    """Leave this rank's account of the failure for the job's shell, which decides the blame."""
-    if run is not None and run.path.is_dir():
-        rank = distributed.rank_of_process()
-        with contextlib.suppress(OSError):
-            run.add_failure(
-                options.job, options.attempt, rank, state, code, cause, is_victim, **facts
-            )
 
 
 if __name__ == "__main__":

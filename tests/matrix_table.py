@@ -5,6 +5,7 @@ The last measurement of each row counts.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def main(path: Path) -> None:
 def row(record: dict) -> str:
     seconds = "" if record["seconds"] is None else f"{record['seconds']:.0f}"
     identical = {True: "yes", False: "NO", None: ""}[record["identical"]]
-    message = record["message"].replace("|", "/")
+    message = re.sub(r"/\S*?(shared folder\d+|lab\d+)/trainstack/", ".../", record["message"])
+    message = message.replace("|", "/").replace("\n", " ")
     message = message if len(message) <= 110 else message[:107] + "..."
     cells = [record["row"], record["fault"].replace("|", "/"), record["redone"],
              record["repeated"], record["skipped"], identical, seconds, record["code"],

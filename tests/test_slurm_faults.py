@@ -92,7 +92,8 @@ def killed_agent(user: Site, run: str, row: str, reference) -> None:
     assert len(trace.events("attempt")) == 2
     assert user.cluster.job(job)["Restarts"] == "0", "without a new wait in the queue"
     cause = trace.events("failed")[0]["cause"]
-    trace.record(row, "kill -9 of a torchrun", reference, cause)
+    assert re.match(r"rank 1 on c?node2: left no word, and the others lost it", cause)
+    trace.record(row, "kill -9 of the torchrun of rank 1", reference, cause)
 
 
 def test_a_killed_torchrun_leaves_no_orphan_under_linuxproc(user, reference):
@@ -147,7 +148,7 @@ def test_a_chain_goes_on_without_requeueing_and_its_rest_ends_at_once(user, refe
 
 @pytest.mark.matrix
 def test_a_job_ends_itself_before_its_time_limit_without_any_signal(user, long_reference):
-    options = (*PAIR[:-1], "--time=1", "--signal=B:USR2@1")
+    options = (*PAIR[:-1], "--time=1", "--signal=B:URG@1")
     job = user.submit("run.name=f01", *LONG, *options, fault=SLOW)
     ended(user, "f01", job, 240)
     trace = user.trace("f01")
@@ -266,9 +267,9 @@ def test_a_network_that_is_cut_for_a_while_tears_nothing(user, reference):
         user.cluster.cut(node, seconds)
         ended(user, run, job, 300)
         trace = user.trace(run)
-        last = trace.events("failed", "hang", "paused")
-        trace.record(row, f"network of a node cut for {seconds} s", reference,
-                     last[0]["cause"] if last else "rode through")  # fmt: skip
+        last = trace.events("failed", "hang", "paused", "node_lost")
+        message = last[0].get("cause", "the node was lost") if last else "rode through"
+        trace.record(row, f"network of a node cut for {seconds} s", reference, message)
 
 
 @pytest.mark.matrix

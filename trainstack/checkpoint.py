@@ -93,7 +93,13 @@ class Saver:
     ):
         self.folder, self.world, self.keep, self.attempt = folder, world, keep, attempt
         self.still_mine = still_mine
-        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        try:
+            self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the ranks cannot reach each other over gloo ({str(error)[:200]}); set "
+                "GLOO_SOCKET_IFNAME in train.slurm to the network between the nodes"
+            ) from None
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
         self._thread: threading.Thread | None = None
@@ -159,6 +165,8 @@ class Saver:
 
     def _run(self, snapshot: Snapshot, share: "Share") -> None:
         started, problem, size = time.monotonic(), None, 0
+        if self._stream is not None:
+            torch.cuda.set_device(self.world.device)  # a new thread begins on GPU 0
         final = self.folder / f"checkpoint-{snapshot.step}"
         try:
             copied = self._copied(share)
@@ -167,8 +175,8 @@ class Saver:
             problem = error
         except SaveError as error:
             problem = str(error)
-        except Exception as error:  # a peer that went away, say: the loop meets it as well
-            problem = f"{type(error).__name__}: {error}"
+        except Exception as error:  # a peer that went away: the loop meets it as well
+            problem = f"{type(error).__name__}: {str(error)[:200]}"
         finally:
             self._is_copied.set()
         self._saved = Saved(snapshot.step, final, time.monotonic() - started, size, problem)
@@ -240,10 +248,14 @@ def _attempt(action: Callable[[], Any], path: Path) -> str | Refused | None:
     try:
         action()
     except OSError as error:
-        free = files.free_bytes(path) / 1e9
-        return f"{error.filename or path}: {error.strerror} ({free:.2f} GB free)"
+        free = "free space unknown"
+        with contextlib.suppress(OSError):  # what broke the one may break the other
+            free = f"{files.free_bytes(path) / 1e9:.2f} GB free"
+        return f"{error.filename or path}: {error.strerror or error} ({free})"
     except Refused as error:
         return error
+    except Exception as error:  # whatever it is, the peers wait for this rank's answer
+        return f"{type(error).__name__}: {error}"
     return None
 
 

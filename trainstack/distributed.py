@@ -64,7 +64,8 @@ def rank_of_process() -> int:
 
 def is_peer_lost(error: BaseException) -> bool:
     """Whether an error only says that another rank went away (gloo's and NCCL's words for it)."""
-    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out")
+    signs = ("closed by peer", "reset by peer", "broken pipe", "connection refused", "timed out",
+             "closed by remote peer", "remote process exited", "ncclremoteerror")  # fmt: skip
     text = str(error).lower()
     is_distributed = isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
     return is_distributed and any(sign in text for sign in signs)

@@ -75,6 +75,11 @@ class Faults:
         if any(f.action in (*ERRORS, "crash") for f in self.faults):
             self._watch.enter_context(files.watched_by(self._on_change))
 
+    def attach(self, loss_model: Any) -> None:
+        """Let ``nan`` reach the loss; without a fault the model is left as it is."""
+        if self.faults:
+            loss_model.register_forward_hook(lambda _model, _input, loss: loss * self.loss_factor)
+
     def before(self, step: int) -> None:
         """Do what is due before a step (from 1)."""
         self.loss_factor = 1.0

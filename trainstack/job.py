@@ -19,6 +19,7 @@ MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 ENDING = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that a person has to look at
+WAITS_FOR_NOBODY = 1  # position of a rank that hangs over its own samples
 TORCHRUN_GOT = "torchrun got"  # how a stop file begins that launch.py wrote
 PORTS_TRIED = 50
 
@@ -167,6 +168,11 @@ def finish_failed(
     is_passing = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")
     if is_passing and not options.ending:
         forget_false_stop(options.stop_file)
+        if options.stop_file and options.stop_file.exists():  # another life would have to stop too
+            say(run, f"{state} at step {status['step']:,}: {cause}")
+            pause_without_save(run, options)
+            print("requeue")
+            return EXIT_CODES["PAUSED"]
         return go_on_after(run, status, state, code, cause, failure)
     conclude(run, status, state, cause, code)
     print("end")
@@ -251,10 +257,13 @@ def first_failure(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | No
     records = run.failures(job, attempt)
     own = [record for record in records if not record.get("is_second_hand")]
     hung = [record for record in own if record["state"] == "HANG"]
-    heard = {record["rank"] for record in own}
+    alone = [r for r in hung if r["position"][1] == WAITS_FOR_NOBODY]
+    heard = {r["rank"] for r in records if not r.get("is_second_hand") or r.get("is_abort")}
     ranks = enumerate(ranks_of(run, job, attempt))
     silent = [(rank, line) for rank, line in ranks if own and rank not in heard]
     if hung and all(record["state"] == "HANG" or record["is_victim"] for record in own):
+        if alone:
+            return alone[0]
         if not silent:
             return min(hung, key=lambda record: record["position"])  # the least advanced
         # Stopped, in the kernel, or holding the interpreter's lock: it could not say a word.
@@ -322,7 +331,8 @@ def is_stuck(run: RunFolder, job: str) -> bool:
     own = [e for e in run.events() if e["event"] == "attempt" and e["job"] == job]
     if len(own) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return False
-    return newest_step(run) <= own[-MAX_ATTEMPTS_WITHOUT_PROGRESS]["newest"]
+    last = own[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    return newest_step(run) <= min(event["newest"] for event in last)  # a damaged one was newer
 
 
 def newest_step(run: RunFolder) -> int:

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trainstack import files
 from trainstack.errors import USAGE_ERROR
-from trainstack.runfolder import EXIT_CODES, RunFolder
+from trainstack.runfolder import EXIT_CODES, RunFolder, time_of
 
 LOOK_SECONDS = 1.0
 MOST_SKEW_SECONDS = 10
@@ -44,9 +44,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     problem = preflight(options, arguments[split + 1 :])
     if problem:
-        agent = f"agent-{socket.gethostname()}"
-        add_record(options, agent, problem, is_victim=False, code=USAGE_ERROR)  # not tried again
-        say(f"error: {problem}")
+        note_agent(options, problem, USAGE_ERROR)  # not tried again
         return 1
     killed_before = kernel_kills()
     stop_by_signal(options)
@@ -65,8 +63,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:  # the meeting failed: a name that does not resolve, a node missing
         text = " ".join(str(error).split())[:300]
         cause = f"torchrun on {socket.gethostname()}: {type(error).__name__}: {text}"
-        add_record(options, f"agent-{socket.gethostname()}", cause, is_victim=False)
-        say(cause)
+        note_agent(options, cause, EXIT_CODES["FAILED"])
         return 1
     return 0
 
@@ -91,7 +88,8 @@ def preflight(options: argparse.Namespace, torchrun_arguments: list[str]) -> str
             return (
                 f"{host} cannot find {head}, where the nodes meet ({error}); mend its DNS or hosts"
             )
-        if host != head and all(ipaddress.ip_address(address).is_loopback for address in found):
+        is_head = host.partition(".")[0] == head.partition(".")[0]  # one may have its domain
+        if not is_head and all(ipaddress.ip_address(address).is_loopback for address in found):
             return (
                 f"{host} takes {head}, where the nodes meet, for itself ({', '.join(found)}); mend "
                 "its /etc/hosts"
@@ -173,23 +171,21 @@ def note_failures(options: argparse.Namespace, error: ChildFailedError, kernel_k
         else:
             cause = f"ended with code {failure.exitcode} and left no word"
         # The signal of a stop, or of torchrun when a sibling failed: not where it began.
-        is_victim = failure.exitcode == -signal.SIGTERM
-        add_record(options, rank, cause, is_victim=is_victim, state=state)
+        run.add_failure(
+            options.job, options.attempt, rank, state, EXIT_CODES[state], cause,
+            failure.exitcode == -signal.SIGTERM, is_second_hand=True,
+            is_abort=failure.exitcode == -signal.SIGABRT, at=time_of(failure.timestamp),
+        )  # fmt: skip
         say(f"rank {rank} (local {failure.local_rank}) on {socket.gethostname()}: {cause}")
 
 
-def add_record(
-    options: argparse.Namespace,
-    rank: int | str,
-    cause: str,
-    is_victim: bool,
-    state: str = "FAILED",
-    code: int | None = None,
-) -> None:
-    code = EXIT_CODES[state] if code is None else code
-    RunFolder(options.run).add_failure(
-        options.job, options.attempt, rank, state, code, cause, is_victim, is_second_hand=True
+def note_agent(options: argparse.Namespace, cause: str, code: int) -> None:
+    """Leave this node's own account: it did not come to any rank."""
+    run, name = RunFolder(options.run), f"agent-{socket.gethostname()}"
+    run.add_failure(
+        options.job, options.attempt, name, "FAILED", code, cause, False, is_second_hand=True
     )
+    say(f"error: {cause}")
 
 
 def kernel_kills() -> int:

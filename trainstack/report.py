@@ -100,7 +100,8 @@ class Report:
             section.on_divergence == "skip"
         )
         raise Diverged(
-            result.step, f"{text}{tried}; lower optim.learning_rate={rate:g}, or look at the data"
+            result.step,
+            f"{text}{tried}; lower optim.learning_rate (now {rate:g}), or look at the data",
         )
 
     def _log(self, result: training.StepResult) -> None:
@@ -160,7 +161,7 @@ class Report:
         self.must_own()
         if saved.problem is not None:
             step = f"{saved.step:,}"
-            log.error("save    step %s failed: %s; training goes on", step, saved.problem)
+            log.error("save    step %s failed: %s; the next one is tried", step, saved.problem)
             parts.run.add_event(
                 "save_failed", step=saved.step, cause=str(saved.problem),
                 stall_seconds=round(stall, 3),
@@ -168,7 +169,7 @@ class Report:
             return
         if self.interval:
             self.interval.saved(stall, saved.seconds)
-        log.info("saved   %s (%.2f GB, %.1f s, training stood still for %.2f s)",
+        log.info("saved   %s (%.2f GB in %.1f s; training waited %.2f s)",
                  saved.path.name, saved.size / 1e9, saved.seconds, stall)  # fmt: skip
         hours, self._saved_at = (time.monotonic() - self._saved_at) / 3600, time.monotonic()
         parts.run.set_status(RUNNING, checkpoint=saved.path.name, checkpoint_at=time.time())

@@ -100,10 +100,10 @@ class RunFolder:
     ) -> None:
         """Leave one rank's account of why it ended; ``is_victim``: it only lost a peer."""
         record = {
+            "at": now(),
             **facts,
             "rank": rank,
             "host": socket.gethostname(),
-            "at": now(),
             "state": state,
             "exit_code": code,
             "cause": cause,
@@ -124,7 +124,9 @@ class RunFolder:
         for path in self.logs.glob(f"{job}.{attempt}.rank*.failure.json"):
             with contextlib.suppress(OSError, ValueError):
                 records.append(json.loads(path.read_bytes()))
-        return sorted(records, key=lambda record: (record["is_victim"], record["at"]))
+        # An abort is what NCCL does to those who wait: any other account comes first.
+        order = lambda r: (r["is_victim"], r.get("is_abort", False), r["at"])  # noqa: E731
+        return sorted(records, key=order)
 
     def left_out(self) -> list[dict[str, int]]:
         """Windows of samples that rollbacks left out, oldest first.
@@ -138,11 +140,14 @@ class RunFolder:
 
     def leave_out(self, after: int, until: int) -> None:
         """Record durably that what steps ``after`` + 1 to ``until`` consumed is not used again."""
+        assert until > after
         windows = self.left_out()
         steps = until - after + sum(w["steps"] for w in windows if after <= w["after"] < until)
         kept = [w for w in windows if w["after"] < after]
-        text = json.dumps([*kept, {"after": after, "steps": steps}])
-        files.replace_file(self.path / "left_out.json", text.encode())
+        self.set_left_out([*kept, {"after": after, "steps": steps}])
+
+    def set_left_out(self, windows: list[dict[str, int]]) -> None:
+        files.replace_file(self.path / "left_out.json", json.dumps(windows).encode())
 
     def has_lease(self, epoch: int) -> bool:
         """Whether the lease that rank 0 took shows up here, waiting out a slow file system."""
@@ -198,9 +203,18 @@ class Lease:
                 files.unlink(path)
 
     def check(self) -> None:
-        """LeaseHeld where another life has taken over: asked before every publish."""
-        epoch, holder = self.holder()
-        if epoch != self.epoch:
+        """LeaseHeld where another life has taken over: asked before every publish.
+
+        By the names alone, so that a record that cannot be read hides nobody. A name made here
+        first brings the listing up to date where a client of NFS would answer from its cache.
+        """
+        probe = self.folder / f".look.{os.getpid()}"
+        with contextlib.suppress(OSError):  # a full disk is no reason to stop
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        epochs = [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
+        if max(epochs, default=0) != self.epoch:
+            _, holder = self.holder()
             raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
 
     def release(self) -> None:
@@ -266,6 +280,10 @@ def process_start(pid: int) -> str | None:
 
 def now() -> str:
     """The time of day in UTC, to the millisecond."""
-    seconds = time.time()
+    return time_of(time.time())
+
+
+def time_of(seconds: float) -> str:
+    """A moment, in seconds since 1970, as it stands in the records."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"

@@ -16,12 +16,13 @@ from trainstack.environment import changed_settings
 from trainstack.errors import ConfigError
 from trainstack.fault import Faults
 from trainstack.guard import Guard
-from trainstack.runfolder import RUNNING, Lease, Owner, RunFolder
+from trainstack.runfolder import EXIT_CODES, RUNNING, Lease, Owner, RunFolder
 from trainstack.stop import Stop
-from trainstack.watchdog import Watchdog
+from trainstack.watchdog import START_SECONDS, Watchdog
 
 log = logging.getLogger("trainstack")
 FIRST_SAVE_RATE = 200e6  # bytes per second
+MAY_COMPILE = 2  # steps of a life at each place
 PLACES = ("the start", "samples", "gradients", "update", "evaluation", "save", "the end")
 
 
@@ -66,12 +67,13 @@ class Watch:
     def __init__(self, run: RunFolder, options: argparse.Namespace, rank: int, seconds):
         stem = f"{options.job or 'local'}.{options.attempt}.rank{rank}"
         self.position = [0, 0]
+        self._steps: dict[str, set[int]] = {}  # of this life, by place; the first few only
 
         def account(place: str, stalled: float) -> None:
             cause = f"no progress for {stalled:.0f} s at {place}"
             log.error("HANG    %s; stacks: %s", cause, stacks)
             run.add_failure(
-                options.job, options.attempt, rank, "HANG", 81, cause, False,
+                options.job, options.attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
                 position=self.position,
             )  # fmt: skip
 
@@ -79,6 +81,12 @@ class Watch:
         self.dog = Watchdog(seconds, stacks, account)
 
     def at(self, step: int, place: str, extra_seconds: float = 0) -> None:
+        """Say where the loop is. The first two steps and the first evaluations may compile."""
+        steps = self._steps.setdefault(place, {step})
+        if len(steps) <= MAY_COMPILE:
+            steps.add(step)
+        if len(steps) <= MAY_COMPILE:
+            extra_seconds = max(extra_seconds, START_SECONDS)
         self.position = [step, PLACES.index(place)]
         self.dog.at(f"step {step:,}, {place}", extra_seconds)
 
@@ -179,6 +187,32 @@ def restore(newest: Path | None, causal_lm, optimizer, scaler, guard: Guard) -> 
     )
 
 
+def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: World) -> str:
+    """Leave before anything was loaded: the job was asked to end, and nothing is lost."""
+    if world.is_main:
+        cause = f"{stop.reason or 'another rank was asked to stop'}, before training began"
+        facts = {"job": owner.job, "attempt": owner.attempt, "cause": cause}
+        action = "the same command continues it"
+        run.set_status("PAUSED", **facts, exit_code=EXIT_CODES["PAUSED"], next_action=action)
+        run.add_event("paused", **facts)
+        lease.release()
+        log.info("%s: PAUSED (%s); nothing was lost; %s", run.path.name, cause, action)
+    return "PAUSED"
+
+
+def windows(run: RunFolder, newest: Path | None) -> list[dict[str, int]]:
+    """What rollbacks left out; what the checkpoint was trained with wins over the run's file."""
+    known = run.left_out()
+    if newest is None:
+        return known
+    state = places.read_state(newest)
+    whole = [*state.get("left_out", []), *(w for w in known if w["after"] >= state["step"])]
+    if whole != known:
+        log.warning("resume  left_out.json did not agree with %s and was mended", newest.name)
+        run.set_left_out(whole)
+    return whole
+
+
 def expected_save_seconds(run: RunFolder, parameters: int) -> float:
     """What the last save of this run took; before there was one, a guess from the size."""
     saved = [e["save_seconds"] for e in run.events() if e["event"] == "checkpoint"]
@@ -206,6 +240,8 @@ def announce(parts: Parts, resumed: Resumed) -> None:
         log.info("%s  no held-out documents: there will be no evaluation", indent)
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
         log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)
+    if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
+        log.info("%s  checkpoint.failure_hours is not used: save_steps is a number", indent)
     for window in parts.sampler.left_out:
         log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,
                  f"{window['steps']:,}", f"{window['after']:,}")  # fmt: skip

@@ -18,7 +18,7 @@ class Stop:
         self.stop_file, self.ends_at, self.is_main = stop_file, ends_at, is_main
         self.save_seconds = 0.0  # of the last save, or what is expected of the first
         self.reason: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number, _frame) -> None:

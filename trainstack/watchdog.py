@@ -16,6 +16,7 @@ RECENT = 64  # steps the median is taken over
 START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
 SAVE_SECONDS = 1800  # the last save of a life, to a slow file system
 TICKS_SECONDS = 1.0
+STOPPED_SECONDS = 5.0
 LOCKED_SECONDS = 5.0  # less than launch.py waits before it kills
 
 
@@ -48,8 +49,11 @@ class Watchdog:
 
     def limit_seconds(self) -> float:
         """How long the loop may stay at its present place."""
-        median = statistics.median(self._recent) if self._recent else 0.0
-        return max(self.least_seconds or 0, MEDIANS * median) + self._extra
+        return max(self.least_seconds or 0, MEDIANS * self.median_seconds()) + self._extra
+
+    def median_seconds(self) -> float:
+        """The median of the last steps; 0 before the first."""
+        return statistics.median(self._recent) if self._recent else 0.0
 
     def close(self) -> None:
         """Watch no longer."""
@@ -57,11 +61,19 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self._is_over.wait(min(TICKS_SECONDS, self.least_seconds / 4)):
+        tick = min(TICKS_SECONDS, self.least_seconds / 4)
+        ticked = time.monotonic()
+        while not self._is_over.wait(tick):
+            late = time.monotonic() - ticked - tick
+            if late > STOPPED_SECONDS:  # the whole process was stopped, by Ctrl-Z or by Slurm
+                self._at += late
+            ticked = time.monotonic()
             limit, place, at = self.limit_seconds(), self._place, self._at
             stalled = time.monotonic() - at
             if stalled > limit:
                 self._end(place, stalled)
+            if self._is_over.is_set():
+                return
             # Fires by itself if this thread is not let to renew it; later than the threads of the
             # ranks that wait for this one, so that their stacks are written as well.
             faulthandler.dump_traceback_later(limit + LOCKED_SECONDS, exit=True, file=self._file)
