@@ -33,7 +33,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TRAINSTACK_HOME")) as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node=2", __file__, folder]
-        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return done.returncode or int(not (Path(folder) / "holds").exists())
 
 
 class Trainer:
@@ -114,7 +115,8 @@ def measure(folder: Path) -> int:
         holds = True
     dist.barrier()
     shutil.rmtree(folder / "peer.pt", ignore_errors=True)
-    os._exit(0 if holds else 1)
+    (folder / "holds").touch() if world.is_main and holds else None
+    os._exit(0)  # torchrun would print forty lines about a benchmark that falls short
 
 
 def save_with_torch(trainer: Trainer, path: Path) -> float:

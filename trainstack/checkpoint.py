@@ -32,6 +32,7 @@ log = logging.getLogger("trainstack")
 WEIGHTS = "model.safetensors"
 SAVE_TIMEOUT = datetime.timedelta(hours=2)  # a peer may write that long, to a slow file system
 WRITER_NICENESS = 10
+REST = 9  # times the work on a chunk, where training needs the same cores: a tenth of one is taken
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -107,6 +108,7 @@ class Saver:
         self._event: torch.cuda.Event | None = None
         self._is_copied = threading.Event()
         self._is_copied.set()
+        self._is_awaited = threading.Event()
 
     @property
     def is_busy(self) -> bool:
@@ -143,9 +145,16 @@ class Saver:
         """Wait for the end of the save that was begun; None where there is none."""
         if self._thread is None:
             return None
+        self._is_awaited.set()
         self._thread.join()
+        self._is_awaited.clear()
         self._thread, saved, self._saved = None, self._saved, None
         return saved
+
+    def _rest(self, seconds: float) -> None:
+        """Leave the cores to training after ``seconds`` of writing, unless somebody waits."""
+        if self._stream is None and not self._is_awaited.is_set():
+            self._is_awaited.wait(seconds * REST)
 
     def _copy_from_gpu(self, share: "Share") -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -207,7 +216,7 @@ class Saver:
             problem = _attempt(lambda: (self.still_mine(), _prepare_folder(temporary)), temporary)
         problem = from_main(problem, self.group)
         if problem is None:
-            entries, problem = _write_share(temporary, snapshot, share, self.world)
+            entries, problem = _write_share(temporary, snapshot, share, self.world, self._rest)
         shares = gather((entries, problem), self.group)
         problem = next((found for _, found in shares if found), None)
         whole = {name: entry for part, _ in shares for name, entry in part.items()}
@@ -266,7 +275,11 @@ def _prepare_folder(temporary: Path) -> None:
 
 
 def _write_share(
-    temporary: Path, snapshot: Snapshot, share: Share, world: World
+    temporary: Path,
+    snapshot: Snapshot,
+    share: Share,
+    world: World,
+    rest: Callable[[float], None],
 ) -> tuple[dict[str, dict], str | None]:
     """Write this rank's files; returns their manifest entries, or the problem."""
     entries: dict[str, dict] = {}
@@ -278,12 +291,12 @@ def _write_share(
                 files.sync_file(path)
             for name, data in snapshot.small_files.items():
                 entries[name] = files.write_file(temporary / name, data)
-            entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights)
+            entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights, rest)
             state = json.dumps(snapshot.state, indent=1).encode()
             entries[STATE] = files.write_file(temporary / STATE, state)
         if share.optimizer:
             name = f"training/optimizer-{world.rank}.safetensors"
-            entries[name] = write_safetensors(temporary / name, share.optimizer)
+            entries[name] = write_safetensors(temporary / name, share.optimizer, rest)
 
     problem = _attempt(write, temporary)
     if problem is not None:
@@ -323,8 +336,12 @@ def small_files(causal_lm: torch.nn.Module, model_folder: Path) -> dict[str, byt
     return found
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], rest: Callable[[float], None] = lambda _: None
+) -> dict[str, Any]:
     """Write tensors one by one through our own handle, hashed and synced; returns the entry.
+
+    ``rest`` is called after each chunk with the seconds of work that it took.
 
     The format (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header
     with dtype, shape and offsets, then the raw data. The library's own writer needs the whole file
@@ -349,7 +366,9 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
         for tensor in tensors.values():
             raw = _raw_bytes(tensor)
             for start in range(0, raw.size, files.CHUNK_BYTES):
+                started = time.thread_time()
                 file.write(raw[start : start + files.CHUNK_BYTES])
+                rest(time.thread_time() - started)
 
     return files.write_with(path, fill)
 
