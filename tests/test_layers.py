@@ -14,8 +14,9 @@ FOUNDATIONS = (  # each imports those before
     "files", "places", "foreign", "errors", "strict_yaml", "config", "distributed",
 )  # fmt: skip
 COMPONENTS = {
-    "checkpoint", "data", "demo", "documents", "environment", "fault", "guard", "history",
-    "interval", "metrics", "model", "optim", "runfolder", "stop", "tokens", "training", "watchdog",
+    "chat", "checkpoint", "data", "demo", "documents", "environment", "fault", "formats", "guard",
+    "history", "interval", "metrics", "model", "optim", "packing", "runfolder", "stop", "tokens",
+    "training", "watchdog",
 }  # fmt: skip
 HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
 TRAIN_PARTS = ("startup", "report")  # of train.py; each imports those before

@@ -1,7 +1,7 @@
 """Which documents share a sample: packing without cutting, computed once from their lengths.
 
-A document of L tokens takes L - 1 places: its last token is only a target, and no target lies across
-a border. One that is longer than a sample is split so that each target is kept, or dropped.
+A document of L tokens takes L - 1 places: its last token is only a target, and its first one is
+none. One that is longer than a sample is split so that each target is kept, or dropped.
 """
 
 from bisect import bisect_left, insort
