@@ -20,7 +20,9 @@ COMPONENTS = {
 }  # fmt: skip
 HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
 TRAIN_PARTS = ("startup", "report")  # of train.py; each imports those before
-ENTRY_POINTS = {"goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit"}
+ENTRY_POINTS = {
+    "data_report", "goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit",
+}  # fmt: skip
 LIGHT = (
     "config",
     "goodput",

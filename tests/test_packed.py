@@ -212,3 +212,27 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
         "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5", "a.jsonl:8",
     ]  # fmt: skip
     assert not any(files.damage(store.folder))
+
+
+def test_the_report_counts_and_shows_what_is_learned(home):
+    """A duplicate and a long document among others; marks where there is no terminal."""
+    said = "one two three"
+    turns = [{"role": "user", "content": "four five"}, {"role": "assistant", "content": said}]
+    long = [{"role": "user", "content": "six " * 70}, *turns[1:]]
+    lines = [json.dumps({"messages": each}) for each in (turns, turns, long)]
+    content = {"train.jsonl": "\n".join(lines) + "\n"}
+    tiny.publish(places.dataset_folder(home, "few", None), content, kind="dataset")
+    settings = ["data.name=few", "data.packing=best_fit", "data.eval_fraction=0"]
+    prepare(home, *settings)
+    arguments = ["--home", home, "--config", home / "config.yaml", *settings]
+    shown = tiny.run_module("trainstack.data_report", *arguments).stdout
+    words = " ".join(shown.split())
+    assert "train 3 documents, 92 tokens, 13.0% of them carry loss" in words
+    assert "longer than seq_len: 1 split, 0 dropped" in words
+    assert "duplicates 1 documents (33.3%)" in words
+    assert "8 to 15 2 ######" in words
+    assert "64 to 127 1 ####" in words
+    assert "four five <|end|>[[one two three <|end|>]]" in shown
+    missing = tiny.run_module("trainstack.data_report", *arguments, "data.name=no", check=False)
+    assert missing.returncode == 2
+    assert "not ready" in missing.stderr

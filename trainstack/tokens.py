@@ -154,25 +154,29 @@ class Split:
         parts = np.zeros((2 if self.rows is None else 3, len(samples), self.seq_len), np.int64)
         parts[1] = IGNORED_LABEL
         for row, sample in enumerate(samples):
-            if self.rows is None:
-                self._fill(parts[:, row], int(sample) * self.seq_len)
-                continue
             at = 0
-            first, last = self.rows[sample : sample + 2]
-            for start, places in self.pieces[first:last].tolist():
+            for start, places in self.pieces_of(sample):
                 self._fill(parts[:, row, at : at + places], start)
                 at += places
         return parts
 
+    def pieces_of(self, sample: int) -> list[list[int]]:
+        """What a sample is made of: first token and places of each piece."""
+        if self.rows is None:
+            start = int(sample) * self.seq_len
+            return [[start, min(self.seq_len, len(self.ids) - 1 - start)]]
+        first, last = self.rows[sample : sample + 2]
+        return self.pieces[first:last].tolist()
+
     def _fill(self, parts: np.ndarray, start: int) -> None:
-        """Write the tokens from ``start`` on into [2 or 3, places], as far as there are any."""
-        window = self.ids[start : start + parts.shape[1] + 1]
-        places = len(window) - 1
-        parts[0, :places] = window[:-1]
+        """Write the tokens from ``start`` on into [2 or 3, places]."""
+        places = parts.shape[1]
+        window = self.ids[start : start + places + 1]
+        parts[0] = window[:-1]
         if len(parts) == 3:
-            parts[2, :places] = np.arange(places)
+            parts[2] = np.arange(places)
         if self.spans is None:
-            parts[1, :places] = window[1:]
+            parts[1] = window[1:]
             return
         first = np.searchsorted(self.spans[:, 1], start + 1, "right")
         last = np.searchsorted(self.spans[:, 0], start + 1 + places, "left")
