@@ -97,6 +97,13 @@ def test_a_piece_without_a_target_makes_no_sample():
     assert made.targets.tolist() == [20]
 
 
+def test_any_first_part_of_the_samples_has_long_and_short_documents():
+    lengths = lengths_of(3, 20_000, 1000)
+    made = packing.plan(np.cumsum(lengths + 1), every_token, 1000, "best_fit", "split")
+    numbers = np.diff(made.rows)
+    assert np.mean(numbers[:200]) == pytest.approx(np.mean(numbers), rel=0.1)
+
+
 def test_no_documents_make_no_samples():
     for kind in ("none", "best_fit"):
         made = packing.plan(np.zeros(0, np.int64), every_token, 50, kind, "split")

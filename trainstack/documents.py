@@ -49,7 +49,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from readers.get(kind, _read_lines)(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, csv.Error) as error:
         raise DataError(f"{name}: cannot be read to its end ({error}); fetch it again") from None
 
 
@@ -82,6 +82,8 @@ def _read_line(place: str, line: bytes) -> Any:
     except UnicodeDecodeError as error:
         what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
         return DataError(f"{place}: {what} at byte {error.start} of the line; convert the file")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested without end
+        return DataError(f"{place}: {str(error).splitlines()[0]}; mend the line")
 
 
 def _open(path: Path):

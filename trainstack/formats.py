@@ -234,7 +234,10 @@ def encode(
     encoded = iter(encode_batch([s.text for s in segments], add_special_tokens=False))
     for document in documents:
         parts = [(segment, next(encoded)) for segment in document.segments]
-        ids = [i for _, encoding in parts for i in encoding.ids] + [end_id] * document.is_ended
+        ids = []
+        for _, encoding in parts:
+            ids += encoding.ids
+        ids += [end_id] * document.is_ended
         if all(segment.learned is None for segment in document.segments):
             yield document, ids, None
             continue

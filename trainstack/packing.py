@@ -39,6 +39,7 @@ def plan(
     starts, places, targets = starts[is_useful], places[is_useful], targets[is_useful]
     if packing == "best_fit":
         row_of, num_rows = best_fit(places, seq_len)
+        row_of = spread(num_rows)[row_of]
         order = np.argsort(row_of, kind="stable")
         starts, places, targets = starts[order], places[order], targets[order]
         rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
@@ -92,6 +93,18 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     row_of = np.empty(len(lengths), np.int64)
     row_of[order] = rows.row_of
     return row_of, rows.total
+
+
+def spread(number: int) -> np.ndarray:
+    """Another place for each row, so that any first part of them has long and short documents.
+
+    The rows come with the longest first; an evaluation may use only some. Multiples of the golden
+    ratio, modulo one, lie evenly (Weyl's sequence), and are the same everywhere.
+    """
+    points = np.arange(number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    places = np.empty(number, np.int64)
+    places[np.argsort(points, kind="stable")] = np.arange(number)
+    return places
 
 
 class _Rows:
