@@ -1,6 +1,7 @@
 """What of a record is learned: token by token, for each format and three kinds of chat template."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_the_mask_of_a_tagged_template_is_the_one_of_transformers(chats):
     theirs = made["tagged"]._tokenizer.apply_chat_template(
         TURNS, return_assistant_tokens_mask=True, return_dict=True
     )
-    assert ids == theirs["input_ids"]
+    assert ids.tolist() == theirs["input_ids"]
     assert flags.tolist() == [bool(flag) for flag in theirs["assistant_masks"]]
 
 
@@ -214,3 +215,30 @@ def test_tools_and_calls_reach_the_template(chats, tmp_path):
     [segment] = document.segments
     assert [segment.text[a:b] for a, b in segment.learned] == ["five"]
     assert segment.text.startswith("1user")
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE as GPT-2's, trained on this file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("text", [Path(__file__).read_text(), "a  b \n\n c\n" * 900, "x" * 9000])
+def test_a_long_text_is_tokenised_in_parts_as_the_whole_would_be(monkeypatch, byte_level, text):
+    monkeypatch.setattr(formats, "LONG_TEXT", 2000)
+    whole = byte_level.encode(text, add_special_tokens=False).ids
+    assert formats.long_ids(byte_level, text).tolist() == whole
+    is_cut = formats.safe_cut(byte_level, text, 0, 2000) is not None
+    assert is_cut == ("\n" in text), "a text of one word stays whole"
+    document = formats.Document("a", (formats.Segment(text, None),), True)
+    [(_, ids, flags)] = formats.encode(byte_level, 7, [document])
+    assert ids.tolist() == [*whole, 7]
+    assert flags is None

@@ -30,6 +30,12 @@ ALPACA_PROMPT = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n{more}### Response:\n"
 )
+NOTHING_LEARNED = (
+    "no token of it carries loss, for no assistant says anything; mend it, or leave it out"
+)
+STRINGS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
+LONG_TEXT = 1 << 20  # characters
+CUT_WINDOW, CUT_TRIES = 200, 50  # characters on each side that are compared; places tried
 ALPACA_PAIRED = ", paired with an input that provides further context"
 
 
@@ -39,6 +45,11 @@ class Segment:
 
     text: str
     learned: Ranges | None
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is tokenised in parts, which ranges of characters do not allow."""
+        return len(self.text) > LONG_TEXT and not self.learned
 
 
 @dataclass(frozen=True)
@@ -97,11 +108,6 @@ def to_document(place: str, record: Any, name: str, text_field: str, chat) -> Do
     return Document(place, tuple(segments), is_ended)
 
 
-NOTHING_LEARNED = (
-    "no token of it carries loss, for no assistant says anything; mend it, or leave it out"
-)
-
-
 def _text(place: str, record: dict, column: str, is_optional: bool = False) -> str:
     value = record.get(column)
     if value is None and is_optional:
@@ -111,11 +117,8 @@ def _text(place: str, record: dict, column: str, is_optional: bool = False) -> s
     what = "no string" if column in record else "no text"
     found = "null" if value is None else type(value).__name__
     found = f" but {found}" if column in record else ""
-    setting = f"data.text_field={column}" if column not in CHAT_COLUMNS else column
+    setting = f"data.text_field={column}" if column not in STRINGS else column
     raise DataError(f"{place}: {what} in {setting}{found}; {_has(record)}")
-
-
-CHAT_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
 
 
 def check_text(place: str, text: str) -> None:
@@ -222,7 +225,7 @@ BUILDERS = {
 
 def encode(
     tokenizer, end_id: int, documents: Sequence[Document]
-) -> Iterator[tuple[Document, list[int] | np.ndarray, np.ndarray | None]]:
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
     """Each document with its token ids and, per token, whether it carries loss; None: all do.
 
     Encoded together, over all cores. ``tokenizer``: of the library tokenizers. A document of which
@@ -231,18 +234,58 @@ def encode(
     segments = [segment for document in documents for segment in document.segments]
     needs_offsets = any(segment.learned for segment in segments)  # costs a quarter of the speed
     encode_batch = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
-    encoded = iter(encode_batch([s.text for s in segments], add_special_tokens=False))
+    texts = [segment.text for segment in segments if not segment.is_long]
+    encoded = iter(encode_batch(texts, add_special_tokens=False))
     for document in documents:
-        parts = [(segment, next(encoded)) for segment in document.segments]
-        ids = []
-        for _, encoding in parts:
-            ids += encoding.ids
-        ids += [end_id] * document.is_ended
-        if all(segment.learned is None for segment in document.segments):
-            yield document, ids, None
-            continue
-        flags = [learned_tokens(encoding, segment.learned) for segment, encoding in parts]
-        yield document, ids, np.concatenate([*flags, np.ones(int(document.is_ended), bool)])
+        ids, flags = [], []
+        for segment in document.segments:
+            if segment.is_long:
+                ids.append(long_ids(tokenizer, segment.text))
+                flags.append(np.full(len(ids[-1]), segment.learned is None))
+            else:
+                encoding = next(encoded)
+                ids.append(encoding.ids)
+                flags.append(learned_tokens(encoding, segment.learned))
+        if document.is_ended:
+            ids.append([end_id])
+            flags.append(np.ones(1, bool))
+        is_all = all(segment.learned is None for segment in document.segments)
+        yield document, np.concatenate(ids), None if is_all else np.concatenate(flags)
+
+
+def long_ids(tokenizer, text: str) -> np.ndarray:
+    """The ids of a long text, tokenised in parts: at once it would take 120 bytes a character.
+
+    Cut only where the tokens around the cut are those of the uncut text; whole, if that is nowhere.
+    """
+    found, start = [], 0
+    while start < len(text):
+        stop = len(text)
+        if stop - start > LONG_TEXT:
+            stop = safe_cut(tokenizer, text, start, start + LONG_TEXT) or len(text)
+        part = tokenizer.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0]
+        found.append(np.array(part.ids, np.int64))
+        start = stop
+    return np.concatenate(found)
+
+
+def safe_cut(tokenizer, text: str, start: int, stop: int) -> int | None:
+    """Where a text can be cut before ``stop``: at the end of a line, else before a space."""
+    for sign, skipped in (("\n", 1), (" ", 0)):
+        at = stop
+        for _ in range(CUT_TRIES):
+            at = text.rfind(sign, start + 1, at)
+            if at < 0:
+                break
+            cut = at + skipped
+            window = text[max(start, cut - CUT_WINDOW) : cut], text[cut : cut + CUT_WINDOW]
+            left, right, whole = (
+                tokenizer.encode(part, add_special_tokens=False).ids
+                for part in (*window, "".join(window))
+            )
+            if left + right == whole:
+                return cut
+    return None
 
 
 def learned_tokens(encoding, learned: Ranges | None) -> np.ndarray:
