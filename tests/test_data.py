@@ -56,6 +56,8 @@ def test_every_world_size_consumes_the_same_samples_at_each_step(world_size):
         ]
         whole = data.StepSampler(100, 8, 0, 1, 1).samples_at(step)
         assert sorted(np.concatenate(parts)) == sorted(whole)
+        seen_by_one = data.StepSampler(100, 8, 0, world_size, 1).all_samples_at(step)
+        assert seen_by_one.tolist() == whole.tolist()
         hashes = sum(data.samples_hash(part) for part in parts) % 2**data.HASH_BITS
         assert hashes == data.samples_hash(whole)
 

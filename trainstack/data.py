@@ -84,13 +84,16 @@ class StepSampler(DistributedSampler):
     def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
         """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
         rank = self.rank if rank is None else rank
-        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
-        first = (step + ahead) * self.global_batch_size
-        return self.at(np.arange(first + rank, first + self.global_batch_size, self.num_replicas))
+        return self.at(self._positions_at(step)[rank :: self.num_replicas])
 
     def all_samples_at(self, step: int) -> np.ndarray:
         """Sample indices of one step (from 0) of all ranks, int64 [global_batch_size]."""
-        return np.concatenate([self.samples_at(step, rank) for rank in range(self.num_replicas)])
+        return self.at(self._positions_at(step))
+
+    def _positions_at(self, step: int) -> np.ndarray:
+        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
+        first = (step + ahead) * self.global_batch_size
+        return np.arange(first, first + self.global_batch_size)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The samples at positions of the infinite stream."""
