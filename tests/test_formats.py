@@ -168,6 +168,8 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"messages": TURNS[1:2]}, "begins with the assistant's turn"),
         ({"conversations": [{"from": "Bob", "value": "x"}]}, "turn 1 is from 'Bob'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "no string in value but null"),
+        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"turn 1 is from \['gpt'\]"),
+        ({"instruction": "one", "output": "two", "history": ["one"]}, "no list of pairs"),
         ({"prompt": "one", "completion": None}, "no string in completion but null"),
         ({"prompt": "one", "completion": " "}, "completion is empty"),
         ({"instruction": "one", "output": ""}, "output is empty"),

@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from trainstack.errors import DataError
+from trainstack.errors import ConfigError, DataError
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -23,7 +23,14 @@ class Chat:
             from transformers import AutoTokenizer
 
             folder = self.model_folder
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"{folder}: transformers cannot load its tokenizer ({reason}); choose another "
+                    "model.name"
+                ) from None
         template = self._tokenizer.chat_template
         return template.get("default") if isinstance(template, dict) else template
 

@@ -186,8 +186,10 @@ def _alpaca(place: str, record: dict, chat) -> tuple[list[Segment], bool]:
         )
         return [Segment(prompt, []), Segment(answer, None)], True
     messages = [{"role": "system", "content": system}] * bool(system)
-    for question, reply in record.get("history") or ():  # LLaMA-Factory's
-        messages += _turns(question, reply)
+    for pair in record.get("history") or ():  # LLaMA-Factory's
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise DataError(f"{place}: its history is no list of pairs of texts; mend it")
+        messages += _turns(*pair)
     question = f"{instruction}\n\n{given}" if given else instruction
     return [Segment(*chat.render(place, [*messages, *_turns(question, answer)], None))], False
 
@@ -202,10 +204,10 @@ def _sharegpt(place: str, record: dict, chat) -> tuple[list[Segment], bool]:
         raise DataError(f"{place}: no list of turns in conversations; {_has(record)}")
     messages = []
     for number, turn in enumerate(turns, start=1):
-        role = SHAREGPT_ROLES.get(turn.get("from"))
+        who = turn.get("from")
+        role = SHAREGPT_ROLES.get(who) if isinstance(who, str) else None
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
-            who = turn.get("from")
             raise DataError(f"{place}: turn {number} is from {who!r}; write one of {known}")
         messages.append({"role": role, "content": _text(place, turn, "value")})
     if not messages:

@@ -139,7 +139,9 @@ def write_store(
                 preparation.add_records(read_records(path), split)
                 bar.update(path.stat().st_size)
     if not writer.counts.train_documents:
-        raise DataError(f"{config.data.name}: no document with text; look at data.text_field")
+        raise DataError(
+            f"{config.data.name}: no document to train on; look at data.format, data.text_field"
+        )
     pack(writer, section)
     preparation.write_bad_records()
     meta = {
