@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -236,3 +239,20 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     missing = tiny.run_module("trainstack.data_report", *arguments, "data.name=no", check=False)
     assert missing.returncode == 2
     assert "not ready" in missing.stderr
+
+
+def test_on_a_terminal_what_is_learned_is_coloured(home):
+    command = [sys.executable, "-m", "trainstack.data_report", "--home", home]
+    command += ["--config", home / "config.yaml", *PACKED]
+    ours, terminal = os.openpty()
+    variables = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    with subprocess.Popen(list(map(str, command)), stdout=terminal, cwd=tiny.ROOT, env=variables):
+        os.close(terminal)
+        shown = b""
+        try:
+            while part := os.read(ours, 1 << 16):
+                shown += part
+        except OSError:  # EIO: the other side is gone
+            os.close(ours)
+    assert b"\033[32m" in shown
+    assert b"[[" not in shown
