@@ -62,7 +62,7 @@ def main(options: argparse.Namespace, config) -> str:
     causal_lm = model.build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
-    loss_model = model.CausalLMLoss(causal_lm, config.train, world.device)
+    loss_model = model.CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
     faults.attach(loss_model)
     ddp = model.wrap_ddp(loss_model, world)
     optimizer = optim.build_optimizer(causal_lm, config.optim)
@@ -137,13 +137,14 @@ def take_step(
     parts.faults.before(step)
     distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
     optim.set_learning_rate(parts.optimizer, report.rate_at(step))
+    target_tokens = target_tokens_at(parts, step - 1)
     loss_sum, grad_norm = training.compute_gradients(
         parts.ddp,
         parts.optimizer,
         parts.scaler,
         watched(parts, step, report.pace.timed(batches_at(parts, step - 1))),
         parts.plan,
-        parts.plan.tokens_per_step,
+        target_tokens,
     )
     wishes_before = report.step(numbers.read())
     saves = 1 + parts.saver.is_busy
@@ -152,7 +153,7 @@ def take_step(
         step,
         loss_sum,
         grad_norm,
-        parts.plan.tokens_per_step,
+        target_tokens,
         (parts.stop.is_wanted(step_seconds, saves), report.wants_save()),
         data.samples_hash(parts.sampler.samples_at(step - 1)),
         parts.guard.judge,
@@ -171,9 +172,17 @@ def batches_at(parts: Parts, step: int):
     return data.micro_batches(
         parts.sampler.samples_at(step),
         parts.plan.micro_batch_size,
-        lambda indices: tokens.windows(parts.store.train, parts.plan.seq_len, indices),
+        parts.store.train.read,
         parts.world.device,
     )
+
+
+def target_tokens_at(parts: Parts, step: int) -> int:
+    """Targets of one step (from 0) over all ranks; any rank knows them, so nothing is sent."""
+    if parts.store.train.is_full:
+        return parts.plan.tokens_per_step
+    targets = parts.store.train.target_tokens(parts.sampler.all_samples_at(step))
+    return max(1, targets)  # a step may have none: its loss and gradient are zero
 
 
 def watched(parts: Parts, step: int, batches):
@@ -192,17 +201,14 @@ def evaluate(parts: Parts, report: Report, step: int) -> bool:
 
     Collective: every rank must call this.
     """
-    seq_len, world, started = parts.plan.seq_len, parts.world, time.monotonic()
-    rows = -(-(len(parts.store.eval) - 1) // seq_len)
-    rows = min(rows, parts.config.eval.eval_samples or rows)
+    world, held_out, started = parts.world, parts.store.eval, time.monotonic()
+    rows = min(held_out.num_samples, parts.config.eval.eval_samples or held_out.num_samples)
     if rows <= 0:
         return True
     batches = data.micro_batches(
         np.arange(world.rank, rows, world.world_size),
         parts.plan.micro_batch_size,
-        lambda indices: np.concatenate(
-            [data.held_out_row(parts.store.eval, seq_len, index) for index in indices]
-        ),
+        held_out.read,
         world.device,
     )
     rounds = -(-rows // (world.world_size * parts.plan.micro_batch_size))

@@ -1,11 +1,14 @@
 """The order of the data: exact, the same at any world size, and without memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from trainstack import data, tokens
+from trainstack.packing import plan
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 256, 1000, 65537])
@@ -53,6 +56,8 @@ def test_every_world_size_consumes_the_same_samples_at_each_step(world_size):
         ]
         whole = data.StepSampler(100, 8, 0, 1, 1).samples_at(step)
         assert sorted(np.concatenate(parts)) == sorted(whole)
+        seen_by_one = data.StepSampler(100, 8, 0, world_size, 1).all_samples_at(step)
+        assert seen_by_one.tolist() == whole.tolist()
         hashes = sum(data.samples_hash(part) for part in parts) % 2**data.HASH_BITS
         assert hashes == data.samples_hash(whole)
 
@@ -82,12 +87,10 @@ def test_the_hash_sees_a_repeated_a_missing_and_a_swapped_sample():
     assert data.samples_hash(np.append(samples[:-1], 132)) != seen
 
 
-def test_labels_are_the_inputs_shifted_by_one():
-    stream = np.arange(50, dtype="<u2")
+def test_labels_are_the_inputs_shifted_by_one(tmp_path):
+    store = make_store(tmp_path, [(range(50), None)], 10)
     batches = list(
-        data.micro_batches(
-            np.array([0, 3, 1]), 2, lambda i: tokens.windows(stream, 10, i), torch.device("cpu")
-        )
+        data.micro_batches(np.array([0, 3, 1]), 2, store.train.read, torch.device("cpu"))
     )
     assert [inputs.shape[0] for inputs, _ in batches] == [2, 1]
     inputs, labels = batches[0]
@@ -96,14 +99,81 @@ def test_labels_are_the_inputs_shifted_by_one():
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 12, 21, 25])
-def test_every_held_out_token_is_a_target_exactly_once(length):
-    stream = np.arange(length, dtype="<u2")
-    rows = -(-(length - 1) // 10)
-    targets = []
-    for index in range(rows):
-        labels = data.held_out_row(stream, 10, index)[0, 1:]
-        targets.extend(labels[labels != -100].tolist())
-    assert targets == list(range(1, length))
+def test_every_held_out_token_is_a_target_exactly_once(tmp_path, length):
+    held_out = make_store(tmp_path, [(range(length), None)], 10, split=tokens.EVAL).eval
+    labels = held_out.read(np.arange(held_out.num_samples))[1]
+    assert labels[labels != -100].tolist() == list(range(1, length))
+
+
+def make_store(folder, documents, seq_len, packing=None, split=tokens.TRAIN, too_long="split"):
+    """A store of documents, each ids and flags, as prepare would write it."""
+    writer = tokens.TokenWriter(folder / "new", 300)
+    for ids, flags in documents:
+        writer.append(split, list(ids), flags)
+    for name, sealed in writer.seal(seq_len).items():
+        if packing:
+            made = plan(sealed.stops, sealed.targets_in, seq_len, packing, too_long)
+            for kind, values in (
+                ("pieces", made.pieces), ("rows", made.rows), ("targets", made.targets),
+            ):  # fmt: skip
+                writer.add_file(f"{name}.{kind}", values.astype(tokens.INDEX).tobytes())
+    writer.publish(folder / "store", {})
+    return tokens.TokenStore(folder / "store", seq_len)
+
+
+def random_documents(seed, number=60, is_masked=True):
+    """Ids that tell where they are from, 5 to 45 of them, and flags of which some are set."""
+    generator = np.random.default_rng(seed)
+    documents = []
+    for _ in range(number):
+        flags = generator.random(generator.integers(5, 46)) < 0.4
+        flags[-1] = True
+        documents.append((generator.integers(0, 300, len(flags)), flags if is_masked else None))
+    return documents
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_concat_a_token_is_a_target_where_its_flag_says_so(tmp_path, seed):
+    documents = random_documents(seed)
+    split = make_store(tmp_path, documents, 16).train
+    ids, flags = (np.concatenate(parts) for parts in zip(*documents, strict=True))
+    inputs, labels = split.read(np.arange(split.num_samples))
+    used = split.num_samples * 16
+    assert inputs.reshape(-1).tolist() == ids[:used].tolist()
+    expected = np.where(flags, ids, -100)[1 : used + 1]
+    assert labels.reshape(-1).tolist() == expected.tolist()
+    counted = [split.target_tokens(np.array([i])) for i in range(split.num_samples)]
+    assert counted == (labels != -100).sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize("is_masked", [True, False])
+def test_a_packed_sample_holds_whole_documents_and_no_target_crosses_a_border(
+    tmp_path, packing, is_masked
+):
+    documents = random_documents(7, is_masked=is_masked)
+    split = make_store(tmp_path, documents, 50, packing).train
+    inputs, labels, positions = split.read(np.arange(split.num_samples))
+    expected = []
+    for ids, flags in documents:
+        flags = np.ones(len(ids), bool) if flags is None else flags
+        expected.append((ids[:-1].tolist(), np.where(flags, ids, -100)[1:].tolist()))
+    found = []
+    for row in range(split.num_samples):
+        borders = [*np.flatnonzero(positions[row] == 0), 50]
+        for first, last in itertools.pairwise(borders):
+            assert positions[row, first:last].tolist() == list(range(last - first))
+            part = inputs[row, first:last].tolist(), labels[row, first:last].tolist()
+            found += [part] * (part[1] != [-100])  # all but what fills up
+    assert sorted(found) == sorted(expected)
+    assert split.row_targets.tolist() == (labels != -100).sum(axis=1).tolist()
+    assert split.target_tokens(np.array([1, 0])) == (labels[:2] != -100).sum()
+
+
+def test_flags_are_kept_as_rows_of_tokens():
+    flags = np.array([1, 1, 0, 1, 0, 0, 1], bool)
+    assert tokens.spans_of(flags).tolist() == [[0, 2], [3, 4], [6, 7]]
+    assert tokens.spans_of(np.zeros(3, bool)).tolist() == []
 
 
 def test_the_same_text_always_falls_on_the_same_side_of_the_split():

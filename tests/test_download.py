@@ -14,8 +14,8 @@ import yaml
 
 import tiny
 from hub_server import HubServer
-from trainstack import documents, files, places
-from trainstack.documents import DataError
+from trainstack import documents, files, formats, places
+from trainstack.errors import DataError
 from trainstack.runfolder import RunFolder
 
 
@@ -180,6 +180,9 @@ def smollm2(folder):
         ("a.jsonl", b'{"text": "x"}\n{"text" "y"}\n', r"a.jsonl:2: Expecting ':' .* at column 9"),
         ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1: no text in .*the record has: body"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a.jsonl:1: not UTF-8 at byte 10"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a.jsonl:1: .*UTF-16, it seems\) at byte 0"),
+        ("a.jsonl", b"[" * 99_999, r"a.jsonl:1: .*recursion"),
+        ("a.jsonl", b'{"text": "a\\u0000"}', r"a.jsonl:1: NUL character at 1"),
         ("a.txt", b"abc\xff", r"a.txt: not UTF-8 at byte 3"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], r"cannot be read to its end"),
         ("a.parquet", b"PAR1 cut", r"a.parquet: not a whole parquet file"),
@@ -188,7 +191,17 @@ def smollm2(folder):
 def test_bad_data_is_named_with_its_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        list(documents.read_documents(tmp_path / name, "text"))
+        read_texts(tmp_path / name)
+
+
+def read_texts(path):
+    """The texts of a file, as prepare reads them."""
+    texts = []
+    for place, record in documents.read_records(path):
+        if isinstance(record, DataError):
+            raise record
+        texts.append(formats.to_document(place, record, "text", "text", None).text)
+    return texts
 
 
 def test_every_format_gives_the_same_documents(tmp_path):
@@ -203,7 +216,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     quoted = "".join('"' + text.replace('"', '""') + '"\n' for text in ["text", *texts])
     (tmp_path / "f.csv").write_text(quoted)
     for path in sorted(tmp_path.iterdir()):
-        assert list(documents.read_documents(path, "text")) == texts, path.name
+        assert read_texts(path) == texts, path.name
 
 
 def test_a_tokenizer_that_is_larger_than_its_model_is_refused(own_home):

@@ -11,15 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUNDATIONS = (  # each imports those before
-    "files", "places", "foreign", "errors", "strict_yaml", "config", "distributed",
+    "files", "tensorfile", "places", "foreign", "errors", "strict_yaml", "config", "distributed",
 )  # fmt: skip
 COMPONENTS = {
-    "checkpoint", "data", "demo", "documents", "environment", "fault", "guard", "history",
-    "interval", "metrics", "model", "optim", "runfolder", "stop", "tokens", "training", "watchdog",
+    "chat", "checkpoint", "data", "demo", "documents", "environment", "fault", "formats", "guard",
+    "history", "interval", "metrics", "model", "optim", "packing", "runfolder", "stop", "tokens",
+    "training", "watchdog",
 }  # fmt: skip
 HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
 TRAIN_PARTS = ("startup", "report", "failure")  # of train.py; each imports those before
-ENTRY_POINTS = {"goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit"}
+ENTRY_POINTS = {
+    "data_report", "goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit",
+}  # fmt: skip
 LIGHT = (
     "config",
     "goodput",

@@ -21,12 +21,14 @@ OPTIM = {
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
 
 
-def llama(dtype=torch.float32, **changes):
+def llama(dtype=torch.float32, attn_implementation="sdpa", **changes):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         num_attention_heads=4, num_key_value_heads=2, **{**SMALL, **changes}
     )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=attn_implementation
+    )
 
 
 def batch():
@@ -36,8 +38,8 @@ def batch():
     return inputs, labels
 
 
-def loss_model(causal_lm, **changes):
-    return model.CausalLMLoss(causal_lm, TrainSection(**{**TRAIN, **changes}), CPU)
+def loss_model(causal_lm, packing="concat", **changes):
+    return model.CausalLMLoss(causal_lm, TrainSection(**{**TRAIN, **changes}), CPU, packing)
 
 
 def plain_loss(causal_lm, inputs, labels):
@@ -73,6 +75,51 @@ def test_a_model_with_capped_logits_keeps_them_whole():
     wrapped = loss_model(capped)
     assert not wrapped.is_chunked
     assert torch.allclose(wrapped(*batch()), plain_loss(capped, *batch()), rtol=1e-5)
+
+
+def two_documents():
+    """Two documents of 9 and 15 tokens in each of two rows: inputs, labels, positions."""
+    inputs, labels = (part[:2] for part in batch())
+    labels[:, 8] = -100
+    positions = torch.cat([torch.arange(9), torch.arange(15)]).repeat(2, 1)
+    return inputs, labels, positions
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_documents_of_a_row_do_not_see_each_other(attention, precision):
+    ours = llama(torch.float32, attn_implementation=attention)
+    wrapped = loss_model(ours, precision=precision, packing="best_fit")
+    inputs, labels, positions = two_documents()
+    labels[:, :9] = -100  # the loss is the second documents'
+    changed = inputs.clone()
+    changed[:, :9] = inputs[:, :9].flip(1)
+    assert wrapped(inputs, labels, positions) == wrapped(changed, labels, positions)
+    assert wrapped(inputs, labels) != wrapped(changed, labels), "with concat they do"
+    arguments = model.apart(ours, inputs, positions)
+    logits = ours(**arguments, use_cache=False).logits
+    after = ours(**{**arguments, "input_ids": changed}, use_cache=False).logits
+    assert torch.equal(logits[:, 9:], after[:, 9:])
+    alone = ours(input_ids=inputs[:, 9:], use_cache=False).logits
+    assert torch.allclose(logits[:, 9:], alone, atol=1e-5)
+
+
+def test_the_loss_of_packed_documents_is_the_sum_of_their_losses_alone():
+    wrapped = loss_model(llama(torch.float64), precision="fp64", packing="best_fit")
+    inputs, labels, positions = two_documents()
+    parts = [wrapped(inputs[:, part], labels[:, part]) for part in (slice(9), slice(9, None))]
+    assert torch.allclose(wrapped(inputs, labels, positions), sum(parts), rtol=1e-12)
+
+
+def test_a_model_that_mixes_documents_is_refused_where_they_are_packed():
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4
+    )
+    recurrent = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    loss_model(recurrent)
+    with pytest.raises(ConfigError, match=r"MambaForCausalLM lets documents .*data.packing=concat"):
+        loss_model(recurrent, packing="none")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -93,6 +93,17 @@ MUTATIONS = {
             ),
         ),
     ),
+    "packed documents that see each other": Mutation(
+        "tests/test_model.py::test_documents_of_a_row_do_not_see_each_other",
+        "lets documents of one sequence see each other",
+        (
+            (
+                "trainstack/model.py",
+                '    return {"input_ids": input_ids, "position_ids": position_ids}\n',
+                '    return {"input_ids": input_ids}\n',
+            ),
+        ),
+    ),
     "srun in the foreground": Mutation(
         "tests/test_shell.py::test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself",
         "the stop file did not happen",

@@ -51,7 +51,7 @@ SINGLE_FILES = ("train.slurm", "train.py", "requirements.txt")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
-def make_model(home: Path, name: str = "tiny") -> Path:
+def make_model(home: Path, name: str = "tiny", template: str | None = None) -> Path:
     """A word-level tokenizer and a Llama configuration of 20,000 parameters, published."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -67,6 +67,8 @@ def make_model(home: Path, name: str = "tiny") -> Path:
             {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END}
         ),
     }
+    if template:
+        content["chat_template.jinja"] = template
     return publish(places.model_folder(home, name), content, kind="model", weight_bytes=0)
 
 

@@ -56,9 +56,21 @@ class DataSection(Section):
     split: Name
     eval_split: Name | None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)]
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
     text_field: Name
     seq_len: Annotated[int, Field(ge=2)]
-    packing: Literal["concat"]
+    packing: Literal["concat", "best_fit", "none"]
+    too_long: Literal["split", "drop"]
+    max_bad_records: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def check_too_long(self) -> "DataSection":
+        if self.packing == "concat" and self.too_long == "drop":
+            raise ValueError(
+                "data.too_long=drop: data.packing=concat cuts documents anywhere, so none is too "
+                "long; write data.too_long=split, or another data.packing"
+            )
+        return self
 
 
 class TrainSection(Section):

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
-from trainstack.config import IGNORED_LABEL
-
 ROUNDS = 12
 HASH_BITS = 52  # sums of two 26-bit halves stay exact in float64
 
@@ -86,9 +84,16 @@ class StepSampler(DistributedSampler):
     def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
         """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
         rank = self.rank if rank is None else rank
+        return self.at(self._positions_at(step)[rank :: self.num_replicas])
+
+    def all_samples_at(self, step: int) -> np.ndarray:
+        """Sample indices of one step (from 0) of all ranks, int64 [global_batch_size]."""
+        return self.at(self._positions_at(step))
+
+    def _positions_at(self, step: int) -> np.ndarray:
         ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
         first = (step + ahead) * self.global_batch_size
-        return self.at(np.arange(first + rank, first + self.global_batch_size, self.num_replicas))
+        return np.arange(first, first + self.global_batch_size)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The samples at positions of the infinite stream."""
@@ -118,22 +123,14 @@ def micro_batches(
     micro_batch_size: int,
     read: Callable[[np.ndarray], np.ndarray],
     device: torch.device,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of each micro step, both int64 [micro_batch_size, seq_len].
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batch of each micro step, all int64 [micro_batch_size, seq_len].
 
-    ``read`` gives rows of seq_len + 1 tokens, where IGNORED_LABEL marks what carries no loss; the
-    labels are the inputs shifted by one.
+    ``read`` gives its parts for some samples as one array: inputs, labels (shifted by one already)
+    and, where documents do not see each other, positions.
     """
     for start in range(0, len(samples), micro_batch_size):
-        rows = torch.from_numpy(read(samples[start : start + micro_batch_size]))
+        parts = torch.from_numpy(read(samples[start : start + micro_batch_size]))
         if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        yield rows[:, :-1].clamp(min=0), rows[:, 1:]
-
-
-def held_out_row(tokens: np.ndarray, seq_len: int, index: int) -> np.ndarray:
-    """One row of the held-out stream, [1, seq_len + 1]; the last one is filled up without loss."""
-    row = np.full((1, seq_len + 1), IGNORED_LABEL, np.int64)
-    part = tokens[index * seq_len : (index + 1) * seq_len + 1]
-    row[0, : len(part)] = part
-    return row
+            parts = parts.pin_memory().to(device, non_blocking=True)
+        yield parts.unbind()

@@ -1,4 +1,4 @@
-"""Documents out of data files: jsonl (.gz, .zst), json, parquet, csv and txt, read as a stream."""
+"""Records out of data files: jsonl (.gz, .zst), json, parquet, csv and txt, read as a stream."""
 
 import codecs
 import csv
@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trainstack import files
+from trainstack.errors import DataError
 
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
 BATCH_ROWS = 1024
 csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, is a short document
-
-
-class DataError(Exception):
-    """A data file holds something that is no document; says file, place, what and the fix."""
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -39,21 +36,12 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in sorted(splits[split])]
 
 
-def read_documents(path: Path, field: str) -> Iterator[str]:
-    """The text of every document of a file, in order. Raises DataError naming the place."""
-    for place, record in read_records(path):
-        text = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            found = (
-                "no text" if not isinstance(record, dict) or field not in record else "no string"
-            )
-            raise DataError(f"{place}: {found} in data.text_field={field}; the record has: {keys}")
-        yield text
-
-
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a file with the place of each; a .txt file is one record with a field text."""
+    """Records of a file with the place of each; a .txt file is one record with a field text.
+
+    A record that cannot be read, while those after it can, is a DataError in its place. Raises
+    DataError where the rest of the file cannot be read.
+    """
     name = path.name
     kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     readers = {"parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json}
@@ -61,7 +49,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from readers.get(kind, _read_lines)(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, csv.Error) as error:
         raise DataError(f"{name}: cannot be read to its end ({error}); fetch it again") from None
 
 
@@ -82,16 +70,20 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            try:
-                yield f"{path.name}:{number}", json.loads(line.decode("utf-8-sig"))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path.name}:{number}: {error.msg} at column {error.colno}; mend the line"
-                ) from None
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path.name}:{number}: not UTF-8 at byte {error.start} of the line; convert it"
-                ) from None
+            place = f"{path.name}:{number}"
+            yield place, _read_line(place, line)
+
+
+def _read_line(place: str, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return DataError(f"{place}: {error.msg} at column {error.colno}; mend the line")
+    except UnicodeDecodeError as error:
+        what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
+        return DataError(f"{place}: {what} at byte {error.start} of the line; convert the file")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested without end
+        return DataError(f"{place}: {str(error).splitlines()[0]}; mend the line")
 
 
 def _open(path: Path):

@@ -36,3 +36,7 @@ def shown(value: Any) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
     text = "null" if value is None else text if text.isprintable() else repr(text)
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+class DataError(Exception):
+    """A data file holds something that is no document; says file, place, what and the fix."""

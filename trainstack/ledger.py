@@ -116,13 +116,12 @@ def sampler_of(identity: dict[str, Any], home: Path, left_out: Sequence[dict[str
 
     folder = home / "tokens" / identity["tokens"]
     try:
-        stream = tokens.TokenStore(folder).train
+        samples = tokens.TokenStore(folder, identity["data.seq_len"]).train.num_samples
     except OSError:
         raise ConfigError(
             f"the tokens that the run learned from are not there ({folder}); run: "
             "bash download_data_model.sh, or pass the --home that has them"
         ) from None
-    samples = tokens.num_samples(len(stream), identity["data.seq_len"])
     batch, seed = identity["train.global_batch_size"], identity["run.seed"]
     return data.StepSampler(samples, batch, 0, 1, seed, left_out=left_out)
 

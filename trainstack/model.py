@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config import IGNORED_LABEL, ModelSection, TrainSection
 from trainstack.distributed import World
+from trainstack.errors import ConfigError
 
 log = logging.getLogger("trainstack")
 CHUNK_LOGITS = 1 << 24  # logits that exist at once in fp32: 64 MiB
@@ -46,10 +47,17 @@ class CausalLMLoss(nn.Module):
     """The sum of the next-token losses of a batch; ``forward`` is what DDP wraps.
 
     Where the model's logits are just its head on its last hidden state, which is checked on a few
-    tokens, the loss is computed in chunks, so that the logits are never whole in fp32.
+    tokens, the loss is computed in chunks, so that the logits are never whole in fp32. ConfigError
+    where ``packing`` keeps documents apart and the model does not.
     """
 
-    def __init__(self, causal_lm: nn.Module, train: TrainSection, device: torch.device):
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        train: TrainSection,
+        device: torch.device,
+        packing: str = "concat",
+    ):
         super().__init__()
         self.causal_lm = causal_lm.to(device)
         if train.activation_checkpointing:
@@ -59,13 +67,24 @@ class CausalLMLoss(nn.Module):
         self.is_autocast = train.precision in ("bf16", "fp16")
         with self._autocast():  # flash attention knows no fp32
             self.is_chunked = has_plain_head(self.causal_lm, device)
+            if packing != "concat":
+                check_apart(self.causal_lm, device)
         body = self.causal_lm.base_model if self.is_chunked else self.causal_lm
         self._body = [torch.compile(body) if train.torch_compile else body]  # no second submodule
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Both int64 [micro_batch_size, seq_len], labels already shifted; returns a scalar."""
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """All int64 [micro_batch_size, seq_len], labels already shifted; returns a scalar.
+
+        Where positions begin anew a document begins, which sees nothing of those before it.
+        """
+        arguments = apart(self.causal_lm, input_ids, position_ids)
         with self._autocast():
-            output = self._body[0](input_ids=input_ids, use_cache=False)
+            output = self._body[0](**arguments, use_cache=False)
             if not self.is_chunked:
                 logits = output.logits.flatten(0, 1)
                 logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -121,6 +140,47 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+
+
+def apart(
+    causal_lm: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The model's arguments that keep documents apart.
+
+    transformers 5 makes the mask block-diagonal from positions alone, if it gets neither a mask nor
+    a cache; its flash attention does so only for a batch of one row (5.23, _is_packed_sequence).
+    """
+    if position_ids is None:
+        return {"input_ids": input_ids}
+    if causal_lm.config._attn_implementation.startswith("flash"):
+        input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+    return {"input_ids": input_ids, "position_ids": position_ids}
+
+
+@torch.no_grad()
+def check_apart(causal_lm: nn.Module, device: torch.device) -> None:
+    """ConfigError where this model lets a document see another one of its row.
+
+    Found out on eight tokens: the logits of the second document must not notice a changed first.
+    """
+    vocab_size = causal_lm.get_input_embeddings().num_embeddings
+    tokens = torch.arange(16, device=device).remainder(vocab_size).view(2, 8)
+    changed = tokens.clone()
+    changed[:, :4] = tokens[:, :4].flip(1)
+    positions = torch.arange(4, device=device).repeat(2, 2)
+    was_training = causal_lm.training
+    causal_lm.eval()
+    outputs = [
+        causal_lm(**apart(causal_lm, inputs, positions), use_cache=False)
+        for inputs in (tokens, changed)
+    ]
+    causal_lm.train(was_training)
+    before, after = (output.logits.view(2, 8, -1)[:, 4:] for output in outputs)
+    if (before - after).abs().max() > 1e-5 * before.abs().max():
+        raise ConfigError(
+            f"{type(causal_lm).__name__} lets documents of one sequence see each other; "
+            "write data.packing=concat, or choose another model"
+        )
 
 
 @torch.no_grad()

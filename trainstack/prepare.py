@@ -10,17 +10,20 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from trainstack import demo, files, places, tokens
-from trainstack.config import Config, load
-from trainstack.documents import DataError, read_documents, split_files
-from trainstack.errors import ConfigError
+from trainstack import demo, files, formats, packing, places, tokens
+from trainstack.chat import Chat
+from trainstack.config import Config, DataSection, load
+from trainstack.documents import read_records, split_files
+from trainstack.errors import ConfigError, DataError
 
-BATCH_BYTES = 4 << 20  # characters that are encoded at once, over all cores
+BATCH_CHARACTERS = 4 << 20  # that are encoded at once, over all cores
+BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
 SMALL_FILE = 64 << 20  # bytes; larger files are compared by size when nothing is to be done
 
 
@@ -75,26 +78,42 @@ def prepare(home: Path, config: Config, force: bool) -> Path:
     settings = tokens.store_settings(config.data)
     final = home / "tokens" / tokens.store_key(model_folder, dataset_folder, settings)
     if not force and not any(files.damage(final, SMALL_FILE)):
-        describe(config, tokens.TokenStore(final), "are here")
+        describe(config, tokens.TokenStore(final, config.data.seq_len), "are here")
         return final
     temporary = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         write_store(config, model_folder, dataset_folder, temporary, final, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    describe(config, tokens.TokenStore(final), f"{time.monotonic() - started:.0f} s")
+    describe(
+        config, tokens.TokenStore(final, config.data.seq_len), f"{time.monotonic() - started:.0f} s"
+    )
     return final
 
 
 def describe(config: Config, store: tokens.TokenStore, remark: str) -> None:
-    counts = store.counts
+    counts, name = store.counts, config.data.name
+    share = counts.train_target_tokens / max(1, counts.train_tokens)
+    learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
     print(
-        f"prepare: {config.data.name}: {counts.train_documents:,} documents -> "
-        f"{counts.train_tokens:,} tokens, {counts.eval_documents:,} held out "
+        f"prepare: {name}: {counts.train_documents:,} documents ({store.meta['format']}) -> "
+        f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
         f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
         f"vocabulary {store.meta['vocab_size']:,}; {remark}",
         file=sys.stderr,
     )
+    if config.data.packing != "concat":
+        print(
+            f"prepare: {name}: packing {config.data.packing}: {store.train.num_samples:,} samples "
+            f"of {config.data.seq_len} tokens, {store.train.padding_share:.1%} padding; longer: "
+            f"{counts.split_documents:,} documents split, {counts.dropped_documents:,} dropped",
+            file=sys.stderr,
+        )
+    if counts.bad_records:
+        where = store.folder / BAD_RECORDS
+        print(
+            f"prepare: {name}: {counts.bad_records:,} records set aside: {where}", file=sys.stderr
+        )
 
 
 def write_store(
@@ -105,6 +124,7 @@ def write_store(
     section = config.data
     tokenizer, end_id = load_tokenizer(model_folder)
     writer = tokens.TokenWriter(temporary, tokenizer.get_vocab_size())
+    preparation = Preparation(section, writer, tokenizer, end_id, Chat(model_folder))
     sources = [(split_files(dataset_folder, section.split), None)]
     if section.eval_split:
         held_out = split_files(dataset_folder, section.eval_split)
@@ -116,45 +136,106 @@ def write_store(
     ) as bar:  # fmt: skip
         for found, split in sources:
             for path in found:
-                texts = read_documents(path, section.text_field)
-                add_documents(writer, tokenizer, end_id, texts, split, section.eval_fraction)
+                preparation.add_records(read_records(path), split)
                 bar.update(path.stat().st_size)
     if not writer.counts.train_documents:
-        raise DataError(f"{config.data.name}: no document with text; look at data.text_field")
+        raise DataError(
+            f"{config.data.name}: no document to train on; look at data.format, data.text_field"
+        )
+    pack(writer, section)
+    preparation.write_bad_records()
     meta = {
         "model": config.model.name,
         "data": config.data.name,
         "settings": tokens.store_settings(section),
+        "format": preparation.format,
+        "template": preparation.chat.template_hash,
         "end_id": end_id,
         "vocab_size": tokenizer.get_vocab_size(),
-        "format": tokens.FORMAT_VERSION,
+        "version": tokens.FORMAT_VERSION,
     }
     if force or any(files.damage(final, SMALL_FILE)):
         files.remove_folder(final)
     writer.publish(final, meta)
 
 
-def add_documents(writer, tokenizer, end_id, texts, split: str | None, fraction: float) -> None:
-    """Encode documents in large batches, over all cores, and append them in their order."""
-    batch, size = [], 0
-    for text in texts:
-        if not text.strip():
-            writer.counts.empty_documents += 1
+class Preparation:
+    """Records on their way into a store: encoded in large batches, over all cores, in order."""
+
+    def __init__(self, section: DataSection, writer, tokenizer, end_id: int, chat: Chat):
+        self.section, self.writer, self.chat = section, writer, chat
+        self.tokenizer, self.end_id = tokenizer, end_id
+        self.format = None if section.format == "auto" else section.format
+        self.bad_records: list[str] = []
+
+    def add_records(self, records: Iterable[tuple[str, Any]], split: str | None) -> None:
+        """The documents of one file; ``split``: where to, None for as their hash says."""
+        batch, size = [], 0
+        for place, record in records:
+            document = self._document(place, record)
+            if document is not None:
+                batch.append(document)
+                size += len(document.text)
+            if size >= BATCH_CHARACTERS:
+                self._add_batch(batch, split)
+                batch, size = [], 0
+        if batch:
+            self._add_batch(batch, split)
+
+    def _document(self, place: str, record: Any) -> formats.Document | None:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            field = self.section.text_field
+            self.format = self.format or formats.recognise(place, record, field)
+            document = formats.to_document(place, record, self.format, field, self.chat)
+        except DataError as error:
+            self._set_aside(place, error)
+            return None
+        self.writer.counts.empty_documents += document is None
+        return document
+
+    def _add_batch(self, batch: list[formats.Document], split: str | None) -> None:
+        for document, ids, flags in formats.encode(self.tokenizer, self.end_id, batch):
+            if flags is not None and not flags[1:].any():
+                problem = f"{document.place}: {formats.NOTHING_LEARNED}"
+                self._set_aside(document.place, DataError(problem))
+                continue
+            is_eval = split is None and tokens.is_held_out(
+                document.text, self.section.eval_fraction
+            )
+            self.writer.append(split or (tokens.EVAL if is_eval else tokens.TRAIN), ids, flags)
+
+    def _set_aside(self, place: str, error: DataError) -> None:
+        """Leave a record out, and remember it; raises its error beyond data.max_bad_records."""
+        self.writer.counts.bad_records += 1
+        limit = self.section.max_bad_records
+        if self.writer.counts.bad_records > limit:
+            more = f" (data.max_bad_records={limit} others were set aside)" if limit else ""
+            raise DataError(f"{error}{more}")
+        self.bad_records.append(json.dumps({"place": place, "reason": str(error)}) + "\n")
+
+    def write_bad_records(self) -> None:
+        if self.bad_records:
+            self.writer.add_file(BAD_RECORDS, "".join(self.bad_records).encode())
+
+
+def pack(writer: tokens.TokenWriter, section: DataSection) -> None:
+    """Close the tokens and, where documents are packed whole, lay out the samples."""
+    for name, split in writer.seal(section.seq_len).items():
+        if section.packing == "concat":
             continue
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_BYTES:
-            _add_batch(writer, tokenizer, end_id, batch, split, fraction)
-            batch, size = [], 0
-    if batch:
-        _add_batch(writer, tokenizer, end_id, batch, split, fraction)
-
-
-def _add_batch(writer, tokenizer, end_id, batch, split: str | None, fraction: float) -> None:
-    encoded = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-    for text, encoding in zip(batch, encoded, strict=True):
-        is_eval = split is None and tokens.is_held_out(text, fraction)
-        writer.append(split or (tokens.EVAL if is_eval else tokens.TRAIN), [*encoding.ids, end_id])
+        made = packing.plan(
+            split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
+        )
+        for kind, values in (
+            ("pieces", made.pieces),
+            ("rows", made.rows),
+            ("targets", made.targets),
+        ):
+            writer.add_file(f"{name}.{kind}", values.astype(tokens.INDEX).tobytes())
+        writer.counts.split_documents += made.split_documents
+        writer.counts.dropped_documents += made.dropped_documents
 
 
 def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
@@ -229,9 +310,8 @@ def prove(home: Path, config: Config) -> None:
         ) from None
     settings = tokens.store_settings(config.data)
     key = tokens.store_key(model_folder, dataset_folder, settings)
-    store = tokens.TokenStore(home / "tokens" / key)
-    first = tokens.windows(store.train, min(config.data.seq_len, len(store.train) - 1), [0])[0]
-    text = tokenizer.decode(first[:12].tolist())
+    store = tokens.TokenStore(home / "tokens" / key, config.data.seq_len)
+    text = tokenizer.decode(store.train.ids[:12].tolist())
     print(f"prepare: loads offline; the data begins: {text!r}", file=sys.stderr)
 
 

@@ -155,7 +155,7 @@ def open_inputs(home: Path, config: Config) -> tuple[Path, tokens.TokenStore]:
     settings = tokens.store_settings(config.data)
     try:
         key = tokens.store_key(model_folder, dataset_folder, settings)
-        return model_folder, tokens.TokenStore(home / "tokens" / key)
+        return model_folder, tokens.TokenStore(home / "tokens" / key, config.data.seq_len)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {config.model.name} or the tokens of {config.data.name} are not ready "
@@ -236,7 +236,7 @@ def announce(parts: Parts, resumed: Resumed) -> None:
     log.info("%s  %s steps = %.2f epochs", indent, f"{parts.max_steps:,}", epochs)
     if config.train.max_steps is not None:
         log.info("%s  train.num_train_epochs is not used: max_steps decides", indent)
-    if len(parts.store.eval) < 2:
+    if not parts.store.eval.num_samples:
         log.info("%s  no held-out documents: there will be no evaluation", indent)
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
         log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)

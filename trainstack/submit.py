@@ -93,7 +93,7 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     if options.local:
         prepare_demo(options, config)
     store = check_inputs(options, config)
-    max_steps = steps_for(config, tokens.num_samples(len(store.train), config.data.seq_len))
+    max_steps = steps_for(config, store.train.num_samples)
     if check_progress(run, config, store) >= max_steps and run.status().get("state") == "DONE":
         newest = places.checkpoints(run.checkpoints)[0][1]
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
@@ -266,7 +266,8 @@ def check_inputs(options: argparse.Namespace, config: Config) -> tokens.TokenSto
     problem = input_problem(options, config)
     if problem:
         raise Failed(problem)
-    store = tokens.TokenStore(options.home / "tokens" / token_key(options.home, config))
+    folder = options.home / "tokens" / token_key(options.home, config)
+    store = tokens.TokenStore(folder, config.data.seq_len)
     tokens.enough_samples(config, store)
     return store
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainstack.config import BatchPlan
 from trainstack.distributed import World
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, labels: int64 [micro_batch_size, seq_len]
+Batch = tuple[torch.Tensor, ...]  # inputs, labels, positions: int64 [micro_batch_size, seq_len]
 
 
 def compute_gradients(
@@ -34,10 +34,10 @@ def compute_gradients(
     device. Collective: every rank must call this.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    for micro_step, (inputs, labels) in enumerate(batches, start=1):
+    for micro_step, batch in enumerate(batches, start=1):
         is_last = micro_step == plan.gradient_accumulation_steps
         with contextlib.nullcontext() if is_last else model.no_sync():
-            loss = model(inputs, labels)
+            loss = model(*batch)
             scaler.scale(loss * (plan.world_size / target_tokens)).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
@@ -70,8 +70,7 @@ def warm_up(model: DistributedDataParallel, batches: Iterator[Batch]) -> None:
     of summation depends on the grouping. Done before the first step of every life, a resumed run
     sums as one that was never stopped. It also compiles, and finds out whether memory suffices.
     """
-    inputs, labels = next(batches)
-    model(inputs, labels).backward()
+    model(*next(batches)).backward()
     model.zero_grad(set_to_none=True)
 
 
@@ -218,9 +217,9 @@ def evaluate(
         for _ in range(rounds):
             if is_agreed(wants_stop(), world):
                 return None
-            for inputs, labels in itertools.islice(batches, 1):
-                sums[0] += loss_model(inputs, labels)
-                sums[1] += (labels != ignored_label).sum()
+            for batch in itertools.islice(batches, 1):
+                sums[0] += loss_model(*batch)
+                sums[1] += (batch[1] != ignored_label).sum()
     finally:
         loss_model.train()
     dist.all_reduce(sums)
