@@ -373,3 +373,19 @@ def test_ctrl_c_saves_says_so_in_one_line_and_prints_no_traceback(lab, reference
 def test_a_fault_that_is_none_is_one_clear_line(text, problem):
     with pytest.raises(ConfigError, match=re.escape(problem)):
         parse(text)
+
+
+def test_a_fault_is_checked_and_said_aloud_before_anything_begins(lab):
+    command = lab.command("run.name=typo", "train.max_steps=1")
+    done = subprocess.run(
+        [*command, "--dry-run"], env=lab.environment(TRAINSTACK_FAULT="kil:rank=1"),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("submit.sh: error: TRAINSTACK_FAULT=kil:rank=1: kil is none of")
+    done = subprocess.run(
+        [*command, "--dry-run"], env=lab.environment(TRAINSTACK_FAULT="kill:rank=1"),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "TRAINSTACK_FAULT is set, this run breaks on purpose: kill:rank=1" in done.stderr

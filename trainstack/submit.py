@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainstack import files, places, tokens
+from trainstack import fault, files, places, tokens
 from trainstack.config import Config, batch_plan, check_identity, load, steps_for
 from trainstack.environment import describe_environment
 from trainstack.errors import ConfigError, Refused
@@ -88,6 +88,9 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     run = RunFolder(places.run_folder(options.home, config.run.name))
     resources = read_resources(options.repository / "train.slurm", options.sbatch)
     check_batch(config, resources, options.local)
+    wanted = os.environ.get("TRAINSTACK_FAULT", "")
+    if fault.parse(wanted):
+        say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
     check_folder(run.path)
     check_owner(run, options.queue)
     if options.local:
