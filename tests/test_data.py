@@ -16,6 +16,15 @@ def test_a_permutation_maps_every_index_to_another_one(n):
     assert sorted(data.Permutation(n, seed=7, epoch=3)(np.arange(n)).tolist()) == list(range(n))
 
 
+@pytest.mark.parametrize("n", [1, 2, 10, 1000, 10**12])
+def test_a_single_index_is_mapped_as_it_is_among_others(n):
+    permute = data.Permutation(n, seed=2**63 - 1, epoch=3)
+    indices = np.unique(np.linspace(0, n - 1, 50).astype(np.int64))
+    assert [permute.one(int(index)) for index in indices] == permute(indices).tolist()
+    sampler = data.StepSampler(n * 8, 8, 3, 4, 7, 5, [{"after": 2, "steps": 3}])
+    assert next(iter(sampler)) == sampler.samples_at(5)[0]
+
+
 def test_every_position_is_as_likely_as_any_other():
     n, epochs = 10, 5000
     counts = np.zeros((n, n))

@@ -7,6 +7,7 @@ in microseconds and without memory.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -30,11 +31,22 @@ class Permutation:
         self.half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self.mask = np.uint64((1 << int(self.half_bits)) - 1)
         key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-        start = np.frombuffer(key, "<u8")[0]
-        self.keys = _mix(start + np.arange(ROUNDS, dtype=np.uint64))
+        start = int.from_bytes(key, "little")
+        self.keys = [_mix_one((start + number) % 2**64) for number in range(ROUNDS)]
+
+    def one(self, index: int) -> int:
+        """The same for a single index, without arrays: their handling takes ten times the work."""
+        half, mask = int(self.half_bits), int(self.mask)
+        while True:
+            left, right = index >> half, index & mask
+            for key in self.keys:
+                left, right = right, left ^ (_mix_one(right ^ key) & mask)
+            index = (left << half) | right
+            if index < self.n:
+                return index
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Map int64 indices in ``range(n)`` to distinct ones."""
+        """Map int64 indices in ``range(n)``, of one dimension or more, to distinct ones."""
         values = self._encrypt(np.asarray(indices).astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._encrypt(values[outside])
@@ -42,18 +54,25 @@ class Permutation:
 
     def _encrypt(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self.half_bits, values & self.mask
-        for key in self.keys:
+        for key in np.array(self.keys, np.uint64):
             left, right = right, left ^ (_mix(right ^ key) & self.mask)
         return (left << self.half_bits) | right
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit depends on every bit."""
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+    values = values + np.uint64(0x9E3779B97F4A7C15)  # arrays of integers wrap around
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _mix_one(value: int) -> int:
+    """The same for an int of 64 bits."""
+    value = (value + 0x9E3779B97F4A7C15) & (2**64 - 1)
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+    return value ^ value >> 31
 
 
 class StepSampler(DistributedSampler):
@@ -91,9 +110,12 @@ class StepSampler(DistributedSampler):
         return self.at(self._positions_at(step))
 
     def _positions_at(self, step: int) -> np.ndarray:
-        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
-        first = (step + ahead) * self.global_batch_size
+        first = self._first_position(step)
         return np.arange(first, first + self.global_batch_size)
+
+    def _first_position(self, step: int) -> int:
+        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
+        return (step + ahead) * self.global_batch_size
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The samples at positions of the infinite stream."""
@@ -106,10 +128,16 @@ class StepSampler(DistributedSampler):
         return samples
 
     def __iter__(self) -> Iterator[int]:
-        step = self.first_step
-        while True:
+        yield self.first_sample()
+        yield from self.samples_at(self.first_step)[1:].tolist()
+        for step in itertools.count(self.first_step + 1):
             yield from self.samples_at(step).tolist()
-            step += 1
+
+    def first_sample(self) -> int:
+        """The first index of ``first_step``, in microseconds."""
+        position = self._first_position(self.first_step) + self.rank
+        epoch, offset = divmod(position, self.total_samples)
+        return Permutation(self.total_samples, self.seed, epoch).one(offset)
 
 
 def samples_hash(samples: np.ndarray) -> int:
