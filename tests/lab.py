@@ -17,7 +17,6 @@ SETTINGS = {
     "train__max_steps": 60,
     "checkpoint__save_steps": 10,
     "eval__eval_steps": 30,
-    "guard__hang_seconds": 3,
 }
 
 

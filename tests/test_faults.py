@@ -62,7 +62,8 @@ HANGS = [
 
 
 def test_a_rank_that_hangs_is_found_out_named_and_the_job_goes_on_in_place(lab, reference):
-    trace = lab.train("hangs", fault=";".join(fault for _, fault, _ in HANGS))
+    faults = ";".join(fault for _, fault, _ in HANGS)
+    trace = lab.train("hangs", "guard.hang_seconds=3", fault=faults)
     hung = trace.events("hang")
     assert len(hung) == len(HANGS), trace.events("failed", "hang")
     for event, (row, _, blame) in zip(hung, HANGS, strict=True):
@@ -176,8 +177,7 @@ def test_a_disk_that_is_really_full_costs_saves_until_there_is_space_again(lab, 
         pytest.skip("only root can mount a small disk")
     try:
         (run / "checkpoints/filler").write_bytes(b"x" * 1_950_000)
-        # The third save is held up until the space is back: the test need not win a race.
-        process = lab.start("full", fault="sleep:rank=0,step=29")
+        process = lab.start("full", fault="slow:rank=0,step=1")  # a second between two saves
         trace = lab.trace("full")
         wait_until(lambda: trace.events("save_failed"), "a failed save")
         (run / "checkpoints/filler").unlink()
@@ -185,6 +185,7 @@ def test_a_disk_that_is_really_full_costs_saves_until_there_is_space_again(lab, 
         assert process.returncode == 0, output[-3000:]
         causes = [e["cause"] for e in trace.events("save_failed")]
         assert all("No space left on device (0.00 GB free)" in cause for cause in causes)
+        assert len(trace.events("attempt")) == 1, "it goes on"
         trace.output = output
         trace.record("F18 ENOSPC", "a disk of 2 MiB, filled", reference, causes[0])
     finally:
@@ -221,7 +222,7 @@ def test_a_rank_that_the_kernel_kills_for_its_memory_is_named_with_the_limit(lab
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(3 << 30))
-        command = lab.command("run.name=oom", "guard.hang_seconds=60")
+        command = lab.command("run.name=oom")
         script = f"echo $$ >{group}/cgroup.procs && exec {shlex.join(command)}"
         environment = lab.environment(TRAINSTACK_FAULT="oom:rank=1,step=25")
         done = subprocess.run(
