@@ -35,10 +35,24 @@ main() {
   bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
+  install_peers
   for name in "${names[@]}"; do
-    PYTHONPATH="$ROOT" "$TRAINSTACK_PYTHON" "$HERE/$name.py" || code=1
+    PYTHONPATH="$ROOT:$PEERS" "$TRAINSTACK_PYTHON" "$HERE/$name.py" || code=1
   done
   exit "$code"
+}
+
+# Apart from the environment of the runs, which stays exactly the pins of requirements.txt.
+install_peers() {
+  local sum
+  sum="$(sha256sum <"$HERE/requirements.txt")"
+  PEERS="$TRAINSTACK_HOME/cache/peers-${sum:0:12}"
+  [[ ! -f "$PEERS/.ready" ]] || return 0
+  log "installing the peers"
+  rm -rf "$PEERS"
+  "$TRAINSTACK_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target "$PEERS" --requirement "$HERE/requirements.txt"
+  touch "$PEERS/.ready"
 }
 
 main "$@"
