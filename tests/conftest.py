@@ -70,7 +70,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_sessionstart():
     """The tests' own processes see neither the user's tokens nor a Hub."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SHARED_DIR", "PROJECT_NAME"):
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SHARED_DIR", "PROJECT_NAME", "TRAINSTACK_HOME")
+    for name in names:
         os.environ.pop(name, None)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     assert subprocess.run([sys.executable, "-c", "import trainstack"]).returncode == 0

@@ -346,6 +346,7 @@ def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(la
     print(goodput)
 
 
+@pytest.mark.matrix
 def test_an_interval_that_is_chosen_automatically_changes_nothing_but_when_it_saves(lab, reference):
     settings = ("checkpoint.save_steps=auto", "checkpoint.failure_hours=0.00001")
     trace = lab.train("auto", *settings, fault="slow:rank=0,step=1")

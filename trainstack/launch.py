@@ -171,10 +171,11 @@ def note_failures(options: argparse.Namespace, error: ChildFailedError, kernel_k
         else:
             cause = f"ended with code {failure.exitcode} and left no word"
         # The signal of a stop, or of torchrun when a sibling failed: not where it began.
+        seen_at = min(time.time(), failure.timestamp + 1)  # torchrun notes whole seconds
         run.add_failure(
             options.job, options.attempt, rank, state, EXIT_CODES[state], cause,
             failure.exitcode == -signal.SIGTERM, is_second_hand=True,
-            is_abort=failure.exitcode == -signal.SIGABRT, at=time_of(failure.timestamp),
+            is_abort=failure.exitcode == -signal.SIGABRT, at=time_of(seen_at),
         )  # fmt: skip
         say(f"rank {rank} (local {failure.local_rank}) on {socket.gethostname()}: {cause}")
 
