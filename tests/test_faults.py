@@ -356,6 +356,20 @@ def test_an_interval_that_is_chosen_automatically_changes_nothing_but_when_it_sa
     assert trace.equals(reference)
 
 
+def test_an_evaluation_that_a_stop_broke_off_is_made_first_in_the_next_life(lab):
+    settings = ("train.max_steps=20", "eval.eval_steps=10")
+    alone = lab.train("evaluated", *settings)
+    lab.train("broken-off", *settings, fault="term:rank=0,step=10", code=75)
+    trace = lab.trace("broken-off")
+    assert trace.run.status()["step"] == 10
+    assert not trace.events("evaluation"), "no time for it"
+    lab.train("broken-off", *settings)
+    assert [event["step"] for event in trace.events("evaluation")] == [10, 20]
+    theirs, ours = (tiny.metrics(lab.home, t.run.path.name, "eval_loss") for t in (alone, trace))
+    assert theirs == ours
+    assert trace.equals(alone)
+
+
 def test_ctrl_c_saves_says_so_in_one_line_and_prints_no_traceback(lab, reference):
     process = lab.start("interrupted", "train.max_steps=100000")
     trace = lab.trace("interrupted")
