@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from trainstack import history
@@ -40,11 +39,7 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack.goodput", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
-    home = os.environ.get("TRAINSTACK_HOME")
-    parser.add_argument(
-        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    )
+    history.add_run_arguments(parser, os.environ.get("TRAINSTACK_HOME"))
     options = parser.parse_args(arguments)
     try:
         run = RunFolder(history.find_run(options.run, options.home))

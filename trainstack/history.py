@@ -5,6 +5,7 @@ the ranks) and its end. It goes on from a checkpoint, so that what earlier lives
 that is executed again. What is left then is the effective history.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -49,6 +50,14 @@ class Life:
     def effective(self) -> list[Execution]:
         """What it executed and no later life did again."""
         return [e for e in self.executions if e.step <= self.redone_above]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, home: str | None) -> None:
+    """The arguments of a command about one run, for ``find_run``."""
+    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
+    parser.add_argument(
+        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
+    )
 
 
 def find_run(run: str, home: Path | None) -> Path:

@@ -56,11 +56,7 @@ class Findings:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack.ledger", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
-    home = os.environ.get("TRAINSTACK_HOME")
-    parser.add_argument(
-        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    )
+    history.add_run_arguments(parser, os.environ.get("TRAINSTACK_HOME"))
     options = parser.parse_args(arguments)
     try:
         run = RunFolder(history.find_run(options.run, options.home))
