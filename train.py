@@ -97,7 +97,8 @@ def train(parts: Parts, resumed: Resumed) -> str:
     numbers, pace = training.StepNumbers(parts.world.device), training.Pace()
     report = Report(parts, resumed, optim.build_schedule(config.optim, max_steps), pace)
     started = time.monotonic()
-    training.warm_up(parts.ddp, batches_at(parts, min(step, max_steps - 1)))
+    samples = parts.sampler.samples_at(min(step, max_steps - 1))
+    training.warm_up(parts.ddp, batches_of(parts, samples))
     # Asked to while it was starting? And was the stop before this life in an evaluation?
     is_stopping = training.is_agreed(parts.stop.is_wanted(0), parts.world)
     is_evaluated = resumed.is_evaluated or (not is_stopping and evaluate(parts, report, step))
@@ -137,12 +138,13 @@ def take_step(
     parts.faults.before(step)
     distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
     optim.set_learning_rate(parts.optimizer, report.rate_at(step))
+    samples = parts.sampler.samples_at(step - 1)
     target_tokens = target_tokens_at(parts, step - 1)
     loss_sum, grad_norm = training.compute_gradients(
         parts.ddp,
         parts.optimizer,
         parts.scaler,
-        watched(parts, step, report.pace.timed(batches_at(parts, step - 1))),
+        watched(parts, step, report.pace.timed(batches_of(parts, samples))),
         parts.plan,
         target_tokens,
     )
@@ -155,7 +157,7 @@ def take_step(
         grad_norm,
         target_tokens,
         (parts.stop.is_wanted(step_seconds, saves), report.wants_save()),
-        data.samples_hash(parts.sampler.samples_at(step - 1)),
+        data.samples_hash(samples),
         parts.guard.judge,
     )
     parts.watch.at(step, "update")
@@ -167,10 +169,10 @@ def take_step(
     return wishes_before
 
 
-def batches_at(parts: Parts, step: int):
-    """This rank's micro batches of one step (from 0)."""
+def batches_of(parts: Parts, samples: np.ndarray):
+    """The micro batches of this rank's samples of one step."""
     return data.micro_batches(
-        parts.sampler.samples_at(step),
+        samples,
         parts.plan.micro_batch_size,
         parts.store.train.read,
         parts.world.device,
