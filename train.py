@@ -28,7 +28,6 @@ from trainstack import (
     training,
 )
 from trainstack.config import IGNORED_LABEL, batch_plan, load, steps_for
-from trainstack.errors import Refused
 from trainstack.failure import explain
 from trainstack.guard import Guard, withhold
 from trainstack.metrics import duration
@@ -264,7 +263,6 @@ def finish_save(parts: Parts, report: Report, step: int) -> None:
         return
     parts.watch.at(step, "save", SAVE_SECONDS)
     saved = parts.saver.wait()
-    report_refused(saved)
     if saved.problem is not None and saved.step == step:
         raise checkpoint.SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
     report.saved(saved)
@@ -277,18 +275,12 @@ def settled(parts: Parts):
         yield
     except Diverged as error:
         parts.watch.at(error.step, "save", SAVE_SECONDS)
-        report_refused(parts.saver.wait())
+        parts.saver.wait()
         if parts.world.is_main:
             parts.lease.check()  # a rollback is about to be recorded
         raise
     finally:
         parts.watch.dog.close()
-
-
-def report_refused(saved: checkpoint.Saved | None) -> None:
-    """Raise what a save found out where another life owns the run."""
-    if saved is not None and isinstance(saved.problem, Refused):
-        raise saved.problem
 
 
 def show_sample(parts: Parts) -> None:

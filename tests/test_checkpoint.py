@@ -45,8 +45,6 @@ def save(folder, step, keep=2, check=lambda: None, value=1.0):
     saver = checkpoint.Saver(folder, ALONE, keep, "job.1", check)
     saver.start(snapshot(step, value))
     saved = saver.wait()
-    if isinstance(saved.problem, Refused):
-        raise saved.problem
     if saved.problem:
         raise checkpoint.SaveError(saved.problem)
     return saved.path

@@ -67,7 +67,7 @@ class Saved:
     path: Path
     seconds: float  # from its start to its publication
     size: int  # bytes
-    problem: str | Refused | None
+    problem: str | None
 
 
 class Saver:
@@ -94,7 +94,7 @@ class Saver:
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
         self._thread: threading.Thread | None = None
-        self._saved: Saved | None = None
+        self._saved: Saved | Refused | None = None
         self._event: torch.cuda.Event | None = None
         self._is_copied = threading.Event()
         self._is_copied.set()
@@ -126,19 +126,24 @@ class Saver:
         return time.monotonic() - started
 
     def poll(self) -> Saved | None:
-        """The end of the save that was begun; None where it goes on or there is none."""
+        """``wait`` where the save that was begun has ended; None where it goes on."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()
 
     def wait(self) -> Saved | None:
-        """Wait for the end of the save that was begun; None where there is none."""
+        """Wait for the end of the save that was begun; None where there is none.
+
+        Raises Refused, on every rank, where another life turned out to own the run.
+        """
         if self._thread is None:
             return None
         self._is_awaited.set()
         self._thread.join()
         self._is_awaited.clear()
         self._thread, saved, self._saved = None, self._saved, None
+        if isinstance(saved, Refused):
+            raise saved
         return saved
 
     def _rest(self, seconds: float) -> None:
@@ -171,7 +176,8 @@ class Saver:
             copied = self._copied(share)
             size = self._publish(snapshot, copied, final)
         except Refused as error:
-            problem = error
+            self._saved = error
+            return
         except SaveError as error:
             problem = str(error)
         except Exception as error:  # a peer that went away: the loop meets it as well

@@ -7,7 +7,6 @@ import numpy as np
 
 from trainstack import training
 from trainstack.checkpoint import Saved
-from trainstack.errors import Refused
 from trainstack.interval import Interval
 from trainstack.metrics import HEADER, Metrics
 from trainstack.runfolder import OWNED_SECONDS, RUNNING
@@ -152,8 +151,6 @@ class Report:
         if saved is None:
             return
         parts, stall, self._stall_seconds = self.parts, self._stall_seconds, 0.0
-        if isinstance(saved.problem, Refused):
-            raise saved.problem
         if saved.problem is None:
             parts.stop.save_seconds = saved.seconds
         if not parts.world.is_main:
@@ -163,7 +160,7 @@ class Report:
             step = f"{saved.step:,}"
             log.error("save    step %s failed: %s; the next one is tried", step, saved.problem)
             parts.run.add_event(
-                "save_failed", step=saved.step, cause=str(saved.problem),
+                "save_failed", step=saved.step, cause=saved.problem,
                 stall_seconds=round(stall, 3),
             )  # fmt: skip
             return
