@@ -45,7 +45,8 @@ def main(options: argparse.Namespace, config) -> str:
     world = distributed.start(options.expect_world_size)
     plan = batch_plan(config, world.world_size)
     run = RunFolder(places.run_folder(options.home, config.run.name))
-    model_folder, store = startup.open_inputs(options.home, config)
+    store = tokens.open_store(options.home, config)
+    model_folder = places.model_folder(options.home, config.model.name)
     owner, lease = startup.own_run_folder(run, options, config, store, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if training.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
@@ -290,7 +291,7 @@ def show_sample(parts: Parts) -> None:
         return
     from transformers import AutoTokenizer
 
-    newest = places.checkpoints(parts.run.checkpoints)[0][1]
+    _, newest = places.newest_checkpoint(parts.run.checkpoints)
     tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
     text = training.generate_text(
         parts.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
@@ -304,7 +305,7 @@ def leave(parts: Parts, state: str, step: int, started: float) -> str:
     """Record how the run was left, durably, and say what to do next."""
     if not parts.world.is_main:
         return state
-    name, newest = parts.run.path.name, next(iter(places.checkpoints(parts.run.checkpoints)), None)
+    name, (_, newest) = parts.run.path.name, places.newest_checkpoint(parts.run.checkpoints)
     taken = duration(time.monotonic() - started)
     done = state == "DONE"
     cause = None if done else parts.stop.reason or "another rank was asked to stop"
@@ -317,11 +318,9 @@ def leave(parts: Parts, state: str, step: int, started: float) -> str:
     )
     parts.lease.release()
     if done:
-        log.info(
-            "%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest[1]
-        )
+        log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
         log.info("      look: bash monitor.sh %s", name)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest[1])
+        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
     else:
         log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, action)
     return state

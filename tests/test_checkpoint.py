@@ -139,6 +139,22 @@ def test_a_file_that_was_cut_short_or_emptied_is_named(tmp_path, name, size, cap
     assert f"checkpoint-2 is damaged ({name}: " in caplog.text
 
 
+def test_a_flipped_bit_in_its_state_makes_no_run_another_experiment(tmp_path):
+    """Valid JSON with another seed, say: it must be named as damaged, not refused."""
+    for step in (1, 2):
+        snap = snapshot(step)
+        snap.state["identity"] = {"run.seed": 1234}
+        (tmp_path / "c").mkdir(exist_ok=True)
+        saver = checkpoint.Saver(tmp_path / "c", ALONE, 2, "job.1", lambda: None)
+        saver.start(snap)
+        saver.wait()
+    assert places.newest_identity(tmp_path / "c") == (2, {"run.seed": 1234})
+    path = tmp_path / "c" / "checkpoint-2" / places.STATE
+    path.write_text(path.read_text().replace("1234", "1235"))
+    assert places.newest_identity(tmp_path / "c") == (1, {"run.seed": 1234})
+    assert places.newest_identity(tmp_path / "nothing") == (0, None)
+
+
 def test_it_never_starts_over_when_no_checkpoint_verifies(tmp_path):
     for step in (1, 2):
         (save(tmp_path / "c", step) / "manifest.json").unlink()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from trainstack import config, places, submit, tokens
+from trainstack import config, files, places, submit, tokens
 from trainstack.runfolder import EXIT_CODES, Lease, Owner, RunFolder
 
 BASH = shutil.which("bash")
@@ -112,9 +112,11 @@ class Site:
         (store,) = (self.home / "tokens").iterdir()
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         identity = {**tokens.identity(loaded, store.name), **changed}
-        path = self.run_dir / "checkpoints" / f"checkpoint-{step}" / places.STATE
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"step": step, "identity": identity}))
+        folder = self.run_dir / "checkpoints" / f"checkpoint-{step}"
+        (folder / places.STATE).parent.mkdir(parents=True)
+        state = json.dumps({"step": step, "identity": identity}).encode()
+        entry = files.write_file(folder / places.STATE, state)
+        files.write_manifest(folder, {places.STATE: entry})
 
     def files(self) -> dict[Path, int]:
         """Everything in the shared folder, with the time of its last change."""

@@ -40,31 +40,17 @@ def main(arguments: list[str]) -> int:
         parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
     try:
         config = load(options.config, options.overrides)
-        model_folder = places.model_folder(options.home, config.model.name)
-        store = open_store(options.home, model_folder, config)
+        store = tokens.open_store(options.home, config)
     except ConfigError as error:
         print(error.report(SPEAKER), file=sys.stderr)
         return error.code
     for line in report(config, store):
         print(line)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+    model_folder = places.model_folder(options.home, config.model.name)
     for line in rows_of(store, model_folder, marks):
         print(line)
     return 0
-
-
-def open_store(home: Path, model_folder: Path, config: Config) -> tokens.TokenStore:
-    """The store of a configuration. Raises ConfigError where it is not there."""
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
-    try:
-        settings = tokens.store_settings(config.data)
-        key = tokens.store_key(model_folder, dataset_folder, settings)
-        return tokens.TokenStore(home / "tokens" / key, config.data.seq_len)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokens of {config.data.name} are not ready ({error}); run: "
-            "bash download_data_model.sh"
-        ) from None
 
 
 def report(config: Config, store: tokens.TokenStore) -> Iterator[str]:

@@ -61,7 +61,7 @@ def linger(is_first: bool) -> None:
 
 def roll_back(run: RunFolder, error: Diverged) -> str:
     """Record that what led to a divergence is left out from the newest checkpoint on."""
-    newest = next(iter(places.checkpoints(run.checkpoints)), (0, None))[0]
+    newest, _ = places.newest_checkpoint(run.checkpoints)
     run.leave_out(newest, error.step)
     run.add_event("rollback", step=error.step, to=newest, cause=str(error))
     return (

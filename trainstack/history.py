@@ -144,7 +144,7 @@ def _insert_life(lives: list[Life], execution: Execution) -> Life:
 
 def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:
     """The step up to which nothing can be lost: of the newest checkpoint, or of the run's end."""
-    newest = next((step for step, _ in places.checkpoints(checkpoints)), 0)
+    newest, _ = places.newest_checkpoint(checkpoints)
     return max(newest, status.get("step", 0)) if status.get("state") == "DONE" else newest
 
 

@@ -76,7 +76,7 @@ def begin(run: RunFolder, options: argparse.Namespace) -> int:
         return EXIT_CODES["NO_PROGRESS"]
     attempt = max([options.restarts, *(event["attempt"] for event in own)]) + 1
     run.add_event("attempt", job=options.job, attempt=attempt, restarts=options.restarts,
-                  newest=newest_step(run))  # fmt: skip
+                  newest=places.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
     print(attempt)
     return 0
 
@@ -235,10 +235,10 @@ def go_on_after(
 
 def next_start(run: RunFolder, step: int) -> str:
     """Where the next attempt begins, and what that costs a run that had come to ``step``."""
-    newest = next(iter(places.checkpoints(run.checkpoints)), None)
-    redo = step - (newest[0] if newest else 0)
+    from_step, newest = places.newest_checkpoint(run.checkpoints)
+    redo = step - from_step
     again = f"{redo:,} steps to redo" if redo > 0 else "nothing to redo"
-    return f"{newest[1].name if newest else 'the beginning'}: {again}"
+    return f"{newest.name if newest else 'the beginning'}: {again}"
 
 
 def pause_without_save(run: RunFolder, options: argparse.Namespace) -> None:
@@ -316,8 +316,8 @@ def conclude(
         exit_code=EXIT_CODES[state] if code is None else code,
     )  # fmt: skip
     run.add_event(state.lower(), job=status["job"], step=status.get("step"), cause=cause)
-    newest = next(iter(places.checkpoints(run.checkpoints)), None)
-    kept = newest[1].name if newest else "no checkpoint yet"
+    _, newest = places.newest_checkpoint(run.checkpoints)
+    kept = newest.name if newest else "no checkpoint yet"
     say(run, f"{state} at step {status.get('step', 0):,}: {cause}")
     say(run, f"kept: {kept}; logs: {run.logs}/{status['job']}.*; {action}")
 
@@ -332,12 +332,8 @@ def is_stuck(run: RunFolder, job: str) -> bool:
     if len(own) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return False
     last = own[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
-    return newest_step(run) <= min(event["newest"] for event in last)  # a damaged one was newer
-
-
-def newest_step(run: RunFolder) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
-    return next(iter(places.checkpoints(run.checkpoints)), (0, None))[0]
+    newest, _ = places.newest_checkpoint(run.checkpoints)
+    return newest <= min(event["newest"] for event in last)  # a damaged one was newer
 
 
 if __name__ == "__main__":

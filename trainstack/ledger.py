@@ -8,7 +8,6 @@ checkpoint (of a run that is DONE, to its end) the execution that no later life 
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import sys
@@ -91,16 +90,12 @@ def audit(run: RunFolder, home: Path) -> int:
 
 def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
     """What the run learns from: by its newest checkpoint, else by its config.yaml."""
-    for _, path in places.checkpoints(run.checkpoints):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return places.read_state(path)["identity"]
+    _, saved = places.newest_identity(run.checkpoints)
+    if saved:
+        return saved
     config = load(run.path / "config.yaml", [])
     try:
-        key = tokens.store_key(
-            places.model_folder(home, config.model.name),
-            places.dataset_folder(home, config.data.name, config.data.subset),
-            tokens.store_settings(config.data),
-        )
+        key = tokens.store_folder(home, config).name
     except (OSError, ValueError) as error:
         raise ConfigError(f"model or data set of {run.path.name} are not there: {error}") from None
     return tokens.identity(config, key)

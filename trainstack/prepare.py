@@ -75,23 +75,21 @@ def prepare(home: Path, config: Config, force: bool) -> Path:
         if problem:
             raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
     check_vocabulary(config, model_folder)
-    settings = tokens.store_settings(config.data)
-    final = home / "tokens" / tokens.store_key(model_folder, dataset_folder, settings)
+    final = tokens.store_folder(home, config)
     if not force and not any(files.damage(final, SMALL_FILE)):
-        describe(config, tokens.TokenStore(final, config.data.seq_len), "are here")
+        describe(home, config, "are here")
         return final
     temporary = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         write_store(config, model_folder, dataset_folder, temporary, final, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    describe(
-        config, tokens.TokenStore(final, config.data.seq_len), f"{time.monotonic() - started:.0f} s"
-    )
+    describe(home, config, f"{time.monotonic() - started:.0f} s")
     return final
 
 
-def describe(config: Config, store: tokens.TokenStore, remark: str) -> None:
+def describe(home: Path, config: Config, remark: str) -> None:
+    store = tokens.open_store(home, config)
     counts, name = store.counts, config.data.name
     share = counts.train_target_tokens / max(1, counts.train_tokens)
     learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
@@ -299,7 +297,6 @@ def prove(home: Path, config: Config) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     model_folder = places.model_folder(home, config.model.name)
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
     try:
         AutoConfig.from_pretrained(model_folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
@@ -308,9 +305,7 @@ def prove(home: Path, config: Config) -> None:
         raise ConfigError(
             f"{config.model.name}: transformers cannot load it ({reason}); choose another model"
         ) from None
-    settings = tokens.store_settings(config.data)
-    key = tokens.store_key(model_folder, dataset_folder, settings)
-    store = tokens.TokenStore(home / "tokens" / key, config.data.seq_len)
+    store = tokens.open_store(home, config)
     text = tokenizer.decode(store.train.ids[:12].tolist())
     print(f"prepare: loads offline; the data begins: {text!r}", file=sys.stderr)
 

@@ -1,7 +1,6 @@
 """What happens between the process group and the first step: owner, inputs, resume, announce."""
 
 import argparse
-import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -141,26 +140,9 @@ def own_run_folder(
 
 def check_same_experiment(run: RunFolder, config: Config, store: tokens.TokenStore) -> None:
     """Refused where the run's newest readable checkpoint was made with another identity."""
-    for _, path in places.checkpoints(run.checkpoints):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # damaged; found out later
-            saved = places.read_state(path)["identity"]
-            check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
-            return
-
-
-def open_inputs(home: Path, config: Config) -> tuple[Path, tokens.TokenStore]:
-    """The model folder and the token store that the configuration names."""
-    model_folder = places.model_folder(home, config.model.name)
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
-    settings = tokens.store_settings(config.data)
-    try:
-        key = tokens.store_key(model_folder, dataset_folder, settings)
-        return model_folder, tokens.TokenStore(home / "tokens" / key, config.data.seq_len)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {config.model.name} or the tokens of {config.data.name} are not ready "
-            f"({error}); run: bash download_data_model.sh"
-        ) from None
+    _, saved = places.newest_identity(run.checkpoints)
+    if saved:
+        check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
 
 
 def find_checkpoint(run: RunFolder, config: Config, store: tokens.TokenStore) -> Path | None:

@@ -98,7 +98,7 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     store = check_inputs(options, config)
     max_steps = steps_for(config, store.train.num_samples)
     if check_progress(run, config, store) >= max_steps and run.status().get("state") == "DONE":
-        newest = places.checkpoints(run.checkpoints)[0][1]
+        _, newest = places.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
         say("to go further raise train.max_steps; for a new run choose another run.name")
         return "complete", run
@@ -247,7 +247,7 @@ def input_problem(options: argparse.Namespace, config: Config) -> str | None:
         fetched = manifest.get("revision")
         if fetched is not None and revision not in (fetched, manifest.get("commit")):
             return f"{name} is here in revision {fetched}, not {revision}; {fix}"
-    tokens_folder = home / "tokens" / token_key(home, config)
+    tokens_folder = tokens.store_folder(home, config)
     problem = next(files.damage(tokens_folder, SMALL_FILE), None)
     if problem:
         return f"the tokens of {config.data.name} are not ready ({problem}); {fix}"
@@ -256,35 +256,22 @@ def input_problem(options: argparse.Namespace, config: Config) -> str | None:
     return None
 
 
-def token_key(home: Path, config: Config) -> str:
-    return tokens.store_key(
-        places.model_folder(home, config.model.name),
-        places.dataset_folder(home, config.data.name, config.data.subset),
-        tokens.store_settings(config.data),
-    )
-
-
 def check_inputs(options: argparse.Namespace, config: Config) -> tokens.TokenStore:
     """The token store, once model, data and tokens are known to be there and whole."""
     problem = input_problem(options, config)
     if problem:
         raise Failed(problem)
-    folder = options.home / "tokens" / token_key(options.home, config)
-    store = tokens.TokenStore(folder, config.data.seq_len)
+    store = tokens.open_store(options.home, config)
     tokens.enough_samples(config, store)
     return store
 
 
 def check_progress(run: RunFolder, config: Config, store: tokens.TokenStore) -> int:
     """The step that the run has reached; Refused where it was another experiment's."""
-    for step, path in places.checkpoints(run.checkpoints):
-        try:
-            saved = places.read_state(path)["identity"]
-        except (OSError, ValueError, KeyError):
-            continue  # damaged; the job names it and takes the one before
+    step, saved = places.newest_identity(run.checkpoints)
+    if saved:
         check_identity(saved, tokens.identity(config, store.folder.name), config.run.name)
-        return step
-    return 0
+    return step
 
 
 def check_space(home: Path, config: Config) -> str:

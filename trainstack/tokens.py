@@ -19,6 +19,7 @@ import numpy as np
 from trainstack import files
 from trainstack.config import IGNORED_LABEL, Config, DataSection
 from trainstack.errors import ConfigError
+from trainstack.places import dataset_folder, model_folder
 
 FORMAT_VERSION = 2
 TOKENIZER_FILES = (
@@ -46,19 +47,37 @@ class Counts:
     bad_records: int = 0
 
 
-def store_key(model_folder: Path, dataset_folder: Path, settings: dict[str, Any]) -> str:
+def store_key(model: Path, dataset: Path, settings: dict[str, Any]) -> str:
     """The name of the store that these inputs make; reads their manifests only.
 
     Raises FileNotFoundError or ValueError where one of them is not there or not whole.
     """
-    model_files = files.read_manifest(model_folder)["files"]
+    model_files = files.read_manifest(model)["files"]
     made_from = {
         "format": FORMAT_VERSION,
         "tokenizer": {n: model_files[n]["sha256"] for n in TOKENIZER_FILES if n in model_files},
-        "source": {n: e["sha256"] for n, e in files.read_manifest(dataset_folder)["files"].items()},
+        "source": {n: e["sha256"] for n, e in files.read_manifest(dataset)["files"].items()},
         "settings": settings,
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def store_folder(home: Path, config: Config) -> Path:
+    """Where the store of a configuration lies, or will lie. Raises as ``store_key``."""
+    model = model_folder(home, config.model.name)
+    dataset = dataset_folder(home, config.data.name, config.data.subset)
+    return home / "tokens" / store_key(model, dataset, store_settings(config.data))
+
+
+def open_store(home: Path, config: Config) -> "TokenStore":
+    """The store of a configuration. ConfigError where it, or what it is made from, is not there."""
+    try:
+        return TokenStore(store_folder(home, config), config.data.seq_len)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {config.model.name} or the tokens of {config.data.name} are not ready "
+            f"({error}); run: bash download_data_model.sh"
+        ) from None
 
 
 def store_settings(section: DataSection) -> dict[str, Any]:
