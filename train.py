@@ -32,7 +32,7 @@ from trainstack.failure import explain
 from trainstack.guard import Guard, withhold
 from trainstack.metrics import duration
 from trainstack.report import Diverged, Report
-from trainstack.runfolder import EXIT_CODES, RUNNING, RunFolder
+from trainstack.runfolder import CONTINUES, EXIT_CODES, RUNNING, RunFolder
 from trainstack.startup import Parts, Resumed, Watch
 from trainstack.stop import Stop
 from trainstack.watchdog import SAVE_SECONDS, START_SECONDS
@@ -305,24 +305,21 @@ def leave(parts: Parts, state: str, step: int, started: float) -> str:
     """Record how the run was left, durably, and say what to do next."""
     if not parts.world.is_main:
         return state
-    name, (_, newest) = parts.run.path.name, places.newest_checkpoint(parts.run.checkpoints)
-    taken = duration(time.monotonic() - started)
-    done = state == "DONE"
-    cause = None if done else parts.stop.reason or "another rank was asked to stop"
-    action = f"bash monitor.sh {name}" if done else "the same command continues it"
-    parts.run.set_status(
-        state, step=step, exit_code=EXIT_CODES[state], cause=cause, next_action=action
-    )
-    parts.run.add_event(
-        state.lower(), step=step, cause=cause, job=parts.owner.job, attempt=parts.owner.attempt
-    )
-    parts.lease.release()
-    if done:
-        log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
-        log.info("      look: bash monitor.sh %s", name)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
+    run, owner, name = parts.run, parts.owner, parts.run.path.name
+    if state == "PAUSED":
+        cause = parts.stop.reason or "another rank was asked to stop"
+        run.pause(owner.job, owner.attempt, cause, step=step)
+        log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
     else:
-        log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, action)
+        _, newest = places.newest_checkpoint(run.checkpoints)
+        look, taken = f"bash monitor.sh {name}", duration(time.monotonic() - started)
+        code = EXIT_CODES[state]
+        run.set_status(state, step=step, exit_code=code, cause=None, next_action=look)
+        run.add_event("done", step=step, job=owner.job, attempt=owner.attempt)
+        log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
+        log.info("      look: %s", look)
+        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
+    parts.lease.release()
     return state
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from trainstack import files, places
 from trainstack.errors import USAGE_ERROR
 from trainstack.runfolder import EXIT_CODES, Lease, RunFolder
+from trainstack.stop import TORCHRUN_GOT
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 ENDING = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that a person has to look at
 WAITS_FOR_NOBODY = 1  # position of a rank that hangs over its own samples
-TORCHRUN_GOT = "torchrun got"  # how a stop file begins that launch.py wrote
 PORTS_TRIED = 50
 
 
@@ -246,9 +246,7 @@ def pause_without_save(run: RunFolder, options: argparse.Namespace) -> None:
     reason = options.stop_file.read_text().strip()
     has_begun = ranks_of(run, options.job, options.attempt)
     cause = f"{reason}, before {'the ranks had saved' if has_begun else 'training began'}"
-    facts = {"job": options.job, "attempt": options.attempt, "cause": cause}
-    run.set_status("PAUSED", **facts, exit_code=75, next_action="the same command continues it")
-    run.add_event("paused", **facts)
+    run.pause(options.job, options.attempt, cause)
     say(run, f"PAUSED: {cause}; goes on from {next_start(run, last_step(run))}")
 
 

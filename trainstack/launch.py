@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trainstack import files
 from trainstack.errors import USAGE_ERROR
 from trainstack.runfolder import EXIT_CODES, RunFolder, time_of
+from trainstack.stop import TORCHRUN_GOT
 
 LOOK_SECONDS = 1.0
 MOST_SKEW_SECONDS = 10
@@ -129,7 +130,7 @@ def stop_by_signal(options: argparse.Namespace) -> None:
             raise SignalException("a rank failed, or Ctrl-C twice", signal.Signals(number))
         with contextlib.suppress(OSError):
             if not options.stop_file.exists():
-                reason = f"torchrun got {signal.Signals(number).name}\n"
+                reason = f"{TORCHRUN_GOT} {signal.Signals(number).name}\n"
                 files.replace_file(options.stop_file, reason.encode())
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -159,7 +160,7 @@ def note_failures(options: argparse.Namespace, error: ChildFailedError, kernel_k
     for rank, failure in error.failures.items():
         if rank in have:
             continue
-        state, stacks = "FAILED", run.logs / f"{options.job}.{options.attempt}.rank{rank}.stacks"
+        state, stacks = "FAILED", run.stacks_file(options.job, options.attempt, rank)
         if failure.exitcode == 1 and stacks.exists() and stacks.stat().st_size:
             state, cause = "HANG", f"no progress, with Python's own lock held; stacks: {stacks}"
         elif failure.exitcode == -signal.SIGKILL and kernel_killed > 0:

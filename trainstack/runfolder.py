@@ -23,6 +23,7 @@ EXIT_CODES = {
     "HANG": 81,
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+CONTINUES = "the same command continues it"
 OWNED_SECONDS = 1.0  # for which an owner may write without looking at the lease again
 TAKEOVER_SECONDS = 3.0  # after which an owner that lives on has noticed that it was replaced
 
@@ -73,6 +74,13 @@ class RunFolder:
         text = json.dumps(status, indent=1) + "\n"
         files.replace_file(self.path / "status.json", text.encode())
 
+    def pause(self, job: str, attempt: int, cause: str, **facts: Any) -> None:
+        """Record that a life left in order; the same command continues the run."""
+        facts |= {"job": job, "attempt": attempt, "cause": cause}
+        code = EXIT_CODES["PAUSED"]
+        self.set_status("PAUSED", **facts, exit_code=code, next_action=CONTINUES)
+        self.add_event("paused", **facts)
+
     def add_event(self, event: str, **facts: Any) -> None:
         """Append to the history: what happened, when, where."""
         record = {"event": event, "at": now(), "host": socket.gethostname(), **facts}
@@ -113,6 +121,10 @@ class RunFolder:
         with contextlib.suppress(OSError):  # the disk may be the very cause
             files.replace_file(self.logs / name, json.dumps(record).encode())
             self.failed_mark(job, attempt).touch()
+
+    def stacks_file(self, job: str | None, attempt: int, rank: int) -> Path:
+        """Where a rank's watchdog writes what its threads were doing."""
+        return self.logs / f"{job or 'local'}.{attempt}.rank{rank}.stacks"
 
     def failed_mark(self, job: str | None, attempt: int) -> Path:
         """A file that is there once any rank of a life has failed: cheap to look for."""
@@ -198,9 +210,9 @@ class Lease:
         self.epoch = epoch + 1
         if holder and not holder.get("released") and _may_live_on(holder, owner):
             time.sleep(TAKEOVER_SECONDS)
-        for path in self.folder.glob("[0-9]*.json"):
-            if path.stem.isdigit() and int(path.stem) < self.epoch:
-                files.unlink(path)
+        for old in self._epochs():
+            if old < self.epoch:
+                files.unlink(self._file(old))
 
     def check(self) -> None:
         """LeaseHeld where another life has taken over: asked before every publish.
@@ -212,8 +224,7 @@ class Lease:
         with contextlib.suppress(OSError):  # a full disk is no reason to stop
             probe.touch()
             probe.unlink(missing_ok=True)
-        epochs = [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
-        if max(epochs, default=0) != self.epoch:
+        if max(self._epochs(), default=0) != self.epoch:
             _, holder = self.holder()
             raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
 
@@ -225,11 +236,14 @@ class Lease:
 
     def holder(self) -> tuple[int, dict[str, Any] | None]:
         """The highest epoch and its record; (0, None) where nobody ever took it."""
-        epochs = [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
+        epochs = self._epochs()
         for epoch in sorted(epochs, reverse=True):
             with contextlib.suppress(OSError, ValueError):
                 return epoch, json.loads(self._file(epoch).read_bytes())
         return max(epochs, default=0), None
+
+    def _epochs(self) -> list[int]:
+        return [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
 
     def _file(self, epoch: int) -> Path:
         return self.folder / f"{epoch}.json"

@@ -15,7 +15,7 @@ from trainstack.environment import changed_settings
 from trainstack.errors import ConfigError
 from trainstack.fault import Faults
 from trainstack.guard import Guard
-from trainstack.runfolder import EXIT_CODES, RUNNING, Lease, Owner, RunFolder
+from trainstack.runfolder import CONTINUES, EXIT_CODES, RUNNING, Lease, Owner, RunFolder
 from trainstack.stop import Stop
 from trainstack.watchdog import START_SECONDS, Watchdog
 
@@ -64,7 +64,6 @@ class Watch:
     """The watchdog as the loop speaks with it: a step and the name of a place."""
 
     def __init__(self, run: RunFolder, options: argparse.Namespace, rank: int, seconds):
-        stem = f"{options.job or 'local'}.{options.attempt}.rank{rank}"
         self.position = [0, 0]
         self._steps: dict[str, set[int]] = {}  # of this life, by place; the first few only
 
@@ -76,8 +75,8 @@ class Watch:
                 position=self.position,
             )  # fmt: skip
 
-        stacks = run.logs / f"{stem}.stacks"
-        self.dog = Watchdog(seconds, stacks, account)
+        stacks = run.stacks_file(options.job, options.attempt, rank)
+        self.dog = Watchdog(seconds, stacks, account, EXIT_CODES["HANG"])
 
     def at(self, step: int, place: str, extra_seconds: float = 0) -> None:
         """Say where the loop is. The first two steps and the first evaluations may compile."""
@@ -173,12 +172,9 @@ def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: W
     """Leave before anything was loaded: the job was asked to end, and nothing is lost."""
     if world.is_main:
         cause = f"{stop.reason or 'another rank was asked to stop'}, before training began"
-        facts = {"job": owner.job, "attempt": owner.attempt, "cause": cause}
-        action = "the same command continues it"
-        run.set_status("PAUSED", **facts, exit_code=EXIT_CODES["PAUSED"], next_action=action)
-        run.add_event("paused", **facts)
+        run.pause(owner.job, owner.attempt, cause)
         lease.release()
-        log.info("%s: PAUSED (%s); nothing was lost; %s", run.path.name, cause, action)
+        log.info("%s: PAUSED (%s); nothing was lost; %s", run.path.name, cause, CONTINUES)
     return "PAUSED"
 
 

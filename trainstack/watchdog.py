@@ -1,4 +1,4 @@
-"""A step that never ends is an error: stacks of every thread to a file, an account, exit 81."""
+"""A step that never ends is an error: stacks of every thread to a file, an account, the end."""
 
 import contextlib
 import faulthandler
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-HANG_CODE = 81
 MEDIANS = 10  # a step may take this many times the median step
 RECENT = 64  # steps the median is taken over
 START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
@@ -21,7 +20,7 @@ LOCKED_SECONDS = 5.0  # less than launch.py waits before it kills
 
 
 class Watchdog:
-    """Watches this process's loop from a thread.
+    """Watches this process's loop from a thread; where it stands still, ends it with ``code``.
 
     ``account(place, seconds)`` is called once, before the process ends: it leaves the record by
     which the rank that holds up the others is found. A thread of Python cannot run where another
@@ -29,9 +28,13 @@ class Watchdog:
     """
 
     def __init__(
-        self, least_seconds: float | None, stacks: Path, account: Callable[[str, float], None]
+        self,
+        least_seconds: float | None,
+        stacks: Path,
+        account: Callable[[str, float], None],
+        code: int,
     ):
-        self.least_seconds, self.account = least_seconds, account
+        self.least_seconds, self.account, self.code = least_seconds, account, code
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._extra, self._place, self._at = START_SECONDS, "the start", time.monotonic()
         self._is_over = threading.Event()
@@ -82,4 +85,4 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         with contextlib.suppress(Exception):
             self.account(place, seconds)
-        os._exit(HANG_CODE)
+        os._exit(self.code)
