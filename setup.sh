@@ -2,9 +2,11 @@
 #
 # Make the shared folders and the Python environment, and prove that it works.
 #
-# Usage: bash setup.sh [--check]
+# Usage: bash setup.sh [--check | --beside FILE]
 #
-#   --check   only tell whether everything is ready: exit 0 and silence, or exit 1
+#   --check         only tell whether everything is ready: exit 0 and silence, or exit 1
+#   --beside FILE   install the requirements in FILE beside the environment, which stays as it is,
+#                   and print their folder, for PYTHONPATH; tests and benchmarks use it
 #
 # Makes SHARED_DIR/PROJECT_NAME with venv, models, datasets, tokens and runs, installs the pins of
 # requirements.txt, and writes env.sh beside this file, which the other scripts read. Run again, it
@@ -34,6 +36,13 @@ main() {
   case "${1:-}" in
     -h | --help) usage && return ;;
     --check | "") ;;
+    --beside)
+      [[ -f "${2:-}" ]] || die "--beside needs a requirements file" 2
+      check_settings
+      is_ready || die "no environment yet; run: bash setup.sh"
+      install_beside "$2"
+      return
+      ;;
     *) die "$1 is no option; see bash setup.sh --help" 2 ;;
   esac
   check_settings
@@ -53,6 +62,21 @@ main() {
   fi
   write_env_file
   log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
+}
+
+# Without what they depend on: the environment of the runs has that, or their file names it.
+install_beside() {
+  local sum folder
+  sum="$(sha256sum <"$1")"
+  folder="$PROJECT_DIR/cache/beside-${sum:0:12}"
+  if [[ ! -f "$folder/.ready" ]]; then
+    log "installing $1 into $folder"
+    rm -rf "$folder" && mkdir -p "$folder"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      --target "$folder" --requirement "$1" >&2
+    touch "$folder/.ready"
+  fi
+  printf '%s\n' "$folder"
 }
 
 check_settings() {

@@ -15,7 +15,7 @@ ROOT="$(dirname "$HERE")"
 log() { printf 'benchmarks/run.sh: %s\n' "$*" >&2; }
 
 main() {
-  local name names=() path code=0
+  local name names=() path peers code=0
   case "${1:-}" in
     -h | --help)
       sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -35,24 +35,11 @@ main() {
   bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
-  install_peers
+  peers="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
   for name in "${names[@]}"; do
-    PYTHONPATH="$ROOT:$PEERS" "$TRAINSTACK_PYTHON" "$HERE/$name.py" || code=1
+    PYTHONPATH="$ROOT:$peers" "$TRAINSTACK_PYTHON" "$HERE/$name.py" || code=1
   done
   exit "$code"
-}
-
-# Apart from the environment of the runs, which stays exactly the pins of requirements.txt.
-install_peers() {
-  local sum
-  sum="$(sha256sum <"$HERE/requirements.txt")"
-  PEERS="$TRAINSTACK_HOME/cache/peers-${sum:0:12}"
-  [[ ! -f "$PEERS/.ready" ]] || return 0
-  log "installing the peers"
-  rm -rf "$PEERS"
-  "$TRAINSTACK_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
-    --target "$PEERS" --requirement "$HERE/requirements.txt"
-  touch "$PEERS/.ready"
 }
 
 main "$@"

@@ -26,25 +26,12 @@ main() {
   bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
-  install_tools
+  TOOLS="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
   install_slurm
   export PATH="$TOOLS/bin:$PATH" PYTHONPATH="$TOOLS" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
   # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
   exec "$TRAINSTACK_PYTHON" -m pytest "$@"
-}
-
-# Apart from the environment of the runs, which stays exactly the pins of requirements.txt.
-install_tools() {
-  local sum
-  sum="$(sha256sum <"$HERE/requirements.txt")"
-  TOOLS="$TRAINSTACK_HOME/cache/test-tools-${sum:0:12}"
-  [[ ! -f "$TOOLS/.ready" ]] || return 0
-  log "installing the test tools"
-  rm -rf "$TOOLS"
-  "$TRAINSTACK_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps \
-    --target "$TOOLS" --requirement "$HERE/requirements.txt"
-  touch "$TOOLS/.ready"
 }
 
 install_slurm() {

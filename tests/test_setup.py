@@ -123,6 +123,26 @@ def test_the_second_setup_changes_nothing(machine):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_what_goes_beside_the_environment_is_installed_once_and_changes_nothing_in_it(machine):
+    tools = machine.checkout / "tools.txt"
+    tools.write_text("pytest==9\n")
+    assert "no environment yet; run: bash setup.sh" in error_of(
+        machine.setup("--beside", str(tools)), 1
+    )
+    machine.setup()
+    pins = machine.pins()
+    first, second = (machine.setup("--beside", str(tools)) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    _, call = machine.commands.calls("pip")
+    folder = first.stdout.rstrip("\n")
+    assert call[call.index("--target") + 1] == folder
+    assert call[call.index("--requirement") + 1] == str(tools)
+    assert "--no-deps" in call
+    assert machine.pins() == pins
+    assert "--beside needs a requirements file" in error_of(machine.setup("--beside", "no"), 2)
+
+
 def test_a_check_is_silent_and_makes_nothing(machine):
     result = machine.setup("--check")
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
