@@ -45,19 +45,18 @@ def main(options: argparse.Namespace, config) -> str:
     world = distributed.start(options.expect_world_size)
     plan = batch_plan(config, world.world_size)
     run = RunFolder(places.run_folder(options.home, config.run.name))
-    store = tokens.open_store(options.home, config)
+    corpus = tokens.open_corpus(options.home, config)
     model_folder = places.model_folder(options.home, config.model.name)
-    owner, lease = startup.own_run_folder(run, options, config, store, world)
+    owner, lease = startup.own_run_folder(run, options, config, corpus, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if training.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
         return startup.pause_early(run, owner, lease, stop, world)
     watch = Watch(run, options, world.rank, config.guard.hang_seconds)
     faults = fault.Faults(fault.parse(options.fault), world.rank, owner.attempt)
 
-    num_samples = tokens.enough_samples(config, store)
-    max_steps = steps_for(config, num_samples)
+    max_steps = steps_for(config, tokens.enough_samples(config, corpus))
 
-    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, config, store))
+    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, config, corpus))
     init = "pretrained" if newest else config.model.init
     causal_lm = model.build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
@@ -70,16 +69,13 @@ def main(options: argparse.Namespace, config) -> str:
     guard = Guard(config.guard, world.device, scaler.is_enabled())
     resumed = startup.restore(newest, causal_lm, optimizer, scaler, guard)
     left_out = distributed.main_decides(world, lambda: startup.windows(run, newest))
-    sampler = data.StepSampler(
-        num_samples, config.train.global_batch_size, world.rank, world.world_size, config.run.seed,
-        first_step=resumed.step, left_out=left_out,
-    )  # fmt: skip
+    sampler = startup.build_sampler(config, corpus, world, resumed, left_out)
     attempt = f"{owner.job}.{owner.attempt}"
     keep = config.checkpoint.save_total_limit
     saver = checkpoint.Saver(run.checkpoints, world, keep, attempt, lease.check)
     small_files = checkpoint.small_files(causal_lm, model_folder)
     parts = Parts(
-        config, world, plan, run, lease, owner, max_steps, store, causal_lm, ddp, optimizer,
+        config, world, plan, run, lease, owner, max_steps, corpus, causal_lm, ddp, optimizer,
         scaler, guard, sampler, saver, small_files, stop, watch, faults,
     )  # fmt: skip
     if world.is_main:
@@ -149,6 +145,7 @@ def take_step(
         target_tokens,
     )
     wishes_before = report.step(numbers.read())
+    report.draws(step - 1)  # after the line of the step before
     saves = 1 + parts.saver.is_busy
     step_seconds = max(report.pace.step_seconds, parts.watch.dog.median_seconds())
     is_bad = numbers.send(
@@ -174,16 +171,16 @@ def batches_of(parts: Parts, samples: np.ndarray):
     return data.micro_batches(
         samples,
         parts.plan.micro_batch_size,
-        parts.store.train.read,
+        parts.corpus.train.read,
         parts.world.device,
     )
 
 
 def target_tokens_at(parts: Parts, step: int) -> int:
     """Targets of one step (from 0) over all ranks; any rank knows them, so nothing is sent."""
-    if parts.store.train.is_full:
+    if parts.corpus.train.is_full:
         return parts.plan.tokens_per_step
-    targets = parts.store.train.target_tokens(parts.sampler.all_samples_at(step))
+    targets = parts.corpus.train.target_tokens(parts.sampler.all_samples_at(step))
     return max(1, targets)  # a step may have none: its loss and gradient are zero
 
 
@@ -199,14 +196,27 @@ def watched(parts: Parts, step: int, batches):
 
 
 def evaluate(parts: Parts, report: Report, step: int) -> bool:
-    """Loss and perplexity over the held-out split; False where it was broken off, to stop.
+    """Loss and perplexity over what is held out; False where it was broken off, to stop.
 
     Collective: every rank must call this.
     """
-    world, held_out, started = parts.world, parts.store.eval, time.monotonic()
+    started, results = time.monotonic(), {}
+    for label, store in parts.corpus.stores.items():
+        if store.eval.num_samples:
+            results[label] = evaluate_one(parts, store.eval, step)
+            if results[label] is None:
+                report.pace.restart()
+                return False
+    if results:
+        report.evaluation(step, results, time.monotonic() - started)
+        report.pace.restart()
+    return True
+
+
+def evaluate_one(parts: Parts, held_out: tokens.Split, step: int) -> tuple[float, int] | None:
+    """Mean loss over one data set's held-out targets, and their number; None if broken off."""
+    world = parts.world
     rows = min(held_out.num_samples, parts.config.eval.eval_samples or held_out.num_samples)
-    if rows <= 0:
-        return True
     batches = data.micro_batches(
         np.arange(world.rank, rows, world.world_size),
         parts.plan.micro_batch_size,
@@ -219,11 +229,7 @@ def evaluate(parts: Parts, report: Report, step: int) -> bool:
         parts.watch.at(step, "evaluation")
         return parts.stop.is_wanted(0, 1 + parts.saver.is_busy)
 
-    result = training.evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
-    if result is not None:
-        report.evaluation(step, *result, time.monotonic() - started)
-    report.pace.restart()
-    return result is not None
+    return training.evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
 
 
 def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
@@ -243,8 +249,9 @@ def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
             "tokens_seen": step * parts.plan.tokens_per_step,
             "is_evaluated": is_evaluated,
             "skips_in_a_row": report.skips_in_a_row,
+            "drawn": report.drawn.tolist(),
             "left_out": parts.sampler.left_out,
-            "identity": tokens.identity(parts.config, parts.store.folder.name),
+            "identity": tokens.identity(parts.config, parts.corpus.key),
             "settings": parts.config.model_dump(),
             "scaler": parts.scaler.state_dict(),
             "guard": parts.guard.state(),

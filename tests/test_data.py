@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from trainstack import data, tokens
 from trainstack.packing import plan
+from trainstack.prepare_tokens import joined, spans_of
+from trainstack.prepare_writer import TokenWriter
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 256, 1000, 65537])
@@ -116,9 +118,8 @@ def test_every_held_out_token_is_a_target_exactly_once(tmp_path, length):
 
 def make_store(folder, documents, seq_len, packing=None, split=tokens.TRAIN, too_long="split"):
     """A store of documents, each ids and flags, as prepare would write it."""
-    writer = tokens.TokenWriter(folder / "new", 300)
-    for ids, flags in documents:
-        writer.append(split, list(ids), flags)
+    writer = TokenWriter(folder / "new", 300)
+    writer.append(split, joined([(np.array(i), f) for i, f in documents], writer.dtype))
     for name, sealed in writer.seal(seq_len).items():
         if packing:
             made = plan(sealed.stops, sealed.targets_in, seq_len, packing, too_long)
@@ -181,8 +182,8 @@ def test_a_packed_sample_holds_whole_documents_and_no_target_crosses_a_border(
 
 def test_flags_are_kept_as_rows_of_tokens():
     flags = np.array([1, 1, 0, 1, 0, 0, 1], bool)
-    assert tokens.spans_of(flags).tolist() == [[0, 2], [3, 4], [6, 7]]
-    assert tokens.spans_of(np.zeros(3, bool)).tolist() == []
+    assert spans_of(flags).tolist() == [[0, 2], [3, 4], [6, 7]]
+    assert spans_of(np.zeros(3, bool)).tolist() == []
 
 
 def test_the_same_text_always_falls_on_the_same_side_of_the_split():

@@ -197,10 +197,11 @@ def test_bad_data_is_named_with_its_place(tmp_path, name, content, message):
 def read_texts(path):
     """The texts of a file, as prepare reads them."""
     texts = []
-    for place, record in documents.read_records(path):
-        if isinstance(record, DataError):
-            raise record
-        texts.append(formats.to_document(place, record, "text", "text", None).text)
+    for chunk in documents.read_chunks(path):
+        for place, record in chunk.records():
+            if isinstance(record, DataError):
+                raise record
+            texts.append(formats.to_document(place, record, "text", "text", None).text)
     return texts
 
 

@@ -11,14 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUNDATIONS = (  # each imports those before
-    "files", "tensorfile", "places", "foreign", "errors", "strict_yaml", "config", "distributed",
+    "files", "tensorfile", "places", "foreign", "errors", "strict_yaml", "sections", "config",
+    "distributed",
 )  # fmt: skip
 COMPONENTS = {
     "chat", "checkpoint", "data", "demo", "documents", "environment", "fault", "formats", "guard",
     "history", "interval", "metrics", "model", "optim", "packing", "runfolder", "stop", "tokens",
     "training", "watchdog",
 }  # fmt: skip
-HUB_PARTS = {"hub_choose", "hub_local", "hub_verify"}
+PARTS = {  # of an entry point, which alone imports them
+    "hub": {"hub_choose", "hub_local", "hub_verify"},
+    "prepare": {"prepare_tokens", "prepare_writer"},
+}
+ALL_PARTS = {part for parts in PARTS.values() for part in parts}
 TRAIN_PARTS = ("startup", "report", "failure")  # of train.py; each imports those before
 ENTRY_POINTS = {
     "data_report", "goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit",
@@ -27,7 +32,7 @@ LIGHT = (
     "config",
     "goodput",
     "hub",
-    *sorted(HUB_PARTS),
+    *sorted(PARTS["hub"]),
     "job",
     "monitor",
     "submit",
@@ -93,7 +98,7 @@ def loaded_by(*statements: str) -> set[str]:
 
 
 def test_every_module_has_its_layer():
-    assert {*MODULES} == {*FOUNDATIONS, *TRAIN_PARTS} | COMPONENTS | HUB_PARTS | ENTRY_POINTS
+    assert {*MODULES} == {*FOUNDATIONS, *TRAIN_PARTS} | COMPONENTS | ALL_PARTS | ENTRY_POINTS
 
 
 @pytest.mark.parametrize("name", FOUNDATIONS)
@@ -106,9 +111,9 @@ def test_a_component_imports_only_foundations(name):
     assert ours(MODULES[name]) <= {*FOUNDATIONS}
 
 
-@pytest.mark.parametrize("name", sorted(ENTRY_POINTS | HUB_PARTS))
-def test_an_entry_point_imports_no_other_entry_point(name):
-    parts = HUB_PARTS if name in HUB_PARTS | {"hub"} else set()
+@pytest.mark.parametrize("name", sorted(ENTRY_POINTS | ALL_PARTS))
+def test_an_entry_point_imports_no_other_entry_point_nor_its_parts(name):
+    parts = PARTS.get(name.partition("_")[0], set())
     assert ours(MODULES[name]) <= {*FOUNDATIONS} | COMPONENTS | parts
 
 

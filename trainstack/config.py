@@ -12,129 +12,32 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from trainstack.errors import USAGE_ERROR, ConfigError, Refused, shown
 from trainstack.foreign import FOREIGN_NAMES
 from trainstack.places import absolute
+from trainstack.sections import (
+    CheckpointSection,
+    DataSection,
+    EvalSection,
+    GuardSection,
+    LogSection,
+    ModelSection,
+    OptimSection,
+    RunSection,
+    Section,
+    SourceSection,
+    TrainSection,
+    batch_problem,
+)
 from trainstack.strict_yaml import Dumper, read_yaml, to_values
 
+OWN_OF_A_SOURCE = {"revision": "main", "subset": None}  # not as the first data set's
 IGNORED_LABEL = -100  # "no loss here", for data and model alike; torch's and transformers' value
-
-
-class Section(BaseModel):
-    """A part of config.yaml: no unknown key, no default, no silent conversion of a type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
-
-
-class RunSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class ModelSection(Section):
-    name: Name
-    revision: Name
-    init: Literal["scratch", "pretrained"]
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
-
-
-class DataSection(Section):
-    name: Name
-    revision: Name
-    subset: Name | None
-    split: Name
-    eval_split: Name | None
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)]
-    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
-    text_field: Name
-    seq_len: Annotated[int, Field(ge=2)]
-    packing: Literal["concat", "best_fit", "none"]
-    too_long: Literal["split", "drop"]
-    max_bad_records: Annotated[int, Field(ge=0)]
-
-    @model_validator(mode="after")
-    def check_too_long(self) -> "DataSection":
-        if self.packing == "concat" and self.too_long == "drop":
-            raise ValueError(
-                "data.too_long=drop: data.packing=concat cuts documents anywhere, so none is too "
-                "long; write data.too_long=split, or another data.packing"
-            )
-        return self
-
-
-class TrainSection(Section):
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt
-    num_train_epochs: PositiveFloat
-    max_steps: PositiveInt | None
-    precision: Literal["fp32", "bf16", "fp16", "fp64"]
-    torch_compile: bool
-    activation_checkpointing: bool
-
-    @model_validator(mode="after")
-    def check_batch(self) -> "TrainSection":
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(batch_problem(self.global_batch_size, self.micro_batch_size, 1))
-        return self
-
-
-class OptimSection(Section):
-    learning_rate: PositiveFloat
-    weight_decay: Annotated[float, Field(ge=0)]
-    adam_beta1: Beta
-    adam_beta2: Beta
-    adam_epsilon: PositiveFloat
-    max_grad_norm: PositiveFloat | None
-    lr_scheduler_type: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "polynomial",
-        "inverse_sqrt",
-        "warmup_stable_decay",
-    ]
-    lr_scheduler_kwargs: dict[str, float | int | str | bool]
-    warmup_steps: Annotated[int, Field(ge=0)]
-
-
-class CheckpointSection(Section):
-    save_steps: PositiveInt | Literal["auto"]
-    failure_hours: PositiveFloat | None
-    save_total_limit: Annotated[int, Field(ge=2)]
-
-
-class EvalSection(Section):
-    eval_steps: PositiveInt | None
-    eval_samples: PositiveInt | None
-    sample_prompt: str | None
-    sample_tokens: PositiveInt
-
-
-class GuardSection(Section):
-    hang_seconds: PositiveFloat | None
-    on_divergence: Literal["stop", "skip", "rollback"]
-    max_skips: PositiveInt
-    spike_sigma: PositiveFloat | None
-
-
-class LogSection(Section):
-    logging_steps: PositiveInt
-    report_to: list[Literal["tensorboard"]]
 
 
 class Config(Section):
@@ -157,6 +60,8 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """The settings that may not change when a run goes on: they decide what is learned from."""
         data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
+        if not self.data.mixture:
+            del data["data.mixture"], data["data.weight"]
         model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}
         return {
             "run.seed": self.run.seed,
@@ -221,27 +126,12 @@ def batch_plan(config: Config, world_size: int) -> BatchPlan:
     )
 
 
-def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
-    """The sentence that explains an uneven split and offers the nearest even ones."""
-    unit = micro_batch_size * world_size
-    below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
-    nearest = " or ".join(str(size) for size in (below, above) if size)
-    distances = range(micro_batch_size if global_batch_size % world_size == 0 else 0)
-    sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
-    micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
-    other = f", or train.micro_batch_size={micro}" if micro else ""
-    return (
-        f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
-        f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"
-        f"{other}"
-    )
-
-
 def load(path: Path, overrides: list[str]) -> Config:
     """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
     try:
         values, places = read_yaml(path)
         problems = apply_overrides(values, places, overrides)
+        complete_mixture(values)
     except RecursionError:  # an alias of itself, say
         raise ConfigError(f"{path}: nested without end; write sections with plain keys") from None
     try:
@@ -259,7 +149,9 @@ def load(path: Path, overrides: list[str]) -> Config:
     if problems:
         raise ConfigError(*problems)
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
-    data = config.data.model_copy(update={"name": absolute(config.data.name)})
+    mixture = [s.model_copy(update={"name": absolute(s.name)}) for s in config.data.mixture]
+    names = {"name": absolute(config.data.name), "mixture": mixture}
+    data = config.data.model_copy(update=names)
     return config.model_copy(update={"model": model, "data": data})
 
 
@@ -291,6 +183,20 @@ def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) 
             del places[replaced]
         places[dotted] = place
     return problems
+
+
+def complete_mixture(values: dict) -> None:
+    """What an entry of data.mixture leaves out is as in data; but its revision, its subset."""
+    data = values.get("data")
+    entries = data.get("mixture") if isinstance(data, dict) else None
+    if not isinstance(entries, list):
+        return
+    keys = SourceSection.model_fields.keys() - {"name", "weight"}
+    shared = {key: data[key] for key in keys if key in data}
+    data["mixture"] = [
+        {**shared, **OWN_OF_A_SOURCE, **entry} if isinstance(entry, dict) else entry
+        for entry in entries
+    ]
 
 
 def place_of(dotted: str, places: dict[str, str], path: Path) -> str:

@@ -1,20 +1,23 @@
 """Which samples a step consumes, computed from the step alone, and their batches.
 
 The stream of samples is infinite: position i is sample ``perm(seed, epoch)(i mod N)`` of epoch
-``i div N``. Step s (from 0) consumes positions ``[s*G, (s+1)*G)`` with G the global batch size;
-rank r of W takes every W-th of them. Nothing is stored, so any step at any world size is reached
-in microseconds and without memory.
+``i div N``; in a mixture by weight, each data set has its own such stream, and the position says
+whose turn it is. Step s (from 0) consumes positions ``[s*G, (s+1)*G)`` with G the global batch
+size; rank r of W takes every W-th of them. Nothing is stored, so any step at any world size is
+reached in microseconds and without memory.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
 ROUNDS = 12
+BLOCK = 1024  # positions of a mixture in which each data set has exactly its share
 HASH_BITS = 52  # sums of two 26-bit halves stay exact in float64
 
 
@@ -26,7 +29,7 @@ class Permutation:
     Domains", 2002). Fewer than four walks on average.
     """
 
-    def __init__(self, n: int, seed: int, epoch: int):
+    def __init__(self, n: int, seed: int, epoch: int | str):
         self.n = n
         self.half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self.mask = np.uint64((1 << int(self.half_bits)) - 1)
@@ -75,12 +78,87 @@ def _mix_one(value: int) -> int:
     return value ^ value >> 31
 
 
+class Mixture:
+    """Several streams of samples as one: whose turn each position is, and its which sample.
+
+    In every block of BLOCK positions each data set has its share, to within one sample, in an
+    order drawn by a permutation of the block; over any number of blocks its share is the weight's,
+    to within one. So a position is computed from its block alone. Samples of all data sets have
+    numbers in a row: first those of the first data set.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
+        """``sizes``: samples of each data set, none of them 0; ``weights``: shares, of any sum."""
+        self.sizes, self.seed = list(sizes), seed
+        self.firsts = np.cumsum([0, *sizes[:-1]])
+        parts = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not a binary number
+        self.shares = [part / sum(parts) for part in parts]
+        self.largest = self.shares.index(max(self.shares))
+        self._block: tuple = (-1, None, None)  # the one that was asked for last
+
+    def drawn_before(self, block: int) -> np.ndarray:
+        """How many samples each data set gives to all blocks before one, int64 [data sets].
+
+        Each share is rounded down; the largest takes what the others leave.
+        """
+        drawn = [int(block * BLOCK * share) for share in self.shares]
+        drawn[self.largest] += block * BLOCK - sum(drawn)
+        return np.array(drawn, np.int64)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The samples at positions, int64."""
+        blocks, offsets = np.divmod(positions, BLOCK)
+        samples = np.empty_like(positions)
+        for block in np.unique(blocks):
+            here = blocks == block
+            turns, draws = self._turns(int(block))
+            samples[here] = self._samples(turns[offsets[here]], draws[offsets[here]])
+        return samples
+
+    def _turns(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each position of a block: its data set, and the how-manieth draw from it it is."""
+        if self._block[0] != block:
+            before = self.drawn_before(block)
+            numbers = self.drawn_before(block + 1) - before
+            order = Permutation(BLOCK, self.seed, f"mixture/{block}")(np.arange(BLOCK))
+            turns = np.repeat(np.arange(len(self.sizes)), numbers)[order]
+            draws = np.empty(BLOCK, np.int64)
+            for source, number in enumerate(numbers.tolist()):
+                draws[turns == source] = before[source] + np.arange(number)
+            self._block = block, turns, draws
+        return self._block[1:]
+
+    def _samples(self, turns: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        samples = np.empty_like(draws)
+        for source in np.unique(turns):
+            here = turns == source
+            size, name = self.sizes[source], f"{source}/"
+            samples[here] = self.firsts[source] + _stream(draws[here], size, self.seed, name)
+        return samples
+
+
+def mixture_of(sizes: Sequence[int], weights: Sequence[float | None], seed: int) -> Mixture | None:
+    """The mixture of data sets; None where they have no weights: then all samples are alike."""
+    return Mixture(sizes, weights, seed) if any(weights) else None
+
+
+def _stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.ndarray:
+    """The samples at positions of the stream of one data set of ``size`` samples."""
+    epochs, offsets = np.divmod(positions, size)
+    samples = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        samples[here] = Permutation(size, seed, f"{name}{epoch}")(offsets[here])
+    return samples
+
+
 class StepSampler(DistributedSampler):
     """A DistributedSampler whose samples are a function of the step, at any world size.
 
     Iterating yields this rank's sample indices without end from ``first_step`` on; ``samples_at``
     gives one step's directly, for this or any other rank. ``left_out``: windows that rollbacks
     left out, ``{"after": step, "steps": n}``: beyond that step the data runs n steps ahead.
+    ``mixture``: of several data sets by weight; without, all samples are alike.
     """
 
     def __init__(
@@ -92,6 +170,7 @@ class StepSampler(DistributedSampler):
         seed: int,
         first_step: int = 0,
         left_out: Sequence[dict[str, int]] = (),
+        mixture: Mixture | None = None,
     ):
         dataset = range(num_samples)
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
@@ -99,6 +178,7 @@ class StepSampler(DistributedSampler):
         self.global_batch_size = global_batch_size
         self.first_step = first_step
         self.left_out = left_out
+        self.mixture = mixture
 
     def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
         """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
@@ -119,13 +199,9 @@ class StepSampler(DistributedSampler):
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The samples at positions of the infinite stream."""
-        epochs, offsets = np.divmod(positions, self.total_samples)
-        samples = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            permute = Permutation(self.total_samples, self.seed, int(epoch))
-            samples[here] = permute(offsets[here])
-        return samples
+        if self.mixture is not None:
+            return self.mixture.at(positions)
+        return _stream(positions, self.total_samples, self.seed)
 
     def __iter__(self) -> Iterator[int]:
         yield self.first_sample()
@@ -136,6 +212,8 @@ class StepSampler(DistributedSampler):
     def first_sample(self) -> int:
         """The first index of ``first_step``, in microseconds."""
         position = self._first_position(self.first_step) + self.rank
+        if self.mixture is not None:
+            return int(self.mixture.at(np.array([position]))[0])
         epoch, offset = divmod(position, self.total_samples)
         return Permutation(self.total_samples, self.seed, epoch).one(offset)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from trainstack import places, tokens
-from trainstack.config import Config, load
+from trainstack.config import load
 from trainstack.errors import ConfigError
+from trainstack.sections import DataSection
 
 SPEAKER = "data_report"
 SHOWN_ROWS = 3
@@ -40,23 +41,22 @@ def main(arguments: list[str]) -> int:
         parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
     try:
         config = load(options.config, options.overrides)
-        store = tokens.open_store(options.home, config)
+        corpus = tokens.open_corpus(options.home, config)
     except ConfigError as error:
         print(error.report(SPEAKER), file=sys.stderr)
         return error.code
-    for line in report(config, store):
-        print(line)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
     model_folder = places.model_folder(options.home, config.model.name)
-    for line in rows_of(store, model_folder, marks):
-        print(line)
+    for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
+        for line in (*report(section, store), *rows_of(store, model_folder, marks)):
+            print(line)
     return 0
 
 
-def report(config: Config, store: tokens.TokenStore) -> Iterator[str]:
+def report(section: DataSection, store: tokens.TokenStore) -> Iterator[str]:
     """What there is, how long it is, how full the samples are, and how much of it stands twice."""
-    counts, section = store.counts, config.data
-    yield f"{section.name} ({store.meta['format']}) in {store.folder}"
+    counts = store.counts
+    yield f"{section.label} ({store.meta['format']}) in {store.folder}"
     splits = ((tokens.TRAIN, store.train), (tokens.EVAL, store.eval))
     for name, split in splits:
         documents, total, targets = (

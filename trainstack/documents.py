@@ -1,12 +1,17 @@
-"""Records out of data files: jsonl (.gz, .zst), json, parquet, csv and txt, read as a stream."""
+"""Records out of data files: jsonl, json, csv and txt, each plain, .gz or .zst, and parquet.
+
+A file is read as a stream of chunks, which are parsed elsewhere: by one of several workers.
+"""
 
 import codecs
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,9 @@ from trainstack.errors import DataError
 
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
-BATCH_ROWS = 1024
+CHUNK_BYTES = 1 << 20  # that a worker gets at once
+CHUNK_ROWS = 10_000  # of parquet, whose sizes say little where texts are repeated
+SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, is a short document
 
 
@@ -36,12 +43,48 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in sorted(splits[split])]
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a file with the place of each; a .txt file is one record with a field text.
+@dataclass(frozen=True)
+class Chunk:
+    """Records of a file in a row, as they were read: lines, rows of parquet, or records.
 
-    A record that cannot be read, while those after it can, is a DataError in its place. Raises
-    DataError where the rest of the file cannot be read.
+    ``first``: the number of the first one, from 1; ``unit``: what a record is called in its place.
     """
+
+    name: str
+    unit: str
+    first: int
+    content: Any
+
+    @property
+    def stop(self) -> int:
+        """The number of the record after its last one."""
+        return self.first + len(self.content)
+
+    def from_record(self, number: int) -> "Chunk | None":
+        """What of it does not lie before a record; None where all does."""
+        skipped = max(0, number - self.first)
+        if skipped >= len(self.content):
+            return None
+        is_list = isinstance(self.content, list)
+        rest = self.content[skipped:] if is_list else self.content.slice(skipped)
+        return Chunk(self.name, self.unit, self.first + skipped, rest)
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Each record with its place; one that cannot be read is a DataError in its place."""
+        if self.unit == "line":
+            for number, line in enumerate(self.content, start=self.first):
+                if line.strip():
+                    place = f"{self.name}:{number}"
+                    yield place, _read_line(place, line)
+            return
+        is_list = isinstance(self.content, list)  # else a record batch of pyarrow
+        records = self.content if is_list else self.content.to_pylist()
+        for number, record in enumerate(records, start=self.first):
+            yield f"{self.name}: {self.unit} {number}" if self.unit else self.name, record
+
+
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """The chunks of a file, always the same. DataError where the rest of it cannot be read."""
     name = path.name
     kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     readers = {"parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json}
@@ -53,25 +96,17 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{name}: cannot be read to its end ({error}); fetch it again") from None
 
 
-def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_text(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
-        yield path.name, {"text": stream.read().decode("utf-8-sig")}
+        yield Chunk(path.name, "", 1, [{"text": stream.read().decode("utf-8-sig")}])
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_lines(path: Path) -> Iterator[Chunk]:
+    first = 1
     with _open(path) as stream:
-        rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
-        for number, row in enumerate(rows, start=1):
-            yield f"{path.name}: row {number}", row
-
-
-def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{path.name}:{number}"
-            yield place, _read_line(place, line)
+        while lines := stream.readlines(CHUNK_BYTES):
+            yield Chunk(path.name, "line", first, lines)
+            first += len(lines)
 
 
 def _read_line(place: str, line: bytes) -> Any:
@@ -96,31 +131,117 @@ def _open(path: Path):
     return path.open("rb")
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path) -> Iterator[Chunk]:
+    with _open(path) as stream:
+        rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        sized = ((row, sum(len(v) for v in row.values() if isinstance(v, str))) for row in rows)
+        yield from _in_chunks(path.name, "row", sized)
+
+
+def _read_json(path: Path) -> Iterator[Chunk]:
     """A JSON array of records; a .json file with a record per line is read as lines."""
     with _open(path) as stream:
         first = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first != b"[":
         yield from _read_lines(path)
         return
-    try:
-        with _open(path) as stream:
-            records = json.loads(stream.read().decode("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path.name}:{error.lineno}: {error.msg}; mend the file") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{path.name}: record {number}", record
+    with _open(path) as stream:
+        values = JsonArray(path.name, io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        yield from _in_chunks(path.name, "record", values)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _in_chunks(name: str, unit: str, sized: Iterator[tuple[Any, int]]) -> Iterator[Chunk]:
+    """Records, each with its size in characters, in chunks."""
+    first, records, size = 1, [], 0
+    for record, characters in sized:
+        records.append(record)
+        size += characters
+        if size >= CHUNK_BYTES:
+            yield Chunk(name, unit, first, records)
+            first, records, size = first + len(records), [], 0
+    if records:
+        yield Chunk(name, unit, first, records)
+
+
+class JsonArray:
+    """The values of a JSON array, each with its number of characters, read one after the other.
+
+    Python's own reader would hold the whole file, and all that is made of it, at once.
+    """
+
+    def __init__(self, name: str, stream):
+        self.name, self.stream = name, stream
+        self.text, self.at, self.line = "", 0, 1
+        self.decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        self._take("[")
+        is_first = True
+        while self._next() != "]":
+            if not is_first:
+                self._take(",")
+                self._next()
+            is_first = False
+            yield self._value()
+        self._take("]")
+        if self._next():
+            raise self._problem("more after the end of the array", self.at)
+
+    def _next(self) -> str:
+        """Go on to the next character that is no space, and say which; an empty text at the end."""
+        while True:
+            self.at = SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._read_more():
+                return ""
+
+    def _take(self, sign: str) -> None:
+        if self._next() != sign:
+            raise self._problem(f"expecting {sign!r}", self.at)
+        self.at += 1
+
+    def _value(self) -> tuple[Any, int]:
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:  # or it goes on where the text read so far ends
+                if not self._read_more():
+                    raise self._problem(error.msg, error.pos) from None
+                continue
+            except (ValueError, RecursionError) as error:
+                raise self._problem(str(error).splitlines()[0], self.at) from None
+            if end < len(self.text) or not self._read_more():  # a number may go on too
+                size, self.at = end - self.at, end
+                return value, size
+
+    def _read_more(self) -> bool:
+        """Read on, twice as far where a value is long; whether there was anything."""
+        more = self.stream.read(max(CHUNK_BYTES, len(self.text) - self.at))
+        if more:
+            self.line += self.text.count("\n", 0, self.at)
+            self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+    def _problem(self, reason: str, at: int) -> DataError:
+        line = self.line + self.text.count("\n", 0, at)
+        return DataError(f"{self.name}:{line}: {reason}; mend the file")
+
+
+def _read_parquet(path: Path) -> Iterator[Chunk]:
     import pyarrow.parquet
 
     try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH_ROWS):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path.name}: row {number}", record
+        first = 1
+        # Without the buffer for what comes next, which holds all that was read ahead.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            metadata = file.metadata
+            groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+            rows = CHUNK_BYTES * metadata.num_rows // max(1, sum(groups))
+            rows = min(max(1, rows), CHUNK_ROWS)
+            for batch in file.iter_batches(rows, use_threads=False):
+                yield Chunk(path.name, "row", first, batch)
+                first += batch.num_rows
     except pyarrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path.name}: not a whole parquet file ({reason}); fetch it") from None

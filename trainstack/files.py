@@ -10,6 +10,7 @@ therefore complete. Sources: rename(2) and fsync(2); an fsync of a file says not
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -72,11 +73,15 @@ class HashedFile:
         while view:
             view = view[self._file.write(view) :]
 
+    def sync(self) -> None:
+        """Make what is written so far durable."""
+        _announce("sync", self.path)
+        os.fsync(self._file.fileno())
+
     def __exit__(self, kind, *_) -> None:
         try:
             if kind is None:
-                _announce("sync", self.path)
-                os.fsync(self._file.fileno())
+                self.sync()
         finally:
             self._file.close()
         self.sha256 = self._hash.hexdigest()
@@ -298,6 +303,27 @@ def _remove_tree(folder: Path) -> None:
     if folder.is_dir():
         _announce("remove_folder", folder)
         folder.rmdir()
+
+
+@contextlib.contextmanager
+def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """One process at a time; where the file system knows no locks, hope does.
+
+    ``waiting`` is called where another one has to be waited for.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:

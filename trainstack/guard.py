@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainstack.config import GuardSection
+from trainstack.sections import GuardSection
 
 WINDOW = 128  # steps whose loss and norm tell what is usual (as OLMo-core's SkipStep)
 FEWEST = 32  # below that many no spike is called

@@ -10,13 +10,11 @@ that has the old files open keeps them. Imports neither torch nor transformers.
 import argparse
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from trainstack.hub_verify import HubCommit
 
 HASHED_AT_ONCE = 64 << 20  # bytes; larger files are trusted by their size when they are here
+WAITING = "another process is bringing it; waiting"
 RETRY_SECONDS = 2.0  # before the second try; doubles with each, 30 s in all
 
 
@@ -101,28 +100,31 @@ def prepare_environment(home: Path) -> None:
 
 def named_assets(config: Config, home: Path) -> list[Asset]:
     """What the configuration names, less the demo, which is made here."""
-    model, data = config.model, config.data
-    model_folder = places.model_folder(home, model.name)
-    data_folder = places.dataset_folder(home, data.name, data.subset)
+    model = config.model
+    folder = places.model_folder(home, model.name)
     named = [
         Asset(
             kind="model",
             name=model.name,
             revision=model.revision,
-            folder=model_folder,
-            lock=lock_path(home, model_folder),
+            folder=folder,
+            lock=lock_path(home, folder),
             needs_weights=model.init == "pretrained",
-        ),
-        Asset(
-            kind="dataset",
-            name=data.name,
-            revision=data.revision,
-            folder=data_folder,
-            lock=lock_path(home, data_folder),
-            subset=data.subset,
-            splits=(data.split, data.eval_split) if data.eval_split else (data.split,),
-        ),
+        )
     ]
+    for section in config.data.sources:
+        folder = places.dataset_folder(home, section.name, section.subset)
+        named.append(
+            Asset(
+                kind="dataset",
+                name=section.name,
+                revision=section.revision,
+                folder=folder,
+                lock=lock_path(home, folder),
+                subset=section.subset,
+                splits=tuple(s for s in (section.split, section.eval_split) if s),
+            )
+        )
     return [asset for asset in named if asset.name != places.DEMO]
 
 
@@ -136,7 +138,7 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
     try:
         manifest, problem = inspect(asset, is_forced)
         if problem or is_forced:
-            with only_one(asset):
+            with files.only_one(asset.lock, lambda: say(f"{asset}: {WAITING}")):
                 put_back(asset)
                 manifest, problem = inspect(asset, is_forced)
                 if problem or is_forced:
@@ -183,24 +185,6 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
     if asset.needs_weights and not manifest["weight_bytes"]:
         return manifest, "here without its weights"
     return manifest, ""
-
-
-@contextlib.contextmanager
-def only_one(asset: Asset) -> Iterator[None]:
-    """One process at a time brings an asset; where the file system knows no locks, hope does."""
-    asset.lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(asset.lock, os.O_RDONLY | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"{asset}: another process is bringing it; waiting")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def put_back(asset: Asset) -> None:

@@ -95,7 +95,10 @@ def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
         return saved
     config = load(run.path / "config.yaml", [])
     try:
-        key = tokens.store_folder(home, config).name
+        folders = (
+            tokens.store_folder(home, config.model.name, section) for section in config.data.sources
+        )
+        key = tokens.corpus_key(folders)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model or data set of {run.path.name} are not there: {error}") from None
     return tokens.identity(config, key)
@@ -105,16 +108,21 @@ def sampler_of(identity: dict[str, Any], home: Path, left_out: Sequence[dict[str
     """A sampler of all ranks' samples, as the run had it."""
     from trainstack import data  # torch, a second: not paid by who mistyped a name
 
-    folder = home / "tokens" / identity["tokens"]
-    try:
-        samples = tokens.TokenStore(folder, identity["data.seq_len"]).train.num_samples
-    except OSError:
-        raise ConfigError(
-            f"the tokens that the run learned from are not there ({folder}); run: "
-            "bash download_data_model.sh, or pass the --home that has them"
-        ) from None
+    sizes = []
+    for key in identity["tokens"].split("+"):
+        folder = home / "tokens" / key
+        try:
+            sizes.append(tokens.TokenStore(folder, identity["data.seq_len"]).train.num_samples)
+        except OSError:
+            raise ConfigError(
+                f"the tokens that the run learned from are not there ({folder}); run: "
+                "bash download_data_model.sh, or pass the --home that has them"
+            ) from None
     batch, seed = identity["train.global_batch_size"], identity["run.seed"]
-    return data.StepSampler(samples, batch, 0, 1, seed, left_out=left_out)
+    weights = [identity.get("data.weight")]
+    weights += [source["weight"] for source in identity.get("data.mixture", ())]
+    mixture = data.mixture_of(sizes, weights, seed)
+    return data.StepSampler(sum(sizes), batch, 0, 1, seed, left_out=left_out, mixture=mixture)
 
 
 def compare(lives: Sequence[Life], sampler, last: int) -> Findings:

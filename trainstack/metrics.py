@@ -60,11 +60,16 @@ class Metrics:
         self._to_tensorboard("train", values, ("tokens_per_second",))
         self.flush()
 
-    def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
-        """One evaluation over ``tokens`` held-out tokens; ``loss`` is their mean, in nats."""
-        perplexity = math.exp(min(loss, 700))
+    def log_evaluation(self, step: int, results: dict[str, tuple[float, int]]) -> None:
+        """``results``: of each data set, mean loss in nats and number of held-out tokens."""
+        tokens = sum(number for _, number in results.values())
+        loss = sum(loss * number for loss, number in results.values()) / max(1, tokens)
+        perplexity = perplexity_of(loss)
         values = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
-        files.append_line(self.file, {**values, "eval_tokens": tokens})
+        values["eval_tokens"] = tokens
+        if len(results) > 1:
+            values["source_eval_loss"] = {label: own for label, (own, _) in results.items()}
+        files.append_line(self.file, values)
         log.info(
             "eval    step %s   loss %.4f   perplexity %.2f   (%s held-out tokens)",
             f"{step:,}",
@@ -72,6 +77,9 @@ class Metrics:
             perplexity,
             f"{tokens:,}",
         )
+        for label, (own, number) in results.items() if len(results) > 1 else ():
+            log.info("        %s: loss %.4f   perplexity %.2f   (%s tokens)", label, own,
+                     perplexity_of(own), f"{number:,}")  # fmt: skip
         if self.tensorboard:
             self.tensorboard.add_scalar("eval/loss", loss, step)
             self.tensorboard.add_scalar("eval/perplexity", perplexity, step)
@@ -97,6 +105,11 @@ class Metrics:
         if self.tensorboard:
             for key in keys:
                 self.tensorboard.add_scalar(f"{group}/{key}", values[key], values["step"])
+
+
+def perplexity_of(loss: float) -> float:
+    """e to the loss in nats, kept finite."""
+    return math.exp(min(loss, 700))
 
 
 def _step_of(line: bytes) -> float:

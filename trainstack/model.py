@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trainstack.config import IGNORED_LABEL, ModelSection, TrainSection
+from trainstack.config import IGNORED_LABEL
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
+from trainstack.sections import ModelSection, TrainSection
 
 log = logging.getLogger("trainstack")
 CHUNK_LOGITS = 1 << 24  # logits that exist at once in fp32: 64 MiB

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from trainstack.config import OptimSection
 from trainstack.errors import ConfigError
+from trainstack.sections import OptimSection
 
 STATES = ("exp_avg", "exp_avg_sq")
 

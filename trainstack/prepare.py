@@ -1,7 +1,8 @@
 """Tokenise a data set into the token store, and prove that a run can load everything offline.
 
 Command line: ``python -m trainstack.prepare --home DIR [--config FILE] [--force] [--prove]
-[key=value ...]``. Needs no network. A store that is there already is left alone.
+[--processes N] [key=value ...]``. Needs no network. A store that is there already is left alone;
+one that was in the making when its process was killed is gone on with.
 """
 
 import argparse
@@ -10,7 +11,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,16 @@ from tqdm import tqdm
 
 from trainstack import demo, files, formats, packing, places, tokens
 from trainstack.chat import Chat
-from trainstack.config import Config, DataSection, load
-from trainstack.documents import read_records, split_files
+from trainstack.config import Config, load
+from trainstack.documents import read_chunks, split_files
 from trainstack.errors import ConfigError, DataError
+from trainstack.prepare_tokens import Task, Tokenised, Tokeniser, in_order
+from trainstack.prepare_writer import BAD_RECORDS, TokenWriter, abandoned, temporary_folder
+from trainstack.sections import DataSection
 
-BATCH_CHARACTERS = 4 << 20  # that are encoded at once, over all cores
-BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
+FEW_BYTES = 4 << 20  # of a source, for which one process is enough
+MOST_PROCESSES = 16  # unless more are asked for: others use the login node too
+TOLD_SECONDS = 60  # between two lines of progress where there is no terminal
 SMALL_FILE = 64 << 20  # bytes; larger files are compared by size when nothing is to be done
 
 
@@ -33,6 +39,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, default=Path("config.yaml"))
     parser.add_argument("--force", action="store_true", help="make the demo and the tokens anew")
     parser.add_argument("--prove", action="store_true", help="only load everything, offline")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help=f"that tokenise; default: one per core, at most {MOST_PROCESSES}",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     try:
@@ -41,7 +52,7 @@ def main(arguments: list[str]) -> int:
             prove(options.home, config)
         else:
             make_demo(options.home, config, options.force)
-            prepare(options.home, config, options.force)
+            prepare(options.home, config, options.force, options.processes)
     except (ConfigError, DataError) as error:
         problem = error if isinstance(error, ConfigError) else ConfigError(str(error))
         print(problem.report("prepare"), file=sys.stderr)
@@ -56,169 +67,199 @@ def main(arguments: list[str]) -> int:
 
 def make_demo(home: Path, config: Config, force: bool) -> None:
     """Build the parts of the demo that the configuration names and that are not there."""
-    wanted = [
-        (config.data.name, places.dataset_folder(home, places.DEMO, None), demo.make_dataset),
-        (config.model.name, places.model_folder(home, places.DEMO), demo.make_model),
-    ]
+    demo_data = (places.dataset_folder(home, places.DEMO, None), demo.make_dataset)
+    wanted = [(section.name, *demo_data) for section in config.data.sources]
+    wanted.append((config.model.name, places.model_folder(home, places.DEMO), demo.make_model))
     for name, folder, make in wanted:
         if name == places.DEMO and (force or any(files.damage(folder, SMALL_FILE))):
             make(home)
 
 
-def prepare(home: Path, config: Config, force: bool) -> Path:
-    """Make the token store of a configuration unless it is there; returns its folder."""
+def prepare(home: Path, config: Config, force: bool, processes: int | None = None) -> None:
+    """Make the token stores of a configuration unless they are there."""
+    check_vocabulary(home, config)
+    processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    for section in config.data.sources:
+        prepare_one(home, config.model.name, section, force, processes)
+
+
+def prepare_one(
+    home: Path, model_name: str, section: DataSection, force: bool, processes: int
+) -> None:
+    """Make the token store of one data set unless it is there."""
     started = time.monotonic()
-    model_folder = places.model_folder(home, config.model.name)
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
-    for folder, name in ((model_folder, config.model.name), (dataset_folder, config.data.name)):
-        problem = next(files.damage(folder, SMALL_FILE), None)
-        if problem:
-            raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
-    check_vocabulary(config, model_folder)
-    final = tokens.store_folder(home, config)
-    if not force and not any(files.damage(final, SMALL_FILE)):
-        describe(home, config, "are here")
-        return final
-    temporary = final.with_name(f".{final.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        write_store(config, model_folder, dataset_folder, temporary, final, force)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    describe(home, config, f"{time.monotonic() - started:.0f} s")
-    return final
+    dataset_folder = places.dataset_folder(home, section.name, section.subset)
+    must_be_whole(section.name, dataset_folder)
+    final = tokens.store_folder(home, model_name, section)
+    lock = home / "cache" / "locks" / f"tokens--{final.name}"
+    with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
+        if not force and not any(files.damage(final, SMALL_FILE)):
+            describe(section, final, "are here")
+            return
+        write_store(places.model_folder(home, model_name), section, dataset_folder, final, force,
+                    processes)  # fmt: skip
+    describe(section, final, f"{time.monotonic() - started:.0f} s")
 
 
-def describe(home: Path, config: Config, remark: str) -> None:
-    store = tokens.open_store(home, config)
-    counts, name = store.counts, config.data.name
+def must_be_whole(name: str, folder: Path) -> None:
+    """ConfigError where a model or a data set is not there, or damaged."""
+    problem = next(files.damage(folder, SMALL_FILE), None)
+    if problem:
+        raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
+
+
+def say(section: DataSection, text: str) -> None:
+    print(f"prepare: {section.label}: {text}", file=sys.stderr)
+
+
+def describe(section: DataSection, folder: Path, remark: str) -> None:
+    store = tokens.TokenStore(folder, section.seq_len)
+    counts = store.counts
     share = counts.train_target_tokens / max(1, counts.train_tokens)
     learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
-    print(
-        f"prepare: {name}: {counts.train_documents:,} documents ({store.meta['format']}) -> "
+    say(
+        section,
+        f"{counts.train_documents:,} documents ({store.meta['format']}) -> "
         f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
         f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
         f"vocabulary {store.meta['vocab_size']:,}; {remark}",
-        file=sys.stderr,
     )
-    if config.data.packing != "concat":
-        print(
-            f"prepare: {name}: packing {config.data.packing}: {store.train.num_samples:,} samples "
-            f"of {config.data.seq_len} tokens, {store.train.padding_share:.1%} padding; longer: "
+    if section.packing != "concat":
+        say(
+            section,
+            f"packing {section.packing}: {store.train.num_samples:,} samples "
+            f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; longer: "
             f"{counts.split_documents:,} documents split, {counts.dropped_documents:,} dropped",
-            file=sys.stderr,
         )
     if counts.bad_records:
-        where = store.folder / BAD_RECORDS
-        print(
-            f"prepare: {name}: {counts.bad_records:,} records set aside: {where}", file=sys.stderr
-        )
+        say(section, f"{counts.bad_records:,} records set aside: {folder / BAD_RECORDS}")
 
 
 def write_store(
-    config: Config, model_folder: Path, dataset_folder: Path, temporary: Path, final: Path,
-    force: bool,
+    model_folder: Path, section: DataSection, dataset_folder: Path, final: Path, force: bool,
+    processes: int,
 ) -> None:  # fmt: skip
-    """Tokenise all documents into a temporary folder and publish it."""
-    section = config.data
+    """Tokenise all documents beside ``final``, and publish them there."""
     tokenizer, end_id = load_tokenizer(model_folder)
-    writer = tokens.TokenWriter(temporary, tokenizer.get_vocab_size())
-    preparation = Preparation(section, writer, tokenizer, end_id, Chat(model_folder))
-    sources = [(split_files(dataset_folder, section.split), None)]
-    if section.eval_split:
-        held_out = split_files(dataset_folder, section.eval_split)
-        sources = [(sources[0][0], tokens.TRAIN), (held_out, tokens.EVAL)]
-    paths = [path for found, _ in sources for path in found]
-    with tqdm(
-        total=sum(path.stat().st_size for path in paths), unit="B", unit_scale=True, disable=None,
-        desc="tokenise",
-    ) as bar:  # fmt: skip
-        for found, split in sources:
-            for path in found:
-                preparation.add_records(read_records(path), split)
-                bar.update(path.stat().st_size)
-    if not writer.counts.train_documents:
-        raise DataError(
-            f"{config.data.name}: no document to train on; look at data.format, data.text_field"
-        )
-    pack(writer, section)
-    preparation.write_bad_records()
+    chat = Chat(model_folder)
+    sources = sources_of(section, dataset_folder)
+    form = section.format if section.format != "auto" else recognise(section, sources)
+    if form != "text":
+        chat.template  # loaded here once, not in each process  # noqa: B018
+    left = abandoned(final)
+    temporary = temporary_folder(final)
+    earlier = None if force else next(iter(left), None)
+    writer = TokenWriter(temporary, tokenizer.get_vocab_size(), earlier)
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        tokenise = Tokeniser(section, tokenizer, end_id, chat, form, writer.dtype)
+        fill(writer, section, sources, tokenise, processes)
+        pack(writer, section)
+    except (ConfigError, DataError):  # other data will be another store
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     meta = {
-        "model": config.model.name,
-        "data": config.data.name,
+        "model": str(model_folder),
+        "data": section.name,
         "settings": tokens.store_settings(section),
-        "format": preparation.format,
-        "template": preparation.chat.template_hash,
+        "made_from": tokens.made_from(model_folder, dataset_folder, tokens.store_settings(section)),
+        "format": form,
+        "template": chat.template_hash,
         "end_id": end_id,
         "vocab_size": tokenizer.get_vocab_size(),
         "version": tokens.FORMAT_VERSION,
+        "tokenizers": version("tokenizers"),
     }
-    if force or any(files.damage(final, SMALL_FILE)):
-        files.remove_folder(final)
+    files.remove_folder(final)  # damaged, or to be made anew
     writer.publish(final, meta)
 
 
-class Preparation:
-    """Records on their way into a store: encoded in large batches, over all cores, in order."""
+Source = tuple[Path, str | None]  # a file, and its split; None: each text's hash decides
 
-    def __init__(self, section: DataSection, writer, tokenizer, end_id: int, chat: Chat):
-        self.section, self.writer, self.chat = section, writer, chat
-        self.tokenizer, self.end_id = tokenizer, end_id
-        self.format = None if section.format == "auto" else section.format
-        self.bad_records: list[str] = []
 
-    def add_records(self, records: Iterable[tuple[str, Any]], split: str | None) -> None:
-        """The documents of one file; ``split``: where to, None for as their hash says."""
-        batch, size = [], 0
-        for place, record in records:
-            document = self._document(place, record)
-            if document is not None:
-                batch.append(document)
-                size += len(document.text)
-            if size >= BATCH_CHARACTERS:
-                self._add_batch(batch, split)
-                batch, size = [], 0
-        if batch:
-            self._add_batch(batch, split)
+def sources_of(section: DataSection, dataset_folder: Path) -> list[Source]:
+    trained = split_files(dataset_folder, section.split)
+    if not section.eval_split:
+        return [(path, None) for path in trained]
+    held_out = split_files(dataset_folder, section.eval_split)
+    return [*((p, tokens.TRAIN) for p in trained), *((p, tokens.EVAL) for p in held_out)]
 
-    def _document(self, place: str, record: Any) -> formats.Document | None:
-        try:
-            if isinstance(record, DataError):
-                raise record
-            field = self.section.text_field
-            self.format = self.format or formats.recognise(place, record, field)
-            document = formats.to_document(place, record, self.format, field, self.chat)
-        except DataError as error:
-            self._set_aside(place, error)
-            return None
-        self.writer.counts.empty_documents += document is None
-        return document
 
-    def _add_batch(self, batch: list[formats.Document], split: str | None) -> None:
-        for document, ids, flags in formats.encode(self.tokenizer, self.end_id, batch):
-            if flags is not None and not flags[1:].any():
-                problem = f"{document.place}: {formats.NOTHING_LEARNED}"
-                self._set_aside(document.place, DataError(problem))
-                continue
-            is_eval = split is None and tokens.is_held_out(
-                document.text, self.section.eval_fraction
-            )
-            self.writer.append(split or (tokens.EVAL if is_eval else tokens.TRAIN), ids, flags)
+def recognise(section: DataSection, sources: list[Source]) -> str:
+    """The format of the first record that has one."""
+    failed = 0
+    for path, _ in sources:
+        for chunk in read_chunks(path):
+            for place, record in chunk.records():
+                try:
+                    if isinstance(record, DataError):
+                        raise record
+                    return formats.recognise(place, record, section.text_field)
+                except DataError:
+                    failed += 1
+                    if failed > section.max_bad_records:
+                        raise
+    raise DataError(f"{section.name}: no record in it; look at what was downloaded")
 
-    def _set_aside(self, place: str, error: DataError) -> None:
-        """Leave a record out, and remember it; raises its error beyond data.max_bad_records."""
-        self.writer.counts.bad_records += 1
-        limit = self.section.max_bad_records
-        if self.writer.counts.bad_records > limit:
+
+def fill(
+    writer: TokenWriter, section: DataSection, sources: list[Source], tokenise: Tokeniser,
+    processes: int,
+) -> None:  # fmt: skip
+    """Tokenise what is not yet in the store."""
+    sizes = [path.stat().st_size for path, _ in sources]
+    if sum(sizes) <= FEW_BYTES:
+        processes = 1
+    if writer.position != [0, 1]:
+        file, record = writer.position
+        say(section, f"goes on at record {record:,} of {sources[file][0].name}, after "
+            f"{writer.counts.train_tokens:,} tokens that are kept")  # fmt: skip
+    tqdm.monitor_interval = 0  # its thread would be there when the processes begin
+    told_at = time.monotonic()
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, desc="tokenise") as bar:
+        tasks = left_over(sources, writer.position)
+        for (file, chunk, _), found in in_order(tokenise, tasks, processes):
+            add(writer, section, found)
+            writer.reached(file, chunk.stop)
+            bar.n = sum(sizes[:file])
+            bar.set_postfix(tokens=f"{writer.counts.train_tokens:,}")
+            if bar.disable and time.monotonic() > told_at + TOLD_SECONDS:
+                say(section, f"{bar.n / bar.total:.0%}, {writer.counts.train_tokens:,} tokens")
+                told_at = time.monotonic()
+    if not writer.counts.train_documents:
+        raise DataError(
+            f"{section.name}: no document to train on; look at data.format, data.text_field"
+        )
+
+
+def left_over(sources: list[Source], position: list[int]) -> Iterator[Task]:
+    """What of the source begins at a position or lies behind it."""
+    at_file, at_record = position
+    for file, (path, split) in enumerate(sources):
+        if file < at_file:
+            continue
+        for chunk in read_chunks(path):
+            if file == at_file:
+                chunk = chunk.from_record(at_record)
+            if chunk is not None:
+                yield file, chunk, split
+
+
+def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
+    """Put what became of a chunk into the store; DataError beyond data.max_bad_records."""
+    limit = section.max_bad_records
+    for place, reason in found.bad:
+        if writer.counts.bad_records == limit:
             more = f" (data.max_bad_records={limit} others were set aside)" if limit else ""
-            raise DataError(f"{error}{more}")
-        self.bad_records.append(json.dumps({"place": place, "reason": str(error)}) + "\n")
+            raise DataError(f"{reason}{more}")
+        writer.set_aside(place, reason)
+    writer.counts.empty_documents += found.empty
+    for split, part in found.parts.items():
+        writer.append(split, part)
 
-    def write_bad_records(self) -> None:
-        if self.bad_records:
-            self.writer.add_file(BAD_RECORDS, "".join(self.bad_records).encode())
 
-
-def pack(writer: tokens.TokenWriter, section: DataSection) -> None:
+def pack(writer: TokenWriter, section: DataSection) -> None:
     """Close the tokens and, where documents are packed whole, lay out the samples."""
     for name, split in writer.seal(section.seq_len).items():
         if section.packing == "concat":
@@ -264,11 +305,13 @@ def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
     return tokenizer, end_id
 
 
-def check_vocabulary(config: Config, model_folder: Path) -> None:
-    """ConfigError where a token id would lie beyond the model's embedding.
+def check_vocabulary(home: Path, config: Config) -> None:
+    """ConfigError where the model is damaged, or a token id would lie beyond its embedding.
 
     Asked also of tokens that are there: models with one tokenizer share them.
     """
+    model_folder = places.model_folder(home, config.model.name)
+    must_be_whole(config.model.name, model_folder)
     tokenizer, _ = load_tokenizer(model_folder)
     vocab_size = model_vocabulary(model_folder)
     if tokenizer.get_vocab_size() > vocab_size:
@@ -305,9 +348,9 @@ def prove(home: Path, config: Config) -> None:
         raise ConfigError(
             f"{config.model.name}: transformers cannot load it ({reason}); choose another model"
         ) from None
-    store = tokens.open_store(home, config)
-    text = tokenizer.decode(store.train.ids[:12].tolist())
-    print(f"prepare: loads offline; the data begins: {text!r}", file=sys.stderr)
+    for label, store in tokens.open_corpus(home, config).stores.items():
+        text = tokenizer.decode(store.train.ids[:12].tolist())
+        print(f"prepare: loads offline; {label} begins: {text!r}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Report:
     def __init__(self, parts: Parts, resumed: Resumed, rate_at, pace: training.Pace):
         self.parts, self.rate_at, self.pace = parts, rate_at, pace
         self.skips_in_a_row = resumed.skips_in_a_row
+        labels = list(parts.corpus.stores)
+        self.drawn = np.array(resumed.drawn or [0] * len(labels))  # sequences, by data set
         self.metrics = None
         self._status_at = self._checked_at = 0.0
         self._stall_seconds, self._saved_at = 0.0, time.monotonic()
@@ -56,6 +58,13 @@ class Report:
         if self.metrics and time.monotonic() > self._checked_at + OWNED_SECONDS:
             self.parts.lease.check()
             self._checked_at = time.monotonic()
+
+    def draws(self, step: int) -> None:
+        """Count from which data set the sequences of a step (from 0) come, of all ranks."""
+        if len(self.drawn) > 1:
+            samples = self.parts.sampler.all_samples_at(step)
+            sources = self.parts.corpus.train.sources_of(samples)
+            self.drawn += np.bincount(sources, minlength=len(self.drawn))
 
     def wants_save(self) -> bool:
         """Rank 0's wish where save_steps is auto; asked once a step."""
@@ -123,15 +132,23 @@ class Report:
             "data_seconds": data_seconds,
             "samples_hash": result.samples_hash,
         }
+        if len(self.drawn) > 1:
+            values["source_tokens"] = self._source_tokens()
         self.metrics.log_step(values, parts.max_steps, training.peak_memory_gb(parts.world.device))
         if time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
             parts.run.set_status(RUNNING, step=result.step)
 
-    def evaluation(self, step: int, loss: float, counted: int, seconds: float) -> None:
+    def _source_tokens(self) -> dict[str, int]:
+        """What each data set of a mixture gave so far, in tokens."""
+        tokens = self.drawn * self.parts.plan.seq_len
+        return dict(zip(self.parts.corpus.stores, tokens.tolist(), strict=True))
+
+    def evaluation(self, step: int, results: dict[str, tuple[float, int]], seconds: float) -> None:
+        """``results``: of each data set, the mean loss and the number of its held-out targets."""
         self.must_own()
         if self.metrics:
-            self.metrics.log_evaluation(step, loss, counted)
+            self.metrics.log_evaluation(step, results)
             self.parts.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def saving(self) -> None:

@@ -36,7 +36,7 @@ class Parts:
     lease: Lease
     owner: Owner
     max_steps: int
-    store: tokens.TokenStore
+    corpus: tokens.Corpus
     causal_lm: torch.nn.Module
     ddp: torch.nn.parallel.DistributedDataParallel
     optimizer: torch.optim.AdamW
@@ -58,6 +58,7 @@ class Resumed:
     checkpoint: Path | None = None
     is_evaluated: bool = True  # whether the evaluation due at this step was made
     skips_in_a_row: int = 0
+    drawn: list[int] | None = None  # sequences of each data set of a mixture
 
 
 class Watch:
@@ -93,7 +94,7 @@ def own_run_folder(
     run: RunFolder,
     options: argparse.Namespace,
     config: Config,
-    store: tokens.TokenStore,
+    corpus: tokens.Corpus,
     world: World,
 ) -> tuple[Owner, Lease]:
     """Make this life the owner of the run folder. Collective: every rank must call this.
@@ -106,7 +107,7 @@ def own_run_folder(
     owner = Owner(job, options.attempt, options.restarts)
 
     def take() -> tuple[Owner, int]:
-        check_same_experiment(run, config, store)
+        check_same_experiment(run, config, corpus)
         run.create()
         lease.take(owner, options.gone)
         path = run.path / "config.yaml"
@@ -137,19 +138,19 @@ def own_run_folder(
     return owner, lease
 
 
-def check_same_experiment(run: RunFolder, config: Config, store: tokens.TokenStore) -> None:
+def check_same_experiment(run: RunFolder, config: Config, corpus: tokens.Corpus) -> None:
     """Refused where the run's newest readable checkpoint was made with another identity."""
     _, saved = places.newest_identity(run.checkpoints)
     if saved:
-        check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
+        check_identity(saved, tokens.identity(config, corpus.key), run.path.name)
 
 
-def find_checkpoint(run: RunFolder, config: Config, store: tokens.TokenStore) -> Path | None:
+def find_checkpoint(run: RunFolder, config: Config, corpus: tokens.Corpus) -> Path | None:
     """The newest checkpoint that verifies and belongs to this configuration."""
     newest = checkpoint.newest_whole(run.checkpoints)
     if newest:
         saved = places.read_state(newest)["identity"]
-        check_identity(saved, tokens.identity(config, store.folder.name), run.path.name)
+        check_identity(saved, tokens.identity(config, corpus.key), run.path.name)
     return newest
 
 
@@ -164,8 +165,26 @@ def restore(newest: Path | None, causal_lm, optimizer, scaler, guard: Guard) -> 
         scaler.load_state_dict(state["scaler"])
     guard.restore(state.get("guard"))
     return Resumed(
-        state["step"], newest, state.get("is_evaluated", True), state.get("skips_in_a_row", 0)
-    )
+        state["step"], newest, state.get("is_evaluated", True), state.get("skips_in_a_row", 0),
+        state.get("drawn"),
+    )  # fmt: skip
+
+
+def build_sampler(
+    config: Config,
+    corpus: tokens.Corpus,
+    world: World,
+    resumed: Resumed,
+    left_out: list[dict[str, int]],
+) -> data.StepSampler:
+    """The samples of this rank from the step on that the run goes on from."""
+    sizes = [store.train.num_samples for store in corpus.stores.values()]
+    weights = [section.weight for section in config.data.sources]
+    seed = config.run.seed
+    return data.StepSampler(
+        sum(sizes), config.train.global_batch_size, world.rank, world.world_size, seed,
+        resumed.step, left_out, data.mixture_of(sizes, weights, seed),
+    )  # fmt: skip
 
 
 def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: World) -> str:
@@ -214,7 +233,8 @@ def announce(parts: Parts, resumed: Resumed) -> None:
     log.info("%s  %s steps = %.2f epochs", indent, f"{parts.max_steps:,}", epochs)
     if config.train.max_steps is not None:
         log.info("%s  train.num_train_epochs is not used: max_steps decides", indent)
-    if not parts.store.eval.num_samples:
+    announce_mixture(parts)
+    if not parts.corpus.eval.num_samples:
         log.info("%s  no held-out documents: there will be no evaluation", indent)
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
         log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)
@@ -225,6 +245,20 @@ def announce(parts: Parts, resumed: Resumed) -> None:
                  f"{window['steps']:,}", f"{window['after']:,}")  # fmt: skip
     if resumed.checkpoint:
         announce_resume(parts, resumed)
+
+
+def announce_mixture(parts: Parts) -> None:
+    """Of each data set of a mixture, how much of what is learned comes from it."""
+    indent = " " * len(parts.config.run.name)
+    sections, drawn = parts.config.data.sources, parts.max_steps * parts.plan.global_batch_size
+    sizes = [store.train.num_samples for store in parts.corpus.stores.values()]
+    if len(sections) == 1:
+        return
+    weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
+    for section, size, weight in zip(sections, sizes, weights, strict=True):
+        share = weight / sum(weights)
+        log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it", indent, 100 * share,
+                 section.label, f"{size:,}", share * drawn / size)  # fmt: skip
 
 
 def announce_resume(parts: Parts, resumed: Resumed) -> None:

@@ -95,9 +95,9 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     check_owner(run, options.queue)
     if options.local:
         prepare_demo(options, config)
-    store = check_inputs(options, config)
-    max_steps = steps_for(config, store.train.num_samples)
-    if check_progress(run, config, store) >= max_steps and run.status().get("state") == "DONE":
+    corpus = check_inputs(options, config)
+    max_steps = steps_for(config, corpus.train.num_samples)
+    if check_progress(run, config, corpus) >= max_steps and run.status().get("state") == "DONE":
         _, newest = places.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
         say("to go further raise train.max_steps; for a new run choose another run.name")
@@ -226,51 +226,58 @@ def download_command(options: argparse.Namespace) -> str:
 
 
 def input_problem(options: argparse.Namespace, config: Config) -> str | None:
-    """What is missing or damaged of model, data set and tokens, and the command that mends it."""
+    """What is missing or damaged of model, data sets and tokens, and the command that mends it."""
     home = options.home
-    model_folder = places.model_folder(home, config.model.name)
-    dataset_folder = places.dataset_folder(home, config.data.name, config.data.subset)
     fix = f"run: {download_command(options)}"
-    named = ((f"model {config.model.name}", model_folder),
-             (f"data set {config.data.name}", dataset_folder))  # fmt: skip
-    for name, folder in named:
-        if not (folder / files.MANIFEST).exists():
-            return f"{name} is not here yet; {fix}"
+    model = places.model_folder(home, config.model.name)
+    model_label = f"model {config.model.name}"
+    wanted = [(model_label, model, config.model.revision)]
+    for section in config.data.sources:
+        folder = places.dataset_folder(home, section.name, section.subset)
+        wanted.append((f"data set {section.name}", folder, section.revision))
+    for name, folder, revision in wanted:
+        problem = asset_problem(name, folder, revision)
+        if problem:
+            return f"{problem}; {fix}"
+    for section in config.data.sources:
+        folder = tokens.store_folder(home, config.model.name, section)
         problem = next(files.damage(folder, SMALL_FILE), None)
         if problem:
-            return f"{name} is damaged ({folder}: {problem}); {fix}"
-    for name, folder, revision in (
-        (named[0][0], model_folder, config.model.revision),
-        (named[1][0], dataset_folder, config.data.revision),
-    ):
-        manifest = files.read_manifest(folder)
-        fetched = manifest.get("revision")
-        if fetched is not None and revision not in (fetched, manifest.get("commit")):
-            return f"{name} is here in revision {fetched}, not {revision}; {fix}"
-    tokens_folder = tokens.store_folder(home, config)
-    problem = next(files.damage(tokens_folder, SMALL_FILE), None)
-    if problem:
-        return f"the tokens of {config.data.name} are not ready ({problem}); {fix}"
-    if config.model.init == "pretrained" and not any(model_folder.glob("*.safetensors")):
-        return f"{named[0][0]} was fetched without weights; {fix}, or set model.init=scratch"
+            return f"the tokens of {section.name} are not ready ({problem}); {fix}"
+    if config.model.init == "pretrained" and not any(model.glob("*.safetensors")):
+        return f"{model_label} was fetched without weights; {fix}, or set model.init=scratch"
     return None
 
 
-def check_inputs(options: argparse.Namespace, config: Config) -> tokens.TokenStore:
-    """The token store, once model, data and tokens are known to be there and whole."""
+def asset_problem(name: str, folder: Path, revision: str) -> str | None:
+    """Why a model or a data set that lies here does not do."""
+    if not (folder / files.MANIFEST).exists():
+        return f"{name} is not here yet"
+    problem = next(files.damage(folder, SMALL_FILE), None)
+    if problem:
+        return f"{name} is damaged ({folder}: {problem})"
+    manifest = files.read_manifest(folder)
+    fetched = manifest.get("revision")
+    if fetched is not None and revision not in (fetched, manifest.get("commit")):
+        return f"{name} is here in revision {fetched}, not {revision}"
+    return None
+
+
+def check_inputs(options: argparse.Namespace, config: Config) -> tokens.Corpus:
+    """What the run learns from, once model, data and tokens are known to be there and whole."""
     problem = input_problem(options, config)
     if problem:
         raise Failed(problem)
-    store = tokens.open_store(options.home, config)
-    tokens.enough_samples(config, store)
-    return store
+    corpus = tokens.open_corpus(options.home, config)
+    tokens.enough_samples(config, corpus)
+    return corpus
 
 
-def check_progress(run: RunFolder, config: Config, store: tokens.TokenStore) -> int:
+def check_progress(run: RunFolder, config: Config, corpus: tokens.Corpus) -> int:
     """The step that the run has reached; Refused where it was another experiment's."""
     step, saved = places.newest_identity(run.checkpoints)
     if saved:
-        check_identity(saved, tokens.identity(config, store.folder.name), config.run.name)
+        check_identity(saved, tokens.identity(config, corpus.key), config.run.name)
     return step
 
 

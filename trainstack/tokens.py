@@ -1,4 +1,4 @@
-"""The token store: a data set tokenised once, written by one process, then read-only.
+"""The token store: a data set tokenised once, then read-only.
 
 ``tokens/<key>/`` holds, for the splits train and eval, .bin (token ids, little-endian uint16 or
 uint32, one document after the other), .documents (where each ends), .loss (which tokens carry
@@ -9,17 +9,18 @@ key is a hash of the source files, the tokenizer and the settings: another sourc
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainstack import files
-from trainstack.config import IGNORED_LABEL, Config, DataSection
+from trainstack.config import IGNORED_LABEL, Config
 from trainstack.errors import ConfigError
 from trainstack.places import dataset_folder, model_folder
+from trainstack.sections import DataSection
 
 FORMAT_VERSION = 2
 TOKENIZER_FILES = (
@@ -28,7 +29,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 TRAIN, EVAL = "train", "eval"
 INDEX = np.dtype("<i8")
-WRITE_BYTES = 1 << 20
 
 
 @dataclass
@@ -47,37 +47,45 @@ class Counts:
     bad_records: int = 0
 
 
-def store_key(model: Path, dataset: Path, settings: dict[str, Any]) -> str:
-    """The name of the store that these inputs make; reads their manifests only.
+def made_from(model: Path, dataset: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that decides what a store holds: hashes of the files, and settings; from manifests only.
 
     Raises FileNotFoundError or ValueError where one of them is not there or not whole.
     """
     model_files = files.read_manifest(model)["files"]
-    made_from = {
+    return {
         "format": FORMAT_VERSION,
         "tokenizer": {n: model_files[n]["sha256"] for n in TOKENIZER_FILES if n in model_files},
         "source": {n: e["sha256"] for n, e in files.read_manifest(dataset)["files"].items()},
         "settings": settings,
     }
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def store_folder(home: Path, config: Config) -> Path:
-    """Where the store of a configuration lies, or will lie. Raises as ``store_key``."""
-    model = model_folder(home, config.model.name)
-    dataset = dataset_folder(home, config.data.name, config.data.subset)
-    return home / "tokens" / store_key(model, dataset, store_settings(config.data))
+def store_key(inputs: dict[str, Any]) -> str:
+    """The name of the store that ``made_from`` describes."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_store(home: Path, config: Config) -> "TokenStore":
-    """The store of a configuration. ConfigError where it, or what it is made from, is not there."""
-    try:
-        return TokenStore(store_folder(home, config), config.data.seq_len)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {config.model.name} or the tokens of {config.data.name} are not ready "
-            f"({error}); run: bash download_data_model.sh"
-        ) from None
+def store_folder(home: Path, model_name: str, section: DataSection) -> Path:
+    """Where the store of one data set lies, or will lie. Raises as ``made_from``."""
+    model = model_folder(home, model_name)
+    dataset = dataset_folder(home, section.name, section.subset)
+    return home / "tokens" / store_key(made_from(model, dataset, store_settings(section)))
+
+
+def open_corpus(home: Path, config: Config) -> "Corpus":
+    """What a configuration learns from. ConfigError where a part, or its origin, is not there."""
+    stores = {}
+    for section in config.data.sources:
+        try:
+            folder = store_folder(home, config.model.name, section)
+            stores[section.label] = TokenStore(folder, section.seq_len)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model {config.model.name} or the tokens of {section.name} are not ready "
+                f"({error}); run: bash download_data_model.sh"
+            ) from None
+    return Corpus(stores)
 
 
 def store_settings(section: DataSection) -> dict[str, Any]:
@@ -89,8 +97,13 @@ def store_settings(section: DataSection) -> dict[str, Any]:
     return {key: getattr(section, key) for key in keys}
 
 
+def corpus_key(folders: Iterable[Path]) -> str:
+    """The name of what the stores in some folders make together."""
+    return "+".join(folder.name for folder in folders)
+
+
 def identity(config: Config, key: str) -> dict[str, Any]:
-    """What may not change between two lives of a run, the content of its data included."""
+    """What may not change between two lives of a run; ``key``: of its corpus."""
     return {**config.identity(), "tokens": key}
 
 
@@ -103,6 +116,16 @@ class TokenStore:
         self.counts = Counts(**self.meta["counts"])
         dtype = np.dtype(self.meta["dtype"])
         self.train, self.eval = (Split(folder, s, dtype, seq_len) for s in (TRAIN, EVAL))
+
+
+class Corpus:
+    """What a run learns from: the token stores of its data sets, by their labels."""
+
+    def __init__(self, stores: dict[str, TokenStore]):
+        self.stores = stores
+        self.key = corpus_key(store.folder for store in stores.values())
+        self.train = joined([store.train for store in stores.values()])
+        self.eval = joined([store.eval for store in stores.values()])
 
 
 class Split:
@@ -204,6 +227,45 @@ class Split:
             parts[1, begin - 1 : end - 1] = window[begin:end]
 
 
+class Joined:
+    """Splits of several stores as one: first the samples of the first, then those of the next."""
+
+    def __init__(self, splits: Sequence[Split]):
+        self.splits = splits
+        self.sizes = [split.num_samples for split in splits]
+        self.firsts = np.cumsum([0, *self.sizes[:-1]])
+        self.num_samples = sum(self.sizes)
+        self.is_full = all(split.is_full for split in splits)
+
+    def sources_of(self, samples: np.ndarray) -> np.ndarray:
+        """The number of the split that each sample is of."""
+        return np.searchsorted(self.firsts, samples, "right") - 1
+
+    def target_tokens(self, samples: np.ndarray) -> int:
+        """How many targets samples have, all together."""
+        return sum(split.target_tokens(own) for split, own, _ in self._by_split(samples))
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Samples as Split.read gives them, in the order that is asked for."""
+        read = [(split.read(own), here) for split, own, here in self._by_split(samples)]
+        parts = np.empty((len(read[0][0]), len(samples), read[0][0].shape[2]), np.int64)
+        for found, here in read:
+            parts[:, here] = found
+        return parts
+
+    def _by_split(self, samples: np.ndarray):
+        """Each split with its own samples, and where they stand among all."""
+        sources = self.sources_of(samples)
+        for number in np.unique(sources):
+            here = sources == number
+            yield self.splits[number], samples[here] - self.firsts[number], here
+
+
+def joined(splits: list[Split]) -> Split | Joined:
+    """One split as it is, several as one."""
+    return splits[0] if len(splits) == 1 else Joined(splits)
+
+
 def _mapped(path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
     """A file as a read-only array, [rows, columns] or [rows]; None where there is no such file."""
     if not path.exists():
@@ -214,9 +276,15 @@ def _mapped(path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
     return np.asarray(np.memmap(path, dtype, mode="r")).reshape(shape)
 
 
-def enough_samples(config: Config, store: TokenStore) -> int:
+def enough_samples(config: Config, corpus: Corpus) -> int:
     """The samples of the training split; ConfigError where they do not fill one global batch."""
-    samples = store.train.num_samples
+    for label, store in corpus.stores.items():
+        if not store.train.num_samples:
+            raise ConfigError(
+                f"data set {label} has less than one sequence of {config.data.seq_len} tokens; use "
+                "more data, a shorter data.seq_len, or leave it out"
+            )
+    samples = corpus.train.num_samples
     if samples < config.train.global_batch_size:
         raise ConfigError(
             f"data.name={config.data.name} has {samples} sequences of {config.data.seq_len} tokens,"
@@ -224,94 +292,6 @@ def enough_samples(config: Config, store: TokenStore) -> int:
             "a shorter data.seq_len or a smaller batch"
         )
     return samples
-
-
-class TokenWriter:
-    """Appends documents to a new store in a temporary folder; ``publish`` makes it visible."""
-
-    def __init__(self, temporary: Path, vocab_size: int):
-        self.temporary = temporary
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        self.counts = Counts()
-        self.has_spans = False
-        self._entries: dict[str, dict[str, Any]] = {}
-        temporary.mkdir(parents=True)
-        self._columns = {
-            (split, kind): Column(temporary / f"{split}.{kind}")
-            for split in (TRAIN, EVAL)
-            for kind in ("bin", "documents", "loss")
-        }
-
-    def append(self, split: str, ids: Sequence[int], flags: np.ndarray | None) -> None:
-        """Add one document, its end token included; ``flags``: which carry loss, None for all.
-
-        Either all documents of a store have flags, or none has.
-        """
-        counts = self.counts
-        first = getattr(counts, f"{split}_tokens")
-        before = getattr(counts, f"{split}_target_tokens")
-        self._columns[split, "bin"].append(np.asarray(ids, self.dtype))
-        self._columns[split, "documents"].append(np.array([first + len(ids)], INDEX))
-        carrying = len(ids)
-        if flags is not None:
-            self.has_spans = True
-            spans = spans_of(flags)
-            sizes = spans[:, 1] - spans[:, 0]
-            carrying = int(sizes.sum())
-            earlier = before + np.cumsum(sizes) - sizes
-            self._columns[split, "loss"].append(np.column_stack([spans + first, earlier]))
-        setattr(counts, f"{split}_documents", getattr(counts, f"{split}_documents") + 1)
-        setattr(counts, f"{split}_tokens", first + len(ids))
-        setattr(counts, f"{split}_target_tokens", before + carrying)
-
-    def seal(self, seq_len: int) -> dict[str, Split]:
-        """No more documents: close the files; the splits as they are so far, to plan samples by."""
-        for (_, kind), column in self._columns.items():
-            column.close()
-            if kind == "loss" and not self.has_spans:
-                column.path.unlink()
-            else:
-                self._entries[column.path.name] = column.entry()
-        return {s: Split(self.temporary, s, self.dtype, seq_len) for s in (TRAIN, EVAL)}
-
-    def add_file(self, name: str, data: bytes) -> None:
-        """Put one more file beside the tokens."""
-        self._entries[name] = files.write_file(self.temporary / name, data)
-
-    def publish(self, final: Path, meta: dict[str, Any]) -> None:
-        """Put the sealed store under its final name."""
-        meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
-        self.add_file("meta.json", json.dumps(meta, indent=1).encode())
-        files.publish_folder(self.temporary, final, self._entries, kind="tokens")
-
-
-class Column(files.HashedFile):
-    """A file that arrays are appended to; many small ones become few writes."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self._waiting = bytearray()
-        self.__enter__()
-
-    def append(self, values: np.ndarray) -> None:
-        self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
-        if len(self._waiting) >= WRITE_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self.write(self._waiting)
-        self._waiting = bytearray()
-
-    def close(self) -> None:
-        self._flush()
-        self.__exit__(None)
-
-
-def spans_of(flags: np.ndarray) -> np.ndarray:
-    """First and last + 1 of each row of set flags, int64 [spans, 2]."""
-    edges = np.diff(np.concatenate([[0], flags.astype(np.int8), [0]]))
-    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
