@@ -202,7 +202,7 @@ def complete_mixture(values: dict) -> None:
 def place_of(dotted: str, places: dict[str, str], path: Path) -> str:
     """Where a key stands, else the section around it, else the file."""
     while dotted and dotted not in places:
-        dotted = dotted.rpartition(".")[0]
+        dotted = re.sub(r"\.?[^.\[]*$|\[\d+\]$", "", dotted, count=1)
     return places.get(dotted, path.name)
 
 
@@ -211,6 +211,8 @@ def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> 
     dotted = known_prefix(detail["loc"], values)
     kind, wanted = detail["type"], detail.get("ctx", {})
     place = place_of(dotted, places, path)
+    if kind == "missing" and "[" in dotted:
+        return f"{place}: {dotted}: missing; each data set of a mixture has its own"
     if kind == "missing":
         return f"{place}: {dotted}: missing; copy its line from the shipped config.yaml"
     if kind == "value_error":
@@ -225,13 +227,16 @@ def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> 
 
 def known_prefix(location: tuple, values: dict) -> str:
     """The dotted key of pydantic's location, without the union branches it appends."""
-    parts = []
+    dotted, depth = "", 0
     for part in location:
-        if not isinstance(values, dict) or (part not in values and len(parts) > 1):
+        if isinstance(values, list) and isinstance(part, int):
+            dotted, values = f"{dotted}[{part}]", values[part]
+            continue
+        if not isinstance(values, dict) or (part not in values and depth > 1 and "[" not in dotted):
             break
-        parts.append(str(part))
+        dotted, depth = f"{dotted}.{part}" if dotted else str(part), depth + 1
         values = values.get(part)
-    return ".".join(parts)
+    return dotted
 
 
 def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
@@ -271,6 +276,7 @@ def all_keys() -> list[str]:
 
 def suggestion(dotted: str) -> str:
     """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
+    dotted = re.sub(r"\.mixture\[\d+\]", "", dotted)
     name = dotted.rpartition(".")[2]
     keys = all_keys()
     if name in FOREIGN_NAMES and FOREIGN_NAMES[name] is None:
