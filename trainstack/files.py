@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 8 << 20  # that are written at once
+READ_BYTES = 1 << 20
 EIO_TRIES = 3  # a shared file system that fails over answers EIO for a moment
 
 # Called as (operation, path, detail) before each change: create, write (detail: the bytes), sync,
@@ -212,7 +213,7 @@ def hash_file(path: Path) -> dict[str, Any]:
     """The manifest entry of a file as it lies on disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(READ_BYTES):
             digest.update(chunk)
         size = file.tell()
     return {"size": size, "sha256": digest.hexdigest()}

@@ -164,7 +164,7 @@ def verified_entry(path: Path, expected: RepoFile) -> dict[str, Any] | None:
     content = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
-        while chunk := file.read(files.CHUNK_BYTES):
+        while chunk := file.read(files.READ_BYTES):
             content.update(chunk)
             if expected.lfs is None:
                 blob.update(chunk)

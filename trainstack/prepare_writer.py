@@ -22,7 +22,6 @@ from trainstack.tokens import EVAL, INDEX, TRAIN, Counts, Split
 PROGRESS = "progress.json"  # of a folder in the making: what of it is committed
 BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
 WRITE_BYTES = 1 << 20
-COPY_BYTES = 8 << 20
 COMMIT_SECONDS = 10
 SILENT_SECONDS = 600  # without a commit, after which one of another host is taken for dead
 
@@ -156,7 +155,7 @@ class Column(files.HashedFile):
         """Begin with the first ``size`` bytes of another file."""
         with source.open("rb") as file:
             while size:
-                data = file.read(min(size, COPY_BYTES))
+                data = file.read(min(size, files.READ_BYTES))
                 if not data:
                     raise OSError(f"{source}: shorter than was committed")
                 self.write(data)
