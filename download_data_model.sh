@@ -21,6 +21,7 @@ DATASET_REVISION="${DATASET_REVISION:-}" # branch, tag or commit
 DATASET_SUBSET="${DATASET_SUBSET:-}"     # configuration of the data set
 DATASET_SPLIT="${DATASET_SPLIT:-}"       # split that is trained on
 FORCE_REFRESH="${FORCE_REFRESH:-0}"      # 1: fetch anew what is here
+PROCESSES="${PROCESSES:-}"               # that tokenise; empty: one per core, at most 16
 # ------------------------------------------------------------------------------------------------
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
@@ -43,7 +44,7 @@ main() {
   # Bash before 4.4 takes the expansion of an empty array for an unset variable.
   if ((${#overrides[@]})); then what+=("${overrides[@]}"); fi
   run trainstack.hub ${is_forced:+--force} "${what[@]}"
-  run trainstack.prepare ${is_forced:+--force} "${what[@]}"
+  run trainstack.prepare ${is_forced:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
   HF_HUB_OFFLINE=1 run trainstack.prepare --prove "${what[@]}"
   tell_next_step
 }

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -11,25 +13,30 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from test_packed import TEMPLATE
+from test_packed import record as record_of
 
 import tiny
 from hub_server import HubServer
 from trainstack import documents, files, formats, places
 from trainstack.errors import DataError
+from trainstack.formats import BUILDERS
 from trainstack.runfolder import RunFolder
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub with a model that has weights, a parquet data set and a jsonl one."""
+    """A Hub with models that have weights, and a data set of each format and kind of file."""
     import transformers
 
     root = tmp_path_factory.mktemp("hub")
-    made = tiny.make_model(root / "made")
-    model = root / "models" / "org" / "tiny"
-    shutil.copytree(made, model, ignore=shutil.ignore_patterns("manifest.json"))
-    config = transformers.AutoConfig.from_pretrained(model)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    for name, template in (("tiny", None), ("chat", TEMPLATE)):
+        made = tiny.make_model(root / "made", name, template)
+        model = root / "models" / "org" / name
+        shutil.copytree(made, model, ignore=shutil.ignore_patterns("manifest.json"))
+        config = transformers.AutoConfig.from_pretrained(model)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    make_conversations(root / "datasets" / "org")
     lines = (tiny.make_dataset(root / "made") / "train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     parquet = root / "datasets" / "org" / "parquet" / "data"
@@ -42,6 +49,22 @@ def hub(tmp_path_factory):
     (jsonl / "train.jsonl").write_text("\n".join(lines) + "\n")
     with HubServer(root) as running:
         yield running
+
+
+def make_conversations(folder) -> None:
+    """Each format but text in another kind of file, as Hub repositories have them."""
+    generator = random.Random(2)
+    records = {n: [record_of(n, generator) for _ in range(90)] for n in BUILDERS}
+    for name in records:
+        (folder / name).mkdir(parents=True)
+    table = pyarrow.Table.from_pylist(records["messages"])
+    pyarrow.parquet.write_table(table, folder / "messages" / "train-00000-of-00001.parquet")
+    (folder / "sharegpt" / "train.json").write_text(json.dumps(records["sharegpt"], indent=1))
+    lines = "".join(json.dumps(r) + "\n" for r in records["alpaca"])
+    (folder / "alpaca" / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    rows = [f"{r['prompt']},{r['completion']}" for r in records["prompt_completion"]]
+    text = "\n".join(["prompt,completion", *rows]) + "\n"
+    (folder / "prompt_completion" / "train.csv").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +105,30 @@ def test_a_pretrained_model_and_a_data_set_of_the_hub_train(checkout, hub, data,
     home = checkout.parent / "shared" / "trainstack"
     losses = tiny.metrics(home, run.removeprefix("run.name="))
     assert losses[10] < losses[1]
+
+
+def test_all_formats_of_the_hub_train_as_one_mixture(checkout, hub):
+    names = ["org/jsonl", *(f"org/{name}" for name in BUILDERS)]
+    mixture = [{"name": name, "weight": 0.2} for name in names[1:]]
+    settings = ["model.name=org/chat", f"data.name={names[0]}", "data.packing=best_fit"]
+    settings += ["data.weight=0.2", f"data.mixture={json.dumps(mixture)}"]
+    fetched = user(checkout, hub, "download_data_model.sh", *settings)
+    assert fetched.returncode == 0, fetched.stderr
+    for name, form in zip(names, ["text", *BUILDERS], strict=True):
+        assert re.search(rf"prepare: {name}: .* documents \({form}\) -> ", fetched.stderr)
+    more = ["run.name=formats", "train.max_steps=30", "data.max_bad_records=0"]
+    trained = user(checkout, hub, "submit.sh", "--local", *more, *settings)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    home = checkout.parent / "shared" / "trainstack"
+    losses = tiny.metrics(home, "formats")
+    assert losses[30] < losses[1] - 0.5
+    drawn = tiny.metrics(home, "formats", "source_tokens")[30]
+    assert drawn.keys() == {*names}
+    assert all(abs(tokens - 30 * 8 * tiny.SEQ_LEN / 5) < 1500 for tokens in drawn.values()), drawn
+    assert tiny.metrics(home, "formats", "source_eval_loss")[30].keys() <= {*names}
+    report = tiny.run_module("trainstack.data_report", "--home", home, "--config",
+                             home / "runs" / "formats" / "config.yaml")  # fmt: skip
+    assert all(f"{name} (" in report.stdout for name in names)
 
 
 def test_a_refresh_while_the_hub_is_down_leaves_the_old_copy_in_use_and_says_so(
