@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainstack.packing import plan
+from trainstack.packing import plans
 
 LENGTHS, SEQ_LEN, ROUNDS, PART = 1_000_000, 2048, 5, 10
 LEAST_RATIO, MOST_PADDING = 50, 0.003
@@ -51,11 +51,12 @@ def main() -> int:
         pack(table, SEQ_LEN)
         theirs = (time.perf_counter() - started) * PART
         started = time.perf_counter()
-        packed = plan(stops, lambda a, b: b - a, SEQ_LEN, "best_fit", "split")
+        packed = list(plans(stops, lambda a, b: b - a, SEQ_LEN, "best_fit", "split"))
         own = time.perf_counter() - started
         ratios.append(theirs / own)
         times.append((theirs, own))
-    places, rows = int(packed.pieces[:, 1].sum()), len(packed.rows) - 1
+    places = sum(int(group.pieces[:, 1].sum()) for group in packed)
+    rows = sum(len(group.rows) - 1 for group in packed)
     padding = 1 - places / (rows * SEQ_LEN)
     dropped = int((lengths - 1).sum()) - places
     ratio = statistics.median(ratios)

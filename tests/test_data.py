@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from trainstack import data, tokens
-from trainstack.packing import plan
+from trainstack.packing import plans
 from trainstack.prepare_tokens import joined, spans_of
 from trainstack.prepare_writer import TokenWriter
 
@@ -122,11 +122,8 @@ def make_store(folder, documents, seq_len, packing=None, split=tokens.TRAIN, too
     writer.append(split, joined([(np.array(i), f) for i, f in documents], writer.dtype))
     for name, sealed in writer.seal(seq_len).items():
         if packing:
-            made = plan(sealed.stops, sealed.targets_in, seq_len, packing, too_long)
-            for kind, values in (
-                ("pieces", made.pieces), ("rows", made.rows), ("targets", made.targets),
-            ):  # fmt: skip
-                writer.add_file(f"{name}.{kind}", values.astype(tokens.INDEX).tobytes())
+            made = plans(sealed.stops, sealed.targets_in, seq_len, packing, too_long)
+            writer.lay_out(name, sealed, made)
     writer.publish(folder / "store", {})
     return tokens.TokenStore(folder / "store", seq_len)
 

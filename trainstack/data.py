@@ -237,6 +237,6 @@ def micro_batches(
     """
     for start in range(0, len(samples), micro_batch_size):
         parts = torch.from_numpy(read(samples[start : start + micro_batch_size]))
-        if device.type == "cuda":
-            parts = parts.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda":  # what shares memory cannot be pinned
+            parts = parts.contiguous().pin_memory().to(device, non_blocking=True)
         yield parts.unbind()

@@ -1,14 +1,17 @@
 """Which documents share a sample: packing without cutting, computed once from their lengths.
 
-A document of L tokens takes L - 1 places: its last token is only a target, and its first one is
-none. One that is longer than a sample is split so that each target is kept, or dropped.
+Documents are laid out in groups, so that memory does not grow with their number. A document of L
+tokens takes L - 1 places: its last token is only a target, and its first one is none. One that is
+longer than a sample is split so that each target is kept, or dropped.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+GROUP = 1 << 17  # documents
 
 
 @dataclass
@@ -22,25 +25,41 @@ class Plan:
     dropped_documents: int
 
 
+def plans(
+    stops: np.ndarray,
+    targets_in: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    seq_len: int,
+    packing: str,
+    too_long: str,
+) -> Iterator[Plan]:
+    """Lay out documents, which end before ``stops``, in samples of ``seq_len`` places.
+
+    ``targets_in(starts, stops)`` counts the tokens of ranges that carry loss. Deterministic.
+    """
+    for first in range(0, len(stops), GROUP):
+        start = int(stops[first - 1]) if first else 0
+        group = np.array(stops[first : first + GROUP])
+        yield plan(group, targets_in, seq_len, packing, too_long, start)
+
+
 def plan(
     stops: np.ndarray,
     targets_in: Callable[[np.ndarray, np.ndarray], np.ndarray],
     seq_len: int,
     packing: str,
     too_long: str,
+    start: int = 0,
 ) -> Plan:
-    """Lay out documents, which end before ``stops``, in samples of ``seq_len`` places.
-
-    ``targets_in(starts, stops)`` counts the tokens of ranges that carry loss. Deterministic.
-    """
-    starts, places, is_long = cut(stops, seq_len, too_long)
+    """One group of documents, of which the first one begins at ``start``; else as ``plans``."""
+    starts, places, is_long = cut(stops, seq_len, too_long, start)
     targets = targets_in(starts + 1, starts + 1 + places)
     is_useful = targets > 0  # a piece of a split document may carry no loss
-    starts, places, targets = starts[is_useful], places[is_useful], targets[is_useful]
+    if not is_useful.all():
+        starts, places, targets = starts[is_useful], places[is_useful], targets[is_useful]
     if packing == "best_fit":
         row_of, num_rows = best_fit(places, seq_len)
         row_of = spread(num_rows)[row_of]
-        order = np.argsort(row_of, kind="stable")
+        order = np.argsort(_small(row_of, num_rows), kind="stable")
         starts, places, targets = starts[order], places[order], targets[order]
         rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
     else:
@@ -58,14 +77,14 @@ def plan(
 
 
 def cut(
-    stops: np.ndarray, seq_len: int, too_long: str
+    stops: np.ndarray, seq_len: int, too_long: str, start: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First token and places of each piece in order, and which documents are too long.
 
     Pieces of a split document overlap by a token: the last target of one is the first input of the
     next, so that each target is in exactly one.
     """
-    starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]])[: len(stops)]
+    starts = np.concatenate([np.full(1, start, np.int64), stops[:-1]])[: len(stops)]
     places = stops - starts - 1
     is_long = places > seq_len
     if too_long == "drop":
@@ -84,15 +103,20 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     Equal lengths are placed together: rows of equal room are kept as ranges, so that a million
     lengths take a fraction of a second. Lengths lie between 1 and ``capacity``.
     """
-    small = np.uint16 if capacity < 1 << 16 else np.int64  # 16 bits are sorted by radix
-    order = np.argsort((capacity - lengths).astype(small), kind="stable")
-    sizes, counts = np.unique(lengths, return_counts=True)
+    order = np.argsort(_small(capacity - lengths, capacity), kind="stable")
+    counts = np.bincount(lengths)
+    sizes = np.flatnonzero(counts)[::-1]
     rows = _Rows(capacity, len(lengths))
-    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+    for size, count in zip(sizes.tolist(), counts[sizes].tolist(), strict=True):
         rows.place(size, count)
     row_of = np.empty(len(lengths), np.int64)
     row_of[order] = rows.row_of
     return row_of, rows.total
+
+
+def _small(values: np.ndarray, largest: int) -> np.ndarray:
+    """The same in 16 bits where they suffice: numpy sorts those by radix, many times faster."""
+    return values.astype(np.uint16) if largest < 1 << 16 else values
 
 
 def spread(number: int) -> np.ndarray:

@@ -264,17 +264,10 @@ def pack(writer: TokenWriter, section: DataSection) -> None:
     for name, split in writer.seal(section.seq_len).items():
         if section.packing == "concat":
             continue
-        made = packing.plan(
+        made = packing.plans(
             split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
         )
-        for kind, values in (
-            ("pieces", made.pieces),
-            ("rows", made.rows),
-            ("targets", made.targets),
-        ):
-            writer.add_file(f"{name}.{kind}", values.astype(tokens.INDEX).tobytes())
-        writer.counts.split_documents += made.split_documents
-        writer.counts.dropped_documents += made.dropped_documents
+        writer.lay_out(name, split, made)
 
 
 def load_tokenizer(model_folder: Path) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainstack import files
+from trainstack.packing import Plan
 from trainstack.runfolder import is_dead, process_start
 from trainstack.tokens import EVAL, INDEX, TRAIN, Counts, Split
 
@@ -120,6 +122,24 @@ class TokenWriter:
             else:
                 column.path.unlink()
         return {s: Split(self.temporary, s, self.dtype, seq_len) for s in (TRAIN, EVAL)}
+
+    def lay_out(self, name: str, split: Split, plans: Iterable[Plan]) -> None:
+        """Write down the samples of a split, which ``plans`` make of groups of its documents."""
+        kinds = ("pieces", "rows", "targets")
+        columns = {kind: Column(self.temporary / f"{name}.{kind}") for kind in kinds}
+        columns["rows"].append(np.zeros(1, INDEX))
+        pieces = 0
+        for made in plans:
+            columns["pieces"].append(made.pieces.astype(INDEX))
+            columns["rows"].append((pieces + made.rows[1:]).astype(INDEX))
+            columns["targets"].append(made.targets.astype(INDEX))
+            pieces += len(made.pieces)
+            self.counts.split_documents += made.split_documents
+            self.counts.dropped_documents += made.dropped_documents
+            split.forget()
+        for column in columns.values():
+            column.close()
+            self._entries[column.path.name] = column.entry()
 
     def add_file(self, name: str, data: bytes) -> None:
         """Put one more file beside the tokens."""

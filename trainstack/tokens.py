@@ -9,12 +9,14 @@ key is a hash of the source files, the tokenizer and the settings: another sourc
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from trainstack import files
 from trainstack.config import IGNORED_LABEL, Config
@@ -29,6 +31,9 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 TRAIN, EVAL = "train", "eval"
 INDEX = np.dtype("<i8")
+SAMPLES_KEPT = 512  # whose pages may be mapped at once; each may map 64 KiB
+PIECES_AT_ONCE = 1 << 16
+PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
 
 @dataclass
@@ -94,7 +99,8 @@ def store_settings(section: DataSection) -> dict[str, Any]:
     keys += ["max_bad_records"]
     if section.packing != "concat":  # their samples are laid out once and for all
         keys += ["seq_len", "too_long"]
-    return {key: getattr(section, key) for key in keys}
+    settings = {key: getattr(section, key) for key in keys}
+    return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}
 
 
 def corpus_key(folders: Iterable[Path]) -> str:
@@ -139,12 +145,37 @@ class Split:
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, seq_len: int):
         self.seq_len, self.is_train = seq_len, name == TRAIN
-        self.ids = _mapped(folder / f"{name}.bin", dtype)
-        self.stops = _mapped(folder / f"{name}.documents", INDEX)
-        self.spans = _mapped(folder / f"{name}.loss", INDEX, 3)
-        self.pieces = _mapped(folder / f"{name}.pieces", INDEX, 2)
-        self.rows = _mapped(folder / f"{name}.rows", INDEX)
-        self.row_targets = _mapped(folder / f"{name}.targets", INDEX)
+        self._maps: list[mmap.mmap] = []
+        self._read = 0  # samples since the maps were last forgotten
+        self.ids = self._mapped(folder / f"{name}.bin", dtype)
+        self.stops = self._mapped(folder / f"{name}.documents", INDEX)
+        self.spans = self._mapped(folder / f"{name}.loss", INDEX, 3)
+        self.pieces = self._mapped(folder / f"{name}.pieces", INDEX, 2)
+        self.rows = self._mapped(folder / f"{name}.rows", INDEX)
+        self.row_targets = self._mapped(folder / f"{name}.targets", INDEX)
+        whole = max(0, len(self.ids) - 1) // seq_len
+        shape, strides = (whole, seq_len + 1), (seq_len * dtype.itemsize, dtype.itemsize)
+        self.windows = as_strided(self.ids, shape, strides, writeable=False)
+
+    def _mapped(self, path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
+        """A file as a read-only array, [rows, columns] or [rows]; None where there is none."""
+        if not path.exists():
+            return None
+        shape = (-1, columns) if columns else (-1,)
+        if not path.stat().st_size:  # an empty file cannot be mapped
+            return np.zeros(0, dtype).reshape(0, *shape[1:])
+        with path.open("rb") as file:
+            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return np.frombuffer(self._maps[-1], dtype).reshape(shape)
+
+    def forget(self) -> None:
+        """Let go of the pages that were read, so that memory does not grow with what is read.
+
+        They stay in the page cache, where the next read finds them.
+        """
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+        self._read = 0
 
     @property
     def num_samples(self) -> int:
@@ -172,7 +203,11 @@ class Split:
         """How much of the samples is there only to fill them up."""
         if self.rows is None:
             return 0.0
-        return 1 - self.pieces[:, 1].sum() / max(1, self.num_samples * self.seq_len)
+        filled = 0
+        for start in range(0, len(self.pieces), PIECES_AT_ONCE):
+            filled += int(self.pieces[start : start + PIECES_AT_ONCE, 1].sum())
+            self.forget()
+        return 1 - filled / max(1, self.num_samples * self.seq_len)
 
     def targets_in(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """How many tokens of each range carry loss."""
@@ -191,8 +226,14 @@ class Split:
         """Samples as int64 [2 or 3, samples, seq_len]: inputs, labels, positions where packed.
 
         Labels are shifted already: IGNORED_LABEL, or the token after the input. Positions begin
-        anew at each document; each token that a row is filled up with is one of its own.
+        anew at each document; each token that a row is filled up with is one of its own. Inputs
+        and labels may share memory.
         """
+        self._read += len(samples)
+        if self._read > SAMPLES_KEPT:
+            self.forget()
+        if self.spans is None and self.rows is None and max(samples, default=0) < len(self.windows):
+            return self._read_windows(samples)
         parts = np.zeros((2 if self.rows is None else 3, len(samples), self.seq_len), np.int64)
         parts[1] = IGNORED_LABEL
         for row, sample in enumerate(samples):
@@ -201,6 +242,12 @@ class Split:
                 self._fill(parts[:, row, at : at + places], start)
                 at += places
         return parts
+
+    def _read_windows(self, samples: np.ndarray) -> np.ndarray:
+        """Samples without a token that lacks its target: one gather; labels are a view."""
+        wide = self.windows[samples].astype(np.int64)
+        row, item = wide.strides
+        return as_strided(wide, (2, len(samples), self.seq_len), (item, row, item))
 
     def pieces_of(self, sample: int) -> list[list[int]]:
         """What a sample is made of: first token and places of each piece."""
@@ -264,16 +311,6 @@ class Joined:
 def joined(splits: list[Split]) -> Split | Joined:
     """One split as it is, several as one."""
     return splits[0] if len(splits) == 1 else Joined(splits)
-
-
-def _mapped(path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
-    """A file as a read-only array, [rows, columns] or [rows]; None where there is no such file."""
-    if not path.exists():
-        return None
-    shape = (-1, columns) if columns else (-1,)
-    if not path.stat().st_size:  # an empty file cannot be mapped
-        return np.zeros(0, dtype).reshape(0, *shape[1:])
-    return np.asarray(np.memmap(path, dtype, mode="r")).reshape(shape)
 
 
 def enough_samples(config: Config, corpus: Corpus) -> int:
