@@ -169,6 +169,7 @@ def test_a_full_quota_and_a_broken_disk_cost_a_save_but_no_step(lab, reference):
     trace.record("F18 EDQUOT, EIO", faults, reference, failed[0]["cause"])
 
 
+@pytest.mark.matrix
 def test_a_disk_that_is_really_full_costs_saves_until_there_is_space_again(lab, reference):
     run = places.run_folder(lab.home, "full")
     (run / "checkpoints").mkdir(parents=True)

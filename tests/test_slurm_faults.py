@@ -70,6 +70,7 @@ def warned_stop(user: Site, run: str, row: str, reference) -> None:
     trace.record(row, "scancel -b -s USR1", reference, trace.events("paused")[0]["cause"])
 
 
+@pytest.mark.matrix  # tests/test_slurm.py warns such a job too
 def test_a_warned_job_loses_no_step_under_linuxproc(user, reference):
     warned_stop(user, "f02", "F02", reference)
 
