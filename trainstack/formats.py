@@ -34,7 +34,7 @@ NOTHING_LEARNED = (
     "no token of it carries loss, for no assistant says anything; mend it, or leave it out"
 )
 STRINGS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
-LONG_TEXT = 1 << 20  # characters
+LONG_TEXT = 1 << 18  # characters
 CUT_WINDOW, CUT_TRIES = 200, 50  # characters on each side that are compared; places tried
 ALPACA_PAIRED = ", paired with an input that provides further context"
 

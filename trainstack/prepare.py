@@ -77,7 +77,7 @@ def make_demo(home: Path, config: Config, force: bool) -> None:
 
 def prepare(home: Path, config: Config, force: bool, processes: int | None = None) -> None:
     """Make the token stores of a configuration unless they are there."""
-    check_vocabulary(home, config)
+    must_be_whole(config.model.name, places.model_folder(home, config.model.name))
     processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     for section in config.data.sources:
         prepare_one(home, config.model.name, section, force, processes)
@@ -88,16 +88,16 @@ def prepare_one(
 ) -> None:
     """Make the token store of one data set unless it is there."""
     started = time.monotonic()
-    dataset_folder = places.dataset_folder(home, section.name, section.subset)
-    must_be_whole(section.name, dataset_folder)
+    must_be_whole(section.name, places.dataset_folder(home, section.name, section.subset))
     final = tokens.store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
         if not force and not any(files.damage(final, SMALL_FILE)):
+            # Asked of them too: models with one tokenizer share them.
+            check_vocabulary(home, model_name, tokens.TokenStore(final, 1).meta["vocab_size"])
             describe(section, final, "are here")
             return
-        write_store(places.model_folder(home, model_name), section, dataset_folder, final, force,
-                    processes)  # fmt: skip
+        write_store(home, model_name, section, final, force, processes)
     describe(section, final, f"{time.monotonic() - started:.0f} s")
 
 
@@ -136,11 +136,13 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
 
 
 def write_store(
-    model_folder: Path, section: DataSection, dataset_folder: Path, final: Path, force: bool,
-    processes: int,
-) -> None:  # fmt: skip
+    home: Path, model_name: str, section: DataSection, final: Path, force: bool, processes: int
+) -> None:
     """Tokenise all documents beside ``final``, and publish them there."""
+    model_folder = places.model_folder(home, model_name)
+    dataset_folder = places.dataset_folder(home, section.name, section.subset)
     tokenizer, end_id = load_tokenizer(model_folder)
+    check_vocabulary(home, model_name, tokenizer.get_vocab_size())
     chat = Chat(model_folder)
     sources = sources_of(section, dataset_folder)
     form = section.format if section.format != "auto" else recognise(section, sources)
@@ -298,18 +300,12 @@ def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
     return tokenizer, end_id
 
 
-def check_vocabulary(home: Path, config: Config) -> None:
-    """ConfigError where the model is damaged, or a token id would lie beyond its embedding.
-
-    Asked also of tokens that are there: models with one tokenizer share them.
-    """
-    model_folder = places.model_folder(home, config.model.name)
-    must_be_whole(config.model.name, model_folder)
-    tokenizer, _ = load_tokenizer(model_folder)
-    vocab_size = model_vocabulary(model_folder)
-    if tokenizer.get_vocab_size() > vocab_size:
+def check_vocabulary(home: Path, model_name: str, tokens_known: int) -> None:
+    """ConfigError where a token id of the tokenizer would lie beyond the model's embedding."""
+    vocab_size = model_vocabulary(places.model_folder(home, model_name))
+    if tokens_known > vocab_size:
         raise ConfigError(
-            f"{config.model.name}: its tokenizer has {tokenizer.get_vocab_size():,} tokens, its "
+            f"{model_name}: its tokenizer has {tokens_known:,} tokens, its "
             f"model only {vocab_size:,}; they do not belong together, choose another model.name"
         )
 

@@ -25,7 +25,7 @@ from trainstack.errors import DataError
 from trainstack.prepare_writer import Part
 from trainstack.sections import DataSection
 
-ENCODED_CHARACTERS = 1 << 20  # at once: the library takes 30 bytes for each meanwhile
+ENCODED_CHARACTERS = 1 << 18  # at once: the library takes 30 bytes for each meanwhile
 CHUNKS_AHEAD = 2  # of each process
 PR_SET_PDEATHSIG = 1  # prctl(2)
 Task = tuple[int, Chunk, str | None]  # number of the file, chunk, split; None: by each text's hash

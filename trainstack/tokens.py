@@ -7,16 +7,17 @@ samples); meta.json (what made it), bad_records.jsonl (what was set aside) and m
 key is a hash of the source files, the tokenizer and the settings: another source is another store.
 """
 
+import errno
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from trainstack import files
 from trainstack.config import IGNORED_LABEL, Config
@@ -31,7 +32,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 TRAIN, EVAL = "train", "eval"
 INDEX = np.dtype("<i8")
-SAMPLES_KEPT = 512  # whose pages may be mapped at once; each may map 64 KiB
+SAMPLES_KEPT = 512  # whose pages of the other columns may be mapped at once
 PIECES_AT_ONCE = 1 << 16
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
@@ -135,7 +136,7 @@ class Corpus:
 
 
 class Split:
-    """One split of a store, mapped read-only.
+    """One split of a store, read-only: its columns are mapped, tokens of samples are read.
 
     ``ids``: the documents' tokens, one after the other. ``stops`` int64 [documents]: where each
     ends. ``spans`` int64 [spans, 3]: first and last + 1 of tokens in a row that carry loss, and how
@@ -153,9 +154,10 @@ class Split:
         self.pieces = self._mapped(folder / f"{name}.pieces", INDEX, 2)
         self.rows = self._mapped(folder / f"{name}.rows", INDEX)
         self.row_targets = self._mapped(folder / f"{name}.targets", INDEX)
+        self.dtype = dtype
+        self._file = (folder / f"{name}.bin").open("rb", buffering=0)
         whole = max(0, len(self.ids) - 1) // seq_len
-        shape, strides = (whole, seq_len + 1), (seq_len * dtype.itemsize, dtype.itemsize)
-        self.windows = as_strided(self.ids, shape, strides, writeable=False)
+        self._is_plain = self.is_full and whole == self.num_samples
 
     def _mapped(self, path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
         """A file as a read-only array, [rows, columns] or [rows]; None where there is none."""
@@ -229,11 +231,11 @@ class Split:
         anew at each document; each token that a row is filled up with is one of its own. Inputs
         and labels may share memory.
         """
+        if self._is_plain:
+            return self._read_plain(samples)
         self._read += len(samples)
         if self._read > SAMPLES_KEPT:
             self.forget()
-        if self.spans is None and self.rows is None and max(samples, default=0) < len(self.windows):
-            return self._read_windows(samples)
         parts = np.zeros((2 if self.rows is None else 3, len(samples), self.seq_len), np.int64)
         parts[1] = IGNORED_LABEL
         for row, sample in enumerate(samples):
@@ -243,11 +245,26 @@ class Split:
                 at += places
         return parts
 
-    def _read_windows(self, samples: np.ndarray) -> np.ndarray:
-        """Samples without a token that lacks its target: one gather; labels are a view."""
-        wide = self.windows[samples].astype(np.int64)
-        row, item = wide.strides
-        return as_strided(wide, (2, len(samples), self.seq_len), (item, row, item))
+    def _read_plain(self, samples: np.ndarray) -> np.ndarray:
+        """Samples of which each token has a target: labels are a view of the same memory."""
+        starts = (samples * self.seq_len).tolist()
+        found = self._tokens_at(starts, self.seq_len + 1).astype(np.int64)
+        row, item = found.strides
+        shape, strides = (2, len(samples), self.seq_len), (item, row, item)
+        return np.ndarray(shape, np.int64, found, strides=strides)  # as_strided takes longer
+
+    def _tokens_at(self, starts: Sequence[int], number: int) -> np.ndarray:
+        """That many tokens from each start, [starts, number], in the store's dtype.
+
+        Read, not mapped: an error of the file system is an OSError then, not the death of the
+        process (SIGBUS), and no page of the file counts as this process's memory.
+        """
+        file, item = self._file.fileno(), self.dtype.itemsize
+        size = number * item
+        data = b"".join([os.pread(file, size, start * item) for start in starts])
+        if len(data) != size * len(starts):
+            raise OSError(errno.EIO, "shorter than it was", self._file.name)
+        return np.frombuffer(data, self.dtype).reshape(len(starts), number)
 
     def pieces_of(self, sample: int) -> list[list[int]]:
         """What a sample is made of: first token and places of each piece."""
@@ -260,7 +277,7 @@ class Split:
     def _fill(self, parts: np.ndarray, start: int) -> None:
         """Write the tokens from ``start`` on into [2 or 3, places]."""
         places = parts.shape[1]
-        window = self.ids[start : start + places + 1]
+        window = self._tokens_at([start], places + 1)[0]
         parts[0] = window[:-1]
         if len(parts) == 3:
             parts[2] = np.arange(places)
