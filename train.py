@@ -249,7 +249,7 @@ def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
             "tokens_seen": step * parts.plan.tokens_per_step,
             "is_evaluated": is_evaluated,
             "skips_in_a_row": report.skips_in_a_row,
-            "drawn": report.drawn.tolist(),
+            "drawn": None if report.drawn is None else report.drawn.tolist(),
             "left_out": parts.sampler.left_out,
             "identity": tokens.identity(parts.config, parts.corpus.key),
             "settings": parts.config.model_dump(),

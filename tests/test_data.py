@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from trainstack import data, tokens
 from trainstack.packing import plans
-from trainstack.prepare_tokens import joined, spans_of
+from trainstack.prepare_tokens import part_of, spans_of
 from trainstack.prepare_writer import TokenWriter
 
 
@@ -119,7 +119,7 @@ def test_every_held_out_token_is_a_target_exactly_once(tmp_path, length):
 def make_store(folder, documents, seq_len, packing=None, split=tokens.TRAIN, too_long="split"):
     """A store of documents, each ids and flags, as prepare would write it."""
     writer = TokenWriter(folder / "new", 300)
-    writer.append(split, joined([(np.array(i), f) for i, f in documents], writer.dtype))
+    writer.append(split, part_of([(np.array(i), f) for i, f in documents], writer.dtype))
     for name, sealed in writer.seal(seq_len).items():
         if packing:
             made = plans(sealed.stops, sealed.targets_in, seq_len, packing, too_long)

@@ -86,10 +86,9 @@ MUTATIONS = {
         (
             (
                 "trainstack/data.py",
-                "        epochs, offsets = np.divmod(positions, self.total_samples)\n",
+                "        return _stream(positions, self.total_samples, self.seed)\n",
                 "        filled = -(-self.total_samples // self.num_replicas) * self.num_replicas\n"
-                "        epochs, offsets = np.divmod(positions, filled)\n"
-                "        offsets %= self.total_samples\n",
+                "        return _stream(positions, filled, self.seed) % self.total_samples\n",
             ),
         ),
     ),

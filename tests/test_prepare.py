@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +37,10 @@ prepare_tokens.Tokeniser.__call__ = slowly
 
 
 PEAK = """
-import atexit  # not getrusage, whose peak counts the process that began this one
-peak = lambda: open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+import atexit, resource  # whose own peak would count the process that began this one
+def peak():
+    own = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
+    return max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 atexit.register(lambda: print(peak(), file=sys.stderr))
 """
 
@@ -131,6 +135,73 @@ def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(h
     assert stores(home) == expected["texts"]  # nothing else is left in the folder either
     for folder in (home / "tokens").iterdir():
         files.remove_folder(folder)
+
+
+KILL = "os.kill(os.getpid(), 9)"
+MOMENTS = {
+    "laying out": f"prepare.packing.plans = lambda *_: {KILL}",
+    "meta.json": f"prepare_writer.TokenWriter.publish = lambda *_: {KILL}",
+    "the rename": f"prepare.files.publish_folder = lambda *_, **__: {KILL}",
+    "after the rename": f"prepare.describe = lambda *_: {KILL}",
+    "before the first commit": f"prepare_writer.TokenWriter._commit = lambda *_: {KILL}",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_other_moment_it_goes_on_too(home, expected, moment):
+    arguments = ["data.name=chats", "data.packing=best_fit", "--processes", "1"]
+    run(home, *arguments, code=-9, more=f"import os\n{MOMENTS[moment]}", chunk=1 << 20)
+    said = run(home, *arguments)
+    is_kept = moment in ("laying out", "meta.json", "the rename")
+    assert ("goes on at record" in said) == is_kept
+    assert stores(home) == expected["chats"]
+    for folder in (home / "tokens").iterdir():
+        files.remove_folder(folder)
+
+
+@pytest.mark.parametrize("damage", ["torn", "short", "none"])
+def test_what_cannot_be_gone_on_with_is_begun_anew(home, expected, damage):
+    arguments = ["data.name=texts", "data.packing=best_fit", "--processes", "1"]
+    run(home, *arguments, code=-9, more=f"import os\n{MOMENTS['laying out']}")
+    (left,) = (home / "tokens").glob(".*")
+    if damage == "torn":
+        (left / "progress.json").write_text('{"posi')
+    elif damage == "none":
+        (left / "progress.json").unlink()
+    else:
+        os.truncate(left / "train.bin", 10)
+    said = run(home, *arguments)
+    assert ("begun anew" in said) == (damage == "short")
+    assert stores(home) == expected["texts"]
+    for folder in (home / "tokens").iterdir():
+        files.remove_folder(folder)
+
+
+def test_a_source_without_a_piece_of_some_split_is_no_traceback(home):
+    settings = ["data.name=texts", "data.packing=best_fit", "data.too_long=drop", "data.seq_len=8"]
+    said = run(home, *settings)
+    assert "0 samples of 8 tokens" in said
+    for folder in (home / "tokens").iterdir():
+        files.remove_folder(folder)
+
+
+def test_no_process_at_all_is_refused(home):
+    assert "at least one has to tokenise" in run(home, "--processes", "0", code=2)
+
+
+def test_ctrl_c_is_one_line(home):
+    process = subprocess.Popen(
+        command(home, "data.name=texts", more=SLOWLY), stderr=subprocess.PIPE, text=True
+    )
+    while not list(home.glob("tokens/.*/progress.json")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "prepare: stopped; run it again, it goes on where it was"
+    assert "Traceback" not in said
+    for folder in (home / "tokens").iterdir():
+        shutil.rmtree(folder)
 
 
 def progress(home) -> list[int]:

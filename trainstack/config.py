@@ -149,10 +149,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     if problems:
         raise ConfigError(*problems)
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
-    mixture = [s.model_copy(update={"name": absolute(s.name)}) for s in config.data.mixture]
-    names = {"name": absolute(config.data.name), "mixture": mixture}
-    data = config.data.model_copy(update=names)
-    return config.model_copy(update={"model": model, "data": data})
+    return config.model_copy(update={"model": model})
 
 
 def apply_overrides(values: dict, places: dict[str, str], overrides: list[str]) -> list[str]:

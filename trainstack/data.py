@@ -93,10 +93,10 @@ def _mix_one(value: int) -> int:
 class Mixture:
     """Several streams of samples as one: whose turn each position is, and its which sample.
 
-    In every block of BLOCK positions each data set has its share, to within one sample, in an
-    order drawn by a permutation of the block; over any number of blocks its share is the weight's,
-    to within one. So a position is computed from its block alone. Samples of all data sets have
-    numbers in a row: first those of the first data set.
+    In every block of BLOCK positions each data set has its share, in an order drawn by a
+    permutation of the block. Over any number of blocks that is its weight's, to within one sample;
+    the largest takes what rounding leaves. So a position is computed from its block alone. Samples
+    of all data sets have numbers in a row: first those of the first data set.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -111,9 +111,13 @@ class Mixture:
     def drawn_before(self, block: int) -> np.ndarray:
         """How many samples each data set gives to all blocks before one, int64 [data sets].
 
-        Each share is rounded down; the largest takes what the others leave.
+        Rounded up and down by turns, a different point for each data set: else equal weights would
+        all be rounded down together, and the largest would have to take up to a sample of each.
         """
-        drawn = [int(block * BLOCK * share) for share in self.shares]
+        drawn = []
+        for number, share in enumerate(self.shares):
+            point = Fraction(2 * number + 1, 2 * len(self.shares))
+            drawn.append(int(block * BLOCK * share + point))
         drawn[self.largest] += block * BLOCK - sum(drawn)
         return np.array(drawn, np.int64)
 

@@ -22,6 +22,7 @@ PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
 CHUNK_BYTES = 1 << 20  # that a worker gets at once
 CHUNK_ROWS = 10_000  # of parquet, whose sizes say little where texts are repeated
+LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, such as -Infinity
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, is a short document
 
@@ -77,14 +78,37 @@ class Chunk:
                     place = f"{self.name}:{number}"
                     yield place, _read_line(place, line)
             return
-        is_list = isinstance(self.content, list)  # else a record batch of pyarrow
-        records = self.content if is_list else self.content.to_pylist()
+        records = self.content if isinstance(self.content, list) else _rows(self.content)
         for number, record in enumerate(records, start=self.first):
-            yield f"{self.name}: {self.unit} {number}" if self.unit else self.name, record
+            place = f"{self.name}: {self.unit} {number}" if self.unit else self.name
+            if isinstance(record, Exception) and not isinstance(record, DataError):
+                reason = str(record).splitlines()[0]
+                record = DataError(f"{place}: not readable ({reason}); mend it")
+            yield place, record
+
+
+def _rows(batch) -> Iterator[Any]:
+    """The rows of a record batch of pyarrow; one that Python cannot hold is the exception why."""
+    import pyarrow
+
+    problems = (ValueError, OverflowError, pyarrow.ArrowException)
+    try:
+        yield from batch.to_pylist()
+        return
+    except problems:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            yield batch.slice(number, 1).to_pylist()[0]
+        except problems as error:
+            yield error
 
 
 def read_chunks(path: Path) -> Iterator[Chunk]:
-    """The chunks of a file, always the same. DataError where the rest of it cannot be read."""
+    """The chunks of a file, always the same. DataError where the rest of it is damaged.
+
+    What the file system says itself, such as EIO, stays an OSError: trying again may help.
+    """
     name = path.name
     kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     readers = {"parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json}
@@ -93,12 +117,20 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
     except (EOFError, OSError, zlib.error, csv.Error) as error:
+        if getattr(error, "errno", None):
+            error.filename = error.filename or str(path)
+            raise
         raise DataError(f"{name}: cannot be read to its end ({error}); fetch it again") from None
 
 
 def _read_text(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
-        yield Chunk(path.name, "", 1, [{"text": stream.read().decode("utf-8-sig")}])
+        data = stream.read()
+    try:
+        record: Any = {"text": data.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        record = DataError(f"{path.name}: not UTF-8 at byte {error.start}; convert the file")
+    yield Chunk(path.name, "", 1, [record])
 
 
 def _read_lines(path: Path) -> Iterator[Chunk]:
@@ -133,7 +165,8 @@ def _open(path: Path):
 
 def _read_csv(path: Path) -> Iterator[Chunk]:
     with _open(path) as stream:
-        rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(text, strict=True)  # a quote left open takes all that follows
         sized = ((row, sum(len(v) for v in row.values() if isinstance(v, str))) for row in rows)
         yield from _in_chunks(path.name, "row", sized)
 
@@ -205,8 +238,10 @@ class JsonArray:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:  # or it goes on where the text read so far ends
-                if not self._read_more():
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated")
+                is_cut |= error.pos >= len(self.text) - LONGEST_WORD
+                if not (is_cut and self._read_more()):
                     raise self._problem(error.msg, error.pos) from None
                 continue
             except (ValueError, RecursionError) as error:

@@ -112,17 +112,21 @@ def named_assets(config: Config, home: Path) -> list[Asset]:
             needs_weights=model.init == "pretrained",
         )
     ]
-    for section in config.data.sources:
-        folder = places.dataset_folder(home, section.name, section.subset)
+    splits: dict[tuple[str, str | None, str], list[str]] = {}
+    for data in config.data.sources:
+        wanted = splits.setdefault((data.name, data.subset, data.revision), [])
+        wanted += [s for s in (data.split, data.eval_split) if s and s not in wanted]
+    for (name, subset, revision), wanted in splits.items():
+        folder = places.dataset_folder(home, name, subset)
         named.append(
             Asset(
                 kind="dataset",
-                name=section.name,
-                revision=section.revision,
+                name=name,
+                revision=revision,
                 folder=folder,
                 lock=lock_path(home, folder),
-                subset=section.subset,
-                splits=tuple(s for s in (section.split, section.eval_split) if s),
+                subset=subset,
+                splits=tuple(wanted),
             )
         )
     return [asset for asset in named if asset.name != places.DEMO]

@@ -60,14 +60,16 @@ class Metrics:
         self._to_tensorboard("train", values, ("tokens_per_second",))
         self.flush()
 
-    def log_evaluation(self, step: int, results: dict[str, tuple[float, int]]) -> None:
+    def log_evaluation(
+        self, step: int, results: dict[str, tuple[float, int]], is_mixture: bool
+    ) -> None:
         """``results``: of each data set, mean loss in nats and number of held-out tokens."""
         tokens = sum(number for _, number in results.values())
         loss = sum(loss * number for loss, number in results.values()) / max(1, tokens)
         perplexity = perplexity_of(loss)
         values = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
         values["eval_tokens"] = tokens
-        if len(results) > 1:
+        if is_mixture:
             values["source_eval_loss"] = {label: own for label, (own, _) in results.items()}
         files.append_line(self.file, values)
         log.info(
@@ -77,7 +79,7 @@ class Metrics:
             perplexity,
             f"{tokens:,}",
         )
-        for label, (own, number) in results.items() if len(results) > 1 else ():
+        for label, (own, number) in results.items() if is_mixture else ():
             log.info("        %s: loss %.4f   perplexity %.2f   (%s tokens)", label, own,
                      perplexity_of(own), f"{number:,}")  # fmt: skip
         if self.tensorboard:

@@ -6,6 +6,7 @@ one that was in the making when its process was killed is gone on with.
 """
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -46,6 +47,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes {options.processes}: at least one has to tokenise")
+    # Said aloud, the library does not warn of processes that are forked after it used its threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         config = load(options.config, options.overrides)
         if options.prove:
@@ -57,7 +62,13 @@ def main(arguments: list[str]) -> int:
         problem = error if isinstance(error, ConfigError) else ConfigError(str(error))
         print(problem.report("prepare"), file=sys.stderr)
         return problem.code if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("prepare: stopped; run it again, it goes on where it was", file=sys.stderr)
+        return 130
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            print(f"prepare: error: {error.strerror}", file=sys.stderr)
+            return 1
         place = error.filename or options.home
         free = files.free_bytes(options.home) / 1e9
         print(f"prepare: error: {place}: {error.strerror} ({free:.1f} GB free)", file=sys.stderr)
@@ -94,7 +105,8 @@ def prepare_one(
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
         if not force and not any(files.damage(final, SMALL_FILE)):
             # Asked of them too: models with one tokenizer share them.
-            check_vocabulary(home, model_name, tokens.TokenStore(final, 1).meta["vocab_size"])
+            check_vocabulary(home, model_name, _read_json(final / "meta.json")["vocab_size"])
+            remove(abandoned(final))
             describe(section, final, "are here")
             return
         write_store(home, model_name, section, final, force, processes)
@@ -151,15 +163,21 @@ def write_store(
     left = abandoned(final)
     temporary = temporary_folder(final)
     earlier = None if force else next(iter(left), None)
-    writer = TokenWriter(temporary, tokenizer.get_vocab_size(), earlier)
-    for folder in left:
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        writer = TokenWriter(temporary, tokenizer.get_vocab_size(), earlier)
+    except OSError as error:
+        if earlier is None or error.errno == errno.ENOSPC:
+            raise
+        say(section, f"what an earlier call left cannot be gone on with ({error}); begun anew")
+        remove([temporary])
+        writer = TokenWriter(temporary, tokenizer.get_vocab_size())
+    remove(left)
     try:
         tokenise = Tokeniser(section, tokenizer, end_id, chat, form, writer.dtype)
         fill(writer, section, sources, tokenise, processes)
         pack(writer, section)
     except (ConfigError, DataError):  # other data will be another store
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove([temporary])
         raise
     meta = {
         "model": str(model_folder),
@@ -173,8 +191,17 @@ def write_store(
         "version": tokens.FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
+    if not force and not any(files.damage(final, SMALL_FILE)):
+        remove([temporary])  # where locks exclude nobody, another one was faster
+        return
     files.remove_folder(final)  # damaged, or to be made anew
     writer.publish(final, meta)
+
+
+def remove(folders: list[Path]) -> None:
+    """Remove folders in the making."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 Source = tuple[Path, str | None]  # a file, and its split; None: each text's hash decides
@@ -190,7 +217,7 @@ def sources_of(section: DataSection, dataset_folder: Path) -> list[Source]:
 
 def recognise(section: DataSection, sources: list[Source]) -> str:
     """The format of the first record that has one."""
-    failed = 0
+    failed, last = 0, None
     for path, _ in sources:
         for chunk in read_chunks(path):
             for place, record in chunk.records():
@@ -198,11 +225,11 @@ def recognise(section: DataSection, sources: list[Source]) -> str:
                     if isinstance(record, DataError):
                         raise record
                     return formats.recognise(place, record, section.text_field)
-                except DataError:
-                    failed += 1
+                except DataError as error:
+                    failed, last = failed + 1, error
                     if failed > section.max_bad_records:
                         raise
-    raise DataError(f"{section.name}: no record in it; look at what was downloaded")
+    raise last or DataError(f"{section.name}: no record in it; look at what was downloaded")
 
 
 def fill(
@@ -227,7 +254,8 @@ def fill(
             bar.n = sum(sizes[:file])
             bar.set_postfix(tokens=f"{writer.counts.train_tokens:,}")
             if bar.disable and time.monotonic() > told_at + TOLD_SECONDS:
-                say(section, f"{bar.n / bar.total:.0%}, {writer.counts.train_tokens:,} tokens")
+                done = f"{writer.counts.train_tokens:,} tokens so far"
+                say(section, f"{done}, in file {file + 1} of {len(sources)}")
                 told_at = time.monotonic()
     if not writer.counts.train_documents:
         raise DataError(

@@ -64,7 +64,7 @@ class Tokeniser:
                 fraction = self.section.eval_fraction
                 is_eval = split is None and tokens.is_held_out(document.text, fraction)
                 made[split or (tokens.EVAL if is_eval else tokens.TRAIN)].append((ids, flags))
-        found.parts = {n: joined(pairs, self.dtype) for n, pairs in made.items() if pairs}
+        found.parts = {n: part_of(pairs, self.dtype) for n, pairs in made.items() if pairs}
         return found
 
     def _batches(self, chunk: Chunk, found: Tokenised) -> Iterator[list[formats.Document]]:
@@ -92,7 +92,7 @@ class Tokeniser:
             yield batch
 
 
-def joined(documents: list[tuple[np.ndarray, np.ndarray | None]], dtype: np.dtype) -> Part:
+def part_of(documents: list[tuple[np.ndarray, np.ndarray | None]], dtype: np.dtype) -> Part:
     """Documents of one split, each ids and flags, in a row."""
     lengths = np.array([len(ids) for ids, _ in documents], np.int64)
     spans = None
@@ -116,7 +116,7 @@ def in_order(
 ) -> Iterator[tuple[Task, Tokenised]]:
     """Each task with what became of it, in order, with at most a few of them in memory.
 
-    DataError where a process died, as one does when memory ends.
+    OSError where a process died, as one does when memory ends: what was committed is kept.
     """
     if processes == 1:
         for task in tasks:

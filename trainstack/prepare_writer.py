@@ -5,8 +5,10 @@ that two that take each other for dead never write to one file.
 """
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterable
@@ -61,7 +63,8 @@ class TokenWriter:
         ]
         self._columns = {name: Column(temporary / name) for name in [*names, BAD_RECORDS]}
         for name, size in progress.get("sizes", {}).items():
-            self._columns[name].copy(earlier / name, size)
+            if size:  # an empty one may be gone already
+                self._columns[name].copy(earlier / name, size)
         self._commit()
 
     def append(self, split: str, part: Part) -> None:
@@ -149,8 +152,8 @@ class TokenWriter:
         """Put the sealed store under its final name."""
         meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
         self.add_file("meta.json", json.dumps(meta, indent=1).encode())
-        files.unlink(self.temporary / PROGRESS)
         files.publish_folder(self.temporary, final, self._entries, kind="tokens")
+        files.unlink(final / PROGRESS)  # until then it can be gone on with
 
 
 class Column(files.HashedFile):
@@ -162,6 +165,8 @@ class Column(files.HashedFile):
         self.__enter__()
 
     def append(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
         self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
         if len(self._waiting) >= WRITE_BYTES:
             self.flush()
@@ -177,7 +182,7 @@ class Column(files.HashedFile):
             while size:
                 data = file.read(min(size, files.READ_BYTES))
                 if not data:
-                    raise OSError(f"{source}: shorter than was committed")
+                    raise OSError(errno.EIO, "shorter than was committed", str(source))
                 self.write(data)
                 size -= len(data)
 
@@ -193,12 +198,17 @@ def ids_dtype(vocab_size: int) -> np.dtype:
 
 def temporary_folder(final: Path) -> Path:
     """Where this process makes the store ``final``."""
-    return final.with_name(f".{final.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    own = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"  # ids come again
+    return final.with_name(f".{final.name}.{own}.tmp")
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What of a folder in the making is committed. FileNotFoundError where nothing is."""
-    return json.loads((folder / PROGRESS).read_bytes())
+    """What of a folder in the making is committed; nothing where that cannot be read."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return progress if {"position", "sizes", "counts", "host", "pid"} <= progress.keys() else {}
 
 
 def abandoned(final: Path) -> list[Path]:
@@ -206,17 +216,18 @@ def abandoned(final: Path) -> list[Path]:
     found = []
     for folder in final.parent.glob(f".{final.name}.*.tmp"):
         with contextlib.suppress(OSError):
-            try:
-                progress = read_progress(folder)
-            except FileNotFoundError:  # killed before its first commit
-                progress = {"host": None, "position": []}
+            progress = read_progress(folder)
             if _is_gone(folder, progress):
-                found.append((progress["position"], folder))
+                found.append((progress.get("position", []), folder))
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
 def _is_gone(folder: Path, progress: dict[str, Any]) -> bool:
     """Whether who made a folder has ended; of another host, whether nothing was heard for long."""
-    if progress["host"] == socket.gethostname():
+    if progress.get("host") == socket.gethostname():
         return is_dead(progress)
+    if (
+        not progress and f".{socket.gethostname()}." in folder.name
+    ):  # killed before its first commit
+        return process_start(int(folder.name.split(".")[-3])) is None
     return time.time() - folder.stat().st_mtime > SILENT_SECONDS

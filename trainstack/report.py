@@ -30,8 +30,9 @@ class Report:
     def __init__(self, parts: Parts, resumed: Resumed, rate_at, pace: training.Pace):
         self.parts, self.rate_at, self.pace = parts, rate_at, pace
         self.skips_in_a_row = resumed.skips_in_a_row
-        labels = list(parts.corpus.stores)
-        self.drawn = np.array(resumed.drawn or [0] * len(labels))  # sequences, by data set
+        self.drawn = None  # sequences, by data set of a mixture
+        if len(parts.corpus.stores) > 1:
+            self.drawn = np.array(resumed.drawn or [0] * len(parts.corpus.stores))
         self.metrics = None
         self._status_at = self._checked_at = 0.0
         self._stall_seconds, self._saved_at = 0.0, time.monotonic()
@@ -61,7 +62,7 @@ class Report:
 
     def draws(self, step: int) -> None:
         """Count from which data set the sequences of a step (from 0) come, of all ranks."""
-        if len(self.drawn) > 1:
+        if self.drawn is not None:
             samples = self.parts.sampler.all_samples_at(step)
             sources = self.parts.corpus.train.sources_of(samples)
             self.drawn += np.bincount(sources, minlength=len(self.drawn))
@@ -132,7 +133,7 @@ class Report:
             "data_seconds": data_seconds,
             "samples_hash": result.samples_hash,
         }
-        if len(self.drawn) > 1:
+        if self.drawn is not None:
             values["source_tokens"] = self._source_tokens()
         self.metrics.log_step(values, parts.max_steps, training.peak_memory_gb(parts.world.device))
         if time.monotonic() - self._status_at > STATUS_SECONDS:
@@ -148,7 +149,7 @@ class Report:
         """``results``: of each data set, the mean loss and the number of its held-out targets."""
         self.must_own()
         if self.metrics:
-            self.metrics.log_evaluation(step, results)
+            self.metrics.log_evaluation(step, results, is_mixture=self.drawn is not None)
             self.parts.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def saving(self) -> None:

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainstack.places import absolute
 
 MOST_SOURCES = 32  # of a mixture
 
@@ -45,6 +47,11 @@ class SourceSection(Section):
     max_bad_records: Annotated[int, Field(ge=0)]
     weight: PositiveFloat | None
 
+    @field_validator("name")
+    @classmethod
+    def make_absolute(cls, name: str) -> str:
+        return absolute(name)
+
     @property
     def label(self) -> str:
         """The name that tells it from the others of a mixture."""
@@ -71,6 +78,20 @@ class DataSection(SourceSection):
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice:
             raise ValueError(f"data.mixture: {twice} stands twice in it; give it one larger weight")
+        for source in sources:
+            same = [s for s in sources if (s.name, s.subset) == (source.name, source.subset)]
+            if len({s.revision for s in same}) > 1:
+                found = " and ".join(s.revision for s in same)
+                raise ValueError(
+                    f"data.mixture: {source.name} in revisions {found}; give all its splits one"
+                )
+        held_out = {(s.name, s.subset, s.eval_split) for s in sources}
+        both = next((s for s in sources if (s.name, s.subset, s.split) in held_out), None)
+        if both:
+            raise ValueError(
+                f"data.eval_split={both.split}: {both.name} is trained on that split too; hold out "
+                "another one, or null and an eval_fraction"
+            )
         weights = [source.weight for source in sources]
         if None in weights and any(weights):
             said = ", ".join(

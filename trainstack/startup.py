@@ -234,7 +234,7 @@ def announce(parts: Parts, resumed: Resumed) -> None:
     if config.train.max_steps is not None:
         log.info("%s  train.num_train_epochs is not used: max_steps decides", indent)
     announce_mixture(parts)
-    if not parts.corpus.eval.num_samples:
+    if not any(store.eval.num_samples for store in parts.corpus.stores.values()):
         log.info("%s  no held-out documents: there will be no evaluation", indent)
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
         log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)
@@ -257,8 +257,10 @@ def announce_mixture(parts: Parts) -> None:
     weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
     for section, size, weight in zip(sections, sizes, weights, strict=True):
         share = weight / sum(weights)
-        log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it", indent, 100 * share,
-                 section.label, f"{size:,}", share * drawn / size)  # fmt: skip
+        is_held = parts.corpus.stores[section.label].eval.num_samples
+        log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it%s", indent, 100 * share,
+                 section.label, f"{size:,}", share * drawn / size,
+                 "" if is_held else "; none of it is held out")  # fmt: skip
 
 
 def announce_resume(parts: Parts, resumed: Resumed) -> None:

@@ -207,7 +207,8 @@ def check_owner(run: RunFolder, queue: str) -> None:
 
 def prepare_demo(options: argparse.Namespace, config: Config) -> None:
     """Build the built-in demo where the configuration names it and it is not there."""
-    is_demo = config.model.name == places.DEMO and config.data.name == places.DEMO
+    names = {config.model.name, *(section.name for section in config.data.sources)}
+    is_demo = names == {places.DEMO}
     if not is_demo or not input_problem(options, config):
         return
     command = [sys.executable, "-m", "trainstack.prepare", "--home", options.home]

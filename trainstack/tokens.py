@@ -132,7 +132,6 @@ class Corpus:
         self.stores = stores
         self.key = corpus_key(store.folder for store in stores.values())
         self.train = joined([store.train for store in stores.values()])
-        self.eval = joined([store.eval for store in stores.values()])
 
 
 class Split:
@@ -341,7 +340,7 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
     samples = corpus.train.num_samples
     if samples < config.train.global_batch_size:
         raise ConfigError(
-            f"data.name={config.data.name} has {samples} sequences of {config.data.seq_len} tokens,"
+            f"{' and '.join(corpus.stores)}: {samples} sequences of {config.data.seq_len} tokens,"
             f" less than train.global_batch_size={config.train.global_batch_size}; use more data, "
             "a shorter data.seq_len or a smaller batch"
         )
