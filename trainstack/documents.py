@@ -27,8 +27,8 @@ SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, is a short document
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a data set's folder that make up a split, as its manifest says.
+def split_files(folder: Path, split: str, key: str = "data.split") -> list[Path]:
+    """The files of a data set's folder that make up a split, as its manifest says; ``key`` asks.
 
     The download writes down the splits (the README's ``configs:``, names such as
     train-00000-of-00002.parquet); a folder without them is one split, train. Raises DataError.
@@ -40,7 +40,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
         raise DataError(f"{folder} has no {', '.join(SUFFIXES)} file; look at what was downloaded")
     if split not in splits:
         have = ", ".join(sorted(splits))
-        raise DataError(f"data.split={split}: {folder.name} has {have}; choose one of them")
+        raise DataError(f"{key}={split}: {folder.name} has {have}; choose one of them")
     return [folder / name for name in sorted(splits[split])]
 
 

@@ -71,13 +71,24 @@ class HashedFile:
         _announce("write", self.path, view)
         self._hash.update(view)
         self.size += len(view)
-        while view:
-            view = view[self._file.write(view) :]
+        with self._named():
+            while view:
+                view = view[self._file.write(view) :]
 
     def sync(self) -> None:
         """Make what is written so far durable."""
         _announce("sync", self.path)
-        os.fsync(self._file.fileno())
+        with self._named():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of an open file does not say of which."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
 
     def __exit__(self, kind, *_) -> None:
         try:

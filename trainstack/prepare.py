@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes {options.processes}: at least one has to tokenise")
+    signal.signal(signal.SIGINT, stop)
     # Said aloud, the library does not warn of processes that are forked after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -62,18 +64,21 @@ def main(arguments: list[str]) -> int:
         problem = error if isinstance(error, ConfigError) else ConfigError(str(error))
         print(problem.report("prepare"), file=sys.stderr)
         return problem.code if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("prepare: stopped; run it again, it goes on where it was", file=sys.stderr)
-        return 130
     except OSError as error:
         if error.errno == errno.ENOMEM:
             print(f"prepare: error: {error.strerror}", file=sys.stderr)
             return 1
         place = error.filename or options.home
-        free = files.free_bytes(options.home) / 1e9
+        free = files.free_bytes(Path(place)) / 1e9
         print(f"prepare: error: {place}: {error.strerror} ({free:.1f} GB free)", file=sys.stderr)
         return 1
     return 0
+
+
+def stop(*_) -> None:
+    """Ctrl-C: end at once, and with this one those that tokenise; nothing has to be saved."""
+    os.write(2, b"prepare: stopped; run it again, it goes on where it was\n")
+    os._exit(130)
 
 
 def make_demo(home: Path, config: Config, force: bool) -> None:
@@ -211,7 +216,7 @@ def sources_of(section: DataSection, dataset_folder: Path) -> list[Source]:
     trained = split_files(dataset_folder, section.split)
     if not section.eval_split:
         return [(path, None) for path in trained]
-    held_out = split_files(dataset_folder, section.eval_split)
+    held_out = split_files(dataset_folder, section.eval_split, "data.eval_split")
     return [*((p, tokens.TRAIN) for p in trained), *((p, tokens.EVAL) for p in held_out)]
 
 
