@@ -50,7 +50,8 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_goes_on_in_place(lab, 
         assert event["cause"].startswith(blame.replace("HOST", HOST)), row
     assert trace.output.count("Traceback (most recent call last)") == 1, "that of the exception"
     assert "RuntimeError: a fault that TRAINSTACK_FAULT asked for" in trace.output
-    assert trace.redone() <= 10 * len(DEATHS)
+    # Steps of 10 ms are faster than saves of 80: the newest one is still being written.
+    assert trace.redone() <= 2 * 10 * len(DEATHS)
     trace.record("F07, F08", "; ".join(f for _, f, _ in DEATHS), reference, failed[0]["cause"])
 
 
