@@ -612,7 +612,7 @@ def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
 def test_data_smaller_than_one_batch_is_told_with_both_numbers(site):
     line = complaint(site.submit("train.global_batch_size=4096"), 2)
     assert re.search(
-        r"has \d+ sequences of 32 tokens, less than train.global_batch_size=4096", line
+        r"tiny: \d+ sequences of 32 tokens, less than train.global_batch_size=4096", line
     )
 
 

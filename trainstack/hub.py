@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -71,16 +72,20 @@ def main(arguments: list[str]) -> int:
     home = options.home.expanduser().absolute()
     prepare_environment(home)
     exit_code = 0
+    signal.signal(signal.SIGINT, stop)
     for asset in named_assets(config, home):
         try:
             provide(asset, options.force, options.retry_delay)
         except ConfigError as error:
             say(f"error: {asset}: {error}")
             exit_code = 1
-        except KeyboardInterrupt:
-            say(f"{asset}: stopped; what has arrived is kept, run it again to go on")
-            os._exit(130)  # without waiting for the threads that fetch
     return exit_code
+
+
+def stop(*_) -> None:
+    """Ctrl-C: end at once, for an exception would wait for the threads that fetch."""
+    os.write(2, b"hub: stopped; what has arrived is kept, run it again to go on\n")
+    os._exit(130)
 
 
 def prepare_environment(home: Path) -> None:
