@@ -1,6 +1,7 @@
 """The order of the data: exact, the same at any world size, and without memory."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -107,6 +108,14 @@ def test_labels_are_the_inputs_shifted_by_one(tmp_path):
     inputs, labels = batches[0]
     assert inputs[1].tolist() == list(range(30, 40))
     assert labels[1].tolist() == list(range(31, 41))
+
+
+def test_tokens_that_are_gone_from_under_a_run_are_an_error_not_a_crash(tmp_path):
+    store = make_store(tmp_path, [(range(50), None)], 10)
+    os.truncate(tmp_path / "store" / "train.bin", 60)
+    assert store.train.read(np.array([0]))[0].tolist() == [list(range(10))]
+    with pytest.raises(OSError, match="shorter than it was.*train.bin"):
+        store.train.read(np.array([3]))
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 12, 21, 25])

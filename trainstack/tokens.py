@@ -154,6 +154,8 @@ class Split:
         self.rows = self._mapped(folder / f"{name}.rows", INDEX)
         self.row_targets = self._mapped(folder / f"{name}.targets", INDEX)
         self.dtype = dtype
+        self._buffer = np.empty((0, 0), dtype)
+        self._rows_of_buffer: list[tuple[np.ndarray]] = []
         self._file = (folder / f"{name}.bin").open("rb", buffering=0)
         whole = max(0, len(self.ids) - 1) // seq_len
         self._is_plain = self.is_full and whole == self.num_samples
@@ -253,17 +255,22 @@ class Split:
         return np.ndarray(shape, np.int64, found, strides=strides)  # as_strided takes longer
 
     def _tokens_at(self, starts: Sequence[int], number: int) -> np.ndarray:
-        """That many tokens from each start, [starts, number], in the store's dtype.
+        """That many tokens from each start, [starts, number], until the next call.
 
         Read, not mapped: an error of the file system is an OSError then, not the death of the
         process (SIGBUS), and no page of the file counts as this process's memory.
         """
         file, item = self._file.fileno(), self.dtype.itemsize
         size = number * item
-        data = b"".join([os.pread(file, size, start * item) for start in starts])
-        if len(data) != size * len(starts):
+        if self._buffer.shape != (len(starts), number):
+            self._buffer = np.empty((len(starts), number), self.dtype)
+            self._rows_of_buffer = [(row,) for row in self._buffer]
+        found = 0
+        for row, start in zip(self._rows_of_buffer, starts, strict=True):
+            found += os.preadv(file, row, start * item)
+        if found != size * len(starts):
             raise OSError(errno.EIO, "shorter than it was", self._file.name)
-        return np.frombuffer(data, self.dtype).reshape(len(starts), number)
+        return self._buffer
 
     def pieces_of(self, sample: int) -> list[list[int]]:
         """What a sample is made of: first token and places of each piece."""
