@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUNDATIONS = (  # each imports those before
-    "files", "tensorfile", "places", "foreign", "errors", "strict_yaml", "sections", "config",
-    "distributed",
+    "processes", "files", "tensorfile", "places", "foreign", "errors", "strict_yaml", "sections",
+    "config", "distributed",
 )  # fmt: skip
 COMPONENTS = {
     "chat", "checkpoint", "data", "demo", "documents", "environment", "fault", "formats", "guard",

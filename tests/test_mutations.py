@@ -119,7 +119,7 @@ MUTATIONS = {
         "Left contains 2 more items",
         (
             (
-                "trainstack/distributed.py",
+                "trainstack/processes.py",
                 "    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)\n",
                 "",
             ),

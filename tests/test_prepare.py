@@ -96,10 +96,16 @@ def expected(home):
         said = run(home, *settings, "--processes", "1", chunk=1 << 20)
         assert f"documents ({format})" in said
         made[name] = stores(home)
-        for folder in (home / "tokens").iterdir():
-            files.remove_folder(folder)
+        shutil.rmtree(home / "tokens")
     assert any("bad_records.jsonl" in entries for entries in made["chats"].values())
     return made
+
+
+@pytest.fixture(autouse=True)
+def no_store(home):
+    """Each test makes its own, in the folder that they share."""
+    yield
+    shutil.rmtree(home / "tokens", ignore_errors=True)
 
 
 @pytest.mark.parametrize("name", ["chats", "texts"])
@@ -107,8 +113,6 @@ def test_several_processes_make_what_one_makes(home, expected, name):
     run(home, f"data.name={name}", "data.packing=best_fit", "--processes", "3")
     assert stores(home) == expected[name]
     assert "; are here" in run(home, f"data.name={name}", "data.packing=best_fit")
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(home, expected):
@@ -133,8 +137,6 @@ def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(h
     assert kept == sorted(kept) and kept[0] > [0, 1] and kept[-1] > kept[0]
     run(home, *arguments)
     assert stores(home) == expected["texts"]  # nothing else is left in the folder either
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 KILL = "os.kill(os.getpid(), 9)"
@@ -155,8 +157,6 @@ def test_killed_at_any_other_moment_it_goes_on_too(home, expected, moment):
     is_kept = moment in ("laying out", "meta.json", "the rename")
     assert ("goes on at record" in said) == is_kept
     assert stores(home) == expected["chats"]
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 @pytest.mark.parametrize("damage", ["torn", "short", "none"])
@@ -173,16 +173,12 @@ def test_what_cannot_be_gone_on_with_is_begun_anew(home, expected, damage):
     said = run(home, *arguments)
     assert ("begun anew" in said) == (damage == "short")
     assert stores(home) == expected["texts"]
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 def test_a_source_without_a_piece_of_some_split_is_no_traceback(home):
     settings = ["data.name=texts", "data.packing=best_fit", "data.too_long=drop", "data.seq_len=8"]
     said = run(home, *settings)
     assert "0 samples of 8 tokens" in said
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 def test_no_process_at_all_is_refused(home):
@@ -200,8 +196,6 @@ def test_ctrl_c_is_one_line(home):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "prepare: stopped; run it again, it goes on where it was"
     assert "Traceback" not in said
-    for folder in (home / "tokens").iterdir():
-        shutil.rmtree(folder)
 
 
 def progress(home) -> list[int]:
@@ -251,8 +245,6 @@ if not os.path.exists(sys.argv[2] + "/died"):
     assert "Traceback" not in "".join(said)
     assert "goes on at record" in run(home, *arguments)
     assert stores(home) == expected["chats"]
-    for folder in (home / "tokens").iterdir():
-        files.remove_folder(folder)
 
 
 def test_peak_memory_does_not_grow_with_the_data(tmp_path):

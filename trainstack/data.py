@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 ROUNDS = 12
-BLOCK = 1024  # positions of a mixture in which each data set has exactly its share
+BLOCK = 1024  # positions of a mixture in which each data set has its share
 AHEAD = 16384  # samples that are computed at once: arrays cost as much for a few as for many
 HASH_BITS = 52  # sums of two 26-bit halves stay exact in float64
 
@@ -106,7 +106,6 @@ class Mixture:
         parts = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not a binary number
         self.shares = [part / sum(parts) for part in parts]
         self.largest = self.shares.index(max(self.shares))
-        self._block: tuple = (-1, None, None)  # the one that was asked for last
 
     def drawn_before(self, block: int) -> np.ndarray:
         """How many samples each data set gives to all blocks before one, int64 [data sets].
@@ -133,16 +132,14 @@ class Mixture:
 
     def _turns(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of each position of a block: its data set, and the how-manieth draw from it it is."""
-        if self._block[0] != block:
-            before = self.drawn_before(block)
-            numbers = self.drawn_before(block + 1) - before
-            order = Permutation(BLOCK, self.seed, f"mixture/{block}")(np.arange(BLOCK))
-            turns = np.repeat(np.arange(len(self.sizes)), numbers)[order]
-            draws = np.empty(BLOCK, np.int64)
-            for source, number in enumerate(numbers.tolist()):
-                draws[turns == source] = before[source] + np.arange(number)
-            self._block = block, turns, draws
-        return self._block[1:]
+        before = self.drawn_before(block)
+        numbers = self.drawn_before(block + 1) - before
+        order = Permutation(BLOCK, self.seed, f"mixture/{block}")(np.arange(BLOCK))
+        turns = np.repeat(np.arange(len(self.sizes)), numbers)[order]
+        draws = np.empty(BLOCK, np.int64)
+        for source, number in enumerate(numbers.tolist()):
+            draws[turns == source] = before[source] + np.arange(number)
+        return turns, draws
 
     def _samples(self, turns: np.ndarray, draws: np.ndarray) -> np.ndarray:
         samples = np.empty_like(draws)

@@ -3,12 +3,10 @@
 The only module that reads RANK and its kin. Without them a process is a world of one.
 """
 
-import ctypes
 import datetime
 import logging
 import os
 import random
-import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -19,12 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainstack import processes
 from trainstack.errors import ConfigError
 
 log = logging.getLogger("trainstack")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # NCCL's own default; gloo's is 30
 PEER_LOST_SECONDS = 3  # a victim waits, so that the rank that failed first is seen first
-PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,7 @@ def die_with_parent() -> None:
 
     The launcher tells its pid, since it may have died while this process was still importing.
     """
-    parent = int(os.environ.get("TRAINSTACK_PARENT") or os.getppid())
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request took effect
-        os.kill(os.getpid(), signal.SIGKILL)
+    processes.die_with_parent(int(os.environ.get("TRAINSTACK_PARENT") or os.getppid()))
 
 
 def rank_of_process() -> int:

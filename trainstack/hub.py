@@ -13,7 +13,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from trainstack import files, hub_choose, places
 from trainstack.config import Config, load
 from trainstack.errors import USAGE_ERROR, ConfigError
 from trainstack.hub_local import LocalFiles
+from trainstack.processes import end_on_interrupt
 
 if TYPE_CHECKING:
     from trainstack.hub_verify import HubCommit
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     home = options.home.expanduser().absolute()
     prepare_environment(home)
     exit_code = 0
-    signal.signal(signal.SIGINT, stop)
+    end_on_interrupt("hub: stopped; what has arrived is kept, run it again to go on")
     for asset in named_assets(config, home):
         try:
             provide(asset, options.force, options.retry_delay)
@@ -80,12 +80,6 @@ def main(arguments: list[str]) -> int:
             say(f"error: {asset}: {error}")
             exit_code = 1
     return exit_code
-
-
-def stop(*_) -> None:
-    """Ctrl-C: end at once, for an exception would wait for the threads that fetch."""
-    os.write(2, b"hub: stopped; what has arrived is kept, run it again to go on\n")
-    os._exit(130)
 
 
 def prepare_environment(home: Path) -> None:

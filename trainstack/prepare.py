@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from trainstack.documents import read_chunks, split_files
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare_tokens import Task, Tokenised, Tokeniser, in_order
 from trainstack.prepare_writer import BAD_RECORDS, TokenWriter, abandoned, temporary_folder
+from trainstack.processes import end_on_interrupt
 from trainstack.sections import DataSection
 
 FEW_BYTES = 4 << 20  # of a source, for which one process is enough
@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes {options.processes}: at least one has to tokenise")
-    signal.signal(signal.SIGINT, stop)
+    # Those that tokenise end with this one; nothing has to be saved.
+    end_on_interrupt("prepare: stopped; run it again, it goes on where it was")
     # Said aloud, the library does not warn of processes that are forked after it used its threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -73,12 +74,6 @@ def main(arguments: list[str]) -> int:
         print(f"prepare: error: {place}: {error.strerror} ({free:.1f} GB free)", file=sys.stderr)
         return 1
     return 0
-
-
-def stop(*_) -> None:
-    """Ctrl-C: end at once, and with this one those that tokenise; nothing has to be saved."""
-    os.write(2, b"prepare: stopped; run it again, it goes on where it was\n")
-    os._exit(130)
 
 
 def make_demo(home: Path, config: Config, force: bool) -> None:
@@ -185,7 +180,7 @@ def write_store(
         remove([temporary])
         raise
     meta = {
-        "model": str(model_folder),
+        "model": model_name,
         "data": section.name,
         "settings": tokens.store_settings(section),
         "made_from": tokens.made_from(model_folder, dataset_folder, tokens.store_settings(section)),

@@ -4,7 +4,6 @@ A process each, not threads: chat templates and JSON are Python. The tokenizer's
 used only where there is one process, since both would fight for the cores.
 """
 
-import ctypes
 import errno
 import os
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trainstack import formats, tokens
+from trainstack import formats, processes, tokens
 from trainstack.chat import Chat
 from trainstack.documents import Chunk
 from trainstack.errors import DataError
@@ -27,7 +26,6 @@ from trainstack.sections import DataSection
 
 ENCODED_CHARACTERS = 1 << 18  # at once: the library takes 30 bytes for each meanwhile
 CHUNKS_AHEAD = 2  # of each process
-PR_SET_PDEATHSIG = 1  # prctl(2)
 Task = tuple[int, Chunk, str | None]  # number of the file, chunk, split; None: by each text's hash
 
 
@@ -112,25 +110,25 @@ def spans_of(flags: np.ndarray) -> np.ndarray:
 
 
 def in_order(
-    tokenise: Tokeniser, tasks: Iterable[Task], processes: int
+    tokenise: Tokeniser, tasks: Iterable[Task], number: int
 ) -> Iterator[tuple[Task, Tokenised]]:
-    """Each task with what became of it, in order, with at most a few of them in memory.
+    """Each task with what became of it, in order; by ``number`` processes, a few tasks in memory.
 
     OSError where a process died, as one does when memory ends: what was committed is kept.
     """
-    if processes == 1:
+    if number == 1:
         for task in tasks:
             yield task, tokenise(task)
         return
     context = get_context("fork")  # each has the loaded tokenizer without loading it
-    with ProcessPoolExecutor(processes, context, _begin, (tokenise, os.getpid())) as pool:
+    with ProcessPoolExecutor(number, context, _begin, (tokenise, os.getpid())) as pool:
         try:
-            yield from _ahead(pool, tasks, processes * CHUNKS_AHEAD)
+            yield from _ahead(pool, tasks, number * CHUNKS_AHEAD)
         except BrokenProcessPool:
             raise OSError(
                 errno.ENOMEM,
                 "a process that tokenises was killed, most likely for lack of memory; run it again "
-                f"with fewer than PROCESSES={processes}: it goes on where it was",
+                f"with fewer than PROCESSES={number}: it goes on where it was",
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -154,9 +152,7 @@ def _begin(tokenise: Tokeniser, parent: int) -> None:
     """A process of the pool begins: it ends with its parent, which alone hears of Ctrl-C."""
     global _tokenise
     _tokenise = tokenise
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    processes.die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -100,7 +100,6 @@ class TokenWriter:
     def _commit(self) -> None:
         """Make what is appended durable, then say so."""
         for column in self._columns.values():
-            column.flush()
             column.sync()
         progress = {
             "host": socket.gethostname(),
@@ -169,12 +168,16 @@ class Column(files.HashedFile):
             return
         self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
         if len(self._waiting) >= WRITE_BYTES:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         if self._waiting:
             self.write(self._waiting)
         self._waiting = bytearray()
+
+    def sync(self) -> None:
+        self._flush()
+        super().sync()
 
     def copy(self, source: Path, size: int) -> None:
         """Begin with the first ``size`` bytes of another file."""
@@ -187,7 +190,6 @@ class Column(files.HashedFile):
                 size -= len(data)
 
     def close(self) -> None:
-        self.flush()
         self.__exit__(None)
 
 
@@ -226,8 +228,7 @@ def _is_gone(folder: Path, progress: dict[str, Any]) -> bool:
     """Whether who made a folder has ended; of another host, whether nothing was heard for long."""
     if progress.get("host") == socket.gethostname():
         return is_dead(progress)
-    if (
-        not progress and f".{socket.gethostname()}." in folder.name
-    ):  # killed before its first commit
+    is_ours = f".{socket.gethostname()}." in folder.name
+    if is_ours and not progress:  # it ended before its first commit
         return process_start(int(folder.name.split(".")[-3])) is None
     return time.time() - folder.stat().st_mtime > SILENT_SECONDS

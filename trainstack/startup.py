@@ -178,12 +178,11 @@ def build_sampler(
     left_out: list[dict[str, int]],
 ) -> data.StepSampler:
     """The samples of this rank from the step on that the run goes on from."""
-    sizes = [store.train.num_samples for store in corpus.stores.values()]
     weights = [section.weight for section in config.data.sources]
     seed = config.run.seed
     return data.StepSampler(
-        sum(sizes), config.train.global_batch_size, world.rank, world.world_size, seed,
-        resumed.step, left_out, data.mixture_of(sizes, weights, seed),
+        corpus.train.num_samples, config.train.global_batch_size, world.rank, world.world_size,
+        seed, resumed.step, left_out, data.mixture_of(corpus.sizes, weights, seed),
     )  # fmt: skip
 
 
@@ -249,11 +248,11 @@ def announce(parts: Parts, resumed: Resumed) -> None:
 
 def announce_mixture(parts: Parts) -> None:
     """Of each data set of a mixture, how much of what is learned comes from it."""
+    sections, sizes = parts.config.data.sources, parts.corpus.sizes
     indent = " " * len(parts.config.run.name)
-    sections, drawn = parts.config.data.sources, parts.max_steps * parts.plan.global_batch_size
-    sizes = [store.train.num_samples for store in parts.corpus.stores.values()]
     if len(sections) == 1:
         return
+    drawn = parts.max_steps * parts.plan.global_batch_size
     weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
     for section, size, weight in zip(sections, sizes, weights, strict=True):
         share = weight / sum(weights)

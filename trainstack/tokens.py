@@ -132,6 +132,7 @@ class Corpus:
         self.stores = stores
         self.key = corpus_key(store.folder for store in stores.values())
         self.train = joined([store.train for store in stores.values()])
+        self.sizes = [store.train.num_samples for store in stores.values()]
 
 
 class Split:
@@ -302,9 +303,9 @@ class Joined:
 
     def __init__(self, splits: Sequence[Split]):
         self.splits = splits
-        self.sizes = [split.num_samples for split in splits]
-        self.firsts = np.cumsum([0, *self.sizes[:-1]])
-        self.num_samples = sum(self.sizes)
+        sizes = [split.num_samples for split in splits]
+        self.firsts = np.cumsum([0, *sizes[:-1]])
+        self.num_samples = sum(sizes)
         self.is_full = all(split.is_full for split in splits)
 
     def sources_of(self, samples: np.ndarray) -> np.ndarray:
@@ -338,8 +339,8 @@ def joined(splits: list[Split]) -> Split | Joined:
 
 def enough_samples(config: Config, corpus: Corpus) -> int:
     """The samples of the training split; ConfigError where they do not fill one global batch."""
-    for label, store in corpus.stores.items():
-        if not store.train.num_samples:
+    for label, size in zip(corpus.stores, corpus.sizes, strict=True):
+        if not size:
             raise ConfigError(
                 f"data set {label} has less than one sequence of {config.data.seq_len} tokens; use "
                 "more data, a shorter data.seq_len, or leave it out"
