@@ -43,9 +43,9 @@ main() {
   local what=(--home "$TRAINSTACK_HOME" --config "$config")
   # Bash before 4.4 takes the expansion of an empty array for an unset variable.
   if ((${#overrides[@]})); then what+=("${overrides[@]}"); fi
-  run trainstack.hub ${is_forced:+--force} "${what[@]}"
-  run trainstack.prepare ${is_forced:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
-  HF_HUB_OFFLINE=1 run trainstack.prepare --prove "${what[@]}"
+  run trainstack.hub.fetch ${is_forced:+--force} "${what[@]}"
+  run trainstack.prepare.prepare ${is_forced:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
+  HF_HUB_OFFLINE=1 run trainstack.prepare.prepare --prove "${what[@]}"
   tell_next_step
 }
 
@@ -111,6 +111,6 @@ tell_next_step() {
   log "ready; the job reads $config, so put these values there, or next: $submit$said"
 }
 
-resolved() { run trainstack.config --config "$config" "$@"; }
+resolved() { run trainstack.config.load --config "$config" "$@"; }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

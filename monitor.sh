@@ -53,7 +53,7 @@ main() {
 }
 
 show() {
-  local command=("$TRAINSTACK_PYTHON" -m trainstack.monitor --home "$TRAINSTACK_HOME") queue=""
+  local command=("$TRAINSTACK_PYTHON" -m trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
   # Without an answer from Slurm the states of jobs are shown as unknown, not as gone.
   if command -v squeue >/dev/null && queue="$(squeue --noheader --format='%A|%T|%L|%r' 2>/dev/null)"; then
     command+=(--queue)

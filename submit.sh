@@ -15,7 +15,7 @@
 #
 # Prints the job id alone on stdout, of a chain that of its first job. A run.name that exists is
 # continued. The job uses a copy of code and settings, so that editing them while it waits changes
-# nothing. TRAINSTACK_FAULT="kill:rank=1,step=25" breaks it on purpose: see trainstack/fault.py.
+# nothing. TRAINSTACK_FAULT="kill:rank=1,step=25" breaks it on purpose: see trainstack/resilience/faults.py.
 # Exit: 0 done, 1 could not, 2 asked wrongly, 78 the run belongs to another job or experiment.
 
 set -euo pipefail
@@ -38,7 +38,7 @@ main() {
   local config="$HERE/config.yaml" is_local="" is_dry="" chain="" settings=() sbatch_options=() queue=""
   parse "$@"
   load_environment
-  local check=("$TRAINSTACK_PYTHON" -m trainstack.submit --home "$TRAINSTACK_HOME"
+  local check=("$TRAINSTACK_PYTHON" -m trainstack.job.submit --home "$TRAINSTACK_HOME"
     --repository "$HERE" --config "$config")
   if [[ -n "$is_local" ]]; then check+=(--local); fi
   find_queue
@@ -182,7 +182,7 @@ submit_job() {
   error="$(mktemp)"
   job_id="$("${command[@]}" 2>"$error")" || code=$?
   job_id="${job_id%%;*}"
-  PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m trainstack.job submitted "$run_dir" \
+  PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m trainstack.job.attempts submitted "$run_dir" \
     --job "$job_id" --code "$code"
   if ((code)); then
     if [[ -n "$chain" ]]; then which="job $((${#jobs[@]} + 1)) of $chain"; fi

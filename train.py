@@ -15,27 +15,41 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainstack import (
-    checkpoint,
-    data,
-    distributed,
-    fault,
-    model,
-    optim,
-    places,
-    startup,
-    tokens,
-    training,
+from trainstack import distributed
+from trainstack.checkpoint.saver import SaveError, Saver, Snapshot, small_files
+from trainstack.config.load import IGNORED_LABEL, batch_plan, load, steps_for
+from trainstack.data import order
+from trainstack.data.store import Split, enough_samples, identity, open_corpus
+from trainstack.model.causal_lm import (
+    CausalLMLoss,
+    build_causal_lm,
+    count_parameters,
+    saved_weights,
+    wrap_ddp,
 )
-from trainstack.config import IGNORED_LABEL, batch_plan, load, steps_for
-from trainstack.failure import explain
-from trainstack.guard import Guard, withhold
-from trainstack.metrics import duration
-from trainstack.report import Diverged, Report
-from trainstack.runfolder import CONTINUES, EXIT_CODES, RUNNING, RunFolder
-from trainstack.startup import Parts, Resumed, Watch
-from trainstack.stop import Stop
-from trainstack.watchdog import SAVE_SECONDS, START_SECONDS
+from trainstack.optim import adamw
+from trainstack.resilience.failure import explain
+from trainstack.resilience.faults import Faults, parse
+from trainstack.resilience.guard import Guard, withhold
+from trainstack.resilience.stop import Stop
+from trainstack.resilience.watchdog import SAVE_SECONDS, START_SECONDS
+from trainstack.run.folder import CONTINUES, EXIT_CODES, RUNNING, RunFolder
+from trainstack.storage import layout
+from trainstack.train import numbers as step_numbers
+from trainstack.train import startup
+from trainstack.train.metrics import duration
+from trainstack.train.numbers import (
+    Pace,
+    StepNumbers,
+    compute_gradients,
+    generate_text,
+    is_agreed,
+    is_due,
+    update,
+    warm_up,
+)
+from trainstack.train.report import Diverged, Report
+from trainstack.train.startup import Parts, Resumed, Watch
 
 log = logging.getLogger("trainstack")
 
@@ -44,27 +58,27 @@ def main(options: argparse.Namespace, config) -> str:
     """Build everything, train, and return the state in which the run was left."""
     world = distributed.start(options.expect_world_size)
     plan = batch_plan(config, world.world_size)
-    run = RunFolder(places.run_folder(options.home, config.run.name))
-    corpus = tokens.open_corpus(options.home, config)
-    model_folder = places.model_folder(options.home, config.model.name)
+    run = RunFolder(layout.run_folder(options.home, config.run.name))
+    corpus = open_corpus(options.home, config)
+    model_folder = layout.model_folder(options.home, config.model.name)
     owner, lease = startup.own_run_folder(run, options, config, corpus, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
-    if training.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
+    if is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
         return startup.pause_early(run, owner, lease, stop, world)
     watch = Watch(run, options, world.rank, config.guard.hang_seconds)
-    faults = fault.Faults(fault.parse(options.fault), world.rank, owner.attempt)
+    faults = Faults(parse(options.fault), world.rank, owner.attempt)
 
-    max_steps = steps_for(config, tokens.enough_samples(config, corpus))
+    max_steps = steps_for(config, enough_samples(config, corpus))
 
     newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, config, corpus))
     init = "pretrained" if newest else config.model.init
-    causal_lm = model.build_causal_lm(
+    causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
-    loss_model = model.CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
+    loss_model = CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
     faults.attach(loss_model)
-    ddp = model.wrap_ddp(loss_model, world)
-    optimizer = optim.build_optimizer(causal_lm, config.optim)
+    ddp = wrap_ddp(loss_model, world)
+    optimizer = adamw.build_optimizer(causal_lm, config.optim)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
     guard = Guard(config.guard, world.device, scaler.is_enabled())
     resumed = startup.restore(newest, causal_lm, optimizer, scaler, guard)
@@ -72,15 +86,15 @@ def main(options: argparse.Namespace, config) -> str:
     sampler = startup.build_sampler(config, corpus, world, resumed, left_out)
     attempt = f"{owner.job}.{owner.attempt}"
     keep = config.checkpoint.save_total_limit
-    saver = checkpoint.Saver(run.checkpoints, world, keep, attempt, lease.check)
-    small_files = checkpoint.small_files(causal_lm, model_folder)
+    saver = Saver(run.checkpoints, world, keep, attempt, lease.check)
+    beside = small_files(causal_lm, model_folder)
     parts = Parts(
         config, world, plan, run, lease, owner, max_steps, corpus, causal_lm, ddp, optimizer,
-        scaler, guard, sampler, saver, small_files, stop, watch, faults,
+        scaler, guard, sampler, saver, beside, stop, watch, faults,
     )  # fmt: skip
     if world.is_main:
         lease.check()  # loading takes a while
-        stop.save_seconds = startup.expected_save_seconds(run, model.count_parameters(causal_lm))
+        stop.save_seconds = startup.expected_save_seconds(run, count_parameters(causal_lm))
         run.set_status(RUNNING, step=resumed.step, max_steps=max_steps)
     startup.announce(parts, resumed)
     with settled(parts):
@@ -90,21 +104,21 @@ def main(options: argparse.Namespace, config) -> str:
 def train(parts: Parts, resumed: Resumed) -> str:
     """The loop: from a step that is done to max_steps, or to a stop. Returns DONE or PAUSED."""
     config, max_steps, step = parts.config, parts.max_steps, resumed.step
-    numbers, pace = training.StepNumbers(parts.world.device), training.Pace()
-    report = Report(parts, resumed, optim.build_schedule(config.optim, max_steps), pace)
+    numbers, pace = StepNumbers(parts.world.device), Pace()
+    report = Report(parts, resumed, adamw.build_schedule(config.optim, max_steps), pace)
     started = time.monotonic()
     samples = parts.sampler.samples_at(min(step, max_steps - 1))
-    training.warm_up(parts.ddp, batches_of(parts, samples))
+    warm_up(parts.ddp, batches_of(parts, samples))
     # Asked to while it was starting? And was the stop before this life in an evaluation?
-    is_stopping = training.is_agreed(parts.stop.is_wanted(0), parts.world)
+    is_stopping = is_agreed(parts.stop.is_wanted(0), parts.world)
     is_evaluated = resumed.is_evaluated or (not is_stopping and evaluate(parts, report, step))
     is_stopping |= not is_evaluated
     report.begins(step)
     while step < max_steps and not is_stopping:
         step += 1
         is_stopping, is_saving = take_step(parts, report, numbers, step)
-        is_saving |= training.is_due(step, config.checkpoint.save_steps, max_steps)
-        is_evaluation_due = training.is_due(step, config.eval.eval_steps, max_steps)
+        is_saving |= is_due(step, config.checkpoint.save_steps, max_steps)
+        is_evaluation_due = is_due(step, config.eval.eval_steps, max_steps)
         if is_evaluation_due or is_saving or is_stopping:
             is_stopping |= report.step(numbers.read())[0]
         is_evaluated = not is_evaluation_due or evaluate(parts, report, step)
@@ -125,18 +139,16 @@ def train(parts: Parts, resumed: Resumed) -> str:
     return leave(parts, "DONE", step, started)
 
 
-def take_step(
-    parts: Parts, report: Report, numbers: training.StepNumbers, step: int
-) -> tuple[bool, bool]:
+def take_step(parts: Parts, report: Report, numbers: StepNumbers, step: int) -> tuple[bool, bool]:
     """One optimizer update; whether a rank wanted to stop, and to save, as of the step before."""
     report.must_own()
     parts.watch.at(step, "samples")
     parts.faults.before(step)
     distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
-    optim.set_learning_rate(parts.optimizer, report.rate_at(step))
+    adamw.set_learning_rate(parts.optimizer, report.rate_at(step))
     samples = parts.sampler.samples_at(step - 1)
     target_tokens = target_tokens_at(parts, step - 1)
-    loss_sum, grad_norm = training.compute_gradients(
+    loss_sum, grad_norm = compute_gradients(
         parts.ddp,
         parts.optimizer,
         parts.scaler,
@@ -154,21 +166,21 @@ def take_step(
         grad_norm,
         target_tokens,
         (parts.stop.is_wanted(step_seconds, saves), report.wants_save()),
-        data.samples_hash(samples),
+        order.samples_hash(samples),
         parts.guard.judge,
     )
     parts.watch.at(step, "update")
     withhold(parts.optimizer, is_bad)
     report.stalled(parts.saver.before_update())
     max_grad_norm = parts.config.optim.max_grad_norm
-    training.update(parts.ddp, parts.optimizer, parts.scaler, grad_norm, max_grad_norm)
+    update(parts.ddp, parts.optimizer, parts.scaler, grad_norm, max_grad_norm)
     report.saved(parts.saver.poll())
     return wishes_before
 
 
 def batches_of(parts: Parts, samples: np.ndarray):
     """The micro batches of this rank's samples of one step."""
-    return data.micro_batches(
+    return order.micro_batches(
         samples,
         parts.plan.micro_batch_size,
         parts.corpus.train.read,
@@ -213,11 +225,11 @@ def evaluate(parts: Parts, report: Report, step: int) -> bool:
     return True
 
 
-def evaluate_one(parts: Parts, held_out: tokens.Split, step: int) -> tuple[float, int] | None:
+def evaluate_one(parts: Parts, held_out: Split, step: int) -> tuple[float, int] | None:
     """Mean loss over one data set's held-out targets, and their number; None if broken off."""
     world = parts.world
     rows = min(held_out.num_samples, parts.config.eval.eval_samples or held_out.num_samples)
-    batches = data.micro_batches(
+    batches = order.micro_batches(
         np.arange(world.rank, rows, world.world_size),
         parts.plan.micro_batch_size,
         held_out.read,
@@ -229,7 +241,9 @@ def evaluate_one(parts: Parts, held_out: tokens.Split, step: int) -> tuple[float
         parts.watch.at(step, "evaluation")
         return parts.stop.is_wanted(0, 1 + parts.saver.is_busy)
 
-    return training.evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
+    return step_numbers.evaluate(
+        parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop
+    )
 
 
 def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
@@ -238,20 +252,20 @@ def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
     parts.watch.at(step, "save", SAVE_SECONDS)
     finish_save(parts, report, step)  # of the checkpoint before
     report.saving()
-    snapshot = checkpoint.Snapshot(
+    snapshot = Snapshot(
         step,
-        model.saved_weights(parts.causal_lm),
-        optim.optimizer_tensors(parts.causal_lm, parts.optimizer),
+        saved_weights(parts.causal_lm),
+        adamw.optimizer_tensors(parts.causal_lm, parts.optimizer),
         {
             "step": step,
-            "updates": optim.updates_done(parts.optimizer),
+            "updates": adamw.updates_done(parts.optimizer),
             "samples_seen": step * parts.plan.global_batch_size,
             "tokens_seen": step * parts.plan.tokens_per_step,
             "is_evaluated": is_evaluated,
             "skips_in_a_row": report.skips_in_a_row,
             "drawn": None if report.drawn is None else report.drawn.tolist(),
             "left_out": parts.sampler.left_out,
-            "identity": tokens.identity(parts.config, parts.corpus.key),
+            "identity": identity(parts.config, parts.corpus.key),
             "settings": parts.config.model_dump(),
             "scaler": parts.scaler.state_dict(),
             "guard": parts.guard.state(),
@@ -272,7 +286,7 @@ def finish_save(parts: Parts, report: Report, step: int) -> None:
     parts.watch.at(step, "save", SAVE_SECONDS)
     saved = parts.saver.wait()
     if saved.problem is not None and saved.step == step:
-        raise checkpoint.SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
+        raise SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
     report.saved(saved)
 
 
@@ -298,9 +312,9 @@ def show_sample(parts: Parts) -> None:
         return
     from transformers import AutoTokenizer
 
-    _, newest = places.newest_checkpoint(parts.run.checkpoints)
+    _, newest = layout.newest_checkpoint(parts.run.checkpoints)
     tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
-    text = training.generate_text(
+    text = generate_text(
         parts.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
         parts.config.run.seed,
     )  # fmt: skip
@@ -318,7 +332,7 @@ def leave(parts: Parts, state: str, step: int, started: float) -> str:
         run.pause(owner.job, owner.attempt, cause, step=step)
         log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
     else:
-        _, newest = places.newest_checkpoint(run.checkpoints)
+        _, newest = layout.newest_checkpoint(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(time.monotonic() - started)
         code = EXIT_CODES[state]
         run.set_status(state, step=step, exit_code=code, cause=None, next_action=look)
@@ -344,7 +358,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expect-world-size", type=int, metavar="N")
     parser.add_argument("--stop-file", type=Path, help="when it appears: save and stop")
     parser.add_argument("--ends-at", type=float, help="end of the job, seconds since 1970")
-    parser.add_argument("--fault", default="", help="break on purpose; see trainstack/fault.py")
+    parser.add_argument("--fault", default="", help="break on purpose; see resilience/faults.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     if options.home is None:
@@ -359,7 +373,7 @@ def guarded_main() -> None:
     run = None
     try:
         config = load(options.config, options.overrides)
-        run = RunFolder(places.run_folder(options.home, config.run.name))
+        run = RunFolder(layout.run_folder(options.home, config.run.name))
         state = main(options, config)
         # All leave together, and at once: taking a process group apart while a peer is already
         # gone aborts now and then (seen with gloo, torch 2.13).

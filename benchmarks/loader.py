@@ -31,7 +31,7 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import default_data_collator
 
-from trainstack import data, tokens
+from trainstack.data import order, store
 
 TOKENS, SEQ_LEN, BATCH, BATCHES, ROUNDS = 100_000_000, 1024, 32, 400, 5
 ROW = SEQ_LEN + 1  # inputs and labels overlap
@@ -120,15 +120,15 @@ def copied():
 def with_trainstack(folder: Path, ids: np.ndarray):
     """The path of train.py, without what it asks its other parts between two batches."""
     ids.tofile(folder / "train.bin")
-    np.array([TOKENS], tokens.INDEX).tofile(folder / "train.documents")
-    split = tokens.Split(folder, "train", ids.dtype, SEQ_LEN)
+    np.array([TOKENS], store.INDEX).tofile(folder / "train.documents")
+    split = store.Split(folder, "train", ids.dtype, SEQ_LEN)
 
     def batches_of(samples):
-        return data.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
+        return order.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
 
     def batches():
         yield from batches_of(np.arange(BATCH))  # then the clock starts, our sampler's start counts
-        sampler = data.StepSampler(split.num_samples, BATCH, rank=0, world_size=1, seed=1)
+        sampler = order.StepSampler(split.num_samples, BATCH, rank=0, world_size=1, seed=1)
         for step in itertools.count():
             yield from batches_of(sampler.samples_at(step))
 

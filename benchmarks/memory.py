@@ -14,8 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainstack import demo, files, places
-from trainstack.config import Config, load
+from trainstack.config.load import Config, load
+from trainstack.prepare import demo
+from trainstack.storage import files, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN, BATCH = 1024, 32
@@ -44,7 +45,7 @@ def growth(peaks: tuple[float, ...]) -> float:
 
 def measure(home: Path, packing: str, size: int) -> list[float]:
     """Peak MB of preparation, and of a rank; each in a process of its own."""
-    folder = places.dataset_folder(home, f"text{size}", None)
+    folder = layout.dataset_folder(home, f"text{size}", None)
     if not folder.exists():
         make_dataset(folder, size)
     found = []
@@ -76,7 +77,7 @@ def settings(packing: str, name: str) -> Config:
 
 
 def preparation(home: str, packing: str, name: str) -> float:
-    from trainstack import prepare
+    from trainstack.prepare import prepare
 
     prepare.prepare(Path(home), settings(packing, name), force=False)
     workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
@@ -84,13 +85,16 @@ def preparation(home: str, packing: str, name: str) -> float:
 
 
 def rank(home: str, packing: str, name: str) -> float:
-    from trainstack import data, tokens
+    import torch
 
-    split = tokens.open_corpus(Path(home), settings(packing, name)).train
-    sampler = data.StepSampler(split.num_samples, BATCH, 0, 1, seed=1)
+    from trainstack.data import order, store
+
+    split = store.open_corpus(Path(home), settings(packing, name)).train
+    sampler = order.StepSampler(split.num_samples, BATCH, 0, 1, seed=1)
+    device = torch.device("cpu")
     for step in range(split.num_samples // BATCH):
         samples = sampler.samples_at(step)
-        for parts in data.micro_batches(samples, BATCH, split.read, data.torch.device("cpu")):
+        for parts in order.micro_batches(samples, BATCH, split.read, device):
             assert len(parts[0]) == BATCH
         split.target_tokens(samples)
     return peak()

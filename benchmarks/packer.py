@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainstack.packing import plans
+from trainstack.prepare.packing import plans
 
 LENGTHS, SEQ_LEN, ROUNDS, PART = 1_000_000, 2048, 5, 10
 LEAST_RATIO, MOST_PADDING = 50, 0.003

@@ -25,8 +25,10 @@ from datasets import disable_progress_bars, load_dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from trainstack import demo, files, places, prepare, tokens
-from trainstack.config import Config, load
+from trainstack.config.load import Config, load
+from trainstack.data import store
+from trainstack.prepare import demo, prepare
+from trainstack.storage import files, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 MEGABYTES, VOCAB_SIZE, SEQ_LEN, ROUNDS = 20, 16_384, 1024, 3
@@ -48,7 +50,7 @@ def main() -> int:
 
 def measure(home: Path, config: Config, texts: list[str]) -> dict[str, float]:
     """Seconds of each, one after the other."""
-    path = places.model_folder(home, places.DEMO) / "tokenizer.json"
+    path = layout.model_folder(home, layout.DEMO) / "tokenizer.json"
     shutil.rmtree(home / "tokens", ignore_errors=True)
     taken = {}
     for name in ("encode_batch", "encode_batch_fast"):
@@ -57,8 +59,8 @@ def measure(home: Path, config: Config, texts: list[str]) -> dict[str, float]:
     with contextlib.redirect_stderr(io.StringIO()):
         for name in ("ours", "ours, second start"):
             taken[name] = seconds(lambda: prepare.prepare(home, config, force=False))
-    taken["ours, opening them"] = seconds(lambda: tokens.open_corpus(home, config))
-    jsonl = places.dataset_folder(home, "text", None) / "train.jsonl"
+    taken["ours, opening them"] = seconds(lambda: store.open_corpus(home, config))
+    jsonl = layout.dataset_folder(home, "text", None) / "train.jsonl"
     with tempfile.TemporaryDirectory(dir=home) as cache:
         # A process of its own: map leaves TOKENIZERS_PARALLELISM=false behind (datasets 5.2).
         command = [sys.executable, __file__, jsonl, path, cache]
@@ -100,7 +102,7 @@ def make_home(home: Path) -> list[str]:
         size += len(text.encode())
         if size >= MEGABYTES * 1e6:
             break
-    folder = places.dataset_folder(home, "text", None)
+    folder = layout.dataset_folder(home, "text", None)
     temporary = folder.with_name(".text.tmp")
     temporary.mkdir(parents=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)

@@ -13,7 +13,7 @@ import tracemalloc
 
 from torch.utils.data import DistributedSampler
 
-from trainstack.data import StepSampler
+from trainstack.data.order import StepSampler
 
 SAMPLES, RANKS, BATCH, ROUNDS = 10_000_000, 8, 512, 5
 LEAST_RATIO, MOST_BYTES = 10_000, 1 << 20

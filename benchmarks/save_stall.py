@@ -19,8 +19,12 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainstack import checkpoint, distributed, model, optim, training
-from trainstack.config import batch_plan, load
+from trainstack import distributed
+from trainstack.checkpoint.saver import Saver, Snapshot
+from trainstack.config.load import batch_plan, load
+from trainstack.model import causal_lm
+from trainstack.optim import adamw
+from trainstack.train import numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, QUIET_STEPS = 5, 3
@@ -50,10 +54,10 @@ class Trainer:
         )  # fmt: skip
         torch.manual_seed(1)
         self.causal_lm = LlamaForCausalLM(shape).float()
-        self.ddp = model.wrap_ddp(
-            model.CausalLMLoss(self.causal_lm, self.config.train, world.device), world
+        self.ddp = causal_lm.wrap_ddp(
+            causal_lm.CausalLMLoss(self.causal_lm, self.config.train, world.device), world
         )
-        self.optimizer = optim.build_optimizer(self.causal_lm, self.config.optim)
+        self.optimizer = adamw.build_optimizer(self.causal_lm, self.config.optim)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         tokens = torch.randint(0, 16384, (2, 257))
         self.batch = [(tokens[:, :-1], tokens[:, 1:])]
@@ -61,24 +65,24 @@ class Trainer:
     def step(self, before_update) -> tuple[float, float]:
         """One step; its seconds, and those it waited for a save."""
         started = time.perf_counter()
-        _, norm = training.compute_gradients(
+        _, norm = numbers.compute_gradients(
             self.ddp, self.optimizer, self.scaler, self.batch, self.plan, self.plan.tokens_per_step
         )
         waited = before_update()
-        training.update(self.ddp, self.optimizer, self.scaler, norm, 1.0)
+        numbers.update(self.ddp, self.optimizer, self.scaler, norm, 1.0)
         dist.barrier()
         return time.perf_counter() - started, waited
 
-    def snapshot(self, step: int) -> checkpoint.Snapshot:
-        weights = model.saved_weights(self.causal_lm)
-        tensors = optim.optimizer_tensors(self.causal_lm, self.optimizer)
-        return checkpoint.Snapshot(step, weights, tensors, {"step": step}, {"config.json": b"{}"})
+    def snapshot(self, step: int) -> Snapshot:
+        weights = causal_lm.saved_weights(self.causal_lm)
+        tensors = adamw.optimizer_tensors(self.causal_lm, self.optimizer)
+        return Snapshot(step, weights, tensors, {"step": step}, {"config.json": b"{}"})
 
 
 def measure(folder: Path) -> int:
     world = distributed.start(2)
     trainer = Trainer(world)
-    saver = checkpoint.Saver(folder, world, 2, "benchmark.1", lambda: None)
+    saver = Saver(folder, world, 2, "benchmark.1", lambda: None)
     peers, stalls, slowdowns, durations = [], [], [], []
     for number in range(ROUNDS + 1):
         quiet = [trainer.step(saver.before_update)[0] for _ in range(QUIET_STEPS)]
@@ -100,7 +104,7 @@ def measure(folder: Path) -> int:
     if world.is_main:
         ratio = statistics.median(s / p for s, p in zip(stalls, peers, strict=True))
         slowdown = statistics.median(slowdowns)
-        parameters = model.count_parameters(trainer.causal_lm)
+        parameters = causal_lm.count_parameters(trainer.causal_lm)
         print(f"{parameters / 1e6:.1f}M parameters, {saved.size / 1e6:.0f} MB a checkpoint, step "
               f"{statistics.median(quiet):.2f} s, a save of ours published after "
               f"{statistics.median(durations[1:]):.2f} s")  # fmt: skip
@@ -133,9 +137,9 @@ def save_with_torch(trainer: Trainer, path: Path) -> float:
     return longest(time.perf_counter() - started)
 
 
-def is_over(saver: checkpoint.Saver, world: distributed.World) -> bool:
+def is_over(saver: Saver, world: distributed.World) -> bool:
     """Whether the save has ended on both ranks."""
-    return not training.is_agreed(saver._thread.is_alive(), world)
+    return not numbers.is_agreed(saver._thread.is_alive(), world)
 
 
 def longest(seconds: float) -> float:

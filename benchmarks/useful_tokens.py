@@ -34,8 +34,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from trainstack import data, distributed, files, model, optim, places, prepare, tokens, training
-from trainstack.config import Config, batch_plan, load
+from trainstack import distributed
+from trainstack.config.load import Config, batch_plan, load
+from trainstack.data.order import StepSampler, micro_batches
+from trainstack.data.store import Split, open_corpus
+from trainstack.model.causal_lm import CausalLMLoss, wrap_ddp
+from trainstack.optim import adamw
+from trainstack.prepare import prepare
+from trainstack.storage import files, layout
+from trainstack.train.numbers import compute_gradients, update
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS, MEDIAN, SIGMA, SHORTEST, SEQ_LEN = 4000, 90, 0.9, 16, 512  # the lengths in tokens
@@ -65,7 +72,7 @@ def main() -> int:
         home = Path(name)
         config, tokenizer = load(ROOT / "config.yaml", SETTINGS), make_home(home)
         prepare.prepare(home, config, force=False)
-        store = tokens.open_corpus(home, config).train
+        store = open_corpus(home, config).train
         dropped = len(store.ids) - len(store.stops) - int(store.row_targets.sum())
         loops = with_trainers(home, store, tokenizer)
         loops |= with_trainstack(home, config, store)
@@ -87,26 +94,26 @@ def times_faster(rounds: list[dict], *peers: str) -> float:
     return statistics.median(r["ours"][0] / max(r[n][0] for n in peers) for r in rounds)
 
 
-def with_trainstack(home: Path, config: Config, store: tokens.Split) -> dict:
+def with_trainstack(home: Path, config: Config, store: Split) -> dict:
     """The parts of train.py, as it builds and uses them."""
     world, plan = distributed.start(1), batch_plan(config, 1)
     causal_lm = new_llama(home)
-    loss_model = model.CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
-    ddp = model.wrap_ddp(loss_model, world)
-    optimizer = optim.build_optimizer(causal_lm, config.optim)
+    loss_model = CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
+    ddp = wrap_ddp(loss_model, world)
+    optimizer = adamw.build_optimizer(causal_lm, config.optim)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    sampler = data.StepSampler(store.num_samples, SAMPLES, 0, 1, config.run.seed)
+    sampler = StepSampler(store.num_samples, SAMPLES, 0, 1, config.run.seed)
     numbers = itertools.count()
     full = torch.randint(VOCAB_SIZE, (SAMPLES, SEQ_LEN + 1))
 
     def step(batches, targets: int) -> int:
-        _, norm = training.compute_gradients(ddp, optimizer, scaler, batches, plan, targets)
-        training.update(ddp, optimizer, scaler, norm, config.optim.max_grad_norm)
+        _, norm = compute_gradients(ddp, optimizer, scaler, batches, plan, targets)
+        update(ddp, optimizer, scaler, norm, config.optim.max_grad_norm)
         return targets
 
     def packed() -> int:
         samples = sampler.samples_at(next(numbers))
-        batches = data.micro_batches(samples, SAMPLES, store.read, world.device)
+        batches = micro_batches(samples, SAMPLES, store.read, world.device)
         return step(batches, store.target_tokens(samples))
 
     def dense() -> int:
@@ -124,7 +131,7 @@ def timed(step) -> tuple[float, float]:
     return useful / (time.perf_counter() - started), useful / STEPS
 
 
-def with_trainers(home: Path, store: tokens.Split, tokenizer) -> dict:
+def with_trainers(home: Path, store: Split, tokenizer) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     table = Dataset.from_dict({"input_ids": np.split(store.ids, store.stops[:-1])})
@@ -186,7 +193,7 @@ class Loop(TrainerCallback):
 
 def new_llama(home: Path):
     torch.manual_seed(1)
-    folder = places.model_folder(home, "llama")
+    folder = layout.model_folder(home, "llama")
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
@@ -201,9 +208,9 @@ def make_home(home: Path) -> PreTrainedTokenizerFast:
         json.dumps({"text": " ".join(f"w{n}" for n in generator.integers(2, VOCAB_SIZE, length))})
         for length in lengths.astype(int) - 1  # the end token is one of it
     ]
-    publish(places.dataset_folder(home, "lengths", None), "dataset", {"a.jsonl": "\n".join(lines)})
+    publish(layout.dataset_folder(home, "lengths", None), "dataset", {"a.jsonl": "\n".join(lines)})
     special = {"eos_token": END, "pad_token": PADDING}
-    publish(places.model_folder(home, "llama"), "model", {
+    publish(layout.model_folder(home, "llama"), "model", {
         "config.json": json.dumps(LLAMA), "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(special),
     })  # fmt: skip

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-from trainstack import places
-from trainstack.runfolder import RunFolder
+from trainstack.run.folder import RunFolder
+from trainstack.storage import layout
 
 SETTINGS = {
     "train__max_steps": 60,
@@ -59,7 +59,7 @@ class Lab:
         )  # fmt: skip
 
     def trace(self, run: str, output: str = "") -> "Trace":
-        return Trace(RunFolder(places.run_folder(self.home, run)), output)
+        return Trace(RunFolder(layout.run_folder(self.home, run)), output)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Trace:
         return tiny.metrics(self.run.path.parent.parent, self.run.path.name)
 
     def weights_hash(self) -> str:
-        newest = places.checkpoints(self.run.checkpoints)[0][1]
+        newest = layout.checkpoints(self.run.checkpoints)[0][1]
         return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
     def steps(self) -> list[dict]:
@@ -97,7 +97,7 @@ class Trace:
 
     def ledger(self) -> str:
         """What the ledger says; fails where a sample was repeated or skipped."""
-        result = tiny.run_module("trainstack.ledger", self.run.path, check=False)
+        result = tiny.run_module("trainstack.monitor.ledger", self.run.path, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "repeated = 0, skipped = 0" in result.stdout
         return result.stdout

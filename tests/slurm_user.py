@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lab import Trace
 from slurm_cluster import SlurmCluster
-from trainstack.runfolder import RunFolder
+from trainstack.run.folder import RunFolder
 
 TWO_NODES = ("--", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4", "--time=10")
 PAIR = ("--", "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2", "--time=10")

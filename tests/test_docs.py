@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import tiny
-from trainstack.config import all_keys, load
+from trainstack.config.load import all_keys, load
 from trainstack.errors import USAGE_ERROR
-from trainstack.runfolder import EXIT_CODES
+from trainstack.run.folder import EXIT_CODES
 
 ROOT = tiny.ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
@@ -94,9 +94,9 @@ def test_the_table_of_exit_codes_is_that_of_the_code():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_a_valid_configuration(recipe):
     """Its schedule too, which only torch and transformers can judge."""
-    from trainstack.optim import build_schedule
+    from trainstack.optim.adamw import build_schedule
 
-    tiny.run_module("trainstack.config", "--config", recipe)
+    tiny.run_module("trainstack.config.load", "--config", recipe)
     config = load(recipe, [])
     build_schedule(config.optim, config.train.max_steps or 1)
     assert config.run.name == recipe.stem

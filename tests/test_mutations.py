@@ -30,7 +30,7 @@ class Mutation:
 
 
 POWER_CUT = (
-    "tests/test_crash_states.py::"
+    "tests/checkpoint/test_crash_states.py::"
     "test_whatever_a_power_cut_leaves_is_as_before_or_as_it_became[a_save]"
 )
 MUTATIONS = {
@@ -39,7 +39,7 @@ MUTATIONS = {
         "(1 returns): found",
         (
             (
-                "trainstack/checkpoint.py",
+                "trainstack/checkpoint/saver.py",
                 "    files.rename(temporary, final)\n    files.sync_folder(final.parent)\n",
                 "    files.rename(temporary, final)\n",
             ),
@@ -50,12 +50,12 @@ MUTATIONS = {
         "checkpoint-3 shows a part",
         (
             (
-                "trainstack/checkpoint.py",
+                "trainstack/checkpoint/saver.py",
                 '    files.write_manifest(temporary, entries, kind="checkpoint", step=step)\n',
                 "",
             ),
             (
-                "trainstack/checkpoint.py",
+                "trainstack/checkpoint/saver.py",
                 "    files.rename(temporary, final)\n",
                 "    files.rename(temporary, final)\n"
                 '    files.write_manifest(final, entries, kind="checkpoint", step=step)\n',
@@ -63,29 +63,29 @@ MUTATIONS = {
         ),
     ),
     "no look at the lease before a publish": Mutation(
-        "tests/test_checkpoint.py::test_who_lost_the_run_folder_does_not_publish",
+        "tests/checkpoint/test_checkpoint.py::test_who_lost_the_run_folder_does_not_publish",
         "DID NOT RAISE",
         (
             (
-                "trainstack/checkpoint.py",
+                "trainstack/checkpoint/saver.py",
                 "(self.still_mine(), _prepare_folder(temporary))",
                 "_prepare_folder(temporary)",
             ),
-            ("trainstack/checkpoint.py", "    still_mine()\n", ""),
+            ("trainstack/checkpoint/saver.py", "    still_mine()\n", ""),
         ),
     ),
     "no look at the lease right before the rename": Mutation(
-        "tests/test_checkpoint.py::"
+        "tests/checkpoint/test_checkpoint.py::"
         "test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner",
         "DID NOT RAISE",
-        (("trainstack/checkpoint.py", "    still_mine()\n", ""),),
+        (("trainstack/checkpoint/saver.py", "    still_mine()\n", ""),),
     ),
     "an epoch filled up as DistributedSampler does by default": Mutation(
-        "tests/test_data.py::test_every_world_size_consumes_the_same_samples_at_each_step",
+        "tests/data/test_data.py::test_every_world_size_consumes_the_same_samples_at_each_step",
         "test_every_world_size_consumes_the_same_samples_at_each_step[8]",
         (
             (
-                "trainstack/data.py",
+                "trainstack/data/order.py",
                 "        return _stream(positions, self.total_samples, self.seed)\n",
                 "        filled = -(-self.total_samples // self.num_replicas) * self.num_replicas\n"
                 "        return _stream(positions, filled, self.seed) % self.total_samples\n",
@@ -93,18 +93,18 @@ MUTATIONS = {
         ),
     ),
     "packed documents that see each other": Mutation(
-        "tests/test_model.py::test_documents_of_a_row_do_not_see_each_other",
+        "tests/model/test_model.py::test_documents_of_a_row_do_not_see_each_other",
         "lets documents of one sequence see each other",
         (
             (
-                "trainstack/model.py",
+                "trainstack/model/causal_lm.py",
                 '    return {"input_ids": input_ids, "position_ids": position_ids}\n',
                 '    return {"input_ids": input_ids}\n',
             ),
         ),
     ),
     "srun in the foreground": Mutation(
-        "tests/test_shell.py::test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself",
+        "tests/shell/test_shell.py::test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself",
         "the stop file did not happen",
         (
             (
@@ -115,7 +115,7 @@ MUTATIONS = {
         ),
     ),
     "no signal of death from the parent": Mutation(
-        "tests/test_orphans.py::test_a_killed_torchrun_leaves_no_rank_behind",
+        "tests/resilience/test_orphans.py::test_a_killed_torchrun_leaves_no_rank_behind",
         "Left contains 2 more items",
         (
             (
@@ -126,11 +126,11 @@ MUTATIONS = {
         ),
     ),
     "sizes compared, contents not": Mutation(
-        "tests/test_checkpoint.py::test_every_flipped_bit_is_found_and_its_file_named",
+        "tests/checkpoint/test_checkpoint.py::test_every_flipped_bit_is_found_and_its_file_named",
         "AssertionError: bit ",
         (
             (
-                "trainstack/files.py",
+                "trainstack/storage/files.py",
                 "            is_small = hash_up_to is None or size <= hash_up_to\n",
                 "            is_small = False\n",
             ),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from trainstack import files, places
+from trainstack.storage import files, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
@@ -69,7 +69,7 @@ def make_model(home: Path, name: str = "tiny", template: str | None = None) -> P
     }
     if template:
         content["chat_template.jinja"] = template
-    return publish(places.model_folder(home, name), content, kind="model", weight_bytes=0)
+    return publish(layout.model_folder(home, name), content, kind="model", weight_bytes=0)
 
 
 def make_dataset(home: Path, name: str = "tiny", documents: int = 300) -> Path:
@@ -81,7 +81,7 @@ def make_dataset(home: Path, name: str = "tiny", documents: int = 300) -> Path:
         words = [WORDS[(start + i) % len(WORDS)] for i in range(generator.randrange(20, 90))]
         lines.append(json.dumps({"text": " ".join([f"w{number % 64}", *words])}))
     content = {"train.jsonl": "\n".join(lines) + "\n"}
-    return publish(places.dataset_folder(home, name, None), content, kind="dataset")
+    return publish(layout.dataset_folder(home, name, None), content, kind="dataset")
 
 
 def publish(folder: Path, content: dict[str, str], **facts) -> Path:

@@ -1,0 +1,337 @@
+"""Every mistake in a configuration is one line with its place, its value and its fix."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import tiny
+from trainstack.config.load import load
+from trainstack.config.other_names import FOREIGN_NAMES
+from trainstack.errors import ConfigError
+
+SHIPPED = (tiny.ROOT / "config.yaml").read_text()
+
+
+def check(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "trainstack.config.load", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+
+
+def complaint(result: subprocess.CompletedProcess) -> str:
+    """The one line on stderr; fails where there is more, less, or a traceback."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in lines[0]
+    assert len(lines[0]) < 300
+    return lines[0]
+
+
+def changed(old: str, new: str) -> str:
+    assert old in SHIPPED
+    return SHIPPED.replace(old, new, 1)
+
+
+FILES = {
+    "B02 empty": ("", r"holds nothing where sections are expected; start from"),
+    "B02 a list": ("- a\n- b\n", r"holds a sequence where sections are expected"),
+    "B03 a tab": ("run:\n\tname: x\n", r"config\.yaml:2:1: a tab at the start .* spaces"),
+    "B03 syntax": ("run: {name: x\n", r"config\.yaml:2:1: .*mend the line"),
+    "B04 twice": (
+        changed("  seed: 1234", "  seed: 1\n  seed: 2"),
+        r"config\.yaml:10: run\.seed: stands twice, first on line 9; remove one",
+    ),
+    "B05 unknown": (
+        changed("learning_rate:", "learing_rate:"),
+        r"config\.yaml:\d+: optim\.learing_rate: no such key; did you mean optim\.learning_rate\?",
+    ),
+    "B07 text": (
+        changed("learning_rate: 4e-3", "learning_rate: abc"),
+        r"config\.yaml:\d+: optim\.learning_rate=abc: not a number; write for example 2e-5",
+    ),
+    "B07 quoted": (
+        changed("learning_rate: 4e-3", 'learning_rate: "4e-3"'),
+        r"optim\.learning_rate=4e-3: not a number",
+    ),
+    "B07 nan": (changed("learning_rate: 4e-3", "learning_rate: .nan"), r"not a finite number"),
+    "B08 octal": (changed("max_steps: 160", "max_steps: 08"), r"max_steps=08: not a whole number"),
+    "B12 a tag": (
+        changed("name: demo ", 'name: !!python/object/apply:os.system ["touch CANARY"] '),
+        r"config\.yaml:8: run\.name: the tag .*python/object/apply:os\.system is not allowed",
+    ),
+    "a section missing": (SHIPPED[: SHIPPED.index("\nlog:")], r"log: missing; copy its line"),
+    "a section as a number": (changed("log:\n", "log: 5\nlog2:\n"), None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_mistake_in_the_file_is_one_line_with_place_value_and_fix(name, tmp_path):
+    text, pattern = FILES[name]
+    path = tmp_path / "config.yaml"
+    path.write_text(text.replace("CANARY", str(tmp_path / "canary")))
+    result = check("--config", path)
+    if pattern is None:
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert "log=5: not a section; put its keys below log:" in result.stderr
+    else:
+        assert re.search(pattern, complaint(result)), result.stderr
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_file_that_is_not_there_is_named():
+    assert "nowhere.yaml: no such file; name one with --config FILE" in complaint(
+        check("--config", "nowhere.yaml")
+    )
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_bytes("run: é".encode("latin-1"))
+    assert "save it as UTF-8" in complaint(check("--config", tmp_path / "c.yaml"))
+
+
+OVERRIDES = [
+    ("optim.learning_rate=abc", "not a number; write for example 2e-5"),
+    ("optim.learning_rate=2e-5x", "not a number"),
+    ("optim.learning_rate=nan", "not a number"),
+    ("optim.learning_rate=.inf", "not a finite number"),
+    ("optim.learning_rate=-1", "out of range; write a number more than 0"),
+    ("train.max_steps=0", "at least 1"),
+    ("train.max_steps=08", "not a whole number"),
+    ("train.max_steps=yes", "not a whole number"),
+    ("train.max_steps=1:30", "not a whole number"),
+    ("train.max_steps=1.5", "not a whole number"),
+    ("train.torch_compile=yes", "neither true nor false"),
+    ("train.precision=bfloat16", "did you mean bf16?"),
+    ("train.global_batch_size=30", "no multiple of train.micro_batch_size=4 x 1 processes"),
+    ("data.seq_len=0", "at least 2"),
+    ("optim.adam_beta1=1", "less than 1"),
+    ("checkpoint.save_total_limit=1", "at least 2"),
+    ("model.init=new", "not one of scratch or pretrained"),
+    ("log.report_to=[wandb]", "not one of tensorboard"),
+    ("run.name=a b", "not a plain name"),
+    ("run.name=$(touch canary)", "not a plain name"),
+    ("run.name=-rf", "not a plain name"),
+    ("run.name=../up", "not a plain name"),
+    ("run.name=ä", "not a plain name"),
+    ("run.name='a'\"b", "not a plain name"),
+    ("run.name=a\nb", "not a plain name"),
+    ("run.name=" + "x" * 101, "not a plain name"),
+    ("model.name=", "not a text"),
+    ("data.subset=5", "write it in quotes"),
+    ("nothing", "write section.key=value"),
+    ("lr=1", "did you mean optim.learning_rate?"),
+    ("train.gradient_accumulation_steps=4", "it is derived"),
+]
+
+
+@pytest.mark.parametrize(("override", "fix"), OVERRIDES, ids=lambda value: repr(value)[:40])
+def test_a_mistake_on_the_command_line_is_one_line_that_repeats_it(override, fix, tmp_path):
+    line = complaint(check(override))
+    assert fix in line
+    assert "command line" in line or "global_batch_size=30" in line
+    assert not (tiny.ROOT / "canary").exists()
+
+
+@pytest.mark.parametrize("name", [n for n, ours in FOREIGN_NAMES.items() if ours])
+def test_the_names_of_other_trainers_lead_to_ours(name):
+    assert f"did you mean {FOREIGN_NAMES[name]}?" in load.suggestion(f"train.{name}")
+    assert FOREIGN_NAMES[name] in load.all_keys()
+
+
+def test_all_problems_are_told_at_once():
+    result = check("train.micro_batchsize=8", "optim.learning_rate=2e-5x", "data.seq_len=-1")
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert lines[0] == "config: error: 3 problems in the configuration"
+    assert "did you mean train.micro_batch_size?" in lines[1] + lines[2] + lines[3]
+
+
+@pytest.mark.parametrize("text", ["2e-5", "1e-4", "0.00002", "2.0E-5", "1"])
+def test_every_way_to_write_a_number_is_one(text):
+    loaded = load.load(tiny.ROOT / "config.yaml", [f"optim.learning_rate={text}"])
+    assert loaded.optim.learning_rate == float(text)
+
+
+def test_a_thousand_may_be_written_with_an_underscore():
+    loaded = load.load(tiny.ROOT / "config.yaml", ["train.max_steps=1_000"])
+    assert loaded.train.max_steps == 1000
+
+
+@pytest.mark.parametrize("name", ["1e3", "yes", "null", "08", "1_000", "demo", "a.b-c_d"])
+def test_the_resolved_file_reads_back_as_it_was(name, tmp_path):
+    loaded = load.load(tiny.ROOT / "config.yaml", [f"run.name='{name}'", "data.subset='on'"])
+    (tmp_path / "c.yaml").write_text(loaded.to_yaml())
+    assert load.load(tmp_path / "c.yaml", []) == loaded
+    assert yaml.safe_load(loaded.to_yaml())["run"]["name"] is not None
+
+
+def test_a_local_path_may_hold_anything_and_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = load.load(
+        tiny.ROOT / "config.yaml", ["model.name='./a $(touch canary) b'", "data.name=/x/ü"]
+    )
+    assert loaded.model.name == str(tmp_path / "a $(touch canary) b")
+    assert loaded.data.name == "/x/ü"
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro", "fix"),
+    [
+        (3, 4, "write train.global_batch_size=24 or 36"),
+        (16, 4, "write train.global_batch_size=64, or train.micro_batch_size=2"),
+        (5, 1, "write train.global_batch_size=30 or 35"),
+    ],
+)
+def test_an_uneven_split_names_three_numbers_and_the_nearest_even_ones(processes, micro, fix):
+    line = complaint(check("--world-size", processes, f"train.micro_batch_size={micro}"))
+    assert (
+        f"global_batch_size=32 is no multiple of train.micro_batch_size={micro} x {processes}"
+        in line
+    )
+    assert fix in line
+
+
+def test_the_arithmetic_of_the_batch_is_printed():
+    result = check("--world-size", 2)
+    assert "32 sequences = 2 processes x 4 x 4 micro steps = 4,096 tokens per step" in result.stdout
+
+
+def test_settings_of_another_run_are_refused_with_the_difference():
+    with pytest.raises(ConfigError, match=r"run\.seed=2 \(the run has 1\); put it back") as error:
+        load.check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
+    assert error.value.code == 78
+
+
+LONG = "x" * 5000
+ODD = [
+    # what was written -> the part of the message that repeats it
+    ([f"run.name={LONG}"], "run.name=xxx"),
+    (["run.name=" + "9" * 5000], "(5,009 characters) (command line): not a plain name"),
+    (["run.seed=" + "9" * 5000], "not a whole number"),
+    ([f"{LONG}=1"], "(5,002 characters) (command line): no such key"),
+    (["optim.learning_rate.peak=1"], "optim.learning_rate.peak=1 (command line): no such key"),
+    (["optim.lr_scheduler_kwargs={min_lr_rate: null}"], "not a number; write for example 2e-5"),
+    (["optim.lr_scheduler_kwargs.a.b=1"], "optim.lr_scheduler_kwargs.a.b=1 (command line): not a"),
+    (["optim.lr_scheduler_kwargs=[1]"], "lr_scheduler_kwargs=[1] (command line): wrong type"),
+    (["run.name=&a [*a]"], "nested without end; write sections with plain keys"),
+    (["run.name=" + "[" * 5000], "nested without end"),
+    (["run=3"], "run=3 (command line): no such key"),
+    (["train.global_batch_size=1000000000001"], "write train.global_batch_size=1000000000000 or"),
+    (["--world-size", "0"], "0 processes cannot train; ask for at least 1"),
+    (["--config", "."], "Is a directory; name another with --config FILE"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "part"), ODD, ids=range(len(ODD)))
+def test_the_oddest_input_is_still_one_short_line(arguments, part):
+    assert part in complaint(check(*arguments))
+
+
+ODD_FILES = [
+    (changed("name: demo ", f"name: {LONG} "), r"config\.yaml:8: run\.name=x{60}\.\.\. \(5,000 ch"),
+    (changed("name: demo ", 'name: "a\\nb" '), r"config\.yaml:8: run\.name='a\\nb': not a plain"),
+    (changed("  seed:", f"  {LONG[:900]}: 1\n  seed:"), r"yaml:9: run\.x+\.\.\. \(904 characters"),
+    (changed("  seed:", f"  {LONG}: 1\n  seed:"), r"config\.yaml:9:\d+: .*; mend the line 'x{60}'"),
+    (changed("  seed: 1234", "  seed: &a {b: *a}"), r"nested without end"),
+    (
+        changed("  seed: 1234", "  ? [a, b]\n  : 1\n  seed: 1234"),
+        r"config\.yaml:9: run\.a sequence: no such key",
+    ),
+    (
+        changed("  seed: 1234", "  seed: 1:30"),
+        r"config\.yaml:9: run\.seed=1:30: not a whole number",
+    ),
+    (changed("  seed: 1234", "  seed: 2026-11-23"), r"run\.seed=2026-11-23: not a whole number"),
+    (changed("  seed: 1234", "  seed: -1"), r"run\.seed=-1: out of range; write a number at least"),
+    (changed("  seed: 1234", "  seed: no"), r"config\.yaml:9: run\.seed=no: not a whole number"),
+    (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; mend the line"),
+    (SHIPPED + "\0", r"config\.yaml: not YAML: .*remove that character"),
+    (changed("global_batch_size: 32", "global_batch_size: 30"), r"config\.yaml:\d+: train\.global"),
+]
+
+
+@pytest.mark.parametrize(("text", "pattern"), ODD_FILES, ids=range(len(ODD_FILES)))
+def test_the_oddest_file_is_still_one_short_line(text, pattern, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    line = complaint(check("--config", tmp_path / "config.yaml"))
+    assert re.search(pattern, line), line
+
+
+def test_a_tag_on_the_command_line_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    tag = f'eval.sample_prompt=!!python/object/apply:os.system ["touch {canary}"]'
+    assert "is not allowed; write a plain value" in complaint(check(tag))
+    assert not canary.exists()
+
+
+def test_file_and_command_line_are_judged_together(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(changed("save_total_limit: 3", "save_total_limit: 1"))
+    result = check("--config", path, "data.seq_len=1", "lr=1")
+    assert result.returncode == 2
+    told = result.stderr
+    assert "3 problems" in told
+    assert re.search(r"config\.yaml:\d+: checkpoint\.save_total_limit=1: out of range", told)
+    assert "data.seq_len=1 (command line): out of range; write a number at least 2" in told
+    assert "lr=1 (command line): no such key; did you mean optim.learning_rate?" in told
+
+
+def test_the_names_of_other_trainers_are_told_all_at_once():
+    names = [name for name in FOREIGN_NAMES if name not in ("dataset", "datasets")]
+    result = check(*(f"train.{name}=1" for name in names))
+    assert result.returncode == 2
+    told = result.stderr.splitlines()
+    assert told[0] == f"config: error: {len(names)} problems in the configuration"
+    for name in names:
+        (line,) = [line for line in told if f" train.{name}=1 (" in line]
+        fix = FOREIGN_NAMES[name]
+        assert f"did you mean {fix}?" in line if fix else "remove it" in line
+
+
+def test_the_shipped_file_has_every_key_once_with_a_comment():
+    section, found = "", []
+    for line in SHIPPED.splitlines():
+        if match := re.match(r"(\w+):$", line):
+            section = match[1]
+        elif match := re.match(r"  (\w+): +\S", line):
+            found.append(f"{section}.{match[1]}")
+            assert re.search(r"  # \w", line), f"{line}: why would one change it?"
+    assert found == load.all_keys()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "2e-5", "1_000"])
+def test_the_file_takes_the_numbers_that_people_write(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(changed("learning_rate: 4e-3", f"learning_rate: {text}"))
+    assert load.load(path, []).optim.learning_rate == float(text)
+
+
+TEXTS = [
+    "", " ", "~", "null", "yes", "08", "1e3", "1_000", ".inf", "true", "1:30", "=", "<<", "- a",
+    "a: b", "# no comment", "'", '"', "$(touch canary)", "two\nlines\n", "\ttab",
+    "ü 漢 \u2028 \x85", "!!python/name:os.system", "&a *a", "{", "%", "x" * 5000, "word " * 300,
+    "9" * 5000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text)[:20])
+def test_any_text_reads_back_as_it_was(text, tmp_path):
+    loaded = load.load(tiny.ROOT / "config.yaml", [])
+    asked = loaded.model_copy(
+        update={"eval": loaded.eval.model_copy(update={"sample_prompt": text})}
+    )
+    (tmp_path / "c.yaml").write_text(asked.to_yaml(), encoding="utf-8")
+    assert load.load(tmp_path / "c.yaml", []).eval.sample_prompt == text
+
+
+def test_the_resolved_configuration_that_is_printed_reads_back(tmp_path):
+    result = check("run.name=other", "optim.learning_rate=2e-5")
+    assert (result.returncode, result.stderr) == (0, "")
+    (tmp_path / "c.yaml").write_text(result.stdout)
+    loaded = load.load(tmp_path / "c.yaml", [])
+    assert (loaded.run.name, loaded.optim.learning_rate) == ("other", 2e-5)

@@ -1,0 +1,780 @@
+"""download_data_model.sh and trainstack.hub against a Hub of this machine that misbehaves."""
+
+import errno
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from hub_server import HubServer
+from trainstack.errors import ConfigError
+from trainstack.hub import choose
+from trainstack.hub.fetch import HASHED_AT_ONCE, disk_problem, main
+from trainstack.storage import files, layout
+
+PROJECT = Path(__file__).resolve().parents[2]
+TOKEN = "hf_" + "Q7w9" * 8
+PRETRAINED = ["model.name=org/tiny", "model.init=pretrained"]
+Result = namedtuple("Result", "code lines errors")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json():
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["one two three four"] * 4, trainer)
+    return tokenizer.to_str()
+
+
+def write_model(folder: Path, tokenizer_json: str, value: float = 0.0) -> Path:
+    """A Llama of 300 tokens as save_pretrained leaves it, and files that nobody should fetch."""
+    folder.mkdir(parents=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    weights = {"a": np.full((100, 200), value, np.float32), "b": np.zeros(7, np.float16)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "README.md").write_text("A model.")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(b"another layout")
+    return folder
+
+
+def write_data(folder: Path) -> Path:
+    """A data set of two subsets; the second has the splits train and test."""
+    for name in ("large/train-0.jsonl", "small/train-0.jsonl", "small/test-0.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(f'{{"text": "{name} one {i}"}}\n' for i in range(50)))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        '- config_name: large\n  data_files: "large/*.jsonl"\n'
+        "- config_name: small\n  data_files:\n"
+        "  - split: train\n    path: small/train-*\n  - split: test\n    path: small/test-*\n"
+        "---\nA data set.\n"
+    )
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path, tokenizer_json):
+    write_model(tmp_path / "root/models/org/tiny", tokenizer_json)
+    with HubServer(tmp_path / "root") as server:
+        yield server
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def fetch(tmp_path, home, server):
+    """Call ``python -m trainstack.hub.fetch`` to its end; the command is ``fetch.command``."""
+    common = ["--home", str(home), "--retry-delay", "0.05"]
+    command = [sys.executable, "-m", "trainstack.hub.fetch", *common]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": server.url, "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+
+    def run(*arguments: str, umask: int = -1, patch: str = "", **variables: str) -> Result:
+        patched = (
+            f"{patch}; import sys; from trainstack import hub; sys.exit(hub.main(sys.argv[1:]))"
+        )
+        done = subprocess.run(
+            [
+                *([sys.executable, "-c", patched, *common] if patch else command),
+                "--config",
+                str(PROJECT / "config.yaml"),
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            env={**environment, **variables},
+            cwd=tmp_path,
+            umask=umask,
+        )
+        lines = done.stderr.splitlines()
+        assert all(line.startswith("hub: ") for line in lines), done.stderr
+        assert done.stdout == ""
+        return Result(done.returncode, lines, [line for line in lines if "error:" in line])
+
+    run.command, run.environment = command, environment
+    return run
+
+
+@pytest.fixture
+def call(tmp_path, home, monkeypatch, capsys):
+    """The same in this process, quicker; only for what never imports the library of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+    def run(*arguments: str) -> Result:
+        config = str(PROJECT / "config.yaml")
+        code = main(["--home", str(home), "--config", config, *arguments])
+        lines = capsys.readouterr().err.splitlines()
+        return Result(code, lines, [line for line in lines if "error:" in line])
+
+    return run
+
+
+def repository(server, kind="models", name="org/tiny") -> Path:
+    return server.root / kind / name
+
+
+def visible(home: Path) -> list[str]:
+    """Everything below home but the caches."""
+    paths = [path.relative_to(home) for path in home.rglob("*") if not path.is_dir()]
+    return sorted(str(path) for path in paths if path.parts[0] != "cache")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# What arrives
+
+
+def test_a_model_arrives_whole_verified_and_without_what_is_not_loaded(server, home, fetch):
+    assert fetch(*PRETRAINED).code == 0
+    folder = home / "models/org/tiny"
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert visible(home) == sorted(f"models/org/tiny/{n}" for n in [*names, "manifest.json"])
+    manifest = files.read_manifest(folder)
+    source = repository(server)
+    assert manifest["files"] == {n: files.hash_file(source / n) for n in names}
+    assert manifest["commit"] == server.find("models", "org/tiny", None)[1]
+    facts = {k: manifest[k] for k in ("kind", "name", "revision", "source", "parameters")}
+    assert facts == {
+        "kind": "model",
+        "name": "org/tiny",
+        "revision": "main",
+        "source": "hub",
+        "parameters": 20007,
+    }
+    assert manifest["weight_bytes"] == (source / "model.safetensors").stat().st_size
+    assert manifest["fetched_at"].endswith("+00:00")
+    assert list(files.damage(folder)) == []
+
+
+def test_only_the_subset_asked_for_arrives_with_all_its_splits(server, home, fetch):
+    write_data(repository(server, "datasets", "org/text"))
+    result = fetch("data.name=org/text", "data.subset=small", "data.eval_split=test")
+    assert result.code == 0, result
+    folder = layout.dataset_folder(home, "org/text", "small")
+    manifest = files.read_manifest(folder)
+    assert list(manifest["files"]) == ["README.md", "small/test-0.jsonl", "small/train-0.jsonl"]
+    assert manifest["splits"] == {"train": ["small/train-0.jsonl"], "test": ["small/test-0.jsonl"]}
+    assert (manifest["kind"], manifest["subset"]) == ("dataset", "small")
+    assert list(files.damage(folder)) == []
+
+
+def test_progress_is_one_line_before_and_one_after(fetch, server):
+    lines = fetch(*PRETRAINED).lines
+    commit = server.find("models", "org/tiny", None)[1][:7]
+    assert lines[0].startswith("hub: model org/tiny: fetching 4 files, 8")
+    assert lines[1].startswith(f"hub: model org/tiny: commit {commit}, 4 files verified, 8")
+    assert len(lines) == 2
+
+
+def test_a_model_that_starts_from_scratch_needs_no_weights_until_they_are_wanted(
+    server, home, fetch
+):
+    assert fetch("model.name=org/tiny").code == 0
+    assert "models/org/tiny/model.safetensors" not in visible(home)
+    result = fetch(*PRETRAINED)
+    assert result.code == 0 and "without its weights" in result.lines[0]
+    assert "models/org/tiny/model.safetensors" in visible(home)
+    assert fetch("model.name=org/tiny", "--force").code == 0
+    assert "models/org/tiny/model.safetensors" in visible(home)  # another run may use them
+
+
+def test_the_demo_needs_no_network(home, call):
+    assert call() == Result(0, [], [])
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_what_the_group_may_read_is_the_umasks_decision(home, fetch, umask):
+    assert fetch(*PRETRAINED, umask=umask).code == 0
+    for path in home.rglob("*"):
+        full = 0o777 if path.is_dir() else 0o666
+        assert stat.S_IMODE(path.stat().st_mode) == full & ~umask, path
+
+
+# The second call
+
+
+def test_a_second_call_sends_no_request_and_says_what_is_here(server, home, fetch):
+    write_data(repository(server, "datasets", "org/text"))
+    wanted = [*PRETRAINED, "data.name=org/text", "data.subset=small"]
+    assert fetch(*wanted).code == 0
+    server.requests.clear()
+    result = fetch(*wanted)
+    commit = server.find("models", "org/tiny", None)[1][:7]
+    assert result.lines[0].startswith(f"hub: model org/tiny is here (commit {commit}, 8")
+    assert result.lines[1].startswith("hub: data set org/text is here (commit ")
+    assert (result.code, server.requests) == (0, [])
+
+
+def test_a_damaged_file_is_named_and_the_model_fetched_anew(home, fetch):
+    fetch(*PRETRAINED)
+    victim = home / "models/org/tiny/tokenizer.json"
+    victim.write_text(victim.read_text().replace("one", "eno", 1))
+    result = fetch(*PRETRAINED)
+    assert result.code == 0
+    assert "damaged (tokenizer.json: hash differs); fetching it anew" in result.lines[0]
+    assert list(files.damage(victim.parent)) == []
+
+
+def test_another_revision_replaces_the_one_that_is_here(server, home, fetch, tokenizer_json):
+    write_model(repository(server, name="org/tiny@v2"), tokenizer_json, value=2.0)
+    fetch(*PRETRAINED)
+    result = fetch(*PRETRAINED, "model.revision=v2")
+    assert result.code == 0 and "at revision main, not v2" in result.lines[0]
+    manifest = files.read_manifest(home / "models/org/tiny")
+    assert manifest["commit"] == server.find("models", "org/tiny", "v2")[1]
+    server.requests.clear()
+    assert fetch(*PRETRAINED, f"model.revision='{manifest['commit']}'").code == 0
+    assert server.requests == []
+
+
+def test_force_refresh_takes_the_new_commit_and_keeps_no_file_that_left(server, home, fetch):
+    source = repository(server)
+    (source / "generation_config.json").write_text("{}")
+    fetch(*PRETRAINED)
+    (source / "generation_config.json").unlink()
+    (source / "tokenizer_config.json").write_text('{"eos_token": "<end>", "new": 1}')
+    assert fetch(*PRETRAINED, "--force").code == 0
+    folder = home / "models/org/tiny"
+    assert sha256(folder / "tokenizer_config.json") == sha256(source / "tokenizer_config.json")
+    assert not (folder / "generation_config.json").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_force_refresh_fetches_anew_even_the_same_commit(server, fetch):
+    fetch(*PRETRAINED)
+    server.requests.clear()
+    assert fetch(*PRETRAINED, "--force").code == 0
+    fetched = {r.path.rpartition("/")[2] for r in server.requests if "/resolve/" in r.path}
+    assert "model.safetensors" in fetched
+
+
+def test_force_refresh_with_the_hub_down_leaves_the_old_copy_and_says_so(server, home, fetch):
+    fetch(*PRETRAINED)
+    before = {path: sha256(home / path) for path in visible(home)}
+    server.close()
+    result = fetch(*PRETRAINED, "--force")
+    assert result.code == 1 and len(result.errors) == 1
+    assert server.url in result.errors[0] and "in 5 tries" in result.errors[0]
+    assert result.errors[0].endswith("stays in use")
+    assert {path: sha256(home / path) for path in visible(home)} == before
+
+
+def test_a_swap_that_was_killed_between_its_renames_is_mended(server, home, fetch):
+    fetch(*PRETRAINED)
+    folder = home / "models/org/tiny"
+    folder.rename(folder.with_name(".tiny.old"))
+    server.requests.clear()
+    result = fetch(*PRETRAINED)
+    assert (result.code, server.requests) == (0, []) and "is here" in result.lines[0]
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+# Faults that pass
+
+
+PASSING_FAULTS = {
+    "busy": [
+        {"path": "GET /api/models/org/tiny/revision", "kind": 503},
+        {"path": "GET /api/models/org/tiny/revision", "kind": 429},
+        {"path": "HEAD .*/tokenizer.json", "kind": 503},
+        {"path": "GET .*/model.safetensors", "kind": 503, "times": 2},
+        {"path": "GET .*/model.safetensors", "kind": 429},
+    ],
+    "reset": [{"path": "GET .*/model.safetensors", "kind": "reset", "times": 2}],
+    "cut": [{"path": "GET .*/model.safetensors", "kind": "cut"}],
+    "stall": [{"path": "GET .*/model.safetensors", "kind": "stall"}],
+    "no answer": [
+        {"path": "GET /api/models/org/tiny/tree", "kind": "down"},
+        {"path": "HEAD .*/config.json", "kind": "down"},
+        {"path": "GET .*/config.json", "kind": "down"},
+    ],
+    "wrong bytes": [
+        {"path": "GET .*/model.safetensors", "kind": "wrong_bytes"},
+        {"path": "GET .*/config.json", "kind": "wrong_bytes"},
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", PASSING_FAULTS)
+def test_a_fault_that_passes_is_survived(server, home, fetch, fault):
+    server.faults += [{"times": 1, **rule} for rule in PASSING_FAULTS[fault]]
+    result = fetch(*PRETRAINED, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert result.code == 0 and not any(rule["times"] for rule in server.faults), result
+    assert list(files.damage(home / "models/org/tiny")) == []
+    source = repository(server) / "model.safetensors"
+    assert sha256(home / "models/org/tiny/model.safetensors") == sha256(source)
+
+
+def test_a_damaged_file_in_the_users_own_cache_is_not_taken(server, home, fetch, tmp_path):
+    fill = "import huggingface_hub as h; h.snapshot_download('org/tiny')"
+    environment = {**fetch.environment, "HF_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", fill], env=environment, check=True, capture_output=True)
+    (cached,) = (tmp_path / "cache/hub").glob("models--org--tiny/snapshots/*/model.safetensors")
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.resolve().write_bytes(data)
+    server.requests.clear()
+    assert fetch(*PRETRAINED, HF_HOME=str(tmp_path / "cache")).code == 0
+    assert list(files.damage(home / "models/org/tiny")) == []
+    source = repository(server) / "model.safetensors"
+    assert sha256(home / "models/org/tiny/model.safetensors") == sha256(source)
+    fetched = [r.path.rpartition("/")[2] for r in server.requests if r.method == "GET"]
+    assert "model.safetensors" in fetched and "tokenizer.json" not in fetched
+    assert fetch(*PRETRAINED, "--force", HF_HOME=str(tmp_path / "cache")).code == 0
+    assert any(r.method == "GET" and r.path.endswith("tokenizer.json") for r in server.requests)
+
+
+# Faults that stay
+
+
+def refuse(server, case: str) -> tuple[list[str], dict[str, str]]:
+    """Prepare a case of the next test; returns its arguments and variables."""
+    source = repository(server)
+    if case.startswith("gated"):
+        server.gated.add("org/tiny")
+        return PRETRAINED, {"HF_TOKEN": TOKEN} if case == "gated, token" else {}
+    if case == "private":
+        server.private.add("org/tiny")
+    if case == "pickles":
+        (source / "model.safetensors").unlink()
+    if case == "remote code":
+        (source / "config.json").write_text('{"model_type": "own", "auto_map": {"A": "own.B"}}')
+    if case == "no config":
+        (source / "config.json").unlink()
+    if case == "no tokenizer":
+        (source / "tokenizer.json").unlink()
+    if case == "missing shard":
+        (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+        index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    if case == "wrong bytes":
+        server.faults.append({"path": "GET .*safetensors", "kind": "wrong_bytes", "times": 9})
+    if case == "always 503":
+        server.faults.append({"path": "GET .*safetensors", "kind": "503", "times": 99})
+    if case == "no such repository":
+        return ["model.name=org/none"], {}
+    if case == "no such revision":
+        return [*PRETRAINED, "model.revision=v9"], {}
+    if case == "no name":
+        return ["model.name=org/a/b"], {}
+    return PRETRAINED, {"HF_HUB_OFFLINE": "1"} if case == "offline" else {}
+
+
+@pytest.mark.parametrize(
+    ("case", "cause", "fix"),
+    [
+        ("gated", "gated", "accept its licence at"),
+        ("gated, token", "gated", "accept its licence at"),
+        ("private", "does not exist", "HF_TOKEN"),
+        ("no such repository", "does not exist", "check model.name"),
+        ("no such revision", "no revision v9", "set model.revision"),
+        ("no name", "not a name on the Hub", "org/name"),
+        ("pickles", "pytorch_model.bin", "model.safetensors"),
+        ("remote code", "auto_map", "built in"),
+        ("no config", "config.json", "name a model"),
+        ("no tokenizer", "no tokenizer", "beside its config.json"),
+        ("missing shard", "model-00002-of-00002.safetensors", "name another"),
+        ("wrong bytes", "model.safetensors arrived twice", "another network"),
+        ("always 503", "HTTP 503", "check the network"),
+        ("offline", "HF_HUB_OFFLINE", "unset"),
+    ],
+)
+def test_a_fault_that_stays_is_one_line_with_its_fix(server, home, fetch, case, cause, fix):
+    arguments, variables = refuse(server, case)
+    result = fetch(*arguments, **variables)
+    assert result.code == 1 and len(result.errors) == 1, result
+    assert cause in result.errors[0] and fix in result.errors[0]
+    assert result.errors[0] == result.lines[-1]
+    left = visible(home) if home.exists() else []
+    if case == "always 503":  # what arrived waits for the next call, under a hidden name
+        assert left and all("/.tiny." in path for path in left)
+    else:
+        assert left == []
+
+
+def test_a_remote_code_entry_of_a_built_in_architecture_does_no_harm(server, fetch):
+    config = repository(server) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"A": "own.B"}}))
+    assert fetch(*PRETRAINED).code == 0
+
+
+def test_a_data_set_that_is_a_script_is_refused(server, home, fetch):
+    folder = repository(server, "datasets", "org/scripted")
+    folder.mkdir(parents=True)
+    (folder / "scripted.py").write_text("print('hello')")
+    (folder / "data.jsonl").write_text('{"text": "a"}\n')
+    result = fetch("data.name=org/scripted")
+    assert result.code == 1 and "script scripted.py" in result.lines[0], result
+    assert visible(home) == []
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_fetched(server, home, fetch):
+    disk = "import shutil; shutil.disk_usage = lambda _: type('Usage', (), {'free': 12_345})"
+    result = fetch(*PRETRAINED, patch=disk)
+    assert result.code == 1 and len(result.lines) == 1, result
+    assert "needs 8" in result.lines[0] and "12 kB are free" in result.lines[0]
+    assert "free some space" in result.lines[0]
+    assert visible(home) == []
+    assert not [r for r in server.requests if r.path.endswith("model.safetensors")]
+
+
+def test_a_disk_that_is_full_in_spite_of_what_it_said_is_told(server, home, fetch):
+    home.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(home)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk without root")
+    try:
+        (home / "filler").write_bytes(b"x" * (180 << 10))
+        quota = "from trainstack import files; files.free_bytes = lambda _: 1 << 40"
+        result = fetch(*PRETRAINED, patch=quota)
+        assert result.code == 1 and len(result.lines) == 2, result
+        assert "error: model org/tiny: the disk or your quota is full" in result.lines[1]
+        assert visible(home) == ["filler"]
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+def test_a_folder_that_may_not_be_written_is_told_in_one_line(tmp_path):
+    refused = OSError(errno.EACCES, "Permission denied", str(tmp_path))
+    assert disk_problem(refused) == (
+        f"no permission to write at {tmp_path}; ask its owner, or move SHARED_DIR"
+    )
+
+
+def test_wrong_usage_exits_2(call):
+    result = call("model.nme=org/tiny")
+    assert result.code == 2 and "did you mean model.name?" in result.lines[0]
+
+
+# Interruption
+
+
+def start(fetch, *arguments: str) -> subprocess.Popen:
+    command = [*fetch.command, "--config", str(PROJECT / "config.yaml"), *arguments]
+    return subprocess.Popen(command, env=fetch.environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_request(server, name: str) -> None:
+    deadline = time.monotonic() + 20
+    while not any(r.method == "GET" and r.path.endswith(name) for r in server.requests):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_fetch_shows_nothing_and_the_next_call_goes_on_from_its_whole_files(
+    server, home, fetch, stop
+):
+    server.faults.append({"path": "GET .*safetensors", "kind": "stall"})
+    process = start(fetch, *PRETRAINED)
+    wait_for_request(server, "model.safetensors")
+    partial = next((home / "models/org").glob(".tiny.*.partial"))
+    # The client notes that a file is whole after it has its name; killed between, it asks again.
+    noted = partial / ".cache" / "huggingface" / "download" / "tokenizer.json.metadata"
+    while not (noted.exists() and noted.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    process.send_signal(stop)
+    error = process.communicate(timeout=5)[1]
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[stop]
+    assert "Traceback" not in error
+    assert not (home / "models/org/tiny").exists()
+    server.requests.clear()
+    assert fetch(*PRETRAINED).code == 0
+    fetched = [r.path.rpartition("/")[2] for r in server.requests if "/resolve/" in r.path]
+    assert "tokenizer.json" not in fetched and "model.safetensors" in fetched
+    assert [path.name for path in (home / "models/org").iterdir()] == ["tiny"]
+    assert list(files.damage(home / "models/org/tiny")) == []
+
+
+def test_what_an_earlier_fetch_brought_is_dropped_where_it_is_not_wanted(server, home, fetch):
+    server.faults.append({"path": "GET .*/tokenizer.json", "kind": 503, "times": 5})
+    assert fetch(*PRETRAINED).code == 1
+    assert any(path.endswith("model.safetensors") for path in visible(home))
+    assert fetch("model.name=org/tiny").code == 0
+    names = ["config.json", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    assert visible(home) == [f"models/org/tiny/{name}" for name in names]
+
+
+def test_a_stopped_refresh_leaves_the_old_copy_in_use(server, home, fetch):
+    fetch(*PRETRAINED)
+    server.faults.append({"path": "GET .*safetensors", "kind": "stall"})
+    process = start(fetch, *PRETRAINED, "--force")
+    server.requests.clear()
+    wait_for_request(server, "model.safetensors")
+    assert list(files.damage(home / "models/org/tiny")) == []
+    process.kill()
+    process.communicate()
+    assert list(files.damage(home / "models/org/tiny")) == []
+    server.requests.clear()
+    assert fetch(*PRETRAINED).code == 0 and server.requests == []
+
+
+def test_two_calls_at_once_fetch_each_file_once(server, home, fetch):
+    both = [start(fetch, *PRETRAINED) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    fetched = [r for r in server.requests if r.method == "GET" and "/resolve/" in r.path]
+    assert len(fetched) == 4
+    assert list(files.damage(home / "models/org/tiny")) == []
+
+
+# Secrets
+
+
+def test_the_token_reaches_the_hub_and_nothing_else(server, home, fetch):
+    server.gated.add("org/tiny")
+    server.private.add("org/tiny")
+    server.tokens.add(TOKEN)
+    result = fetch(*PRETRAINED, HF_TOKEN=TOKEN)
+    assert result.code == 0
+    assert {r.authorization for r in server.requests} == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN in line for line in result.lines)
+    for path in home.rglob("*"):
+        assert TOKEN not in path.name
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_a_token_that_strays_into_a_message_is_redacted(fetch):
+    result = fetch(f"model.name=org/{TOKEN}", f"data.name=org/{TOKEN[:20]}", HF_TOKEN=TOKEN)
+    assert len(result.errors) == 2
+    assert all("org/[token]" in line and "hf_Q7" not in line for line in result.errors)
+    result = fetch("model.name=org/of-a-mirror", HF_TOKEN="of-a-mirror")
+    assert "model org/[token]" in result.errors[0] and "of-a-mirror" not in result.errors[0]
+
+
+# Local originals
+
+
+def local_model(tmp_path, tokenizer_json) -> tuple[Path, list[str], Path]:
+    folder = write_model(tmp_path / "my models/mine", tokenizer_json)
+    arguments = [f"model.name={folder}", "model.init=pretrained"]
+    return folder, arguments, layout.model_folder(tmp_path / "home", str(folder))
+
+
+def test_a_local_model_is_linked_not_copied(tmp_path, call, tokenizer_json):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    assert call(*arguments).code == 0
+    manifest = files.read_manifest(folder)
+    facts = (manifest["source"], manifest["revision"], manifest["parameters"])
+    assert facts == ("local", None, 20007)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert os.readlink(folder / name) == str(original / name)
+        assert manifest["files"][name]["sha256"] == sha256(original / name)
+    assert "pytorch_model.bin" not in manifest["files"]
+    assert "is here (linked" in call(*arguments).lines[0]
+
+
+def test_a_changed_local_original_is_an_error_until_it_is_meant(tmp_path, call, tokenizer_json):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    call(*arguments)
+    (original / "tokenizer_config.json").write_text('{"eos_token": "<edn>"}')
+    result = call(*arguments)
+    assert result.code == 1 and len(result.lines) == 1
+    assert "tokenizer_config.json: hash differs" in result.lines[0]
+    assert "FORCE_REFRESH=1" in result.lines[0]
+    assert call(*arguments, "--force").code == 0
+    assert list(files.damage(folder)) == []
+    assert call(*arguments).code == 0
+
+
+def test_a_large_local_original_of_the_same_size_is_compared_when_it_was_touched(tmp_path, call):
+    original = tmp_path / "large.txt"
+    original.write_bytes(b"word " * (HASHED_AT_ONCE // 5 + 1))
+    arguments = [f"data.name={original}"]
+    assert call(*arguments).code == 0
+    original.touch()
+    assert call(*arguments).code == 0
+    with original.open("r+b") as file:
+        file.write(b"WORD")
+    result = call(*arguments)
+    assert result.code == 1 and "large.txt: hash differs" in result.lines[0]
+
+
+def test_a_file_that_joins_a_local_data_folder_is_noticed(tmp_path, call):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
+    (folder / "notes.md").write_text("not data")
+    arguments = ["data.name=./texts"]
+    assert call(*arguments).code == 0
+    linked = files.read_manifest(layout.dataset_folder(tmp_path / "home", str(folder), None))
+    assert linked["splits"] == {"train": ["a.jsonl", "deep/b.jsonl.gz"]}
+    assert list(linked["files"]) == ["a.jsonl", "deep/b.jsonl.gz"]
+    (folder / "c.jsonl").write_text('{"text": "c"}\n')
+    result = call(*arguments)
+    assert result.code == 1 and "files were added or removed" in result.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("lacks", "cause"),
+    [
+        ("", "no such file or folder"),
+        ("config.json", "has no config.json"),
+        ("tokenizer.json", "has no tokenizer"),
+        ("model.safetensors", "pytorch_model.bin"),
+    ],
+)
+def test_a_local_model_that_lacks_something_is_refused(
+    tmp_path, home, call, tokenizer_json, lacks, cause
+):
+    original, arguments, _ = local_model(tmp_path, tokenizer_json)
+    if lacks:
+        (original / lacks).unlink()
+    else:
+        shutil.rmtree(original)
+    result = call(*arguments)
+    assert result.code == 1 and len(result.lines) == 1 and cause in result.lines[0], result
+    assert visible(home) == []
+
+
+def test_a_subset_or_split_that_is_not_there_is_told_with_those_that_are(tmp_path, home, call):
+    name = f"data.name={write_data(tmp_path / 'texts')}"
+    none, unknown = call(name), call(name, "data.subset=huge")
+    no_split = call(name, "data.subset=small", "data.split=dev")
+    for result, cause in (
+        (none, "['large', 'small']"),
+        (unknown, "['large', 'small']"),
+        (no_split, "has no split dev; set data.split to one of: train, test"),
+    ):
+        assert result.code == 1 and len(result.lines) == 1 and cause in result.lines[0], result
+    assert visible(home) == []
+
+
+def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
+    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text('{"text": "a"}\n')
+    result = call("data.name=./texts")
+    assert result.code == 0 and "left out as of no split: 1 files, such as c.txt" in result.lines[0]
+
+
+def test_a_data_folder_without_data_is_refused(tmp_path, home, call):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "README.md").write_text("Only a card.")
+    (tmp_path / "texts" / "data.xlsx").write_text("")
+    result = call("data.name=./texts")
+    assert result.code == 1 and len(result.lines) == 1 and "has no .jsonl," in result.lines[0]
+    assert visible(home) == []
+
+
+def test_data_of_a_kind_that_cannot_be_read_is_refused(tmp_path):
+    sizes = {"train-0.arrow": 1, "train-1.arrow": 1, "notes.txt": 1}
+    source = SimpleNamespace(sizes=sizes, folder=tmp_path, collect=lambda names: None)
+    with pytest.raises(ConfigError, match="consists of files such as train-0.arrow"):
+        choose.choose_data(source, "org/text", None)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b""])
+def test_a_weight_file_that_is_none_is_refused(tmp_path, call, tokenizer_json, content):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    (original / "model.safetensors").write_bytes(content)
+    result = call(*arguments)
+    assert result.code == 1 and "git lfs pull" in result.errors[0] and not folder.exists()
+
+
+# The script around it
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the project in a path with a space, whose environment is this one."""
+    folder = tmp_path / "a checkout"
+    shutil.copytree(PROJECT / "trainstack", folder / "trainstack")
+    for name in ("download_data_model.sh", "config.yaml"):
+        shutil.copy(PROJECT / name, folder)
+    (folder / "setup.sh").write_text('[[ "$1" == --check && -z "${NOT_READY:-}" ]]\n')
+    (folder / "env.sh").write_text(
+        f'export TRAINSTACK_HOME="{tmp_path}/shared home"\n'
+        f'export TRAINSTACK_PYTHON="{sys.executable}"\n'
+    )
+    return folder
+
+
+def download(checkout, fetch, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+    done = subprocess.run(
+        ["bash", str(checkout / "download_data_model.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**fetch.environment, **variables},
+        cwd=checkout.parent,
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_the_script_fetches_tokenises_proves_and_says_what_comes_next(
+    tmp_path, server, checkout, fetch
+):
+    write_data(repository(server, "datasets", "org/text"))
+    wanted = {"MODEL_NAME": "org/tiny", "DATASET_NAME": "org/text", "DATASET_SUBSET": "large"}
+    code, lines = download(checkout, fetch, **wanted)
+    assert code == 0, lines
+    folder = tmp_path / "shared home"
+    assert (folder / "models/org/tiny/manifest.json").exists()
+    assert (folder / "datasets/org/text@large/manifest.json").exists()
+    assert any(line.startswith("prepare: loads offline") for line in lines), lines
+    assert "data.name=\\'org/text\\'" in lines[-1] and "bash submit.sh" in lines[-1]
+    assert str(checkout / "config.yaml") in lines[-1]
+
+
+def test_the_script_asks_for_setup_where_the_environment_is_not_ready(checkout, fetch):
+    code, lines = download(checkout, fetch, NOT_READY="1")
+    assert code == 1 and len(lines) == 1 and "run: bash setup.sh" in lines[0]
+
+
+def test_the_script_stops_at_a_config_file_that_is_not_there(checkout, fetch):
+    code, lines = download(checkout, fetch, "recipes/none.yaml")
+    assert code == 2 and lines == [
+        "download_data_model.sh: error: recipes/none.yaml: no such config file;"
+        " name one, such as config.yaml"
+    ]
+
+
+def test_the_script_passes_the_failure_of_the_fetch_on(server, checkout, fetch):
+    code, lines = download(checkout, fetch, MODEL_NAME="org/none")
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("hub: error: model org/none")
+
+
+def test_the_help_is_the_header_of_the_script(checkout, fetch):
+    done = subprocess.run(
+        ["bash", str(checkout / "download_data_model.sh"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "FORCE_REFRESH=1" in done.stdout and "#" not in done.stdout

@@ -1,0 +1,327 @@
+"""The monitor on run folders as a run leaves them: what it says is what holds now."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_shell import BASH, HOSTILE, Commands, complaint, end_group
+
+import tiny
+from trainstack.run.folder import RunFolder
+
+HEAD = [
+    "RUN",
+    "JOB",
+    "SLURM",
+    "STATE",
+    "STEP",
+    "LOSS",
+    "TOK/S",
+    "JOB LEFT",
+    "RUN ETA",
+    "CHECKPOINT",
+]
+HERE = os.uname().nodename
+MEASURED = {
+    "step": 12400, "loss": 2.8714, "learning_rate": 1e-4, "grad_norm": 1.1, "epoch": 0.25,
+    "tokens_per_second": 1620000.4, "tokens_seen": 7, "step_seconds": 0.5, "samples_hash": "ab",
+}  # fmt: skip
+EVALUATED = {"step": 12000, "eval_loss": 2.9, "eval_perplexity": 18.17, "eval_tokens": 65536}
+
+
+class Runs:
+    """A project folder with runs, and ``python -m trainstack.monitor.screen`` on it."""
+
+    def __init__(self, home: Path):
+        self.home = home
+
+    def make(self, name: str, state: str | None = None, checkpoint: int | None = None, **facts):
+        """A run whose job last wrote ``state``."""
+        run = RunFolder(self.home / "runs" / name)
+        run.create()
+        if state:
+            run.set_status(state, **facts)
+        if checkpoint is not None:
+            path = run.checkpoints / f"checkpoint-{checkpoint}"
+            path.mkdir()
+            os.utime(path, (time.time() - 250, time.time() - 250))
+        return run
+
+    def monitor(self, *arguments: str, queue: str | None = None) -> subprocess.CompletedProcess:
+        """``queue``: what squeue said; None: there is no Slurm here."""
+        command = [sys.executable, "-m", "trainstack.monitor.screen", "--home", self.home]
+        command += [*(["--queue"] if queue is not None else []), *arguments]
+        return subprocess.run(
+            list(map(str, command)), input=queue or "", capture_output=True, text=True,
+            cwd=tiny.ROOT,
+        )  # fmt: skip
+
+    def table(self, queue: str | None = None) -> dict[str, dict[str, str]]:
+        """The cells of the table by run and by column."""
+        result = self.monitor(queue=queue)
+        assert (result.returncode, result.stderr) == (0, "")
+        head, *lines = result.stdout.splitlines()
+        assert re.split(r"\s{2,}", head) == HEAD
+        starts = [head.index(name) for name in HEAD] + [1000]
+        rows = [
+            [line[start:end].strip() for start, end in zip(starts, starts[1:], strict=False)]
+            for line in lines
+        ]
+        return {row[0]: dict(zip(HEAD, row, strict=True)) for row in rows}
+
+    def screen(self, run: str, queue: str | None = None) -> dict[str, str]:
+        """The lines of one run's screen by their names."""
+        result = self.monitor(run, queue=queue)
+        assert (result.returncode, result.stderr) == (0, "")
+        title, *lines = result.stdout.splitlines()
+        assert title == f"run {run}"
+        found = {line[2:13].strip(): line[14:] for line in lines if line[2] != " "}
+        return found | {"history": [line.strip() for line in lines if line.startswith("    ")]}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return Runs(tmp_path)
+
+
+def log(run: RunFolder, *records: dict) -> None:
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_no_runs_yet_is_told_with_the_first_command(runs):
+    result = runs.monitor()
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr == "monitor.sh: no runs yet; start one: bash submit.sh\n"
+
+
+def test_an_unknown_run_is_one_line_that_names_those_there_are(runs):
+    for name in ("alpha", "beta"):
+        runs.make(name, "DONE")
+    line = complaint(runs.monitor("gamma"), 1, "monitor.sh")
+    assert line == "monitor.sh: error: no run gamma; there are: alpha, beta"
+
+
+def test_a_run_that_trains_on_slurm_fills_every_column(runs):
+    run = runs.make("smol", "RUNNING", 12250, job="184213", attempt=1, step=12390, max_steps=50000)
+    log(run, MEASURED, EVALUATED)
+    cells = runs.table("184213|RUNNING|03:12:08|None\n")["smol"]
+    assert cells == {
+        "RUN": "smol", "JOB": "184213", "SLURM": "RUNNING", "STATE": "RUNNING",
+        "STEP": "12,400/50,000", "LOSS": "2.871", "TOK/S": "1,620,000", "JOB LEFT": "03:12:08",
+        "RUN ETA": "05:13:20", "CHECKPOINT": "step 12,250, 4 min old",
+    }  # fmt: skip
+
+
+def test_a_run_that_is_done_shows_where_it_ended_and_no_speed(runs):
+    run = runs.make("demo", "DONE", 120, job=f"local-{HERE}-7", step=120, max_steps=120)
+    log(run, {**MEASURED, "step": 120})
+    cells = runs.table("")["demo"]
+    assert cells == dict(zip(HEAD, [
+        "demo", "-", "-", "DONE", "120/120", "2.871", "-", "-", "-", "step 120, 4 min old",
+    ], strict=True))  # fmt: skip
+
+
+def test_a_run_in_the_queue_is_queued_with_the_reason(runs):
+    run = runs.make("a", "QUEUED", job=None)
+    run.add_event("submitted", job="7")
+    queue = "7|PENDING|1-00:00:00|Priority\n"
+    cells = runs.table(queue)["a"]
+    assert (cells["JOB"], cells["SLURM"], cells["STATE"]) == ("7", "PENDING", "QUEUED")
+    assert (cells["STEP"], cells["LOSS"], cells["CHECKPOINT"]) == ("-", "-", "-")
+    assert runs.screen("a", queue)["job"] == "7, attempt 1, Slurm says PENDING (Priority)"
+
+
+def test_a_paused_run_that_waits_for_its_next_life_says_both(runs):
+    runs.make("a", "PAUSED", job="7", attempt=1, step=40)
+    assert runs.table("7|PENDING|1:00|BeginTime\n")["a"]["STATE"] == "PAUSED, QUEUED"
+    assert runs.table("")["a"]["STATE"] == "PAUSED"
+
+
+@pytest.mark.parametrize("state", ["QUEUED", "RUNNING"])
+def test_a_job_that_slurm_no_longer_has_is_lost_with_a_next_step(runs, state):
+    run = runs.make("a", state, job="7", attempt=1)
+    run.add_event("submitted", job="7")
+    assert runs.table("8|RUNNING|1:00|None\n")["a"]["STATE"] == "LOST"
+    assert "no longer has its job" in runs.screen("a", "")["cause"]
+    assert "the same command continues it" in runs.screen("a", "")["cause"]
+
+
+def test_without_slurm_no_job_is_called_lost(runs):
+    runs.make("a", "RUNNING", job="7", attempt=1)
+    cells = runs.table(None)["a"]
+    assert (cells["STATE"], cells["SLURM"], cells["JOB LEFT"]) == ("RUNNING", "-", "-")
+
+
+def test_a_local_run_whose_process_lives_is_running(runs):
+    runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=os.getpid())
+    assert runs.table("")["a"]["STATE"] == "RUNNING"
+
+
+def test_a_local_run_whose_process_is_gone_was_killed(runs):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=gone.pid)
+    assert runs.table(None)["a"]["STATE"] == "KILLED"
+    cause = runs.screen("a")["cause"]
+    assert "its processes are gone and left no word; the same command continues it" in cause
+
+
+def test_a_local_run_of_another_host_is_left_as_it_said(runs):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    runs.make("a", "RUNNING", job="local-elsewhere-7", host="elsewhere", pid=gone.pid)
+    assert runs.table(None)["a"]["STATE"] == "RUNNING"
+
+
+def test_a_failed_run_tells_cause_next_step_and_history(runs):
+    run = runs.make(
+        "a", "FAILED", 100, job="7", attempt=2, step=120, max_steps=500, exit_code=1,
+        cause="rank 3 on gpu-07: out of memory", next_action="mend the cause, then go on",
+        nodes=["gpu-07", "gpu-08"],
+    )  # fmt: skip
+    run.add_event("start", job="7", attempt=2)
+    run.add_event("checkpoint", step=100, save_seconds=2)
+    run.add_event("failed", step=120, cause="rank 3 on gpu-07: out of memory")
+    (run.logs / "7.out").write_text("")
+    log(run, {**MEASURED, "step": 119}, EVALUATED)
+    screen = runs.screen("a", "")
+    assert screen["state"] == "FAILED"
+    assert screen["step"] == "120/500"
+    assert screen["cause"] == "rank 3 on gpu-07: out of memory"
+    assert screen["next"] == "mend the cause, then go on"
+    assert screen["job"] == "7, attempt 2"
+    assert screen["nodes"] == "gpu-07, gpu-08"
+    assert screen["loss"] == "2.8714 at step 119"
+    assert screen["held out"] == "loss 2.9000, perplexity 18.17 at step 12,000"
+    assert screen["checkpoint"] == "step 100, 4 min old"
+    assert screen["folder"] == str(run.path)
+    assert screen["log"] == str(run.logs / "7.out")
+    words = [line.split("Z  ")[1] for line in screen["history"]]
+    assert words == [
+        "start",
+        "checkpoint step 100",
+        "failed step 120: rank 3 on gpu-07: out of memory",
+    ]
+
+
+def test_a_torn_line_of_measurements_is_passed_over(runs):
+    run = runs.make("a", "RUNNING", job="7", step=1, max_steps=50000)
+    log(run, {**MEASURED, "step": 5})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 1.0')
+    cells = runs.table("7|RUNNING|1:00|None\n")["a"]
+    assert (cells["STEP"], cells["LOSS"]) == ("5/50,000", "2.871")
+
+
+def test_of_a_long_file_of_measurements_the_last_counts(runs):
+    run = runs.make("a", "RUNNING", job="7", max_steps=50000)
+    log(run, *({**MEASURED, "step": step} for step in range(1, 2001)))
+    assert (run.path / "metrics.jsonl").stat().st_size > 3 * (1 << 16)
+    assert runs.table("7|RUNNING|1:00|None\n")["a"]["STEP"] == "2,000/50,000"
+
+
+def test_an_end_that_is_not_known_yet_is_a_dash(runs):
+    run = runs.make("a", "RUNNING", job="7", step=3)
+    log(run, {**MEASURED, "step": 3})
+    cells = runs.table("7|RUNNING|1:00|None\n")["a"]
+    assert (cells["STEP"], cells["RUN ETA"]) == ("3", "-")
+
+
+def test_a_status_that_cannot_be_read_does_not_hide_the_other_runs(runs):
+    runs.make("good", "DONE")
+    broken = runs.make("bad", "DONE")
+    (broken.path / "status.json").write_text('{"state": "RUN')
+    (broken.path / "events.jsonl").write_text('{"event": "start"')
+    table = runs.table(None)
+    assert {name: cells["STATE"] for name, cells in table.items()} == {
+        "bad": "UNKNOWN", "good": "DONE",
+    }  # fmt: skip
+
+
+# --- monitor.sh
+
+
+@pytest.fixture
+def command(tmp_path):
+    """monitor.sh of a hostile folder: the arguments of bash, and its environment."""
+    checkout, shared = tmp_path / f"checkout {HOSTILE}", tmp_path / f"shared {HOSTILE}"
+    commands = Commands(tmp_path)
+    tiny.make_checkout(checkout, shared)
+    home = shared / "trainstack"
+    text = (
+        f"SHARED_DIR={shlex.quote(str(shared))}; TRAINSTACK_HOME={shlex.quote(str(home))}\n"
+        'TRAINSTACK_PYTHON="$TRAINSTACK_HOME/venv/bin/python"\n'
+    )
+    (checkout / "env.sh").write_text(text)
+    (tmp_path / "json.py").write_text("open('canary', 'w')\n")
+
+    def run(*arguments: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [BASH, checkout / "monitor.sh", *arguments], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            env={"PATH": str(commands.folder), "HOME": str(tmp_path), "LANG": "C.UTF-8"},
+        )  # fmt: skip
+
+    run.runs, run.commands, run.checkout = Runs(home), commands, checkout
+    yield run
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_monitor_asks_squeue_for_all_that_it_shows(command):
+    body = 'for ((i = 100000; i < 110000; i++)); do echo "$i|RUNNING|1:00|None"; done'
+    command.commands.add("squeue", body)
+    command.runs.make("a", "RUNNING", job="109999")
+    command.runs.make("b", "RUNNING", job="5")
+    output, errors = command().communicate(timeout=30)
+    assert errors == ""
+    assert command.commands.calls("squeue") == [["--noheader", "--format=%A|%T|%L|%r"]]
+    assert re.search(r"^a +109999 +RUNNING +RUNNING ", output, re.MULTILINE)
+    assert re.search(r"^b +5 +- +LOST ", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("answer", [None, "exit 1"])
+def test_monitor_works_without_slurm_and_with_one_that_does_not_answer(command, answer):
+    if answer:
+        command.commands.add("squeue", answer)
+    command.runs.make("a", "RUNNING", job="5")
+    output, errors = command().communicate(timeout=30)
+    assert errors == ""
+    assert re.search(r"^a +5 +- +RUNNING ", output, re.MULTILINE)
+
+
+def test_monitor_follows_until_it_is_stopped(command):
+    command.runs.make("a", "DONE")
+    process = command("--follow", "a")
+    try:
+        seen = b""
+        while b"checkpoint" not in seen:
+            part = os.read(process.stdout.fileno(), 4096)
+            assert part, "it ended"
+            seen += part
+        assert seen.startswith(b"\033[H\033[2Jrun a\n")
+        assert process.poll() is None
+    finally:
+        end_group(process)
+
+
+def test_monitor_before_setup_names_the_command(command):
+    (command.checkout / "env.sh").unlink()
+    process = command()
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert errors == "monitor.sh: error: the environment is not ready; run: bash setup.sh\n"
+
+
+def test_monitor_shows_one_run_at_a_time(command):
+    process = command("a", "b")
+    assert process.communicate(timeout=30) == (
+        "",
+        "monitor.sh: error: one run at a time, got a and b\n",
+    )
+    assert process.returncode == 2

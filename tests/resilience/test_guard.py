@@ -1,0 +1,99 @@
+"""The verdict on an update: not finite, or a spike; the same after a stop."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from trainstack.config.schema import GuardSection
+from trainstack.resilience.guard import FEWEST, WINDOW, Guard, withhold
+
+
+def make_guard(policy: str = "skip", sigma: float | None = 6.0, is_scaled: bool = False) -> Guard:
+    section = GuardSection(hang_seconds=60.0, on_divergence=policy, max_skips=3, spike_sigma=sigma)
+    return Guard(section, torch.device("cpu"), is_scaled)
+
+
+def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
+    return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
+
+
+def usual(guard: Guard, steps: int, seed: int = 1) -> list[bool]:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(steps, 2, generator=generator) * 0.1
+    return [judge(guard, 4 + a, 1 + b) for a, b in noise.tolist()]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize(
+    ("loss", "norm"),
+    [(float("nan"), 1.0), (float("inf"), 1.0), (4.0, float("nan")), (4.0, float("-inf"))],
+)
+def test_what_is_not_finite_is_bad_under_every_policy(policy, loss, norm):
+    assert judge(make_guard(policy), loss, norm)
+    assert not judge(make_guard(policy), 4.0)
+
+
+def test_a_spike_is_called_beyond_six_deviations_once_enough_is_known():
+    guard = make_guard()
+    assert not judge(guard, 1e6), "nothing is known yet"
+    guard = make_guard()
+    assert not any(usual(guard, FEWEST))
+    assert judge(guard, 4 + 1.0), "ten deviations"
+    assert judge(guard, 4.0, 1 + 1.0), "of the norm"
+    assert not judge(guard, 4 + 0.3), "three"
+    assert not judge(guard, 0.1), "a loss that falls is none"
+
+
+def test_a_spike_does_not_count_as_usual_afterwards():
+    guard = make_guard()
+    usual(guard, 64)
+    assert all(judge(guard, 40.0) for _ in range(WINDOW))
+
+
+def test_the_window_moves_with_the_loss():
+    guard = make_guard()
+    for step in range(400):
+        assert not judge(guard, 8 - step / 100, 1.0), step
+    assert judge(guard, 8.0), "usual once, but not for the last 128 steps"
+
+
+@pytest.mark.parametrize(("policy", "sigma"), [("stop", 6.0), ("skip", None)])
+def test_no_spike_is_called_where_none_is_wanted(policy, sigma):
+    guard = make_guard(policy, sigma)
+    usual(guard, 64)
+    assert not judge(guard, 1e6)
+
+
+def test_a_guard_that_was_stopped_judges_on_as_one_that_was_not():
+    whole = make_guard()
+    usual(whole, 200)
+    stopped = make_guard()
+    usual(stopped, 200)
+    state = json.loads(json.dumps(stopped.state()))  # as a checkpoint keeps it
+    resumed = make_guard()
+    resumed.restore(state)
+    for loss in (4.05, 4.4, 4.58, 4.62, 4.7, 5.0):
+        assert judge(copy.deepcopy(whole), loss) == judge(copy.deepcopy(resumed), loss)
+    assert torch.equal(whole.recent, resumed.recent)
+    make_guard().restore(None)
+
+
+def test_a_withheld_update_changes_neither_weights_nor_state_and_the_next_one_does():
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+
+    def step(gradient: float, is_bad: float) -> None:
+        parameter.grad = torch.full((4, 4), gradient)
+        withhold(optimizer, torch.tensor(is_bad))
+        optimizer.step()
+
+    step(1.0, 0.0)
+    weights, state = parameter.detach().clone(), copy.deepcopy(optimizer.state[parameter])
+    step(float("nan"), 1.0)
+    assert torch.equal(parameter, weights)
+    assert all(torch.equal(optimizer.state[parameter][key], state[key]) for key in state)
+    step(1.0, 0.0)
+    assert not torch.equal(parameter, weights)
+    assert int(optimizer.state[parameter]["step"]) == 2

@@ -1,0 +1,198 @@
+"""The sections of config.yaml: every setting with its type and range."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trainstack.storage.layout import absolute
+
+MOST_SOURCES = 32  # of a mixture
+
+
+class Section(BaseModel):
+    """A part of config.yaml: no unknown key, no default, no silent conversion of a type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class ModelSection(Section):
+    name: Name
+    revision: Name
+    init: Literal["scratch", "pretrained"]
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+
+
+class SourceSection(Section):
+    """One data set; ``weight``: its share of the sequences, beside the weights of the others."""
+
+    name: Name
+    revision: Name
+    subset: Name | None
+    split: Name
+    eval_split: Name | None
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)]
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
+    text_field: Name
+    max_bad_records: Annotated[int, Field(ge=0)]
+    weight: PositiveFloat | None
+
+    @field_validator("name")
+    @classmethod
+    def make_absolute(cls, name: str) -> str:
+        return absolute(name)
+
+    @property
+    def label(self) -> str:
+        """The name that tells it from the others of a mixture."""
+        subset = f"@{self.subset}" if self.subset else ""
+        return f"{self.name}{subset}" + (f":{self.split}" if self.split != "train" else "")
+
+
+class DataSection(SourceSection):
+    seq_len: Annotated[int, Field(ge=2)]
+    packing: Literal["concat", "best_fit", "none"]
+    too_long: Literal["split", "drop"]
+    mixture: Annotated[list[SourceSection], Field(max_length=MOST_SOURCES - 1)]
+
+    @property
+    def sources(self) -> list["DataSection"]:
+        """Each data set of the mixture as if it were the only one; the first is this one."""
+        mixed = [source.model_dump() for source in self.mixture]
+        return [self.model_copy(update={**other, "mixture": []}) for other in ({}, *mixed)]
+
+    @model_validator(mode="after")
+    def check_mixture(self) -> "DataSection":
+        sources = self.sources
+        labels = [source.label for source in sources]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice:
+            raise ValueError(f"data.mixture: {twice} stands twice in it; give it one larger weight")
+        for source in sources:
+            same = [s for s in sources if (s.name, s.subset) == (source.name, source.subset)]
+            if len({s.revision for s in same}) > 1:
+                found = " and ".join(s.revision for s in same)
+                raise ValueError(
+                    f"data.mixture: {source.name} in revisions {found}; give all its splits one"
+                )
+        held_out = {(s.name, s.subset, s.eval_split) for s in sources}
+        both = next((s for s in sources if (s.name, s.subset, s.split) in held_out), None)
+        if both:
+            raise ValueError(
+                f"data.eval_split={both.split}: {both.name} is trained on that split too; hold out "
+                "another one, or null and an eval_fraction"
+            )
+        weights = [source.weight for source in sources]
+        if None in weights and any(weights):
+            said = ", ".join(
+                f"{label}: {source.weight}" for label, source in zip(labels, sources, strict=True)
+            )
+            raise ValueError(
+                f"data.weight: some data sets have one and some have none ({said}); give each of "
+                "data and data.mixture one, or write null for all: each as much as it is large"
+            )
+        if self.weight and not self.mixture:
+            raise ValueError(
+                f"data.weight={self.weight:g}: there is no other data set to weigh it against; "
+                "write data.weight=null, or name others in data.mixture"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_too_long(self) -> "DataSection":
+        if self.packing == "concat" and self.too_long == "drop":
+            raise ValueError(
+                "data.too_long=drop: data.packing=concat cuts documents anywhere, so none is too "
+                "long; write data.too_long=split, or another data.packing"
+            )
+        return self
+
+
+class TrainSection(Section):
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    num_train_epochs: PositiveFloat
+    max_steps: PositiveInt | None
+    precision: Literal["fp32", "bf16", "fp16", "fp64"]
+    torch_compile: bool
+    activation_checkpointing: bool
+
+    @model_validator(mode="after")
+    def check_batch(self) -> "TrainSection":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(batch_problem(self.global_batch_size, self.micro_batch_size, 1))
+        return self
+
+
+class OptimSection(Section):
+    learning_rate: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    adam_beta1: Beta
+    adam_beta2: Beta
+    adam_epsilon: PositiveFloat
+    max_grad_norm: PositiveFloat | None
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ]
+    lr_scheduler_kwargs: dict[str, float | int | str | bool]
+    warmup_steps: Annotated[int, Field(ge=0)]
+
+
+class CheckpointSection(Section):
+    save_steps: PositiveInt | Literal["auto"]
+    failure_hours: PositiveFloat | None
+    save_total_limit: Annotated[int, Field(ge=2)]
+
+
+class EvalSection(Section):
+    eval_steps: PositiveInt | None
+    eval_samples: PositiveInt | None
+    sample_prompt: str | None
+    sample_tokens: PositiveInt
+
+
+class GuardSection(Section):
+    hang_seconds: PositiveFloat | None
+    on_divergence: Literal["stop", "skip", "rollback"]
+    max_skips: PositiveInt
+    spike_sigma: PositiveFloat | None
+
+
+class LogSection(Section):
+    logging_steps: PositiveInt
+    report_to: list[Literal["tensorboard"]]
+
+
+def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
+    """The sentence that explains an uneven split and offers the nearest even ones."""
+    unit = micro_batch_size * world_size
+    below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
+    nearest = " or ".join(str(size) for size in (below, above) if size)
+    distances = range(micro_batch_size if global_batch_size % world_size == 0 else 0)
+    sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
+    micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
+    other = f", or train.micro_batch_size={micro}" if micro else ""
+    return (
+        f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
+        f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"
+        f"{other}"
+    )

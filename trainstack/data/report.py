@@ -1,0 +1,137 @@
+"""A look at the data before it costs GPU hours: what a run would learn, counted and shown.
+
+Command line: ``python -m trainstack data_report [--config FILE] [--home DIR] [key=value ...]``.
+Reads the token store that download_data_model.sh or prepare made. Tokens that carry loss are
+coloured on a terminal, and stand between [[ and ]] elsewhere.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from trainstack.config.load import load
+from trainstack.config.schema import DataSection
+from trainstack.data.store import EVAL, TRAIN, Split, TokenStore, open_corpus
+from trainstack.errors import ConfigError
+from trainstack.storage import layout
+
+SPEAKER = "data_report"
+SHOWN_ROWS = 3
+SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a row, and of each
+BAR_WIDTH = 40  # characters
+HASH_BYTES = 8  # of a document: two of a million are taken for one once in 40 million data sets
+COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack data_report", description=__doc__)
+    home = os.environ.get("TRAINSTACK_HOME")
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser.add_argument(
+        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    if options.home is None:
+        parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
+    try:
+        config = load(options.config, options.overrides)
+        corpus = open_corpus(options.home, config)
+    except ConfigError as error:
+        print(error.report(SPEAKER), file=sys.stderr)
+        return error.code
+    marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+    model_folder = layout.model_folder(options.home, config.model.name)
+    for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
+        for line in (*report(section, store), *rows_of(store, model_folder, marks)):
+            print(line)
+    return 0
+
+
+def report(section: DataSection, store: TokenStore) -> Iterator[str]:
+    """What there is, how long it is, how full the samples are, and how much of it stands twice."""
+    counts = store.counts
+    yield f"{section.label} ({store.meta['format']}) in {store.folder}"
+    splits = ((TRAIN, store.train), (EVAL, store.eval))
+    for name, split in splits:
+        documents, total, targets = (
+            getattr(counts, f"{name}_{what}") for what in ("documents", "tokens", "target_tokens")
+        )
+        share = targets / max(1, total)
+        yield (
+            f"  {name:<11} {documents:,} documents, {total:,} tokens, {share:.1%} of them carry "
+            f"loss; {split.num_samples:,} samples of {section.seq_len}"
+        )
+    yield (
+        f"  packing     {section.packing}: {store.train.padding_share:.2%} padding; longer than "
+        f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
+    )
+    yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
+    copies = duplicates(store.train)
+    yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
+    yield "  length      tokens per document, of the training split"
+    yield from histogram(np.diff(store.train.stops, prepend=0))
+
+
+def duplicates(split: Split) -> int:
+    """How many documents are copies of an earlier one; 8 bytes of memory each."""
+    hashes = np.fromiter(map(_hash, documents_of(split)), np.uint64, len(split.stops))
+    return len(hashes) - len(np.unique(hashes))
+
+
+def _hash(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=HASH_BYTES).digest())
+
+
+def documents_of(split: Split) -> Iterator[np.ndarray]:
+    start = 0
+    for stop in split.stops:
+        yield split.ids[start:stop]
+        start = stop
+
+
+def histogram(lengths: np.ndarray) -> Iterator[str]:
+    """A line for each power of two: how many lengths lie below it, and not below half of it."""
+    if not len(lengths):
+        return
+    bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(np.int64))
+    for power in range(np.flatnonzero(bins)[0], len(bins)):
+        bar = "#" * round(BAR_WIDTH * bins[power] / bins.max())
+        yield f"    {1 << power >> 1:>9,} to {(1 << power) - 1:>9,} {bins[power]:>12,} {bar}"
+
+
+def rows_of(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> Iterator[str]:
+    """Some samples as a model gets them, spread over the training split, decoded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    split = store.train
+    chosen = np.unique(np.linspace(0, split.num_samples - 1, SHOWN_ROWS).astype(np.int64))
+    for sample in chosen if split.num_samples else ():
+        pieces = split.pieces_of(sample)
+        yield f"sample {sample:,}: {len(pieces)} pieces; of each the first {SHOWN_TOKENS} tokens:"
+        for start, count in pieces[:SHOWN_PIECES]:
+            positions = np.arange(start, start + min(count + 1, SHOWN_TOKENS))
+            carries = split.targets_in(positions, positions + 1) > 0
+            carries[0] = False  # the first token is no target
+            yield "".join(marked(tokenizer, split.ids[positions], carries, marks))
+
+
+def marked(
+    tokenizer, ids: np.ndarray, carries: np.ndarray, marks: tuple[str, str]
+) -> Iterator[str]:
+    """The texts of tokens in a row that carry loss, or do not; the former marked."""
+    edges = [0, *(np.flatnonzero(np.diff(carries)) + 1), len(ids)]
+    for first, last in itertools.pairwise(edges):
+        text = tokenizer.decode(ids[first:last].tolist())
+        yield f"{marks[0]}{text}{marks[1]}" if carries[first] else text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

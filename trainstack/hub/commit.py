@@ -1,0 +1,209 @@
+"""A commit of a Hub repository: fetched through faults that pass, every byte checked against it.
+
+huggingface_hub gives up at once on a 5xx answer to a file, on a reset connection and on a busy
+Hub's first answer, and it compares sizes, not contents; both gaps are closed here. Reads its
+environment (HF_TOKEN, HF_ENDPOINT, the cache) when it is imported: set that before.
+"""
+
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import httpx, logging
+
+from trainstack.errors import ConfigError
+from trainstack.storage import files
+
+TRIES = 5
+WORKERS = 8  # files that arrive at a time, as in snapshot_download
+ANSWER_SECONDS = 20
+FAULTS = (httpx.HTTPError, OSError, ValueError, RuntimeError)  # the last: from hf_xet
+
+Answer = TypeVar("Answer")
+logging.set_verbosity_error()  # its warnings are several lines each, and said better below
+warnings.filterwarnings("ignore", message="Not enough free disk space")
+
+
+class HubCommit:
+    """What a revision of ``name`` means now, and the files of it that have arrived in ``folder``.
+
+    ``kind`` is model or dataset; ``sizes`` has the bytes of every file of the commit. ``folder``
+    is ``parent/.LAST_NAME.COMMIT.partial``: a call after an interrupted one finds the whole files.
+    ``is_resumable`` says after a ConfigError whether that folder is worth keeping. An OSError of
+    the disk is raised as it is.
+    """
+
+    verb, facts = "fetching", {"source": "hub"}
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        revision: str,
+        final: Path,
+        retry_delay: float,
+        say: Callable[[str], None],
+        is_cache_used: bool,
+    ):
+        self.kind, self.name, self.revision = kind, name, revision
+        self._retry_delay, self._say = retry_delay, say
+        self.is_resumable = False
+        repo, api = {"repo_id": name, "repo_type": kind}, HfApi()
+        self.commit: str = self._persist(
+            f"the commit of {revision}",
+            lambda: api.repo_info(**repo, revision=revision, timeout=ANSWER_SECONDS).sha,
+        )
+        entries = self._persist(
+            "the list of files",
+            lambda: list(api.list_repo_tree(**repo, revision=self.commit, recursive=True)),
+        )
+        self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
+        self.sizes = {name: file.size for name, file in self._files.items()}
+        self.folder = final.with_name(f".{final.name}.{self.commit[:12]}.partial")
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._repo = {**repo, "revision": self.commit, "local_dir": self.folder}
+        if not is_cache_used:  # files in the user's own cache of the Hub are taken, unless forced
+            self._repo["cache_dir"] = self.folder / ".no-cache"
+
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """What must still arrive of these files."""
+        return sum(self.sizes[name] for name in names if not (self.folder / name).exists())
+
+    def collect(self, names: Iterable[str]) -> None:
+        """Fetch, verify and sync these files; ``entries`` has their manifest entries then."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pool = ThreadPoolExecutor(WORKERS)
+        try:
+            futures = {n: pool.submit(self._fetch, n) for n in names if n not in self.entries}
+            for name, future in futures.items():
+                self.entries[name] = future.result()
+        except Exception:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for no large file
+
+    def _fetch(self, name: str) -> dict[str, Any]:
+        for is_second in (False, True):
+            path = self._persist(
+                name,
+                lambda fresh=is_second: hf_hub_download(
+                    filename=name, force_download=fresh, **self._repo
+                ),
+            )
+            if entry := verified_entry(Path(path), self._files[name]):
+                return entry
+            os.unlink(path)
+            if not is_second:
+                self._say(f"{name}: not the bytes of commit {self.commit[:7]}; fetching it again")
+        raise ConfigError(
+            f"{name} arrived twice with other bytes than commit {self.commit[:7]} has; a proxy or"
+            f" mirror on the way to {constants.ENDPOINT} alters it: try another network or"
+            " HF_ENDPOINT"
+        )
+
+    def _persist(self, what: str, call: Callable[[], Answer]) -> Answer:
+        """The answer to a call, tried again after what may pass; ConfigError says what will not."""
+        for attempt in range(1, TRIES + 1):
+            try:
+                return call()
+            except FAULTS as error:
+                cause = error
+                if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+                    cause = error.__cause__  # it says "not on the disk", its cause says why
+            if not may_pass(cause):
+                raise cause if is_of_disk(cause) else ConfigError(self._explain(cause))
+            if attempt < TRIES:
+                delay = max(self._retry_delay * 2 ** (attempt - 1), retry_after(cause))
+                self._say(f"{what}: {brief(cause)}; try {attempt + 1} of {TRIES} in {delay:g} s")
+                time.sleep(delay)
+        self.is_resumable = True
+        raise ConfigError(
+            f"the Hub at {constants.ENDPOINT} did not serve {what} in {TRIES} tries"
+            f" ({brief(cause)}); check the network and HF_ENDPOINT, then run this again"
+        )
+
+    def _explain(self, error: Exception) -> str:
+        """One line on a fault that stays: what it is and what to do."""
+        page = f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}{self.name}"
+        key = "data" if self.kind == "dataset" else "model"
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.GatedRepoError):
+            return f"gated; accept its licence at {page}, then set HF_TOKEN to your token"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return (
+                f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name, or set"
+                " HF_TOKEN to a token that may read it"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return (
+                f"has no revision {self.revision}; set {key}.revision to a branch, tag or commit"
+                f" of {page}"
+            )
+        if isinstance(error, errors.HFValidationError):
+            return f"not a name on the Hub; set {key}.name to org/name, or to ./folder for a local"
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return "not here, and HF_HUB_OFFLINE forbids to fetch it; unset it for this command"
+        if status in (401, 403):
+            return f"{page} refuses your token (HTTP {status}); set HF_TOKEN to one that may read"
+        return f"{brief(error)}; see {page}"
+
+
+def verified_entry(path: Path, expected: RepoFile) -> dict[str, Any] | None:
+    """The manifest entry of an arrived file, synced; None where it is not the commit's file.
+
+    Git LFS names a content by its sha256; git by the sha1 of "blob SIZE\\0" and the content.
+    """
+    content = hashlib.sha256()
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(files.READ_BYTES):
+            content.update(chunk)
+            if expected.lfs is None:
+                blob.update(chunk)
+        size = file.tell()
+        os.fsync(file.fileno())
+    if expected.lfs is None:
+        is_right = blob.hexdigest() == expected.blob_id
+    else:
+        is_right = content.hexdigest() == expected.lfs.sha256
+    return {"size": size, "sha256": content.hexdigest()} if is_right else None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed in a few seconds."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code in (408, 429) or response.status_code >= 500
+    if isinstance(error, errors.OfflineModeIsEnabled | ValueError):
+        return False
+    return not is_of_disk(error)
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether the file system refused; a body that was cut short is an OSError too."""
+    is_network = isinstance(error, ConnectionError | TimeoutError)
+    return isinstance(error, OSError) and error.errno is not None and not is_network
+
+
+def retry_after(error: Exception) -> float:
+    """Seconds that the Hub asks to wait, at most a minute; 0 where it does not ask."""
+    response = getattr(error, "response", None)
+    text = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(text), 60.0) if text.isdigit() else 0.0
+
+
+def brief(error: Exception) -> str:
+    """A fault in a few words of one line."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code}"
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__

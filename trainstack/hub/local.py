@@ -1,0 +1,59 @@
+"""A model or data set that lies on this machine: linked and hashed, so that a change is noticed."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trainstack.errors import ConfigError
+from trainstack.hub import choose
+from trainstack.storage import files
+
+
+class LocalFiles:
+    """A local original, to which links are made and whose hashes are kept; it is not copied.
+
+    ``sizes`` and ``modified_ns`` cover the files that can matter, used or not.
+    """
+
+    verb = "linking"
+    is_resumable = False
+
+    def __init__(self, kind: str, name: str, final: Path):
+        original, is_model = Path(name), kind == "model"
+        if not original.exists():
+            key = "model" if is_model else "data"
+            raise ConfigError(f"no such file or folder; check {key}.name")
+        if is_model and not original.is_dir():
+            raise ConfigError("is a file; name the folder that holds config.json")
+        self.root = original if original.is_dir() else original.parent
+        inside = self.root.iterdir() if is_model else self.root.rglob("*")
+        can_matter = choose.is_model_file if is_model else choose.is_data_file
+        self.sizes, self.modified_ns = {}, {}
+        for path in sorted(inside) if original.is_dir() else [original]:
+            relative = str(path.relative_to(self.root))
+            if can_matter(relative) and path.is_file():
+                stat = path.stat()
+                self.sizes[relative], self.modified_ns[relative] = stat.st_size, stat.st_mtime_ns
+        self.folder = final.with_name(f".{final.name}.local.partial")
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.facts = {"source": "local", "modified_ns": self.modified_ns}
+
+    @property
+    def commit(self) -> str:
+        """A name for the content, as the Hub's commit is one: 40 digits of a hash of the hashes."""
+        return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:40]
+
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        return 0
+
+    def collect(self, names: Iterable[str]) -> None:
+        """Link these files and hash what they link to."""
+        if not self.entries:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for name in set(names) - self.entries.keys():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).symlink_to(self.root / name)
+            self.entries[name] = files.hash_file(self.root / name)

@@ -1,0 +1,1 @@
+"""The network, its loss, how it is spread over ranks."""

@@ -1,0 +1,234 @@
+"""Writes a token store, so that a preparation that is killed goes on from its last commit.
+
+What was committed is not written to again: the next one copies it, and hashes it while it does, so
+that two that take each other for dead never write to one file.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainstack.data.store import EVAL, INDEX, TRAIN, Counts, Split
+from trainstack.prepare.packing import Plan
+from trainstack.run.folder import is_dead, process_start
+from trainstack.storage import files
+
+PROGRESS = "progress.json"  # of a folder in the making: what of it is committed
+BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
+WRITE_BYTES = 1 << 20
+COMMIT_SECONDS = 10
+SILENT_SECONDS = 600  # without a commit, after which one of another host is taken for dead
+
+
+@dataclass
+class Part:
+    """Tokens of documents of one split.
+
+    ``ids``: all in the store's dtype, one document after the other. ``lengths`` int64 [documents].
+    ``spans`` int64 [spans, 2]: first and last + 1 of those in a row that carry loss; None: all do.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    spans: np.ndarray | None
+
+
+class TokenWriter:
+    """Appends documents to a new store in a temporary folder; ``publish`` makes it visible.
+
+    ``earlier``: the folder of one that was killed, whose committed part is taken over.
+    """
+
+    def __init__(self, temporary: Path, vocab_size: int, earlier: Path | None = None):
+        self.temporary = temporary
+        self.dtype = ids_dtype(vocab_size)
+        self._entries: dict[str, dict[str, Any]] = {}
+        progress = read_progress(earlier) if earlier else {}
+        self.counts = Counts(**progress.get("counts", {}))
+        # Of the source: the number of the file, from 0, and of its next record, from 1.
+        self.position: list[int] = progress.get("position", [0, 1])
+        temporary.mkdir(parents=True)
+        names = [
+            f"{split}.{kind}" for split in (TRAIN, EVAL) for kind in ("bin", "documents", "loss")
+        ]
+        self._columns = {name: Column(temporary / name) for name in [*names, BAD_RECORDS]}
+        for name, size in progress.get("sizes", {}).items():
+            if size:  # an empty one may be gone already
+                self._columns[name].copy(earlier / name, size)
+        self._commit()
+
+    def append(self, split: str, part: Part) -> None:
+        """Add documents, their end tokens included. All of a store have spans, or none has."""
+        counts = self.counts
+        first, before = (getattr(counts, f"{split}_{what}") for what in ("tokens", "target_tokens"))
+        self._columns[f"{split}.bin"].append(part.ids)
+        stops = first + np.cumsum(part.lengths)
+        self._columns[f"{split}.documents"].append(stops.astype(INDEX))
+        carrying = len(part.ids)
+        if part.spans is not None:
+            sizes = part.spans[:, 1] - part.spans[:, 0]
+            carrying = int(sizes.sum())
+            earlier = before + np.cumsum(sizes) - sizes
+            spans = np.column_stack([part.spans + first, earlier])
+            self._columns[f"{split}.loss"].append(spans.astype(INDEX))
+        setattr(counts, f"{split}_documents", getattr(counts, f"{split}_documents") + len(stops))
+        setattr(counts, f"{split}_tokens", first + len(part.ids))
+        setattr(counts, f"{split}_target_tokens", before + carrying)
+
+    def set_aside(self, place: str, reason: str) -> None:
+        """List a record that is left out."""
+        line = json.dumps({"place": place, "reason": reason}) + "\n"
+        self._columns[BAD_RECORDS].append(np.frombuffer(line.encode(), np.uint8))
+        self.counts.bad_records += 1
+
+    def reached(self, file: int, record: int) -> None:
+        """All before that record of the source is appended; now and then that is committed."""
+        self.position = [file, record]
+        if time.monotonic() > self._committed_at + COMMIT_SECONDS:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Make what is appended durable, then say so."""
+        for column in self._columns.values():
+            column.sync()
+        progress = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": process_start(os.getpid()),
+            "position": self.position,
+            "sizes": {name: column.size for name, column in self._columns.items()},
+            "counts": asdict(self.counts),
+        }
+        files.replace_file(self.temporary / PROGRESS, json.dumps(progress).encode())
+        self._committed_at = time.monotonic()
+
+    def seal(self, seq_len: int) -> dict[str, Split]:
+        """No more documents: close the files; the splits as they are so far, to plan samples by."""
+        for column in self._columns.values():
+            column.close()
+        used = {name for name, column in self._columns.items() if column.size}
+        has_spans = any(name.endswith(".loss") for name in used)
+        for name, column in self._columns.items():
+            if name in used or (has_spans if name.endswith(".loss") else name != BAD_RECORDS):
+                self._entries[name] = column.entry()
+            else:
+                column.path.unlink()
+        return {s: Split(self.temporary, s, self.dtype, seq_len) for s in (TRAIN, EVAL)}
+
+    def lay_out(self, name: str, split: Split, plans: Iterable[Plan]) -> None:
+        """Write down the samples of a split, which ``plans`` make of groups of its documents."""
+        kinds = ("pieces", "rows", "targets")
+        columns = {kind: Column(self.temporary / f"{name}.{kind}") for kind in kinds}
+        columns["rows"].append(np.zeros(1, INDEX))
+        pieces = 0
+        for made in plans:
+            columns["pieces"].append(made.pieces.astype(INDEX))
+            columns["rows"].append((pieces + made.rows[1:]).astype(INDEX))
+            columns["targets"].append(made.targets.astype(INDEX))
+            pieces += len(made.pieces)
+            self.counts.split_documents += made.split_documents
+            self.counts.dropped_documents += made.dropped_documents
+            split.forget()
+        for column in columns.values():
+            column.close()
+            self._entries[column.path.name] = column.entry()
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Put one more file beside the tokens."""
+        self._entries[name] = files.write_file(self.temporary / name, data)
+
+    def publish(self, final: Path, meta: dict[str, Any]) -> None:
+        """Put the sealed store under its final name."""
+        meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
+        self.add_file("meta.json", json.dumps(meta, indent=1).encode())
+        files.publish_folder(self.temporary, final, self._entries, kind="tokens")
+        files.unlink(final / PROGRESS)  # until then it can be gone on with
+
+
+class Column(files.HashedFile):
+    """A file that arrays are appended to; many small ones become few writes."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._waiting = bytearray()
+        self.__enter__()
+
+    def append(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
+        if len(self._waiting) >= WRITE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self.write(self._waiting)
+        self._waiting = bytearray()
+
+    def sync(self) -> None:
+        self._flush()
+        super().sync()
+
+    def copy(self, source: Path, size: int) -> None:
+        """Begin with the first ``size`` bytes of another file."""
+        with source.open("rb") as file:
+            while size:
+                data = file.read(min(size, files.READ_BYTES))
+                if not data:
+                    raise OSError(errno.EIO, "shorter than was committed", str(source))
+                self.write(data)
+                size -= len(data)
+
+    def close(self) -> None:
+        self.__exit__(None)
+
+
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of a store's token ids."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def temporary_folder(final: Path) -> Path:
+    """Where this process makes the store ``final``."""
+    own = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"  # ids come again
+    return final.with_name(f".{final.name}.{own}.tmp")
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What of a folder in the making is committed; nothing where that cannot be read."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return progress if {"position", "sizes", "counts", "host", "pid"} <= progress.keys() else {}
+
+
+def abandoned(final: Path) -> list[Path]:
+    """What killed preparations of this store left, the furthest first."""
+    found = []
+    for folder in final.parent.glob(f".{final.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            progress = read_progress(folder)
+            if _is_gone(folder, progress):
+                found.append((progress.get("position", []), folder))
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def _is_gone(folder: Path, progress: dict[str, Any]) -> bool:
+    """Whether who made a folder has ended; of another host, whether nothing was heard for long."""
+    if progress.get("host") == socket.gethostname():
+        return is_dead(progress)
+    is_ours = f".{socket.gethostname()}." in folder.name
+    if is_ours and not progress:  # it ended before its first commit
+        return process_start(int(folder.name.split(".")[-3])) is None
+    return time.time() - folder.stat().st_mtime > SILENT_SECONDS

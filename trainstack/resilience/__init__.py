@@ -1,0 +1,1 @@
+"""What keeps a run safe, or ends it."""

@@ -1,0 +1,1 @@
+"""Everything that reaches a disk, and where it is."""
