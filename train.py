@@ -16,40 +16,34 @@ import numpy as np
 import torch
 
 from trainstack import distributed
-from trainstack.checkpoint.saver import SaveError, Saver, Snapshot, small_files
-from trainstack.config.load import IGNORED_LABEL, batch_plan, load, steps_for
-from trainstack.data import order
-from trainstack.data.store import Split, enough_samples, identity, open_corpus
-from trainstack.model.causal_lm import (
-    CausalLMLoss,
-    build_causal_lm,
-    count_parameters,
-    saved_weights,
-    wrap_ddp,
-)
-from trainstack.optim import adamw
+from trainstack.checkpoint import names
+from trainstack.checkpoint.saver import Saver
+from trainstack.checkpoint.snapshot import SaveError, Snapshot, small_files
+from trainstack.config.batch import IGNORED_LABEL, batch_plan, steps_for
+from trainstack.config.load import load
+from trainstack.data import feed, order
+from trainstack.data.corpus import enough_samples, open_corpus
+from trainstack.data.split import Split
+from trainstack.distributed import is_agreed
+from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
+from trainstack.model.ddp import compute_gradients, update, warm_up, wrap_ddp
+from trainstack.model.loss import CausalLMLoss
+from trainstack.optim import adamw, schedule
 from trainstack.resilience.failure import explain
 from trainstack.resilience.faults import Faults, parse
-from trainstack.resilience.guard import Guard, withhold
+from trainstack.resilience.guard import Diverged, Guard, withhold
 from trainstack.resilience.stop import Stop
-from trainstack.resilience.watchdog import SAVE_SECONDS, START_SECONDS
-from trainstack.run.folder import CONTINUES, EXIT_CODES, RUNNING, RunFolder
+from trainstack.resilience.watchdog import SAVE_SECONDS, START_SECONDS, Watch
+from trainstack.run.folder import RunFolder
+from trainstack.run.identity import identity
+from trainstack.run.states import CONTINUES, EXIT_CODES, RUNNING
 from trainstack.storage import layout
-from trainstack.train import numbers as step_numbers
-from trainstack.train import startup
-from trainstack.train.metrics import duration
-from trainstack.train.numbers import (
-    Pace,
-    StepNumbers,
-    compute_gradients,
-    generate_text,
-    is_agreed,
-    is_due,
-    update,
-    warm_up,
-)
-from trainstack.train.report import Diverged, Report
-from trainstack.train.startup import Parts, Resumed, Watch
+from trainstack.train import announce, startup
+from trainstack.train import evaluate as evaluation
+from trainstack.train.numbers import Pace, StepNumbers, is_due
+from trainstack.train.report import Report
+from trainstack.train.state import Parts, Resumed
+from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 
@@ -96,7 +90,7 @@ def main(options: argparse.Namespace, config) -> str:
         lease.check()  # loading takes a while
         stop.save_seconds = startup.expected_save_seconds(run, count_parameters(causal_lm))
         run.set_status(RUNNING, step=resumed.step, max_steps=max_steps)
-    startup.announce(parts, resumed)
+    announce.announce(parts, resumed)
     with settled(parts):
         return train(parts, resumed)
 
@@ -105,7 +99,7 @@ def train(parts: Parts, resumed: Resumed) -> str:
     """The loop: from a step that is done to max_steps, or to a stop. Returns DONE or PAUSED."""
     config, max_steps, step = parts.config, parts.max_steps, resumed.step
     numbers, pace = StepNumbers(parts.world.device), Pace()
-    report = Report(parts, resumed, adamw.build_schedule(config.optim, max_steps), pace)
+    report = Report(parts, resumed, schedule.build_schedule(config.optim, max_steps), pace)
     started = time.monotonic()
     samples = parts.sampler.samples_at(min(step, max_steps - 1))
     warm_up(parts.ddp, batches_of(parts, samples))
@@ -180,7 +174,7 @@ def take_step(parts: Parts, report: Report, numbers: StepNumbers, step: int) -> 
 
 def batches_of(parts: Parts, samples: np.ndarray):
     """The micro batches of this rank's samples of one step."""
-    return order.micro_batches(
+    return feed.micro_batches(
         samples,
         parts.plan.micro_batch_size,
         parts.corpus.train.read,
@@ -229,7 +223,7 @@ def evaluate_one(parts: Parts, held_out: Split, step: int) -> tuple[float, int] 
     """Mean loss over one data set's held-out targets, and their number; None if broken off."""
     world = parts.world
     rows = min(held_out.num_samples, parts.config.eval.eval_samples or held_out.num_samples)
-    batches = order.micro_batches(
+    batches = feed.micro_batches(
         np.arange(world.rank, rows, world.world_size),
         parts.plan.micro_batch_size,
         held_out.read,
@@ -241,9 +235,7 @@ def evaluate_one(parts: Parts, held_out: Split, step: int) -> tuple[float, int] 
         parts.watch.at(step, "evaluation")
         return parts.stop.is_wanted(0, 1 + parts.saver.is_busy)
 
-    return step_numbers.evaluate(
-        parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop
-    )
+    return evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
 
 
 def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
@@ -312,9 +304,9 @@ def show_sample(parts: Parts) -> None:
         return
     from transformers import AutoTokenizer
 
-    _, newest = layout.newest_checkpoint(parts.run.checkpoints)
+    _, newest = names.newest_checkpoint(parts.run.checkpoints)
     tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
-    text = generate_text(
+    text = evaluation.generate_text(
         parts.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
         parts.config.run.seed,
     )  # fmt: skip
@@ -332,7 +324,7 @@ def leave(parts: Parts, state: str, step: int, started: float) -> str:
         run.pause(owner.job, owner.attempt, cause, step=step)
         log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
     else:
-        _, newest = layout.newest_checkpoint(run.checkpoints)
+        _, newest = names.newest_checkpoint(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(time.monotonic() - started)
         code = EXIT_CODES[state]
         run.set_status(state, step=step, exit_code=code, cause=None, next_action=look)

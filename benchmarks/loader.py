@@ -31,7 +31,8 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import default_data_collator
 
-from trainstack.data import order, store
+from trainstack.data import feed, order
+from trainstack.data.split import INDEX, Split
 
 TOKENS, SEQ_LEN, BATCH, BATCHES, ROUNDS = 100_000_000, 1024, 32, 400, 5
 ROW = SEQ_LEN + 1  # inputs and labels overlap
@@ -120,11 +121,11 @@ def copied():
 def with_trainstack(folder: Path, ids: np.ndarray):
     """The path of train.py, without what it asks its other parts between two batches."""
     ids.tofile(folder / "train.bin")
-    np.array([TOKENS], store.INDEX).tofile(folder / "train.documents")
-    split = store.Split(folder, "train", ids.dtype, SEQ_LEN)
+    np.array([TOKENS], INDEX).tofile(folder / "train.documents")
+    split = Split(folder, "train", ids.dtype, SEQ_LEN)
 
     def batches_of(samples):
-        return order.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
+        return feed.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
 
     def batches():
         yield from batches_of(np.arange(BATCH))  # then the clock starts, our sampler's start counts

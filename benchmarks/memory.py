@@ -14,9 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainstack.config.load import Config, load
+from trainstack.config.load import load
+from trainstack.config.schema import Config
 from trainstack.prepare import demo
-from trainstack.storage import files, layout
+from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN, BATCH = 1024, 32
@@ -69,7 +70,9 @@ def make_dataset(folder: Path, megabytes: int) -> None:
             if file.size >= megabytes * 1e6:
                 break
     entries = {"train.jsonl": file.entry()}
-    files.publish_folder(temporary, folder, entries, kind="dataset", source="made", revision=None)
+    manifest.publish_folder(
+        temporary, folder, entries, kind="dataset", source="made", revision=None
+    )
 
 
 def settings(packing: str, name: str) -> Config:
@@ -87,14 +90,14 @@ def preparation(home: str, packing: str, name: str) -> float:
 def rank(home: str, packing: str, name: str) -> float:
     import torch
 
-    from trainstack.data import order, store
+    from trainstack.data import corpus, feed, order
 
-    split = store.open_corpus(Path(home), settings(packing, name)).train
+    split = corpus.open_corpus(Path(home), settings(packing, name)).train
     sampler = order.StepSampler(split.num_samples, BATCH, 0, 1, seed=1)
     device = torch.device("cpu")
     for step in range(split.num_samples // BATCH):
         samples = sampler.samples_at(step)
-        for parts in order.micro_batches(samples, BATCH, split.read, device):
+        for parts in feed.micro_batches(samples, BATCH, split.read, device):
             assert len(parts[0]) == BATCH
         split.target_tokens(samples)
     return peak()

@@ -25,10 +25,11 @@ from datasets import disable_progress_bars, load_dataset
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from trainstack.config.load import Config, load
-from trainstack.data import store
+from trainstack.config.load import load
+from trainstack.config.schema import Config
+from trainstack.data import corpus
 from trainstack.prepare import demo, prepare
-from trainstack.storage import files, layout
+from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 MEGABYTES, VOCAB_SIZE, SEQ_LEN, ROUNDS = 20, 16_384, 1024, 3
@@ -59,7 +60,7 @@ def measure(home: Path, config: Config, texts: list[str]) -> dict[str, float]:
     with contextlib.redirect_stderr(io.StringIO()):
         for name in ("ours", "ours, second start"):
             taken[name] = seconds(lambda: prepare.prepare(home, config, force=False))
-    taken["ours, opening them"] = seconds(lambda: store.open_corpus(home, config))
+    taken["ours, opening them"] = seconds(lambda: corpus.open_corpus(home, config))
     jsonl = layout.dataset_folder(home, "text", None) / "train.jsonl"
     with tempfile.TemporaryDirectory(dir=home) as cache:
         # A process of its own: map leaves TOKENIZERS_PARALLELISM=false behind (datasets 5.2).
@@ -107,7 +108,9 @@ def make_home(home: Path) -> list[str]:
     temporary.mkdir(parents=True)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     entries = {"train.jsonl": files.write_file(temporary / "train.jsonl", lines.encode())}
-    files.publish_folder(temporary, folder, entries, kind="dataset", source="made", revision=None)
+    manifest.publish_folder(
+        temporary, folder, entries, kind="dataset", source="made", revision=None
+    )
     return texts
 
 

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainstack import distributed
-from trainstack.checkpoint.saver import Saver, Snapshot
-from trainstack.config.load import batch_plan, load
-from trainstack.model import causal_lm
+from trainstack.checkpoint.saver import Saver
+from trainstack.checkpoint.snapshot import Snapshot
+from trainstack.config.batch import batch_plan
+from trainstack.config.load import load
+from trainstack.model import causal_lm, ddp, loss
 from trainstack.optim import adamw
-from trainstack.train import numbers
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, QUIET_STEPS = 5, 3
@@ -54,8 +55,8 @@ class Trainer:
         )  # fmt: skip
         torch.manual_seed(1)
         self.causal_lm = LlamaForCausalLM(shape).float()
-        self.ddp = causal_lm.wrap_ddp(
-            causal_lm.CausalLMLoss(self.causal_lm, self.config.train, world.device), world
+        self.ddp = ddp.wrap_ddp(
+            loss.CausalLMLoss(self.causal_lm, self.config.train, world.device), world
         )
         self.optimizer = adamw.build_optimizer(self.causal_lm, self.config.optim)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -65,11 +66,11 @@ class Trainer:
     def step(self, before_update) -> tuple[float, float]:
         """One step; its seconds, and those it waited for a save."""
         started = time.perf_counter()
-        _, norm = numbers.compute_gradients(
+        _, norm = ddp.compute_gradients(
             self.ddp, self.optimizer, self.scaler, self.batch, self.plan, self.plan.tokens_per_step
         )
         waited = before_update()
-        numbers.update(self.ddp, self.optimizer, self.scaler, norm, 1.0)
+        ddp.update(self.ddp, self.optimizer, self.scaler, norm, 1.0)
         dist.barrier()
         return time.perf_counter() - started, waited
 
@@ -139,7 +140,7 @@ def save_with_torch(trainer: Trainer, path: Path) -> float:
 
 def is_over(saver: Saver, world: distributed.World) -> bool:
     """Whether the save has ended on both ranks."""
-    return not numbers.is_agreed(saver._thread.is_alive(), world)
+    return not distributed.is_agreed(saver._thread.is_alive(), world)
 
 
 def longest(seconds: float) -> float:

@@ -35,14 +35,18 @@ from transformers import (
 )
 
 from trainstack import distributed
-from trainstack.config.load import Config, batch_plan, load
-from trainstack.data.order import StepSampler, micro_batches
-from trainstack.data.store import Split, open_corpus
-from trainstack.model.causal_lm import CausalLMLoss, wrap_ddp
+from trainstack.config.batch import batch_plan
+from trainstack.config.load import load
+from trainstack.config.schema import Config
+from trainstack.data.corpus import open_corpus
+from trainstack.data.feed import micro_batches
+from trainstack.data.order import StepSampler
+from trainstack.data.split import Split
+from trainstack.model.ddp import compute_gradients, update, wrap_ddp
+from trainstack.model.loss import CausalLMLoss
 from trainstack.optim import adamw
 from trainstack.prepare import prepare
-from trainstack.storage import files, layout
-from trainstack.train.numbers import compute_gradients, update
+from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS, MEDIAN, SIGMA, SHORTEST, SEQ_LEN = 4000, 90, 0.9, 16, 512  # the lengths in tokens
@@ -221,7 +225,7 @@ def publish(folder: Path, kind: str, content: dict[str, str]) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
     entries = {n: files.write_file(temporary / n, t.encode()) for n, t in content.items()}
-    files.publish_folder(temporary, folder, entries, kind=kind, source="made", revision=None)
+    manifest.publish_folder(temporary, folder, entries, kind=kind, source="made", revision=None)
 
 
 if __name__ == "__main__":

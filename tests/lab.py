@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
+from trainstack.checkpoint.names import checkpoints
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
 
@@ -76,7 +77,7 @@ class Trace:
         return tiny.metrics(self.run.path.parent.parent, self.run.path.name)
 
     def weights_hash(self) -> str:
-        newest = layout.checkpoints(self.run.checkpoints)[0][1]
+        newest = checkpoints(self.run.checkpoints)[0][1]
         return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
     def steps(self) -> list[dict]:

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 import tiny
-from trainstack.config.load import all_keys, load
+from trainstack.config.load import load
+from trainstack.config.problems import all_keys
 from trainstack.errors import USAGE_ERROR
-from trainstack.run.folder import EXIT_CODES
+from trainstack.run.states import EXIT_CODES
 
 ROOT = tiny.ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
@@ -94,7 +95,7 @@ def test_the_table_of_exit_codes_is_that_of_the_code():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_is_a_valid_configuration(recipe):
     """Its schedule too, which only torch and transformers can judge."""
-    from trainstack.optim.adamw import build_schedule
+    from trainstack.optim.schedule import build_schedule
 
     tiny.run_module("trainstack.config.load", "--config", recipe)
     config = load(recipe, [])

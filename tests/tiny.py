@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from trainstack.storage import files, layout
+from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
@@ -89,7 +89,7 @@ def publish(folder: Path, content: dict[str, str], **facts) -> Path:
     temporary = folder.with_name(f".{folder.name}.tmp")
     temporary.mkdir(parents=True)
     entries = {n: files.write_file(temporary / n, t.encode()) for n, t in content.items()}
-    files.publish_folder(temporary, folder, entries, source="test", revision=None, **facts)
+    manifest.publish_folder(temporary, folder, entries, source="test", revision=None, **facts)
     return folder
 
 

@@ -167,3 +167,10 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(mixed >> np.uint64(1)))  # also seeds every GPU
     random.seed(int(mixed))
+
+
+def is_agreed(is_wanted: bool, world: World) -> bool:
+    """Whether any rank wants it. Collective: every rank must call this."""
+    wish = torch.tensor(float(is_wanted), device=world.device)
+    dist.all_reduce(wish)
+    return bool(wish > 0)

@@ -40,3 +40,9 @@ def shown(value: Any) -> str:
 
 class DataError(Exception):
     """A data file holds something that is no document; says file, place, what and the fix."""
+
+
+class Failed(ConfigError):
+    """Something else than the person's input is in the way."""
+
+    code = 1

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -28,3 +30,21 @@ def end_on_interrupt(line: str) -> None:
         os._exit(130)
 
     signal.signal(signal.SIGINT, end)
+
+
+def is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the process of this host that took a lease has ended (or its pid was used again)."""
+    return process_start(holder["pid"]) != holder["process_started"]
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot with the boot's id; None where it ended.
+
+    Field 22 of /proc/<pid>/stat, counted behind the command's closing parenthesis (proc(5)).
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"

@@ -13,18 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainstack.checkpoint.saver import (
-    SaveError,
-    Saver,
-    Snapshot,
-    newest_whole,
-    optimizer_share,
-    read_optimizer,
-)
+from trainstack.checkpoint.load import newest_whole, read_optimizer
+from trainstack.checkpoint.names import STATE, checkpoints, newest_identity
+from trainstack.checkpoint.saver import Saver
+from trainstack.checkpoint.snapshot import SaveError, Snapshot, optimizer_share
 from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused
-from trainstack.storage import files, layout
+from trainstack.storage import files, manifest
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
@@ -74,7 +70,7 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path, dtype):
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    assert entry == files.hash_file(tmp_path / "x.safetensors")
+    assert entry == manifest.hash_file(tmp_path / "x.safetensors")
 
 
 def test_files_are_readable_by_the_group_as_the_umask_says(tmp_path):
@@ -90,7 +86,7 @@ def test_files_are_readable_by_the_group_as_the_umask_says(tmp_path):
 def test_the_newest_checkpoints_are_kept_and_never_less_than_two(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path / "c", step, keep=1)
-    assert [step for step, _ in layout.checkpoints(tmp_path / "c")] == [4, 3]
+    assert [step for step, _ in checkpoints(tmp_path / "c")] == [4, 3]
 
 
 def test_no_temporary_folder_of_a_killed_life_stays(tmp_path):
@@ -112,11 +108,11 @@ def test_every_flipped_bit_is_found_and_its_file_named(tmp_path):
         broken = bytearray(whole)
         broken[bit // 8] ^= 1 << bit % 8
         victim.write_bytes(broken)
-        found = list(files.damage(path))
+        found = list(manifest.damage(path))
         assert len(found) == 1, f"bit {bit} of {victim.name}: {found}"
         assert found[0].startswith(str(victim.relative_to(path)))
         victim.write_bytes(whole)
-    assert not list(files.damage(path))
+    assert not list(manifest.damage(path))
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_path, caplog):
@@ -157,11 +153,11 @@ def test_a_flipped_bit_in_its_state_makes_no_run_another_experiment(tmp_path):
         saver = Saver(tmp_path / "c", ALONE, 2, "job.1", lambda: None)
         saver.start(snap)
         saver.wait()
-    assert layout.newest_identity(tmp_path / "c") == (2, {"run.seed": 1234})
-    path = tmp_path / "c" / "checkpoint-2" / layout.STATE
+    assert newest_identity(tmp_path / "c") == (2, {"run.seed": 1234})
+    path = tmp_path / "c" / "checkpoint-2" / STATE
     path.write_text(path.read_text().replace("1234", "1235"))
-    assert layout.newest_identity(tmp_path / "c") == (1, {"run.seed": 1234})
-    assert layout.newest_identity(tmp_path / "nothing") == (0, None)
+    assert newest_identity(tmp_path / "c") == (1, {"run.seed": 1234})
+    assert newest_identity(tmp_path / "nothing") == (0, None)
 
 
 def test_it_never_starts_over_when_no_checkpoint_verifies(tmp_path):
@@ -196,7 +192,7 @@ def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_els
     first, names = save(tmp_path / "c", 1), []
     with files.watched_by(lambda name, *_: names.append(name)):
         save(tmp_path / "c", 2)
-    files.remove_folder(tmp_path / "c" / "checkpoint-2")
+    manifest.remove_folder(tmp_path / "c" / "checkpoint-2")
     for change in range(1, names.index("rename") + 2):
         # EIO is tried again, so it has to last
         watcher = fail(number, *range(change, change + 200 * (number == errno.EIO) + 1))
@@ -205,7 +201,7 @@ def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_els
         assert os.strerror(number) in str(caught.value)
         assert "GB free)" in str(caught.value)
         assert str(tmp_path) in str(caught.value)
-        assert not list(files.damage(first))
+        assert not list(manifest.damage(first))
         # What could not be cleaned up either goes with the next save.
         assert {p.name for p in (tmp_path / "c").iterdir() if p.name[0] != "."} == {"checkpoint-1"}
     save(tmp_path / "c", 2)
@@ -219,7 +215,7 @@ def test_a_moment_of_eio_is_survived_by_writing_the_file_anew(tmp_path):
     sync = names.index("sync") + 1
     with files.watched_by(fail(errno.EIO, sync)):
         path = save(tmp_path / "c", 2)
-    assert not list(files.damage(path))
+    assert not list(manifest.damage(path))
 
 
 def test_a_really_full_disk_is_named_and_the_next_save_succeeds_once_there_is_space(tmp_path):
@@ -269,7 +265,7 @@ def test_who_lost_the_run_folder_does_not_publish(tmp_path):
 
     with pytest.raises(Refused, match="job 7"):
         save(tmp_path / "c", 1, check=lost)
-    assert not layout.checkpoints(tmp_path / "c")
+    assert not checkpoints(tmp_path / "c")
 
 
 def test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner(tmp_path):
@@ -282,7 +278,7 @@ def test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner
 
     with pytest.raises(Refused, match="job 7"):
         save(tmp_path / "c", 1, check=lost_meanwhile)
-    assert not list(files.damage(theirs))
+    assert not list(manifest.damage(theirs))
     assert torch.equal(load_file(theirs / "model.safetensors")["a"], torch.full((3, 4), 2.0))
 
 

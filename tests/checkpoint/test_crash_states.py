@@ -22,11 +22,16 @@ from typing import Any
 import pytest
 import torch
 
-from trainstack.checkpoint.saver import Saver, Snapshot, newest_whole
+from trainstack.checkpoint.load import newest_whole
+from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.saver import Saver
+from trainstack.checkpoint.snapshot import Snapshot
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
-from trainstack.run.folder import Lease, Owner, RunFolder
-from trainstack.storage import files, layout
+from trainstack.run.folder import RunFolder
+from trainstack.run.lease import Lease, Owner
+from trainstack.storage import files
+from trainstack.storage.manifest import MANIFEST
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 ROOT = 0  # inode of the recorded folder
@@ -349,7 +354,7 @@ def recorded_save(folder: Path) -> Scenario:
         record.returned()
     second, third = (read(folder / f"checkpoint-{step}") for step in (2, 3))
     assert below(before, "checkpoint-2") == second
-    assert [step for step, _ in layout.checkpoints(folder)] == [3, 2]
+    assert [step for step, _ in checkpoints(folder)] == [3, 2]
     outcomes = [("checkpoint-2", second), ("checkpoint-3", third)]
     return Scenario(record, newest, outcomes, ["checkpoint-3"])
 
@@ -436,7 +441,7 @@ def lost(kind: str, inode: int | None = None) -> Callable[[list[Change]], list[C
 def renamed_before_its_manifest(changes: list[Change]) -> list[Change]:
     (rename,) = (change for change in changes if change.kind == "rename")
     rest = [change for change in changes if change is not rename]
-    (manifest,) = (i for i, c in enumerate(rest) if c.here == (rename.inode, files.MANIFEST))
+    (manifest,) = (i for i, c in enumerate(rest) if c.here == (rename.inode, MANIFEST))
     return [*rest[:manifest], rename, *rest[manifest:]]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from slurm_user import PAIR, TWO_NODES
-from trainstack.storage import layout
+from trainstack.checkpoint.names import checkpoints
 
 pytestmark = pytest.mark.slurm
 
@@ -58,7 +58,7 @@ def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
 
 def test_the_run_of_a_job_that_failed_goes_on_in_the_next_job(user):
     """The dead job could not give its lease back; Slurm says that it has ended."""
-    newest = layout.checkpoints(user.folder("broken").checkpoints)[0][1].name
+    newest = checkpoints(user.folder("broken").checkpoints)[0][1].name
     job = user.submit("run.name=broken", *PAIR)
     state = user.cluster.wait(job, timeout=180)
     assert state == "COMPLETED", user.log("broken", job)

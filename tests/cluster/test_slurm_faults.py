@@ -17,7 +17,7 @@ import tiny
 from lab import Lab, wait_until, write_row
 from slurm_cluster import SlurmCluster, missing_requirements
 from slurm_user import PAIR, Site, processes_of, rank_process
-from trainstack.storage import layout
+from trainstack.checkpoint import names
 
 pytestmark = pytest.mark.slurm
 RUN = ("train.max_steps=120", "checkpoint.save_steps=10", "eval.eval_steps=60")
@@ -229,7 +229,7 @@ def test_of_two_lives_of_one_job_only_the_later_publishes(user, long_reference):
     trace = user.trace("f15")
     status = trace.run.status()
     assert (status["state"], status["attempt"]) == ("DONE", 2)
-    newest = max(step for step, _ in layout.checkpoints(trace.run.checkpoints))
+    newest = max(step for step, _ in names.checkpoints(trace.run.checkpoints))
     assert newest == 1200
     message = trace.run.failures(job, 1)[0]["cause"]
     assert "took over" in message

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from trainstack.data.order import HASH_BITS, Permutation, StepSampler, micro_batches, samples_hash
-from trainstack.data.store import EVAL, TRAIN, TokenStore, is_held_out
+from trainstack.data.feed import micro_batches
+from trainstack.data.order import HASH_BITS, Permutation, StepSampler, samples_hash
+from trainstack.data.split import EVAL, TRAIN
+from trainstack.data.store import TokenStore
 from trainstack.prepare.packing import plans
-from trainstack.prepare.tokenise import part_of, spans_of
+from trainstack.prepare.tokenise import is_held_out, part_of, spans_of
 from trainstack.prepare.writer import TokenWriter
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import tiny
 from trainstack.config.load import load
+from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.order import BLOCK, Mixture, Permutation, StepSampler, _stream, samples_hash
-from trainstack.data.store import enough_samples, open_corpus
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 

@@ -14,7 +14,8 @@ import pytest
 import tiny
 from trainstack.data.store import TokenStore
 from trainstack.run.folder import RunFolder
-from trainstack.storage import files, layout
+from trainstack.storage import layout
+from trainstack.storage.manifest import damage, hash_file, read_manifest, write_manifest
 
 TEMPLATE = (  # the end of the assistant's turn is learned, what a user says is not
     "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"
@@ -194,11 +195,11 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
     damaged = path.read_bytes().replace("\xff".encode(), b"\xff")
     path.chmod(0o644)
     path.write_bytes(damaged)
-    entry = files.hash_file(path)
-    manifest = files.read_manifest(path.parent)
+    entry = hash_file(path)
+    manifest = read_manifest(path.parent)
     manifest["files"]["a.jsonl"] = {"size": entry["size"], "sha256": entry["sha256"]}
     (path.parent / "manifest.json").unlink()
-    files.write_manifest(path.parent, manifest["files"], kind="dataset")
+    write_manifest(path.parent, manifest["files"], kind="dataset")
     common = ["--home", home, "--config", home / "config.yaml", "data.name=bad"]
     for limit, problem in ((0, "a.jsonl:2: no string"), (4, "a.jsonl:8: not UTF-8 at byte 10")):
         settings = [*common, "data.eval_fraction=0", f"data.max_bad_records={limit}"]
@@ -215,7 +216,7 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
     assert [json.loads(line)["place"] for line in listed] == [
         "a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5", "a.jsonl:8",
     ]  # fmt: skip
-    assert not any(files.damage(store.folder))
+    assert not any(damage(store.folder))
 
 
 def test_the_report_counts_and_shows_what_is_learned(home):

@@ -23,7 +23,7 @@ from trainstack.prepare import formats
 from trainstack.prepare.formats import BUILDERS
 from trainstack.prepare.readers import read_chunks
 from trainstack.run.folder import RunFolder
-from trainstack.storage import files, layout
+from trainstack.storage import layout, manifest
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +140,13 @@ def test_a_refresh_while_the_hub_is_down_leaves_the_old_copy_in_use_and_says_so(
     assert user(checkout, hub, "download_data_model.sh", *settings).returncode == 0
     home = checkout.parent / "shared" / "trainstack"
     model = layout.model_folder(home, "org/tiny")
-    before = files.read_manifest(model)
+    before = manifest.read_manifest(model)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     arguments = ["--home", home, "--config", checkout / "config.yaml", "--force", *settings]
     result = tiny.run_module("trainstack.hub.fetch", *arguments, "--retry-delay", 0.05, check=False)
     assert result.returncode == 1
     assert "stays in use" in result.stderr
-    assert files.read_manifest(model) == before
+    assert manifest.read_manifest(model) == before
     trained = user(
         checkout, hub, "submit.sh", "--local", "run.name=after", "train.max_steps=2", *settings
     )

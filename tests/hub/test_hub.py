@@ -24,7 +24,8 @@ from hub_server import HubServer
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
 from trainstack.hub.fetch import HASHED_AT_ONCE, disk_problem, main
-from trainstack.storage import files, layout
+from trainstack.storage import layout
+from trainstack.storage.manifest import damage, hash_file, read_manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "Q7w9" * 8
@@ -166,9 +167,9 @@ def test_a_model_arrives_whole_verified_and_without_what_is_not_loaded(server, h
     folder = home / "models/org/tiny"
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert visible(home) == sorted(f"models/org/tiny/{n}" for n in [*names, "manifest.json"])
-    manifest = files.read_manifest(folder)
+    manifest = read_manifest(folder)
     source = repository(server)
-    assert manifest["files"] == {n: files.hash_file(source / n) for n in names}
+    assert manifest["files"] == {n: hash_file(source / n) for n in names}
     assert manifest["commit"] == server.find("models", "org/tiny", None)[1]
     facts = {k: manifest[k] for k in ("kind", "name", "revision", "source", "parameters")}
     assert facts == {
@@ -180,7 +181,7 @@ def test_a_model_arrives_whole_verified_and_without_what_is_not_loaded(server, h
     }
     assert manifest["weight_bytes"] == (source / "model.safetensors").stat().st_size
     assert manifest["fetched_at"].endswith("+00:00")
-    assert list(files.damage(folder)) == []
+    assert list(damage(folder)) == []
 
 
 def test_only_the_subset_asked_for_arrives_with_all_its_splits(server, home, fetch):
@@ -188,11 +189,11 @@ def test_only_the_subset_asked_for_arrives_with_all_its_splits(server, home, fet
     result = fetch("data.name=org/text", "data.subset=small", "data.eval_split=test")
     assert result.code == 0, result
     folder = layout.dataset_folder(home, "org/text", "small")
-    manifest = files.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert list(manifest["files"]) == ["README.md", "small/test-0.jsonl", "small/train-0.jsonl"]
     assert manifest["splits"] == {"train": ["small/train-0.jsonl"], "test": ["small/test-0.jsonl"]}
     assert (manifest["kind"], manifest["subset"]) == ("dataset", "small")
-    assert list(files.damage(folder)) == []
+    assert list(damage(folder)) == []
 
 
 def test_progress_is_one_line_before_and_one_after(fetch, server):
@@ -250,7 +251,7 @@ def test_a_damaged_file_is_named_and_the_model_fetched_anew(home, fetch):
     result = fetch(*PRETRAINED)
     assert result.code == 0
     assert "damaged (tokenizer.json: hash differs); fetching it anew" in result.lines[0]
-    assert list(files.damage(victim.parent)) == []
+    assert list(damage(victim.parent)) == []
 
 
 def test_another_revision_replaces_the_one_that_is_here(server, home, fetch, tokenizer_json):
@@ -258,7 +259,7 @@ def test_another_revision_replaces_the_one_that_is_here(server, home, fetch, tok
     fetch(*PRETRAINED)
     result = fetch(*PRETRAINED, "model.revision=v2")
     assert result.code == 0 and "at revision main, not v2" in result.lines[0]
-    manifest = files.read_manifest(home / "models/org/tiny")
+    manifest = read_manifest(home / "models/org/tiny")
     assert manifest["commit"] == server.find("models", "org/tiny", "v2")[1]
     server.requests.clear()
     assert fetch(*PRETRAINED, f"model.revision='{manifest['commit']}'").code == 0
@@ -338,7 +339,7 @@ def test_a_fault_that_passes_is_survived(server, home, fetch, fault):
     server.faults += [{"times": 1, **rule} for rule in PASSING_FAULTS[fault]]
     result = fetch(*PRETRAINED, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert result.code == 0 and not any(rule["times"] for rule in server.faults), result
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
     source = repository(server) / "model.safetensors"
     assert sha256(home / "models/org/tiny/model.safetensors") == sha256(source)
 
@@ -353,7 +354,7 @@ def test_a_damaged_file_in_the_users_own_cache_is_not_taken(server, home, fetch,
     cached.resolve().write_bytes(data)
     server.requests.clear()
     assert fetch(*PRETRAINED, HF_HOME=str(tmp_path / "cache")).code == 0
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
     source = repository(server) / "model.safetensors"
     assert sha256(home / "models/org/tiny/model.safetensors") == sha256(source)
     fetched = [r.path.rpartition("/")[2] for r in server.requests if r.method == "GET"]
@@ -521,7 +522,7 @@ def test_a_stopped_fetch_shows_nothing_and_the_next_call_goes_on_from_its_whole_
     fetched = [r.path.rpartition("/")[2] for r in server.requests if "/resolve/" in r.path]
     assert "tokenizer.json" not in fetched and "model.safetensors" in fetched
     assert [path.name for path in (home / "models/org").iterdir()] == ["tiny"]
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
 
 
 def test_what_an_earlier_fetch_brought_is_dropped_where_it_is_not_wanted(server, home, fetch):
@@ -539,10 +540,10 @@ def test_a_stopped_refresh_leaves_the_old_copy_in_use(server, home, fetch):
     process = start(fetch, *PRETRAINED, "--force")
     server.requests.clear()
     wait_for_request(server, "model.safetensors")
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
     process.kill()
     process.communicate()
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
     server.requests.clear()
     assert fetch(*PRETRAINED).code == 0 and server.requests == []
 
@@ -553,7 +554,7 @@ def test_two_calls_at_once_fetch_each_file_once(server, home, fetch):
     assert [process.returncode for process in both] == [0, 0], said
     fetched = [r for r in server.requests if r.method == "GET" and "/resolve/" in r.path]
     assert len(fetched) == 4
-    assert list(files.damage(home / "models/org/tiny")) == []
+    assert list(damage(home / "models/org/tiny")) == []
 
 
 # Secrets
@@ -592,7 +593,7 @@ def local_model(tmp_path, tokenizer_json) -> tuple[Path, list[str], Path]:
 def test_a_local_model_is_linked_not_copied(tmp_path, call, tokenizer_json):
     original, arguments, folder = local_model(tmp_path, tokenizer_json)
     assert call(*arguments).code == 0
-    manifest = files.read_manifest(folder)
+    manifest = read_manifest(folder)
     facts = (manifest["source"], manifest["revision"], manifest["parameters"])
     assert facts == ("local", None, 20007)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -611,7 +612,7 @@ def test_a_changed_local_original_is_an_error_until_it_is_meant(tmp_path, call, 
     assert "tokenizer_config.json: hash differs" in result.lines[0]
     assert "FORCE_REFRESH=1" in result.lines[0]
     assert call(*arguments, "--force").code == 0
-    assert list(files.damage(folder)) == []
+    assert list(damage(folder)) == []
     assert call(*arguments).code == 0
 
 
@@ -636,7 +637,7 @@ def test_a_file_that_joins_a_local_data_folder_is_noticed(tmp_path, call):
     (folder / "notes.md").write_text("not data")
     arguments = ["data.name=./texts"]
     assert call(*arguments).code == 0
-    linked = files.read_manifest(layout.dataset_folder(tmp_path / "home", str(folder), None))
+    linked = read_manifest(layout.dataset_folder(tmp_path / "home", str(folder), None))
     assert linked["splits"] == {"train": ["a.jsonl", "deep/b.jsonl.gz"]}
     assert list(linked["files"]) == ["a.jsonl", "deep/b.jsonl.gz"]
     (folder / "c.jsonl").write_text('{"text": "c"}\n')

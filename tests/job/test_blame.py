@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from trainstack.job import attempts
+from trainstack.job import attempts, blame
 from trainstack.run.folder import RunFolder
 
 SAMPLES, GRADIENTS = 1, 2  # positions within a step
@@ -30,7 +30,7 @@ def hang(run: RunFolder, rank: int, place: int) -> None:
 
 
 def blamed(run: RunFolder) -> tuple[int | str, str]:
-    failure = attempts.first_failure(run, "7", 1)
+    failure = blame.first_failure(run, "7", 1)
     return failure["rank"], failure["state"]
 
 
@@ -45,7 +45,7 @@ def test_ranks_that_only_lost_a_peer_point_at_the_one_that_left_no_word(run):
     for rank in (0, 1, 3):
         account(run, rank, victim=True)
     assert blamed(run) == (2, "FAILED")
-    failure = attempts.first_failure(run, "7", 1)
+    failure = blame.first_failure(run, "7", 1)
     assert failure["host"] == "node1"
     assert "left no word" in failure["cause"]
 

@@ -6,8 +6,10 @@ import transformers
 
 from trainstack.config.schema import OptimSection, TrainSection
 from trainstack.errors import ConfigError
-from trainstack.model import causal_lm
-from trainstack.optim import adamw
+from trainstack.model import causal_lm, packed
+from trainstack.model import loss as loss_module
+from trainstack.model.loss import CausalLMLoss
+from trainstack.optim import adamw, schedule
 
 CPU = torch.device("cpu")
 TRAIN = {
@@ -40,7 +42,7 @@ def batch():
 
 
 def loss_model(causal_lm, packing="concat", **changes):
-    return causal_lm.CausalLMLoss(causal_lm, TrainSection(**{**TRAIN, **changes}), CPU, packing)
+    return CausalLMLoss(causal_lm, TrainSection(**{**TRAIN, **changes}), CPU, packing)
 
 
 def plain_loss(causal_lm, inputs, labels):
@@ -51,7 +53,7 @@ def plain_loss(causal_lm, inputs, labels):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("chunk_logits", [96 * 7, 1 << 24])
 def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(monkeypatch, tied, chunk_logits):
-    monkeypatch.setattr(causal_lm, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk_logits)
     ours = llama(torch.float64, tie_word_embeddings=tied)
     plain = llama(torch.float64, tie_word_embeddings=tied)
     wrapped = loss_model(ours, precision="fp64")
@@ -97,7 +99,7 @@ def test_documents_of_a_row_do_not_see_each_other(attention, precision):
     changed[:, :9] = inputs[:, :9].flip(1)
     assert wrapped(inputs, labels, positions) == wrapped(changed, labels, positions)
     assert wrapped(inputs, labels) != wrapped(changed, labels), "with concat they do"
-    arguments = causal_lm.apart(ours, inputs, positions)
+    arguments = packed.apart(ours, inputs, positions)
     logits = ours(**arguments, use_cache=False).logits
     after = ours(**{**arguments, "input_ids": changed}, use_cache=False).logits
     assert torch.equal(logits[:, 9:], after[:, 9:])
@@ -166,7 +168,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_the_schedule_starts_above_zero_peaks_after_warmup_and_ends_at_its_floor():
-    rate_at = adamw.build_schedule(OptimSection(**OPTIM), 120)
+    rate_at = schedule.build_schedule(OptimSection(**OPTIM), 120)
     assert rate_at(1) == pytest.approx(1e-3)
     assert rate_at(10) == pytest.approx(1e-2)
     assert rate_at(120) == pytest.approx(1e-3, rel=1e-2)
@@ -177,14 +179,14 @@ def test_the_schedule_starts_above_zero_peaks_after_warmup_and_ends_at_its_floor
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "polynomial"])
 def test_schedules_of_transformers_go_by_their_names(name):
     section = OptimSection(**{**OPTIM, "lr_scheduler_type": name, "lr_scheduler_kwargs": {}})
-    rate_at = adamw.build_schedule(section, 50)
+    rate_at = schedule.build_schedule(section, 50)
     assert all(rate_at(step) > 0 for step in range(1, 51))
 
 
 def test_settings_that_a_schedule_does_not_take_are_an_error_with_its_name():
     section = OptimSection(**{**OPTIM, "lr_scheduler_kwargs": {"no_such": 1}})
     with pytest.raises(ConfigError, match="no_such.*cosine_with_min_lr"):
-        adamw.build_schedule(section, 50)
+        schedule.build_schedule(section, 50)
 
 
 def test_a_restored_optimizer_takes_the_same_next_step():

@@ -17,7 +17,7 @@ from test_packed import TEMPLATE
 import tiny
 from trainstack.errors import DataError
 from trainstack.prepare import readers
-from trainstack.storage import files, layout
+from trainstack.storage import layout, manifest
 
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
@@ -82,8 +82,8 @@ def stores(home) -> dict[str, dict]:
     """The files of each store with their hashes, without what tells of the folder."""
     found = {}
     for folder in (home / "tokens").iterdir():
-        entries = files.read_manifest(folder)["files"]
-        assert not list(files.damage(folder))
+        entries = manifest.read_manifest(folder)["files"]
+        assert not list(manifest.damage(folder))
         found[folder.name] = {n: e["sha256"] for n, e in entries.items() if n != "meta.json"}
     return found
 

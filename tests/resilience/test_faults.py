@@ -16,6 +16,7 @@ import pytest
 
 import tiny
 from lab import Lab, wait_until, write_row
+from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
 from trainstack.resilience.faults import parse
 from trainstack.storage import layout
@@ -95,7 +96,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(lab):
     assert status["state"] == "DIVERGED"
     assert "step 25: not finite: loss nan" in status["cause"]
     assert "optim.learning_rate" in status["cause"]
-    assert max(step for step, _ in layout.checkpoints(trace.run.checkpoints)) == 20
+    assert max(step for step, _ in names.checkpoints(trace.run.checkpoints)) == 20
     write_row("F28 stop", fault="nan:rank=1,step=25", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=79, message=status["cause"])  # fmt: skip
 

@@ -17,12 +17,15 @@ from pathlib import Path
 import pytest
 
 import tiny
+from trainstack.checkpoint.names import STATE
 from trainstack.config.load import load
-from trainstack.data.store import identity
-from trainstack.job.submit import read_resources
-from trainstack.run.folder import EXIT_CODES, Lease, Owner, RunFolder
-from trainstack.storage import layout
-from trainstack.storage.files import write_file, write_manifest
+from trainstack.job.resources import read_resources
+from trainstack.run.folder import RunFolder
+from trainstack.run.identity import identity
+from trainstack.run.lease import Lease, Owner
+from trainstack.run.states import EXIT_CODES
+from trainstack.storage.files import write_file
+from trainstack.storage.manifest import write_manifest
 
 BASH = shutil.which("bash")
 TOOLS = (
@@ -117,10 +120,10 @@ class Site:
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         saved = {**identity(loaded, store.name), **changed}
         folder = self.run_dir / "checkpoints" / f"checkpoint-{step}"
-        (folder / layout.STATE).parent.mkdir(parents=True)
+        (folder / STATE).parent.mkdir(parents=True)
         state = json.dumps({"step": step, "identity": saved}).encode()
-        entry = write_file(folder / layout.STATE, state)
-        write_manifest(folder, {layout.STATE: entry})
+        entry = write_file(folder / STATE, state)
+        write_manifest(folder, {STATE: entry})
 
     def files(self) -> dict[Path, int]:
         """Everything in the shared folder, with the time of its last change."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import tiny
+from trainstack.checkpoint.names import checkpoints, read_state
 from trainstack.data import order
 from trainstack.run.folder import RunFolder
-from trainstack.storage import layout
 
 
 def weights_hash(home: Path, run: str, step: int = 20) -> str:
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(home):
         check=False,
     )  # fmt: skip
     assert "DIVERGED at step" in result.stdout
-    assert not layout.checkpoints(home / "runs/diverged/checkpoints")
+    assert not checkpoints(home / "runs/diverged/checkpoints")
     records = RunFolder(home / "runs/diverged").failures("local", 1)
     assert records[0]["state"] == "DIVERGED"
     assert records[0]["exit_code"] == 79
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(home):
 def test_fp16_trains_with_a_scaler_whose_state_is_kept(home, precision):
     run = f"half-{precision}"
     tiny.train(home, 1, f"run.name={run}", f"train.precision={precision}")
-    state = layout.read_state(home / "runs" / run / "checkpoints/checkpoint-20")
+    state = read_state(home / "runs" / run / "checkpoints/checkpoint-20")
     assert state["scaler"]["scale"] > 1
     losses = tiny.metrics(home, run)
     assert losses[20] < losses[1] - 1

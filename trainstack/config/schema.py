@@ -1,24 +1,25 @@
 """The sections of config.yaml: every setting with its type and range."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from trainstack.config.batch import batch_problem
+from trainstack.config.strict_yaml import Dumper
 from trainstack.storage.layout import absolute
 
 MOST_SOURCES = 32  # of a mixture
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
     """A part of config.yaml: no unknown key, no default, no silent conversion of a type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
 
 
 class RunSection(Section):
@@ -182,17 +183,32 @@ class LogSection(Section):
     report_to: list[Literal["tensorboard"]]
 
 
-def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:
-    """The sentence that explains an uneven split and offers the nearest even ones."""
-    unit = micro_batch_size * world_size
-    below, above = global_batch_size // unit * unit, -(-global_batch_size // unit) * unit
-    nearest = " or ".join(str(size) for size in (below, above) if size)
-    distances = range(micro_batch_size if global_batch_size % world_size == 0 else 0)
-    sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
-    micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
-    other = f", or train.micro_batch_size={micro}" if micro else ""
-    return (
-        f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
-        f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"
-        f"{other}"
-    )
+class Config(Section):
+    """The whole of config.yaml; every value is there, none has a second default here."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    optim: OptimSection
+    checkpoint: CheckpointSection
+    eval: EvalSection
+    guard: GuardSection
+    log: LogSection
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as it is kept in the run folder."""
+        return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that may not change when a run goes on: they decide what is learned from."""
+        data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
+        if not self.data.mixture:
+            del data["data.mixture"], data["data.weight"]
+        model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}
+        return {
+            "run.seed": self.run.seed,
+            "train.global_batch_size": self.train.global_batch_size,
+            **model,
+            **data,
+        }

@@ -9,11 +9,10 @@ reached in microseconds and without memory.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
-import torch
 from torch.utils.data import DistributedSampler
 
 ROUNDS = 12
@@ -238,21 +237,3 @@ def samples_hash(samples: np.ndarray) -> int:
     _mix(mixed, np.empty_like(mixed))
     mixed >>= np.uint64(64 - HASH_BITS)
     return int(mixed.sum(dtype=np.uint64)) % 2**HASH_BITS
-
-
-def micro_batches(
-    samples: np.ndarray,
-    micro_batch_size: int,
-    read: Callable[[np.ndarray], np.ndarray],
-    device: torch.device,
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batch of each micro step, all int64 [micro_batch_size, seq_len].
-
-    ``read`` gives its parts for some samples as one array: inputs, labels (shifted by one already)
-    and, where documents do not see each other, positions.
-    """
-    for start in range(0, len(samples), micro_batch_size):
-        parts = torch.from_numpy(read(samples[start : start + micro_batch_size]))
-        if device.type == "cuda":  # what shares memory cannot be pinned
-            parts = parts.contiguous().pin_memory().to(device, non_blocking=True)
-        yield parts.unbind()

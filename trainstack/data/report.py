@@ -17,7 +17,9 @@ import numpy as np
 
 from trainstack.config.load import load
 from trainstack.config.schema import DataSection
-from trainstack.data.store import EVAL, TRAIN, Split, TokenStore, open_corpus
+from trainstack.data.corpus import open_corpus
+from trainstack.data.split import EVAL, TRAIN, Split
+from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 

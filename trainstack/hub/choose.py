@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from trainstack.errors import ConfigError
 from trainstack.prepare import readers
-from trainstack.storage import files
+from trainstack.storage import manifest
 
 WEIGHTS = "model.safetensors"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -40,7 +40,7 @@ class Source(Protocol):
 def is_model_file(name: str) -> bool:
     """Whether a file can matter to a model: at the top of its folder, settings or weights."""
     suffixes = (*SETTINGS, *PICKLES, ".safetensors")
-    return "/" not in name and name.endswith(suffixes) and name != files.MANIFEST
+    return "/" not in name and name.endswith(suffixes) and name != manifest.MANIFEST
 
 
 def is_data_file(name: str) -> bool:

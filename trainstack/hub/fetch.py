@@ -20,12 +20,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainstack.config.load import Config, load
+from trainstack.config.load import load
+from trainstack.config.schema import Config
 from trainstack.errors import USAGE_ERROR, ConfigError
 from trainstack.hub import choose
 from trainstack.hub.local import LocalFiles
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout
+from trainstack.storage.manifest import damage, read_manifest, remove_folder, write_manifest
+from trainstack.units import human
 
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
@@ -166,24 +169,24 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
     if not asset.folder.exists():
         return {}, "absent"
     try:
-        manifest = files.read_manifest(asset.folder)
+        manifest = read_manifest(asset.folder)
     except (OSError, ValueError):
         manifest = {}
     is_local = manifest.get("source") == "local"
     original = LocalFiles(asset.kind, asset.name, asset.folder) if is_local else None
     is_touched = is_local and original.modified_ns != manifest["modified_ns"]
-    damage = next(files.damage(asset.folder, None if is_touched else HASHED_AT_ONCE), "")
+    wrong = next(damage(asset.folder, None if is_touched else HASHED_AT_ONCE), "")
     if is_local and original.modified_ns.keys() != manifest["modified_ns"].keys():
-        damage = damage or "files were added or removed"
-    if is_local and damage and not is_forced:
+        wrong = wrong or "files were added or removed"
+    if is_local and wrong and not is_forced:
         raise ConfigError(
-            f"changed since {manifest['fetched_at']} ({damage}); if that is meant, run this again"
+            f"changed since {manifest['fetched_at']} ({wrong}); if that is meant, run this again"
             " with FORCE_REFRESH=1"
         )
-    if not damage and manifest["kind"] != asset.kind:
-        damage = f"it is a {manifest['kind']}"
-    if damage:
-        return manifest, f"damaged ({damage})"
+    if not wrong and manifest["kind"] != asset.kind:
+        wrong = f"it is a {manifest['kind']}"
+    if wrong:
+        return manifest, f"damaged ({wrong})"
     if asset.revision not in (manifest["revision"], manifest["commit"]) and not is_local:
         return manifest, f"here at revision {manifest['revision']}, not {asset.revision}"
     if asset.needs_weights and not manifest["weight_bytes"]:
@@ -193,7 +196,7 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
 
 def put_back(asset: Asset) -> None:
     """Mend a swap that was killed between its two renames."""
-    if not asset.folder.exists() and next(files.damage(asset.aside, HASHED_AT_ONCE), None) is None:
+    if not asset.folder.exists() and next(damage(asset.aside, HASHED_AT_ONCE), None) is None:
         os.rename(asset.aside, asset.folder)
 
 
@@ -277,7 +280,7 @@ def publish(asset: Asset, source: "HubCommit | LocalFiles", facts: dict[str, Any
                 path.rmdir()
         elif str(path.relative_to(source.folder)) not in source.entries:
             path.unlink()
-    files.write_manifest(
+    write_manifest(
         source.folder,
         source.entries,
         kind=asset.kind,
@@ -288,12 +291,12 @@ def publish(asset: Asset, source: "HubCommit | LocalFiles", facts: dict[str, Any
         **source.facts,
         **facts,
     )
-    files.remove_folder(asset.aside)
+    remove_folder(asset.aside)
     if asset.folder.exists():
         os.rename(asset.folder, asset.aside)
     os.rename(source.folder, asset.folder)
     files.sync_folder(asset.folder.parent)
-    files.remove_folder(asset.aside)
+    remove_folder(asset.aside)
 
 
 def remove_partials(asset: Asset, but: Path | None = None) -> None:
@@ -312,15 +315,6 @@ def summary(manifest: dict[str, Any]) -> str:
     if manifest["source"] == "local":
         return f"linked {manifest['fetched_at']}, {size}"
     return f"commit {manifest['commit'][:7]}, {size}"
-
-
-def human(size: float) -> str:
-    """Bytes as people read them: 269 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def disk_problem(error: OSError) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
-from trainstack.storage import files
+from trainstack.storage import manifest
 
 
 class LocalFiles:
@@ -56,4 +56,4 @@ class LocalFiles:
         for name in set(names) - self.entries.keys():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).symlink_to(self.root / name)
-            self.entries[name] = files.hash_file(self.root / name)
+            self.entries[name] = manifest.hash_file(self.root / name)

@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainstack.checkpoint import names
 from trainstack.errors import USAGE_ERROR
-from trainstack.resilience.stop import TORCHRUN_GOT
-from trainstack.run.folder import EXIT_CODES, Lease, RunFolder
-from trainstack.storage import files, layout
+from trainstack.job.blame import first_failure, ranks_of, without_word
+from trainstack.run.folder import TORCHRUN_GOT, RunFolder
+from trainstack.run.lease import Lease
+from trainstack.run.states import EXIT_CODES
+from trainstack.storage import files
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 ENDING = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that a person has to look at
-WAITS_FOR_NOBODY = 1  # position of a rank that hangs over its own samples
 PORTS_TRIED = 50
 
 
@@ -76,7 +78,7 @@ def begin(run: RunFolder, options: argparse.Namespace) -> int:
         return EXIT_CODES["NO_PROGRESS"]
     attempt = max([options.restarts, *(event["attempt"] for event in own)]) + 1
     run.add_event("attempt", job=options.job, attempt=attempt, restarts=options.restarts,
-                  newest=layout.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
+                  newest=names.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
     print(attempt)
     return 0
 
@@ -143,13 +145,6 @@ def finish(run: RunFolder, options: argparse.Namespace) -> int:
         print("requeue")
         return EXIT_CODES["PAUSED"]
     return finish_failed(run, options, failure or without_word(run, options), is_ours)
-
-
-def without_word(run: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    """The account of an attempt whose ranks left none."""
-    where = lost_hosts(run, options.job, options.attempt)
-    cause = f"the processes ended with code {options.code} and left no word ({where})"
-    return {"state": "FAILED", "exit_code": 1, "rank": "none", "cause": cause}
 
 
 def finish_failed(
@@ -235,7 +230,7 @@ def go_on_after(
 
 def next_start(run: RunFolder, step: int) -> str:
     """Where the next attempt begins, and what that costs a run that had come to ``step``."""
-    from_step, newest = layout.newest_checkpoint(run.checkpoints)
+    from_step, newest = names.newest_checkpoint(run.checkpoints)
     redo = step - from_step
     again = f"{redo:,} steps to redo" if redo > 0 else "nothing to redo"
     return f"{newest.name if newest else 'the beginning'}: {again}"
@@ -250,29 +245,6 @@ def pause_without_save(run: RunFolder, options: argparse.Namespace) -> None:
     say(run, f"PAUSED: {cause}; goes on from {next_start(run, last_step(run))}")
 
 
-def first_failure(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
-    """The account of the rank that failed first; where ranks hung, of the one that held them up."""
-    records = run.failures(job, attempt)
-    own = [record for record in records if not record.get("is_second_hand")]
-    hung = [record for record in own if record["state"] == "HANG"]
-    alone = [r for r in hung if r["position"][1] == WAITS_FOR_NOBODY]
-    heard = {r["rank"] for r in records if not r.get("is_second_hand") or r.get("is_abort")}
-    ranks = enumerate(ranks_of(run, job, attempt))
-    silent = [(rank, line) for rank, line in ranks if own and rank not in heard]
-    if hung and all(record["state"] == "HANG" or record["is_victim"] for record in own):
-        if alone:
-            return alone[0]
-        if not silent:
-            return min(hung, key=lambda record: record["position"])  # the least advanced
-        # Stopped, in the kernel, or holding the interpreter's lock: it could not say a word.
-        cause = f"stopped answering while the others waited for it ({hung[0]['cause']})"
-        return {**hung[0], "rank": silent[0][0], "host": host_of(silent[0][1]), "cause": cause}
-    if silent and all(record["is_victim"] for record in records):
-        cause = "left no word, and the others lost it (its node or network?)"
-        return {**records[0], "rank": silent[0][0], "host": host_of(silent[0][1]), "cause": cause}
-    return next(iter(records), None)
-
-
 def last_step(run: RunFolder) -> int:
     """The last step that is known: by the status, which is seconds old, or the last log line."""
     step = run.status().get("step") or 0
@@ -282,26 +254,6 @@ def last_step(run: RunFolder) -> int:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut at either end
                 step = max(step, json.loads(line)["step"])
     return step
-
-
-def ranks_of(run: RunFolder, job: str, attempt: int) -> list[str]:
-    """The lines by which the ranks of an attempt introduced themselves, ``rank 0 on host: ...``."""
-    for event in reversed(run.events()):
-        if event["event"] == "start" and (event["job"], event["attempt"]) == (job, attempt):
-            return event["ranks"]
-    return []
-
-
-def host_of(line: str) -> str:
-    return line.partition(" on ")[2].partition(":")[0]
-
-
-def lost_hosts(run: RunFolder, job: str, attempt: int) -> str:
-    """Where an attempt ran that left no word, in words."""
-    hosts = sorted({host_of(line) for line in ranks_of(run, job, attempt)})
-    if not hosts:
-        return "killed, or never begun"
-    return f"node lost, or killed; it ran on {', '.join(hosts)}"
 
 
 def conclude(
@@ -314,7 +266,7 @@ def conclude(
         exit_code=EXIT_CODES[state] if code is None else code,
     )  # fmt: skip
     run.add_event(state.lower(), job=status["job"], step=status.get("step"), cause=cause)
-    _, newest = layout.newest_checkpoint(run.checkpoints)
+    _, newest = names.newest_checkpoint(run.checkpoints)
     kept = newest.name if newest else "no checkpoint yet"
     say(run, f"{state} at step {status.get('step', 0):,}: {cause}")
     say(run, f"kept: {kept}; logs: {run.logs}/{status['job']}.*; {action}")
@@ -330,7 +282,7 @@ def is_stuck(run: RunFolder, job: str) -> bool:
     if len(own) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return False
     last = own[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
-    newest, _ = layout.newest_checkpoint(run.checkpoints)
+    newest, _ = names.newest_checkpoint(run.checkpoints)
     return newest <= min(event["newest"] for event in last)  # a damaged one was newer
 
 

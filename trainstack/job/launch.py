@@ -9,13 +9,11 @@ SIGTERM it ends its workers after thirty seconds, whether or not they have saved
 
 import argparse
 import contextlib
-import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,12 +23,13 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trainstack.errors import USAGE_ERROR
-from trainstack.resilience.stop import TORCHRUN_GOT
-from trainstack.run.folder import EXIT_CODES, RunFolder, time_of
+from trainstack.job.preflight import preflight
+from trainstack.run.folder import TORCHRUN_GOT, RunFolder
+from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
+from trainstack.units import time_of
 
 LOOK_SECONDS = 1.0
-MOST_SKEW_SECONDS = 10
 SHUTDOWN_SECONDS = 8  # for accounts, stacks and a last line of ranks that lost a peer
 
 
@@ -72,48 +71,6 @@ def main(arguments: list[str]) -> int:
 
 def say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
-
-
-def preflight(options: argparse.Namespace, torchrun_arguments: list[str]) -> str | None:
-    """What would make the meeting of the nodes fail or hang, in one line; None where nothing.
-
-    torchrun evicts a node whose clock differs by more than fifteen seconds, and waits ten minutes
-    for one that cannot find the meeting point.
-    """
-    host = socket.gethostname()
-    endpoint = [w for w in torchrun_arguments if w.startswith("--rdzv-endpoint=")]
-    head = endpoint[0].partition("=")[2].rpartition(":")[0] if endpoint else None
-    if head:
-        try:
-            found = {entry[4][0] for entry in socket.getaddrinfo(head, None)}
-        except OSError as error:
-            return (
-                f"{host} cannot find {head}, where the nodes meet ({error}); mend its DNS or hosts"
-            )
-        is_head = host.partition(".")[0] == head.partition(".")[0]  # one may have its domain
-        if not is_head and all(ipaddress.ip_address(address).is_loopback for address in found):
-            return (
-                f"{host} takes {head}, where the nodes meet, for itself ({', '.join(found)}); mend "
-                "its /etc/hosts"
-            )
-    skew = clock_skew(options.run / "logs")
-    if abs(skew) > MOST_SKEW_SECONDS:
-        return f"the clock of {host} is {skew:+.0f} s off that of the file system; mend its NTP"
-    if abs(skew) > MOST_SKEW_SECONDS / 5:
-        say(f"the clock of {host} is {skew:+.1f} s off that of the file system")
-    return None
-
-
-def clock_skew(folder: Path) -> float:
-    """Seconds by which this node's clock is ahead of the file system's."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
-        before = time.time()
-        file.write(b"x")
-        file.flush()
-        os.fsync(file.fileno())
-        written = os.fstat(file.fileno()).st_mtime
-        after = time.time()
-    return max(before - written, 0.0) or min(after - written, 0.0)
 
 
 def stop_by_signal(options: argparse.Namespace) -> None:

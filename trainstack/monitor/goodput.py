@@ -18,8 +18,9 @@ from typing import Any
 from trainstack.errors import ConfigError
 from trainstack.monitor import history
 from trainstack.monitor.history import Event, Life
-from trainstack.run.folder import RUNNING, RunFolder
-from trainstack.train.metrics import duration
+from trainstack.run.folder import RunFolder
+from trainstack.run.states import RUNNING
+from trainstack.units import duration
 
 SPEAKER = "goodput"
 CAUSES = {

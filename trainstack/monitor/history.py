@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
@@ -144,7 +145,7 @@ def _insert_life(lives: list[Life], execution: Execution) -> Life:
 
 def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:
     """The step up to which nothing can be lost: of the newest checkpoint, or of the run's end."""
-    newest, _ = layout.newest_checkpoint(checkpoints)
+    newest, _ = names.newest_checkpoint(checkpoints)
     return max(newest, status.get("step", 0)) if status.get("state") == "DONE" else newest
 
 

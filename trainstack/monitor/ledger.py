@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from trainstack.checkpoint import names
 from trainstack.config.load import load
-from trainstack.data import store
+from trainstack.data import corpus, store
 from trainstack.errors import ConfigError
 from trainstack.monitor import history
 from trainstack.monitor.history import Execution, Life
 from trainstack.run.folder import RunFolder
-from trainstack.storage import layout
+from trainstack.run.identity import identity
 
 SPEAKER = "ledger"
 CHUNK_SAMPLES = 1 << 16  # per call of the sampler: its arrays stay in the cache of a core
@@ -92,7 +93,7 @@ def audit(run: RunFolder, home: Path) -> int:
 
 def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
     """What the run learns from: by its newest checkpoint, else by its config.yaml."""
-    _, saved = layout.newest_identity(run.checkpoints)
+    _, saved = names.newest_identity(run.checkpoints)
     if saved:
         return saved
     config = load(run.path / "config.yaml", [])
@@ -100,10 +101,10 @@ def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
         folders = (
             store.store_folder(home, config.model.name, section) for section in config.data.sources
         )
-        key = store.corpus_key(folders)
+        key = corpus.corpus_key(folders)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model or data set of {run.path.name} are not there: {error}") from None
-    return store.identity(config, key)
+    return identity(config, key)
 
 
 def sampler_of(identity: dict[str, Any], home: Path, left_out: Sequence[dict[str, int]]):

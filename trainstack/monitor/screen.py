@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainstack.run.folder import EXIT_CODES, RUNNING, RunFolder, process_start
+from trainstack.checkpoint import names
+from trainstack.processes import process_start
+from trainstack.run.folder import RunFolder
+from trainstack.run.states import EXIT_CODES, RUNNING
 from trainstack.storage import layout
+from trainstack.units import NOTHING, ago, clock
 
 COLUMNS = "RUN JOB SLURM STATE STEP LOSS TOK/S JOB_LEFT RUN_ETA CHECKPOINT".split()  # noqa: SIM905
-NOTHING = "-"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def read_queue(text: str) -> dict[str, Job]:
 
 def describe(run: RunFolder, jobs: dict[str, Job] | None) -> dict[str, Any]:
     """All that the table and the screen show, as plain values."""
-    status, newest = run.status(), layout.checkpoints(run.checkpoints)
+    status, newest = run.status(), names.checkpoints(run.checkpoints)
     events = run.events()
     submitted = [event["job"] for event in events if event["event"] == "submitted"]
     job_id = status.get("job") or (submitted[-1] if submitted else None)
@@ -180,22 +183,6 @@ def newest_checkpoint(facts: dict[str, Any]) -> str:
         return NOTHING
     step, path = facts["checkpoint"]
     return f"step {step:,}, {ago(time.time() - path.stat().st_mtime)} old"
-
-
-def ago(seconds: float) -> str:
-    """A duration in its largest unit."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
-
-
-def clock(seconds: float | None) -> str:
-    """HH:MM:SS, or nothing."""
-    if seconds is None:
-        return NOTHING
-    whole = round(seconds)
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def show_run(run: RunFolder, jobs: dict[str, Job] | None) -> None:

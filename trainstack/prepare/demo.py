@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainstack.storage import files
+from trainstack.storage import files, manifest
 from trainstack.storage.layout import DEMO, dataset_folder, model_folder
 
 VOCAB_SIZE = 4096
@@ -85,7 +85,7 @@ def _publish(final: Path, content: dict[str, bytes], **facts: Any) -> None:
     temporary = final.with_name(f".{final.name}.{time.time_ns()}.tmp")
     temporary.mkdir(parents=True)
     entries = {name: files.write_file(temporary / name, data) for name, data in content.items()}
-    files.remove_folder(final)
-    files.publish_folder(
+    manifest.remove_folder(final)
+    manifest.publish_folder(
         temporary, final, entries, name=DEMO, source=DEMO, revision=None, commit=None, **facts
     )

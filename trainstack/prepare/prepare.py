@@ -7,7 +7,6 @@ one that was in the making when its process was killed is gone on with.
 
 import argparse
 import errno
-import json
 import os
 import shutil
 import sys
@@ -15,19 +14,17 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from trainstack.config.load import Config, load
-from trainstack.config.schema import DataSection
+from trainstack.config.load import load
+from trainstack.config.schema import Config, DataSection
+from trainstack.data.corpus import open_corpus
+from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import (
-    EVAL,
     FORMAT_VERSION,
-    TRAIN,
     TokenStore,
     made_from,
-    open_corpus,
     store_folder,
     store_settings,
 )
@@ -36,9 +33,10 @@ from trainstack.prepare import demo, formats, packing
 from trainstack.prepare.chat import Chat
 from trainstack.prepare.readers import read_chunks, split_files
 from trainstack.prepare.tokenise import Task, Tokenised, Tokeniser, in_order
+from trainstack.prepare.tokenizer import _read_json, check_vocabulary, load_tokenizer
 from trainstack.prepare.writer import BAD_RECORDS, TokenWriter, abandoned, temporary_folder
 from trainstack.processes import end_on_interrupt
-from trainstack.storage import files, layout
+from trainstack.storage import files, layout, manifest
 
 FEW_BYTES = 4 << 20  # of a source, for which one process is enough
 MOST_PROCESSES = 16  # unless more are asked for: others use the login node too
@@ -93,7 +91,7 @@ def make_demo(home: Path, config: Config, force: bool) -> None:
     wanted = [(section.name, *demo_data) for section in config.data.sources]
     wanted.append((config.model.name, layout.model_folder(home, layout.DEMO), demo.make_model))
     for name, folder, make in wanted:
-        if name == layout.DEMO and (force or any(files.damage(folder, SMALL_FILE))):
+        if name == layout.DEMO and (force or any(manifest.damage(folder, SMALL_FILE))):
             make(home)
 
 
@@ -114,7 +112,7 @@ def prepare_one(
     final = store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
-        if not force and not any(files.damage(final, SMALL_FILE)):
+        if not force and not any(manifest.damage(final, SMALL_FILE)):
             # Asked of them too: models with one tokenizer share them.
             check_vocabulary(home, model_name, _read_json(final / "meta.json")["vocab_size"])
             remove(abandoned(final))
@@ -126,7 +124,7 @@ def prepare_one(
 
 def must_be_whole(name: str, folder: Path) -> None:
     """ConfigError where a model or a data set is not there, or damaged."""
-    problem = next(files.damage(folder, SMALL_FILE), None)
+    problem = next(manifest.damage(folder, SMALL_FILE), None)
     if problem:
         raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
 
@@ -202,10 +200,10 @@ def write_store(
         "version": FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
-    if not force and not any(files.damage(final, SMALL_FILE)):
+    if not force and not any(manifest.damage(final, SMALL_FILE)):
         remove([temporary])  # where locks exclude nobody, another one was faster
         return
-    files.remove_folder(final)  # damaged, or to be made anew
+    manifest.remove_folder(final)  # damaged, or to be made anew
     writer.publish(final, meta)
 
 
@@ -309,57 +307,6 @@ def pack(writer: TokenWriter, section: DataSection) -> None:
             split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
         )
         writer.lay_out(name, split, made)
-
-
-def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
-    """The tokenizer of a model folder without transformers (4 s), and the id of its end token."""
-    path = model_folder / "tokenizer.json"
-    if path.exists():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    else:  # a sentencepiece model: transformers converts it
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-        tokenizer = tokenizer.backend_tokenizer
-    end = _read_json(model_folder / "tokenizer_config.json").get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    end_id = tokenizer.token_to_id(end) if end else None
-    if end_id is None:
-        end_id = _read_json(model_folder / "config.json").get("eos_token_id")
-        end_id = end_id[0] if isinstance(end_id, list) else end_id
-    if end_id is None:
-        raise ConfigError(
-            f"{model_folder}: its tokenizer has no end token, so documents cannot be joined; "
-            "name one as eos_token in its tokenizer_config.json"
-        )
-    return tokenizer, end_id
-
-
-def check_vocabulary(home: Path, model_name: str, tokens_known: int) -> None:
-    """ConfigError where a token id of the tokenizer would lie beyond the model's embedding."""
-    vocab_size = model_vocabulary(layout.model_folder(home, model_name))
-    if tokens_known > vocab_size:
-        raise ConfigError(
-            f"{model_name}: its tokenizer has {tokens_known:,} tokens, its "
-            f"model only {vocab_size:,}; they do not belong together, choose another model.name"
-        )
-
-
-def model_vocabulary(model_folder: Path) -> int:
-    """Rows of the model's embedding, from its config.json."""
-    config = _read_json(model_folder / "config.json")
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not size:
-        raise ConfigError(f"{model_folder}/config.json: no vocab_size; is it a language model?")
-    return size
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def prove(home: Path, config: Config) -> None:

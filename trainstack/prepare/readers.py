@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.errors import DataError
-from trainstack.storage import files
+from trainstack.storage.manifest import read_manifest
 
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
@@ -33,7 +33,7 @@ def split_files(folder: Path, split: str, key: str = "data.split") -> list[Path]
     The download writes down the splits (the README's ``configs:``, names such as
     train-00000-of-00002.parquet); a folder without them is one split, train. Raises DataError.
     """
-    manifest = files.read_manifest(folder)
+    manifest = read_manifest(folder)
     whole = [name for name in manifest["files"] if name.endswith(SUFFIXES)]
     splits = manifest.get("splits") or {"train": whole}
     if not any(splits.values()):

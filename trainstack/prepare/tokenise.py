@@ -5,6 +5,7 @@ used only where there is one process, since both would fight for the cores.
 """
 
 import errno
+import hashlib
 import os
 import signal
 from collections import deque
@@ -19,7 +20,7 @@ import numpy as np
 
 from trainstack import processes
 from trainstack.config.schema import DataSection
-from trainstack.data import store
+from trainstack.data.split import EVAL, TRAIN
 from trainstack.errors import DataError
 from trainstack.prepare import formats
 from trainstack.prepare.chat import Chat
@@ -54,7 +55,7 @@ class Tokeniser:
     def __call__(self, task: Task) -> Tokenised:
         _, chunk, split = task
         found = Tokenised()
-        made: dict[str, list] = {store.TRAIN: [], store.EVAL: []}
+        made: dict[str, list] = {TRAIN: [], EVAL: []}
         for documents in self._batches(chunk, found):
             for document, ids, flags in formats.encode(self.tokenizer, self.end_id, documents):
                 if flags is not None and not flags[1:].any():
@@ -62,8 +63,8 @@ class Tokeniser:
                     found.bad.append((document.place, reason))
                     continue
                 fraction = self.section.eval_fraction
-                is_eval = split is None and store.is_held_out(document.text, fraction)
-                made[split or (store.EVAL if is_eval else store.TRAIN)].append((ids, flags))
+                is_eval = split is None and is_held_out(document.text, fraction)
+                made[split or (EVAL if is_eval else TRAIN)].append((ids, flags))
         found.parts = {n: part_of(pairs, self.dtype) for n, pairs in made.items() if pairs}
         return found
 
@@ -161,3 +162,12 @@ def _begin(tokenise: Tokeniser, parent: int) -> None:
 
 def _work(task: Task) -> Tokenised:
     return _tokenise(task)
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: a keyed hash of its text decides.
+
+    The same text always falls on the same side, so a duplicate cannot sit on both.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=b"held-out")
+    return int.from_bytes(digest.digest(), "little") < fraction * 2**64

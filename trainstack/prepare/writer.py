@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from trainstack.data.store import EVAL, INDEX, TRAIN, Counts, Split
+from trainstack.data.split import EVAL, INDEX, TRAIN, Split
+from trainstack.data.store import Counts
 from trainstack.prepare.packing import Plan
-from trainstack.run.folder import is_dead, process_start
-from trainstack.storage import files
+from trainstack.processes import is_dead, process_start
+from trainstack.storage import files, manifest
 
 PROGRESS = "progress.json"  # of a folder in the making: what of it is committed
 BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
@@ -151,7 +152,7 @@ class TokenWriter:
         """Put the sealed store under its final name."""
         meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
         self.add_file("meta.json", json.dumps(meta, indent=1).encode())
-        files.publish_folder(self.temporary, final, self._entries, kind="tokens")
+        manifest.publish_folder(self.temporary, final, self._entries, kind="tokens")
         files.unlink(final / PROGRESS)  # until then it can be gone on with
 
 

@@ -8,10 +8,11 @@ import time
 import traceback
 
 from trainstack import distributed
+from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
-from trainstack.run.folder import EXIT_CODES, RunFolder
-from trainstack.storage import layout
-from trainstack.train.report import Diverged
+from trainstack.resilience.guard import Diverged
+from trainstack.run.folder import RunFolder
+from trainstack.run.states import EXIT_CODES
 
 log = logging.getLogger("trainstack")
 STATES = {code: state for state, code in EXIT_CODES.items()}
@@ -62,7 +63,7 @@ def linger(is_first: bool) -> None:
 
 def roll_back(run: RunFolder, error: Diverged) -> str:
     """Record that what led to a divergence is left out from the newest checkpoint on."""
-    newest, _ = layout.newest_checkpoint(run.checkpoints)
+    newest, _ = names.newest_checkpoint(run.checkpoints)
     run.leave_out(newest, error.step)
     run.add_event("rollback", step=error.step, to=newest, cause=str(error))
     return (

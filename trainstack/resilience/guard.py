@@ -64,3 +64,11 @@ def withhold(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:
     """Make the optimizer's next step do nothing where ``is_bad`` is 1.0."""
     optimizer.found_inf = is_bad
     optimizer.grad_scale = None
+
+
+class Diverged(Exception):
+    """Loss or gradient norm is not finite, or a spike; that update did not happen."""
+
+    def __init__(self, step: int, text: str, is_rollback: bool = False):
+        super().__init__(text)
+        self.step, self.is_rollback = step, is_rollback

@@ -4,7 +4,6 @@ import signal
 import time
 from pathlib import Path
 
-TORCHRUN_GOT = "torchrun got"  # how a stop file begins that launch.py wrote
 MARGIN_SECONDS = 15  # for leaving: logs, the last status, torchrun's own end
 
 

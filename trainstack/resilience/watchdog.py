@@ -1,7 +1,9 @@
 """A step that never ends is an error: stacks of every thread to a file, an account, the end."""
 
+import argparse
 import contextlib
 import faulthandler
+import logging
 import os
 import statistics
 import threading
@@ -10,6 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from trainstack.run.folder import RunFolder
+from trainstack.run.states import EXIT_CODES, PLACES
+
+log = logging.getLogger("trainstack")
 MEDIANS = 10  # a step may take this many times the median step
 RECENT = 64  # steps the median is taken over
 START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
@@ -17,6 +23,7 @@ SAVE_SECONDS = 1800  # the last save of a life, to a slow file system
 TICKS_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
 LOCKED_SECONDS = 5.0  # less than launch.py waits before it kills
+MAY_COMPILE = 2  # steps of a life at each place
 
 
 class Watchdog:
@@ -86,3 +93,32 @@ class Watchdog:
         with contextlib.suppress(Exception):
             self.account(place, seconds)
         os._exit(self.code)
+
+
+class Watch:
+    """The watchdog as the loop speaks with it: a step and the name of a place."""
+
+    def __init__(self, run: RunFolder, options: argparse.Namespace, rank: int, seconds):
+        self.position = [0, 0]
+        self._steps: dict[str, set[int]] = {}  # of this life, by place; the first few only
+
+        def account(place: str, stalled: float) -> None:
+            cause = f"no progress for {stalled:.0f} s at {place}"
+            log.error("HANG    %s; stacks: %s", cause, stacks)
+            run.add_failure(
+                options.job, options.attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
+                position=self.position,
+            )  # fmt: skip
+
+        stacks = run.stacks_file(options.job, options.attempt, rank)
+        self.dog = Watchdog(seconds, stacks, account, EXIT_CODES["HANG"])
+
+    def at(self, step: int, place: str, extra_seconds: float = 0) -> None:
+        """Say where the loop is. The first two steps and the first evaluations may compile."""
+        steps = self._steps.setdefault(place, {step})
+        if len(steps) <= MAY_COMPILE:
+            steps.add(step)
+        if len(steps) <= MAY_COMPILE:
+            extra_seconds = max(extra_seconds, START_SECONDS)
+        self.position = [step, PLACES.index(place)]
+        self.dog.at(f"step {step:,}, {place}", extra_seconds)

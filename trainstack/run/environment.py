@@ -19,16 +19,6 @@ def describe_environment(repository: Path) -> dict[str, Any]:
     }
 
 
-def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """One line for each setting ``section.key`` that differs between two configurations."""
-    return [
-        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
-        for section, values in now.items()
-        for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
-    ]
-
-
 def _git(repository: Path, *arguments: str) -> str | None:
     """Git's answer; None outside a checkout or without git."""
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.storage import files
+from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 HEADER = "           step    epoch     loss       lr    grad  tokens/s  mem GB  left"
@@ -120,13 +121,3 @@ def _step_of(line: bytes) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def duration(seconds: float) -> str:
-    """``MM:SS`` below an hour, ``HH:MM:SS`` below a day, else days as well."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
-    return f"{hours:02d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"

@@ -1,77 +1,15 @@
 """One step of training, its numbers read one step late, and the evaluation."""
 
-import contextlib
-import itertools
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from trainstack.config.load import BatchPlan
-from trainstack.distributed import World
-
-Batch = tuple[torch.Tensor, ...]  # inputs, labels, positions: int64 [micro_batch_size, seq_len]
-
-
-def compute_gradients(
-    model: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Iterable[Batch],
-    plan: BatchPlan,
-    target_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward passes of one step: this rank's sum of losses, the global gradient norm.
-
-    The only place that knows of micro steps. The loss is divided by the global number of target
-    tokens; DDP averages gradients over ranks, hence the factor world_size. Both results stay on the
-    device. Collective: every rank must call this.
-    """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    for micro_step, batch in enumerate(batches, start=1):
-        is_last = micro_step == plan.gradient_accumulation_steps
-        with contextlib.nullcontext() if is_last else model.no_sync():
-            loss = model(*batch)
-            scaler.scale(loss * (plan.world_size / target_tokens)).backward()
-        loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
-    return loss_sum, nn.utils.get_total_norm([p.grad for p in _with_gradients(model)])
-
-
-def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    grad_norm: torch.Tensor,
-    max_grad_norm: float | None,
-) -> None:
-    """Clip the gradients to ``max_grad_norm``, let the optimizer use them, and drop them."""
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(_with_gradients(model), max_grad_norm, grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.grad is not None]
-
-
-def warm_up(model: DistributedDataParallel, batches: Iterator[Batch]) -> None:
-    """One forward and backward pass whose gradients are thrown away. Collective.
-
-    DDP regroups its buckets after its first backward pass, and with three or more ranks the order
-    of summation depends on the grouping. Done before the first step of every life, a resumed run
-    sums as one that was never stopped. It also compiles, and finds out whether memory suffices.
-    """
-    model(*next(batches)).backward()
-    model.zero_grad(set_to_none=True)
+from trainstack.model.ddp import Batch
 
 
 @dataclass
@@ -194,63 +132,6 @@ class Pace:
         """Leave out what was not training: an evaluation, a save. No step may be unread."""
         self._since = self._last_sent_at = time.perf_counter()
         self._steps, self._data_seconds = 0, 0.0
-
-
-@torch.no_grad()
-def evaluate(
-    loss_model: nn.Module,
-    batches: Iterable[Batch],
-    rounds: int,
-    ignored_label: int,
-    world: World,
-    wants_stop: Callable[[], bool],
-) -> tuple[float, int] | None:
-    """Mean loss in nats over every held-out target token, and their number; None if broken off.
-
-    ``batches`` are this rank's share; shares may differ in size, none has more than ``rounds``.
-    ``wants_stop`` is asked in every round and agreed on. Collective: every rank must call.
-    """
-    loss_model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches = iter(batches)
-    try:
-        for _ in range(rounds):
-            if is_agreed(wants_stop(), world):
-                return None
-            for batch in itertools.islice(batches, 1):
-                sums[0] += loss_model(*batch)
-                sums[1] += (batch[1] != ignored_label).sum()
-    finally:
-        loss_model.train()
-    dist.all_reduce(sums)
-    loss, tokens = sums.tolist()
-    return loss / max(1, tokens), int(tokens)
-
-
-def is_agreed(is_wanted: bool, world: World) -> bool:
-    """Whether any rank wants it. Collective: every rank must call this."""
-    wish = torch.tensor(float(is_wanted), device=world.device)
-    dist.all_reduce(wish)
-    return bool(wish > 0)
-
-
-@torch.no_grad()
-def generate_text(causal_lm: nn.Module, tokenizer, prompt: str, tokens: int, seed: int) -> str:
-    """The prompt and what the model says next, drawn with a fixed seed."""
-    causal_lm.eval()
-    torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(causal_lm.parameters()).device)
-    output = causal_lm.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    causal_lm.train()
-    return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 def peak_memory_gb(device: torch.device) -> float:

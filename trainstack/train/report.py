@@ -6,22 +6,16 @@ import time
 import numpy as np
 
 from trainstack.checkpoint.interval import Interval
-from trainstack.checkpoint.saver import Saved
-from trainstack.run.folder import OWNED_SECONDS, RUNNING
+from trainstack.checkpoint.snapshot import Saved
+from trainstack.resilience.guard import Diverged
+from trainstack.run.lease import OWNED_SECONDS
+from trainstack.run.states import RUNNING
 from trainstack.train.metrics import HEADER, Metrics
 from trainstack.train.numbers import Pace, StepResult, is_due, peak_memory_gb
-from trainstack.train.startup import Parts, Resumed
+from trainstack.train.state import Parts, Resumed
 
 log = logging.getLogger("trainstack")
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
-
-
-class Diverged(Exception):
-    """Loss or gradient norm is not finite, or a spike; that update did not happen."""
-
-    def __init__(self, step: int, text: str, is_rollback: bool = False):
-        super().__init__(text)
-        self.step, self.is_rollback = step, is_rollback
 
 
 class Report:

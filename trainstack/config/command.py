@@ -1,0 +1,39 @@
+"""What a run is: config.yaml read strictly, with every problem reported at once.
+
+Command line: ``python -m trainstack config [--config FILE] [--world-size N] [key=value ...]``
+prints the resolved configuration and the batch arithmetic. Imports neither torch nor transformers,
+so that a check on a login node takes a blink.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from trainstack.config.batch import batch_plan
+from trainstack.config.load import load
+from trainstack.errors import USAGE_ERROR, ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack config", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    try:
+        config = load(options.config, options.overrides)
+        plan = batch_plan(config, options.world_size)
+    except ConfigError as error:
+        print(error.report("config"), file=sys.stderr)
+        return USAGE_ERROR
+    print(config.to_yaml())
+    print(f"# {plan}")
+    if config.train.max_steps:
+        tokens = config.train.max_steps * plan.tokens_per_step
+        print(f"# {config.train.max_steps:,} steps = {tokens:,} tokens")
+        print("# train.num_train_epochs is not used: train.max_steps decides")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,130 @@
+"""What the run needs on disk: model, data, tokens, space."""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from trainstack.checkpoint.names import newest_identity
+from trainstack.config.schema import Config
+from trainstack.data import store
+from trainstack.data.corpus import Corpus, enough_samples, open_corpus
+from trainstack.errors import Failed
+from trainstack.run import identity
+from trainstack.run.folder import RunFolder
+from trainstack.run.identity import check_identity
+from trainstack.storage import files, layout
+from trainstack.storage.manifest import MANIFEST, damage, read_manifest
+
+SMALL_FILE = (
+    64 << 20
+)  # bytes; larger files are verified by size here, by content when they are read
+BYTES_PER_PARAMETER = 12  # fp32 weights and two AdamW moments
+
+
+def prepare_demo(options: argparse.Namespace, config: Config) -> None:
+    """Build the built-in demo where the configuration names it and it is not there."""
+    names = {config.model.name, *(section.name for section in config.data.sources)}
+    is_demo = names == {layout.DEMO}
+    if not is_demo or not input_problem(options, config):
+        return
+    command = [sys.executable, "-m", "trainstack.prepare.prepare", "--home", options.home]
+    command += ["--config", options.config, *options.overrides]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise Failed("the demo could not be prepared; the line above says why")
+
+
+def download_command(options: argparse.Namespace) -> str:
+    """What fetches the inputs of this run: with its config file and its choice of inputs."""
+    command = ["bash", "download_data_model.sh"]
+    if options.config != options.repository / "config.yaml":
+        command.append(str(options.config))
+    command += [word for word in options.overrides if word.startswith(("model.", "data."))]
+    return shlex.join(command)
+
+
+def input_problem(options: argparse.Namespace, config: Config) -> str | None:
+    """What is missing or damaged of model, data sets and tokens, and the command that mends it."""
+    home = options.home
+    fix = f"run: {download_command(options)}"
+    model = layout.model_folder(home, config.model.name)
+    model_label = f"model {config.model.name}"
+    wanted = [(model_label, model, config.model.revision)]
+    for section in config.data.sources:
+        folder = layout.dataset_folder(home, section.name, section.subset)
+        wanted.append((f"data set {section.name}", folder, section.revision))
+    for name, folder, revision in wanted:
+        problem = asset_problem(name, folder, revision)
+        if problem:
+            return f"{problem}; {fix}"
+    for section in config.data.sources:
+        folder = store.store_folder(home, config.model.name, section)
+        problem = next(damage(folder, SMALL_FILE), None)
+        if problem:
+            return f"the tokens of {section.name} are not ready ({problem}); {fix}"
+    if config.model.init == "pretrained" and not any(model.glob("*.safetensors")):
+        return f"{model_label} was fetched without weights; {fix}, or set model.init=scratch"
+    return None
+
+
+def asset_problem(name: str, folder: Path, revision: str) -> str | None:
+    """Why a model or a data set that lies here does not do."""
+    if not (folder / MANIFEST).exists():
+        return f"{name} is not here yet"
+    problem = next(damage(folder, SMALL_FILE), None)
+    if problem:
+        return f"{name} is damaged ({folder}: {problem})"
+    manifest = read_manifest(folder)
+    fetched = manifest.get("revision")
+    if fetched is not None and revision not in (fetched, manifest.get("commit")):
+        return f"{name} is here in revision {fetched}, not {revision}"
+    return None
+
+
+def check_inputs(options: argparse.Namespace, config: Config) -> Corpus:
+    """What the run learns from, once model, data and tokens are known to be there and whole."""
+    problem = input_problem(options, config)
+    if problem:
+        raise Failed(problem)
+    corpus = open_corpus(options.home, config)
+    enough_samples(config, corpus)
+    return corpus
+
+
+def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> int:
+    """The step that the run has reached; Refused where it was another experiment's."""
+    step, saved = newest_identity(run.checkpoints)
+    if saved:
+        check_identity(saved, identity.identity(config, corpus.key), config.run.name)
+    return step
+
+
+def check_space(home: Path, config: Config) -> str:
+    """Failed where two checkpoints would not fit."""
+    parameters = count_parameters(layout.model_folder(home, config.model.name))
+    free = files.free_bytes(home)
+    if parameters is None:
+        return f"{free / 1e9:,.0f} GB free (the size of a checkpoint is not known)"
+    need = 2 * parameters * BYTES_PER_PARAMETER
+    if need > free:
+        raise Failed(
+            f"{home} has {free / 1e9:,.1f} GB free, two checkpoints of {config.model.name} need "
+            f"{need / 1e9:,.1f} GB; free some space, or choose another SHARED_DIR"
+        )
+    return f"{free / 1e9:,.0f} GB free, 2 checkpoints need {need / 1e9:,.2f} GB"
+
+
+def count_parameters(model_folder: Path) -> int | None:
+    """From the manifest; else by the shape of a decoder-only model; None where that is not told."""
+    known = read_manifest(model_folder).get("parameters")
+    if known:
+        return known
+    config = json.loads((model_folder / "config.json").read_bytes())
+    try:
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        return embeddings + layers * hidden * (4 * hidden + 3 * config["intermediate_size"])
+    except (KeyError, TypeError):
+        return None

@@ -1,0 +1,86 @@
+"""What the job asks of Slurm, read from train.slurm and the command line."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainstack.config.batch import batch_plan
+from trainstack.config.schema import Config
+from trainstack.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job asks of Slurm; None where it is not said in a form that can be read here."""
+
+    nodes: int | None
+    gpus_per_node: int | None
+    time: str
+    partition: str
+    processes_per_node: int | None  # as NPROC_PER_NODE stands in train.slurm; 0 where it is empty
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes or '?'} node{'s'[: self.nodes != 1]}"
+        gpus = f" x {self.gpus_per_node} GPUs" if self.gpus_per_node else ""
+        return f"{nodes}{gpus}, {self.time}, {self.partition}"
+
+
+def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
+    """Nodes, GPUs per node, time and partition; the command line wins over the #SBATCH lines."""
+    script = train_slurm.read_text()
+    lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
+    edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
+    written = [word for line in lines for word in line.split()]
+    words = written + sbatch_options
+    return Resources(
+        nodes=_number(_last(words, "--nodes", "-N") or "1"),
+        gpus_per_node=_gpus_per_node(sbatch_options, written),
+        time=_last(words, "--time", "-t") or "the partition's time limit",
+        partition=f"partition {_last(words, '--partition', '-p') or '(default)'}",
+        processes_per_node=_number(edited[1] or "0") if edited else None,
+    )
+
+
+def _gpus_per_node(*sources: list[str]) -> int | None:
+    """GPUs per node by the first source that says; None where it gives only a total."""
+    for words in sources:
+        value = _last(words, "--gpus-per-node") or _last(words, "--gres", "", r"gpu:(.*)")
+        if value is not None:
+            return _number(value)
+        if _last(words, "--gpus", "-G") is not None:
+            return None
+    return 0
+
+
+def _last(words: list[str], long: str, short: str = "", pattern: str = "(.*)") -> str | None:
+    """The last value of an option, in any of the spellings that sbatch takes."""
+    value = None
+    for index, word in enumerate(words):
+        following = words[index + 1] if index + 1 < len(words) else ""
+        if word.startswith(f"{long}="):
+            value = word.partition("=")[2]
+        elif word == long or (short and word == short):
+            value = following
+        elif short and word.startswith(short) and not word.startswith("--"):
+            value = word[len(short) :]
+    match = re.fullmatch(pattern, value) if value is not None else None
+    return match[1] if match else None
+
+
+def _number(text: str) -> int | None:
+    """4, or the 8 of h100:8; None for ranges and lists such as 2-4."""
+    last = text.rpartition(":")[2]
+    return int(last) if last.isdigit() else None
+
+
+def check_batch(config: Config, resources: Resources, is_local: bool) -> None:
+    """ConfigError where the global batch cannot be spread over the job's processes."""
+    processes = os.environ.get("NPROC_PER_NODE", "")
+    if processes and not (processes.isdigit() and int(processes)):
+        raise ConfigError(f"NPROC_PER_NODE={processes} is no number of processes; write 2, or none")
+    per_node = int(processes) if processes else resources.processes_per_node
+    if is_local or None in (resources.nodes, resources.gpus_per_node, per_node):
+        return  # train.py checks it as well, when it knows
+    per_node = per_node or resources.gpus_per_node or 2
+    batch_plan(config, resources.nodes * per_node)

@@ -1,0 +1,15 @@
+"""The states of a run and their exit codes; the phases of its loop."""
+
+# State of a run -> exit code of its job. torchrun swallows codes: the truth is in status.json.
+EXIT_CODES = {
+    "DONE": 0,
+    "FAILED": 1,
+    "PAUSED": 75,
+    "NO_PROGRESS": 76,
+    "REFUSED": 78,
+    "DIVERGED": 79,
+    "HANG": 81,
+}
+QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+CONTINUES = "the same command continues it"
+PLACES = ("the start", "samples", "gradients", "update", "evaluation", "save", "the end")

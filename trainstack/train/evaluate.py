@@ -1,0 +1,61 @@
+"""The loss on held-out data, and a sample of what the model says."""
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainstack.distributed import World, is_agreed
+from trainstack.model.ddp import Batch
+
+
+@torch.no_grad()
+def evaluate(
+    loss_model: nn.Module,
+    batches: Iterable[Batch],
+    rounds: int,
+    ignored_label: int,
+    world: World,
+    wants_stop: Callable[[], bool],
+) -> tuple[float, int] | None:
+    """Mean loss in nats over every held-out target token, and their number; None if broken off.
+
+    ``batches`` are this rank's share; shares may differ in size, none has more than ``rounds``.
+    ``wants_stop`` is asked in every round and agreed on. Collective: every rank must call.
+    """
+    loss_model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    batches = iter(batches)
+    try:
+        for _ in range(rounds):
+            if is_agreed(wants_stop(), world):
+                return None
+            for batch in itertools.islice(batches, 1):
+                sums[0] += loss_model(*batch)
+                sums[1] += (batch[1] != ignored_label).sum()
+    finally:
+        loss_model.train()
+    dist.all_reduce(sums)
+    loss, tokens = sums.tolist()
+    return loss / max(1, tokens), int(tokens)
+
+
+@torch.no_grad()
+def generate_text(causal_lm: nn.Module, tokenizer, prompt: str, tokens: int, seed: int) -> str:
+    """The prompt and what the model says next, drawn with a fixed seed."""
+    causal_lm.eval()
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(causal_lm.parameters()).device)
+    output = causal_lm.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    causal_lm.train()
+    return tokenizer.decode(output[0], skip_special_tokens=True)

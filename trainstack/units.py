@@ -1,0 +1,51 @@
+"""Sizes, durations and moments, as people read them."""
+
+import time
+
+NOTHING = "-"  # in place of what is not known
+
+
+def now() -> str:
+    """The time of day in UTC, to the millisecond."""
+    return time_of(time.time())
+
+
+def time_of(seconds: float) -> str:
+    """A moment, in seconds since 1970, as it stands in the records."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+def duration(seconds: float) -> str:
+    """``MM:SS`` below an hour, ``HH:MM:SS`` below a day, else days as well."""
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
+    return f"{hours:02d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+def human(size: float) -> str:
+    """Bytes as people read them: 269 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def ago(seconds: float) -> str:
+    """A duration in its largest unit."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
+
+
+def clock(seconds: float | None) -> str:
+    """HH:MM:SS, or nothing."""
+    if seconds is None:
+        return NOTHING
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
