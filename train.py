@@ -10,330 +10,326 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from trainstack import distributed
-from trainstack.checkpoint import names
 from trainstack.checkpoint.saver import Saver
-from trainstack.checkpoint.snapshot import SaveError, Snapshot, small_files
-from trainstack.config.batch import IGNORED_LABEL, batch_plan, steps_for
+from trainstack.checkpoint.snapshot import Saved, SaveError, Snapshot, small_files
+from trainstack.checkpoint.state import TrainState
 from trainstack.config.load import load
-from trainstack.data import feed, order
+from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
-from trainstack.data.split import Split
-from trainstack.distributed import is_agreed
-from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
-from trainstack.model.ddp import compute_gradients, update, warm_up, wrap_ddp
+from trainstack.data.feed import Batch, Feed, StepData
+from trainstack.model.causal_lm import build_causal_lm, count_parameters
+from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
-from trainstack.optim import adamw, schedule
+from trainstack.model.strategy import Strategy
+from trainstack.optim.schedule import build_schedule
 from trainstack.resilience.failure import explain
-from trainstack.resilience.faults import Faults, parse
-from trainstack.resilience.guard import Diverged, Guard, withhold
+from trainstack.resilience.faults import Faults
+from trainstack.resilience.faults import parse as parse_faults
+from trainstack.resilience.guard import Diverged, Guard, Policy
 from trainstack.resilience.stop import Stop
 from trainstack.resilience.watchdog import SAVE_SECONDS, START_SECONDS, Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
-from trainstack.run.states import CONTINUES, EXIT_CODES, RUNNING
+from trainstack.run.lease import Owner
+from trainstack.run.states import EXIT_CODES, RUNNING, Phase
 from trainstack.storage import layout
-from trainstack.train import announce, startup
-from trainstack.train import evaluate as evaluation
+from trainstack.train import ending, startup
+from trainstack.train.announce import announce
+from trainstack.train.evaluate import evaluate_all
+from trainstack.train.job import Job
 from trainstack.train.numbers import Pace, StepNumbers, is_due
 from trainstack.train.report import Report
-from trainstack.train.state import Parts, Resumed
-from trainstack.units import duration
+from trainstack.train.requests import Requested, Requests
 
 log = logging.getLogger("trainstack")
 
 
-def main(options: argparse.Namespace, config) -> str:
-    """Build everything, train, and return the state in which the run was left."""
+def main(options: argparse.Namespace, config: Config) -> str:
+    """Own the run, build everything, train; returns the state in which the run was left."""
     world = distributed.start(options.expect_world_size)
-    plan = batch_plan(config, world.world_size)
+    plan = config.batch_plan(world.world_size)
     run = RunFolder(layout.run_folder(options.home, config.run.name))
     corpus = open_corpus(options.home, config)
-    model_folder = layout.model_folder(options.home, config.model.name)
-    owner, lease = startup.own_run_folder(run, options, config, corpus, world)
+    # Owned before anything slow: two jobs must never both train into one folder.
+    same = identity(config, corpus.key)  # what may not change between attempts
+    by_hand = f"local-{os.uname().nodename}-{os.getpid()}"  # rank 0's process names it for all
+    job_name = options.job or distributed.from_main(by_hand)
+    owner = Owner(job_name, options.attempt, options.restarts)
+    lease = startup.own_run_folder(run, config, same, owner, options.gone, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
-    if is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
+    if distributed.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
         return startup.pause_early(run, owner, lease, stop, world)
-    watch = Watch(run, options, world.rank, config.guard.hang_seconds)
-    faults = Faults(parse(options.fault), world.rank, owner.attempt)
+    watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
+    faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
+    max_steps = config.steps_for(enough_samples(config, corpus))
+    job = Job(config, world, plan, run, lease, owner, max_steps)
+    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, same))
+    model_folder = layout.model_folder(options.home, config.model.name)
+    strategy = build_strategy(job, newest, model_folder, faults)
+    guard = Guard(config.guard, world.device, strategy.scaler.is_enabled())
+    # Where the run is. Data and learning rate follow from that: they are functions of the step.
+    left_out = distributed.main_decides(world, lambda: startup.left_out(run, newest))
+    at_start = TrainState.at_start(same, config.model_dump(), left_out, len(corpus.stores))
+    state = startup.restore(newest, strategy, guard, at_start)
+    feed = Feed(config, corpus, plan, world, state.left_out)
+    rate_at = build_schedule(config.optim, max_steps)
+    saver = Saver(
+        run.checkpoints, world, config.checkpoint.save_total_limit, job.attempt, lease.check
+    )
+    if world.is_main:
+        lease.check()  # loading takes a while
+        parameters = count_parameters(strategy.causal_lm)
+        stop.save_seconds = startup.expected_save_seconds(run, parameters)
+        run.set_status(RUNNING, step=state.step, max_steps=max_steps)
+    announce(job, feed, strategy, newest)
+    loop = Loop(
+        job=job, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
+        requests=Requests(stop, startup.build_interval(job, stop.save_seconds)), saver=saver,
+        small_files=small_files(strategy.causal_lm, model_folder), watch=watch, faults=faults,
+        report=Report(job, rate_at, feed.sampler.total_samples, state.step),
+    )  # fmt: skip
+    return loop.run()
 
-    max_steps = steps_for(config, enough_samples(config, corpus))
 
-    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, config, corpus))
+def build_strategy(job: Job, newest: Path | None, model_folder: Path, faults: Faults) -> Strategy:
+    """The model and its loss, spread over the ranks, with its optimizer.
+
+    Weights come from the newest checkpoint, else as model.init says. Collective.
+    """
+    config = job.config
     init = "pretrained" if newest else config.model.init
     causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
-    loss_model = CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
+    loss_model = CausalLMLoss(causal_lm, config.train, job.world.device, config.data.packing)
     faults.attach(loss_model)
-    ddp = wrap_ddp(loss_model, world)
-    optimizer = adamw.build_optimizer(causal_lm, config.optim)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.train.precision == "fp16")
-    guard = Guard(config.guard, world.device, scaler.is_enabled())
-    resumed = startup.restore(newest, causal_lm, optimizer, scaler, guard)
-    left_out = distributed.main_decides(world, lambda: startup.windows(run, newest))
-    sampler = startup.build_sampler(config, corpus, world, resumed, left_out)
-    attempt = f"{owner.job}.{owner.attempt}"
-    keep = config.checkpoint.save_total_limit
-    saver = Saver(run.checkpoints, world, keep, attempt, lease.check)
-    beside = small_files(causal_lm, model_folder)
-    parts = Parts(
-        config, world, plan, run, lease, owner, max_steps, corpus, causal_lm, ddp, optimizer,
-        scaler, guard, sampler, saver, beside, stop, watch, faults,
-    )  # fmt: skip
-    if world.is_main:
-        lease.check()  # loading takes a while
-        stop.save_seconds = startup.expected_save_seconds(run, count_parameters(causal_lm))
-        run.set_status(RUNNING, step=resumed.step, max_steps=max_steps)
-    announce.announce(parts, resumed)
-    with settled(parts):
-        return train(parts, resumed)
+    return DataParallel(loss_model, config.optim, config.train.precision, job.plan, job.world)
 
 
-def train(parts: Parts, resumed: Resumed) -> str:
-    """The loop: from a step that is done to max_steps, or to a stop. Returns DONE or PAUSED."""
-    config, max_steps, step = parts.config, parts.max_steps, resumed.step
-    numbers, pace = StepNumbers(parts.world.device), Pace()
-    report = Report(parts, resumed, schedule.build_schedule(config.optim, max_steps), pace)
-    started = time.monotonic()
-    samples = parts.sampler.samples_at(min(step, max_steps - 1))
-    warm_up(parts.ddp, batches_of(parts, samples))
-    # Asked to while it was starting? And was the stop before this life in an evaluation?
-    is_stopping = is_agreed(parts.stop.is_wanted(0), parts.world)
-    is_evaluated = resumed.is_evaluated or (not is_stopping and evaluate(parts, report, step))
-    is_stopping |= not is_evaluated
-    report.begins(step)
-    while step < max_steps and not is_stopping:
-        step += 1
-        is_stopping, is_saving = take_step(parts, report, numbers, step)
-        is_saving |= is_due(step, config.checkpoint.save_steps, max_steps)
-        is_evaluation_due = is_due(step, config.eval.eval_steps, max_steps)
-        if is_evaluation_due or is_saving or is_stopping:
-            is_stopping |= report.step(numbers.read())[0]
-        is_evaluated = not is_evaluation_due or evaluate(parts, report, step)
-        is_stopping |= not is_evaluated
-        if is_saving or is_stopping:
-            save(parts, report, step, is_evaluated)
-            pace.restart()
-    if step > resumed.step:  # without the last save the end would not be durable
-        finish_save(parts, report, step)
-    report.close()
-    if step < max_steps or not is_evaluated:
-        return leave(parts, "PAUSED", step, started)
-    parts.watch.at(step, "the end", START_SECONDS)
-    try:
-        show_sample(parts)
-    except Exception as error:  # the run is complete all the same
-        log.warning("sample  could not be made: %s: %s", type(error).__name__, error)
-    return leave(parts, "DONE", step, started)
+@dataclass(kw_only=True)
+class Loop:
+    """The loop, and what it works with. Every method is collective: every rank must call it."""
 
+    job: Job  # what this attempt was asked to do, and for which run
+    feed: Feed  # what a step consumes
+    strategy: Strategy  # the model as it is spread over ranks, and its optimizer
+    guard: Guard  # is this update good?
+    state: TrainState  # where we are; what a checkpoint remembers
+    rate_at: Callable[[int], float]  # the learning rate of a step
+    requests: Requests  # who wants to stop, or to save
+    saver: Saver  # checkpoints, written during training
+    small_files: dict[str, bytes]  # of a checkpoint, beside the weights
+    watch: Watch  # ends a loop that does not move
+    faults: Faults  # breaks on purpose: TRAINSTACK_FAULT
+    report: Report  # log lines, files, status
 
-def take_step(parts: Parts, report: Report, numbers: StepNumbers, step: int) -> tuple[bool, bool]:
-    """One optimizer update; whether a rank wanted to stop, and to save, as of the step before."""
-    report.must_own()
-    parts.watch.at(step, "samples")
-    parts.faults.before(step)
-    distributed.seed_step(parts.config.run.seed, step, parts.world.rank)
-    adamw.set_learning_rate(parts.optimizer, report.rate_at(step))
-    samples = parts.sampler.samples_at(step - 1)
-    target_tokens = target_tokens_at(parts, step - 1)
-    loss_sum, grad_norm = compute_gradients(
-        parts.ddp,
-        parts.optimizer,
-        parts.scaler,
-        watched(parts, step, report.pace.timed(batches_of(parts, samples))),
-        parts.plan,
-        target_tokens,
-    )
-    wishes_before = report.step(numbers.read())
-    report.draws(step - 1)  # after the line of the step before
-    saves = 1 + parts.saver.is_busy
-    step_seconds = max(report.pace.step_seconds, parts.watch.dog.median_seconds())
-    is_bad = numbers.send(
-        step,
-        loss_sum,
-        grad_norm,
-        target_tokens,
-        (parts.stop.is_wanted(step_seconds, saves), report.wants_save()),
-        order.samples_hash(samples),
-        parts.guard.judge,
-    )
-    parts.watch.at(step, "update")
-    withhold(parts.optimizer, is_bad)
-    report.stalled(parts.saver.before_update())
-    max_grad_norm = parts.config.optim.max_grad_norm
-    update(parts.ddp, parts.optimizer, parts.scaler, grad_norm, max_grad_norm)
-    report.saved(parts.saver.poll())
-    return wishes_before
+    def __post_init__(self):
+        job = self.job
+        self.numbers, self.pace = StepNumbers(job.world.device), Pace()
+        is_scaled = self.strategy.scaler.is_enabled()
+        self.policy = Policy(job.config.guard, job.config.optim.learning_rate, is_scaled)
+        self.first_step = self.state.step  # from which this attempt trains
+        self.stall_seconds = 0.0  # for which the loop stood still since the last save ended
+        self.started = time.monotonic()
 
+    def run(self) -> str:
+        """From the step where the run is to max_steps, or to a stop; returns DONE or PAUSED."""
+        with settled(self):
+            self.train()
+            if self.state.step > self.first_step:  # without its last save the end is not durable
+                self.finish_save()
+            self.report.close()
+            if self.state.step < self.job.max_steps or not self.state.is_evaluated:
+                return ending.pause(self.job, self.state.step, self.requests.stop.reason)
+            self.watch.at(self.state.step, Phase.END, START_SECONDS)
+            ending.show_sample(self.job, self.strategy)
+            return ending.complete(self.job, self.state.step, time.monotonic() - self.started)
 
-def batches_of(parts: Parts, samples: np.ndarray):
-    """The micro batches of this rank's samples of one step."""
-    return feed.micro_batches(
-        samples,
-        parts.plan.micro_batch_size,
-        parts.corpus.train.read,
-        parts.world.device,
-    )
+    def train(self) -> None:
+        """The loop itself."""
+        config, state, max_steps = self.job.config, self.state, self.job.max_steps
+        # Compiles and allocates on the samples of the first step; nothing of it is learned.
+        self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
+        # A stop may have been requested during start-up. An evaluation that the last stop cut
+        # short is due first.
+        is_stopping = distributed.is_agreed(self.requests.stop.is_wanted(0), self.job.world)
+        if not state.is_evaluated and not is_stopping:
+            self.evaluate()
+        is_stopping |= not state.is_evaluated
+        self.report.begins(state.step)
+        self.pace.restart()
+        while state.step < max_steps and not is_stopping:
+            state.step += 1
+            # As of the step before: numbers travel one step late.
+            is_stopping, is_saving = self.step(state.step)
+            is_saving |= is_due(state.step, config.checkpoint.save_steps, max_steps)
+            is_evaluating = is_due(state.step, config.eval.eval_steps, max_steps)
+            if is_evaluating or is_saving or is_stopping:
+                # What follows comes after this step's line. A stop requested in it is heard now; a
+                # save is not, since one is due here or will be requested again.
+                is_stopping |= self.read_numbers().stop
+            if is_evaluating:
+                self.evaluate()
+                is_stopping |= not state.is_evaluated
+            if is_saving or is_stopping:
+                self.save()
+                self.pace.restart()
 
+    def step(self, step: int) -> Requested:
+        """One optimizer update; returns what ranks requested as of the step before.
 
-def target_tokens_at(parts: Parts, step: int) -> int:
-    """Targets of one step (from 0) over all ranks; any rank knows them, so nothing is sent."""
-    if parts.corpus.train.is_full:
-        return parts.plan.tokens_per_step
-    targets = parts.corpus.train.target_tokens(parts.sampler.all_samples_at(step))
-    return max(1, targets)  # a step may have none: its loss and gradient are zero
+        Numbers travel one step late, so that nothing here waits for the GPU. The order of the last
+        four calls is a protocol; do not change it.
+        """
+        self.job.lease.must_own()  # a node that Slurm lost may still run: it must not write
+        self.watch.at(step, Phase.SAMPLES)
+        self.faults.before(step)
+        distributed.seed_step(self.job.config.run.seed, step, self.job.world.rank)
+        self.strategy.optimizer.set_learning_rate(self.rate_at(step))
+        data = self.feed.at(step)
+        # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.
+        loss_sum, grad_norm = self.strategy.gradients(self.watched(data, step), data.target_tokens)
+        # The numbers of the step before have arrived meanwhile: log them, or raise Diverged.
+        requested_before = self.read_numbers()
+        self.state.drawn = self.feed.drawn_after(step, self.state.drawn)  # after that line
+        # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
+        is_bad = self.numbers.send(
+            step, data, loss_sum, grad_norm, self.requests_now(), self.guard.judge
+        )
+        self.watch.at(step, Phase.UPDATE)
+        # 2. A snapshot that is being copied needs the weights as they were before this update.
+        self.stall_seconds += self.saver.before_update()
+        # 3. Clips and updates; on all ranks alike nothing happens if the verdict is bad.
+        self.strategy.update(is_bad, grad_norm, self.job.config.optim.max_grad_norm)
+        # 4. A save that ended meanwhile is told; its thread is never waited for here.
+        self.save_ended(self.saver.poll())
+        return requested_before
 
+    def watched(self, data: StepData, step: int) -> Iterator[Batch]:
+        """The batches of a step; the watchdog knows whether one is awaited or used."""
+        while True:
+            self.watch.at(step, Phase.SAMPLES)
+            with self.pace.waiting_for_data():
+                batch = next(data.batches, None)
+            self.watch.at(step, Phase.GRADIENTS)
+            if batch is None:
+                return
+            yield batch
 
-def watched(parts: Parts, step: int, batches):
-    """The same batches; the watchdog knows whether one is awaited or used."""
-    while True:
-        parts.watch.at(step, "samples")
-        batch = next(batches, None)
-        parts.watch.at(step, "gradients")
-        if batch is None:
+    def requests_now(self) -> Requested:
+        """This rank's requests; a stop has to leave time for a step and the saves it waits for."""
+        step_seconds = max(self.pace.step_seconds, self.watch.dog.median_seconds())
+        return self.requests.now(step_seconds, self.saver.saves_until_stop)
+
+    def read_numbers(self) -> Requested:
+        """Read the numbers that were sent last, log them, and judge what follows from them.
+
+        Returns what any rank requested with them. Diverged if the run cannot continue like this.
+        """
+        result = self.numbers.read()
+        if result is None:
+            return Requested(False, False)
+        self.pace.note(result.sent_at)
+        self.watch.dog.note_step(self.pace.step_seconds)
+        skips = self.policy.skips_after(
+            result.step, result.loss, result.grad_norm, result.is_withheld,
+            self.state.skips_in_a_row,
+        )  # fmt: skip
+        self.state.skips_in_a_row = skips
+        if skips:
+            self.report.skipped(result, skips)
+        self.report.consumed(result)
+        if result.step == 1 or is_due(
+            result.step, self.job.config.log.logging_steps, self.job.max_steps
+        ):
+            source_tokens = self.feed.tokens_of(self.state.drawn)
+            self.report.step(result, *self.pace.read(), source_tokens)
+        return result.requested
+
+    def evaluate(self) -> None:
+        """Loss and perplexity over what is held out; ``state.is_evaluated`` tells if it ended.
+
+        It is cut short by a stop, and then made first thing when the run is resumed.
+        """
+        step, started = self.state.step, time.monotonic()
+
+        def wants_stop() -> bool:
+            self.watch.at(step, Phase.EVALUATION)
+            return self.requests.stop.is_wanted(0, self.saver.saves_until_stop)
+
+        most = self.job.config.eval.eval_samples
+        results = evaluate_all(self.feed, most, self.strategy.loss_model, wants_stop)
+        self.state.is_evaluated = results is not None
+        if results:
+            self.report.evaluation(step, results, time.monotonic() - started)
+        if results != {}:  # without held-out data nothing was done
+            self.pace.restart()
+
+    def save(self) -> None:
+        """Begin to publish checkpoint-<step>; it is written while the next steps run."""
+        started, state, plan = time.monotonic(), self.state, self.job.plan
+        self.watch.at(state.step, Phase.SAVE, SAVE_SECONDS)
+        self.finish_save()  # of the checkpoint before: one at a time
+        self.report.save_begins()
+        self.requests.save_begins()
+        state.updates = self.strategy.optimizer.updates_done()
+        state.samples_seen = state.step * plan.global_batch_size
+        state.tokens_seen = state.step * plan.tokens_per_step
+        state.scaler = self.strategy.scaler.state_dict()
+        state.guard = self.guard.state()
+        state.world_size, state.torch = self.job.world.world_size, torch.__version__
+        self.saver.start(
+            Snapshot(
+                state.step,
+                self.strategy.share(),
+                state.to_json(),
+                self.small_files,
+                synced_first=[self.job.run.path / "samples.jsonl"],  # the ledger's evidence
+            )
+        )
+        self.stall_seconds += time.monotonic() - started
+
+    def finish_save(self) -> None:
+        """Wait for the save under way; SaveError if it is that of this very step and failed.
+
+        An earlier one that failed is only told: this step's own save makes up for it.
+        """
+        if not self.saver.is_busy:
             return
-        yield batch
+        self.watch.at(self.state.step, Phase.SAVE, SAVE_SECONDS)
+        saved = self.saver.wait()
+        if saved.problem is not None and saved.step == self.state.step:
+            raise SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
+        self.save_ended(saved)
 
-
-def evaluate(parts: Parts, report: Report, step: int) -> bool:
-    """Loss and perplexity over what is held out; False where it was broken off, to stop.
-
-    Collective: every rank must call this.
-    """
-    started, results = time.monotonic(), {}
-    for label, store in parts.corpus.stores.items():
-        if store.eval.num_samples:
-            results[label] = evaluate_one(parts, store.eval, step)
-            if results[label] is None:
-                report.pace.restart()
-                return False
-    if results:
-        report.evaluation(step, results, time.monotonic() - started)
-        report.pace.restart()
-    return True
-
-
-def evaluate_one(parts: Parts, held_out: Split, step: int) -> tuple[float, int] | None:
-    """Mean loss over one data set's held-out targets, and their number; None if broken off."""
-    world = parts.world
-    rows = min(held_out.num_samples, parts.config.eval.eval_samples or held_out.num_samples)
-    batches = feed.micro_batches(
-        np.arange(world.rank, rows, world.world_size),
-        parts.plan.micro_batch_size,
-        held_out.read,
-        world.device,
-    )
-    rounds = -(-rows // (world.world_size * parts.plan.micro_batch_size))
-
-    def wants_stop() -> bool:
-        parts.watch.at(step, "evaluation")
-        return parts.stop.is_wanted(0, 1 + parts.saver.is_busy)
-
-    return evaluate(parts.ddp.module, batches, rounds, IGNORED_LABEL, world, wants_stop)
-
-
-def save(parts: Parts, report: Report, step: int, is_evaluated: bool) -> None:
-    """Begin to publish checkpoint-<step>. Collective: every rank must call this."""
-    started = time.monotonic()
-    parts.watch.at(step, "save", SAVE_SECONDS)
-    finish_save(parts, report, step)  # of the checkpoint before
-    report.saving()
-    snapshot = Snapshot(
-        step,
-        saved_weights(parts.causal_lm),
-        adamw.optimizer_tensors(parts.causal_lm, parts.optimizer),
-        {
-            "step": step,
-            "updates": adamw.updates_done(parts.optimizer),
-            "samples_seen": step * parts.plan.global_batch_size,
-            "tokens_seen": step * parts.plan.tokens_per_step,
-            "is_evaluated": is_evaluated,
-            "skips_in_a_row": report.skips_in_a_row,
-            "drawn": None if report.drawn is None else report.drawn.tolist(),
-            "left_out": parts.sampler.left_out,
-            "identity": identity(parts.config, parts.corpus.key),
-            "settings": parts.config.model_dump(),
-            "scaler": parts.scaler.state_dict(),
-            "guard": parts.guard.state(),
-            "world_size": parts.world.world_size,
-            "torch": torch.__version__,
-        },
-        parts.small_files,
-        [parts.run.path / "samples.jsonl"],
-    )
-    parts.saver.start(snapshot)
-    report.stalled(time.monotonic() - started)
-
-
-def finish_save(parts: Parts, report: Report, step: int) -> None:
-    """Wait for the save under way; SaveError where it is that of this very step and failed."""
-    if not parts.saver.is_busy:
-        return
-    parts.watch.at(step, "save", SAVE_SECONDS)
-    saved = parts.saver.wait()
-    if saved.problem is not None and saved.step == step:
-        raise SaveError(f"checkpoint-{saved.step} could not be written: {saved.problem}")
-    report.saved(saved)
+    def save_ended(self, saved: Saved | None) -> None:
+        """A save ended, well or not; None: none did."""
+        if saved is not None:
+            stall, self.stall_seconds = self.stall_seconds, 0.0
+            self.requests.save_ended(saved, stall)
+            self.report.save_ended(saved, stall)
 
 
 @contextlib.contextmanager
-def settled(parts: Parts):
-    """Before a run that diverged ends, the save of good steps that is under way does."""
+def settled(loop: Loop):
+    """Before a run that diverged ends, the save of good steps that is under way is finished."""
     try:
         yield
     except Diverged as error:
-        parts.watch.at(error.step, "save", SAVE_SECONDS)
-        parts.saver.wait()
-        if parts.world.is_main:
-            parts.lease.check()  # a rollback is about to be recorded
+        loop.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
+        loop.saver.wait()
+        if loop.job.world.is_main:
+            loop.job.lease.check()  # a rollback is about to be recorded
         raise
     finally:
-        parts.watch.dog.close()
-
-
-def show_sample(parts: Parts) -> None:
-    """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
-    section = parts.config.eval
-    if not parts.world.is_main or section.sample_prompt is None:
-        return
-    from transformers import AutoTokenizer
-
-    _, newest = names.newest_checkpoint(parts.run.checkpoints)
-    tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
-    text = evaluation.generate_text(
-        parts.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
-        parts.config.run.seed,
-    )  # fmt: skip
-    log.info("sample  %s", text.replace("\n", "\\n"))
-    (parts.run.path / "sample.txt").write_text(text + "\n")
-
-
-def leave(parts: Parts, state: str, step: int, started: float) -> str:
-    """Record how the run was left, durably, and say what to do next."""
-    if not parts.world.is_main:
-        return state
-    run, owner, name = parts.run, parts.owner, parts.run.path.name
-    if state == "PAUSED":
-        cause = parts.stop.reason or "another rank was asked to stop"
-        run.pause(owner.job, owner.attempt, cause, step=step)
-        log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
-    else:
-        _, newest = names.newest_checkpoint(run.checkpoints)
-        look, taken = f"bash monitor.sh {name}", duration(time.monotonic() - started)
-        code = EXIT_CODES[state]
-        run.set_status(state, step=step, exit_code=code, cause=None, next_action=look)
-        run.add_event("done", step=step, job=owner.job, attempt=owner.attempt)
-        log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
-        log.info("      look: %s", look)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
-    parts.lease.release()
-    return state
+        loop.watch.dog.close()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -344,7 +340,7 @@ def parse_arguments() -> argparse.Namespace:
         "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
     )
     parser.add_argument("--job", help="id of the Slurm job; default: this process")
-    parser.add_argument("--attempt", type=int, default=1, help="which life of the job this is")
+    parser.add_argument("--attempt", type=int, default=1, help="of the job, from 1")
     parser.add_argument("--restarts", type=int, default=0, help="how often the job was requeued")
     parser.add_argument("--gone", help="a job that Slurm says has ended: its lease is taken over")
     parser.add_argument("--expect-world-size", type=int, metavar="N")
@@ -372,7 +368,7 @@ def guarded_main() -> None:
         distributed.gather(None)
         code = EXIT_CODES[state] if options.job is None else 0
     except BaseException as error:
-        code = explain(error, run, options)
+        code = explain(error, run, options.job, options.attempt)
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # in order it could wait for ever, on a collective that nobody answers

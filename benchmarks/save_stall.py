@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainstack import distributed
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import Snapshot
-from trainstack.config.batch import batch_plan
 from trainstack.config.load import load
-from trainstack.model import causal_lm, ddp, loss
-from trainstack.optim import adamw
+from trainstack.model.causal_lm import count_parameters
+from trainstack.model.ddp import DataParallel
+from trainstack.model.loss import CausalLMLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS, QUIET_STEPS = 5, 3
@@ -48,36 +48,29 @@ class Trainer:
     def __init__(self, world: distributed.World):
         self.config = load(ROOT / "config.yaml", ["train.global_batch_size=4", "data.seq_len=256",
                                                   "train.micro_batch_size=2"])  # fmt: skip
-        self.plan, self.world = batch_plan(self.config, world.world_size), world
+        self.plan, self.world = self.config.batch_plan(world.world_size), world
         shape = LlamaConfig(
             vocab_size=16384, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
             num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False,
         )  # fmt: skip
         torch.manual_seed(1)
         self.causal_lm = LlamaForCausalLM(shape).float()
-        self.ddp = ddp.wrap_ddp(
-            loss.CausalLMLoss(self.causal_lm, self.config.train, world.device), world
-        )
-        self.optimizer = adamw.build_optimizer(self.causal_lm, self.config.optim)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss_model = CausalLMLoss(self.causal_lm, self.config.train, world.device)
+        self.strategy = DataParallel(loss_model, self.config.optim, "fp32", self.plan, world)
         tokens = torch.randint(0, 16384, (2, 257))
         self.batch = [(tokens[:, :-1], tokens[:, 1:])]
 
     def step(self, before_update) -> tuple[float, float]:
         """One step; its seconds, and those it waited for a save."""
         started = time.perf_counter()
-        _, norm = ddp.compute_gradients(
-            self.ddp, self.optimizer, self.scaler, self.batch, self.plan, self.plan.tokens_per_step
-        )
+        _, norm = self.strategy.gradients(self.batch, self.plan.tokens_per_step)
         waited = before_update()
-        ddp.update(self.ddp, self.optimizer, self.scaler, norm, 1.0)
+        self.strategy.update(torch.zeros(()), norm, 1.0)
         dist.barrier()
         return time.perf_counter() - started, waited
 
     def snapshot(self, step: int) -> Snapshot:
-        weights = causal_lm.saved_weights(self.causal_lm)
-        tensors = adamw.optimizer_tensors(self.causal_lm, self.optimizer)
-        return Snapshot(step, weights, tensors, {"step": step}, {"config.json": b"{}"})
+        return Snapshot(step, self.strategy.share(), b"{}", {"config.json": b"{}"})
 
 
 def measure(folder: Path) -> int:
@@ -105,7 +98,7 @@ def measure(folder: Path) -> int:
     if world.is_main:
         ratio = statistics.median(s / p for s, p in zip(stalls, peers, strict=True))
         slowdown = statistics.median(slowdowns)
-        parameters = causal_lm.count_parameters(trainer.causal_lm)
+        parameters = count_parameters(trainer.causal_lm)
         print(f"{parameters / 1e6:.1f}M parameters, {saved.size / 1e6:.0f} MB a checkpoint, step "
               f"{statistics.median(quiet):.2f} s, a save of ours published after "
               f"{statistics.median(durations[1:]):.2f} s")  # fmt: skip
@@ -131,7 +124,7 @@ def save_with_torch(trainer: Trainer, path: Path) -> float:
     if trainer.world.is_main:
         state = {
             "model": trainer.causal_lm.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
+            "optimizer": trainer.strategy.optimizer.state_dict(),
         }
         torch.save(state, path)
     dist.barrier()

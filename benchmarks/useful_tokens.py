@@ -35,16 +35,14 @@ from transformers import (
 )
 
 from trainstack import distributed
-from trainstack.config.batch import batch_plan
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import open_corpus
 from trainstack.data.feed import micro_batches
 from trainstack.data.order import StepSampler
 from trainstack.data.split import Split
-from trainstack.model.ddp import compute_gradients, update, wrap_ddp
+from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
-from trainstack.optim import adamw
 from trainstack.prepare import prepare
 from trainstack.storage import files, layout, manifest
 
@@ -100,19 +98,18 @@ def times_faster(rounds: list[dict], *peers: str) -> float:
 
 def with_trainstack(home: Path, config: Config, store: Split) -> dict:
     """The parts of train.py, as it builds and uses them."""
-    world, plan = distributed.start(1), batch_plan(config, 1)
+    world, plan = distributed.start(1), config.batch_plan(1)
     causal_lm = new_llama(home)
     loss_model = CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
-    ddp = wrap_ddp(loss_model, world)
-    optimizer = adamw.build_optimizer(causal_lm, config.optim)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    strategy = DataParallel(loss_model, config.optim, "fp32", plan, world)
+    is_bad = torch.zeros(())
     sampler = StepSampler(store.num_samples, SAMPLES, 0, 1, config.run.seed)
     numbers = itertools.count()
     full = torch.randint(VOCAB_SIZE, (SAMPLES, SEQ_LEN + 1))
 
     def step(batches, targets: int) -> int:
-        _, norm = compute_gradients(ddp, optimizer, scaler, batches, plan, targets)
-        update(ddp, optimizer, scaler, norm, config.optim.max_grad_norm)
+        _, norm = strategy.gradients(batches, targets)
+        strategy.update(is_bad, norm, config.optim.max_grad_norm)
         return targets
 
     def packed() -> int:

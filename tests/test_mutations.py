@@ -39,9 +39,9 @@ MUTATIONS = {
         "(1 returns): found",
         (
             (
-                "trainstack/checkpoint/saver.py",
-                "    files.rename(temporary, final)\n    files.sync_folder(final.parent)\n",
-                "    files.rename(temporary, final)\n",
+                "trainstack/checkpoint/publish.py",
+                "        files.rename(temporary, final)\n        files.sync_folder(final.parent)\n",
+                "        files.rename(temporary, final)\n",
             ),
         ),
     ),
@@ -50,15 +50,15 @@ MUTATIONS = {
         "checkpoint-3 shows a part",
         (
             (
-                "trainstack/checkpoint/saver.py",
-                '    files.write_manifest(temporary, entries, kind="checkpoint", step=step)\n',
-                "",
+                "trainstack/checkpoint/publish.py",
+                '    manifest.write_manifest(temporary, entries, kind="checkpoint", step=step)\n',
+                "    pass\n",
             ),
             (
-                "trainstack/checkpoint/saver.py",
-                "    files.rename(temporary, final)\n",
-                "    files.rename(temporary, final)\n"
-                '    files.write_manifest(final, entries, kind="checkpoint", step=step)\n',
+                "trainstack/checkpoint/publish.py",
+                "        files.rename(temporary, final)\n",
+                "        files.rename(temporary, final)\n"
+                '        manifest.write_manifest(final, entries, kind="checkpoint", step=step)\n',
             ),
         ),
     ),
@@ -67,18 +67,22 @@ MUTATIONS = {
         "DID NOT RAISE",
         (
             (
-                "trainstack/checkpoint/saver.py",
-                "(self.still_mine(), _prepare_folder(temporary))",
-                "_prepare_folder(temporary)",
+                "trainstack/checkpoint/publish.py",
+                "        self.must_own()  # first:",
+                "        # first:",
             ),
-            ("trainstack/checkpoint/saver.py", "    still_mine()\n", ""),
+            (
+                "trainstack/checkpoint/publish.py",
+                "        self.must_own()  # the last",
+                "        #",
+            ),
         ),
     ),
     "no look at the lease right before the rename": Mutation(
         "tests/checkpoint/test_checkpoint.py::"
         "test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner",
         "DID NOT RAISE",
-        (("trainstack/checkpoint/saver.py", "    still_mine()\n", ""),),
+        (("trainstack/checkpoint/publish.py", "self.must_own()  # the last", "#"),),
     ),
     "an epoch filled up as DistributedSampler does by default": Mutation(
         "tests/data/test_data.py::test_every_world_size_consumes_the_same_samples_at_each_step",
@@ -97,7 +101,7 @@ MUTATIONS = {
         "lets documents of one sequence see each other",
         (
             (
-                "trainstack/model/causal_lm.py",
+                "trainstack/model/packed.py",
                 '    return {"input_ids": input_ids, "position_ids": position_ids}\n',
                 '    return {"input_ids": input_ids}\n',
             ),
@@ -130,7 +134,7 @@ MUTATIONS = {
         "AssertionError: bit ",
         (
             (
-                "trainstack/storage/files.py",
+                "trainstack/storage/manifest.py",
                 "            is_small = hash_up_to is None or size <= hash_up_to\n",
                 "            is_small = False\n",
             ),

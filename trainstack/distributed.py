@@ -69,13 +69,13 @@ def is_peer_lost(error: BaseException) -> bool:
 def start(promised_world_size: int | None) -> World:
     """Join the process group. Collective: every rank must call this.
 
-    ConfigError where the environment is torchrun's only in part, or where the world is not the
+    ConfigError if only a part of torchrun's variables is set, or if the world does not have the
     size that the job promised (a node that rendezvoused with itself would train alone).
     """
     world = read_world()
     if promised_world_size and world.world_size != promised_world_size:
         raise ConfigError(
-            f"{world.world_size} processes met where the job has {promised_world_size}; "
+            f"{world.world_size} processes met, but the job has {promised_world_size}; "
             "look for a node whose name does not resolve on the others"
         )
     if world.device.type == "cuda":
@@ -97,10 +97,8 @@ def read_world() -> World:
     missing = [name for name in names if name not in os.environ]
     if found and missing:
         raise ConfigError(f"{found[0]} is set but {missing[0]} is not; start train.py by torchrun")
-    values = [
-        int(os.environ.get(name, default)) for name, default in zip(names, "0011", strict=True)
-    ]
-    rank, local_rank, world_size, local_world_size = values
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in names[:2])
+    world_size, local_world_size = (int(os.environ.get(name, 1)) for name in names[2:])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_world_size > torch.cuda.device_count():
@@ -170,7 +168,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def is_agreed(is_wanted: bool, world: World) -> bool:
-    """Whether any rank wants it. Collective: every rank must call this."""
-    wish = torch.tensor(float(is_wanted), device=world.device)
-    dist.all_reduce(wish)
-    return bool(wish > 0)
+    """Whether it is true on any rank. Collective: every rank must call this."""
+    number = torch.tensor(float(is_wanted), device=world.device)
+    dist.all_reduce(number)
+    return bool(number > 0)

@@ -14,14 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from trainstack.checkpoint.load import newest_whole, read_optimizer
-from trainstack.checkpoint.names import STATE, checkpoints, newest_identity
+from trainstack.checkpoint.names import checkpoints, newest_identity
 from trainstack.checkpoint.saver import Saver
-from trainstack.checkpoint.snapshot import SaveError, Snapshot, optimizer_share
+from trainstack.checkpoint.snapshot import SaveError, Share, Snapshot, replicated_share
+from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused
 from trainstack.storage import files, manifest
 
+IDENTITY = {"run.seed": 1234}
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
@@ -35,13 +37,11 @@ def process_group():
 
 
 def snapshot(step: int, value: float = 1.0) -> Snapshot:
-    return Snapshot(
-        step,
-        {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)},
-        {"a/exp_avg": torch.full((3, 4), value), "a/exp_avg_sq": torch.zeros(3, 4)},
-        {"step": step},
-        {"config.json": b"{}"},
-    )
+    weights = {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)}
+    optimizer = {"a/exp_avg": torch.full((3, 4), value), "a/exp_avg_sq": torch.zeros(3, 4)}
+    state = TrainState.at_start(IDENTITY, settings={}, left_out=[], data_sets=1)
+    state.step = step
+    return Snapshot(step, Share(weights, optimizer), state.to_json(), {"config.json": b"{}"})
 
 
 def save(folder, step, keep=2, check=lambda: None, value=1.0):
@@ -147,16 +147,11 @@ def test_a_file_that_was_cut_short_or_emptied_is_named(tmp_path, name, size, cap
 def test_a_flipped_bit_in_its_state_makes_no_run_another_experiment(tmp_path):
     """Valid JSON with another seed, say: it must be named as damaged, not refused."""
     for step in (1, 2):
-        snap = snapshot(step)
-        snap.state["identity"] = {"run.seed": 1234}
-        (tmp_path / "c").mkdir(exist_ok=True)
-        saver = Saver(tmp_path / "c", ALONE, 2, "job.1", lambda: None)
-        saver.start(snap)
-        saver.wait()
-    assert newest_identity(tmp_path / "c") == (2, {"run.seed": 1234})
+        save(tmp_path / "c", step)
+    assert newest_identity(tmp_path / "c") == (2, IDENTITY)
     path = tmp_path / "c" / "checkpoint-2" / STATE
     path.write_text(path.read_text().replace("1234", "1235"))
-    assert newest_identity(tmp_path / "c") == (1, {"run.seed": 1234})
+    assert newest_identity(tmp_path / "c") == (1, IDENTITY)
     assert newest_identity(tmp_path / "nothing") == (0, None)
 
 
@@ -227,7 +222,7 @@ def test_a_really_full_disk_is_named_and_the_next_save_succeeds_once_there_is_sp
     try:
         (folder / "filler").write_bytes(b"x" * 900_000)
         big = snapshot(1)
-        big.weights = {"a": torch.zeros(100_000)}
+        big.share.weights = {"a": torch.zeros(100_000)}
         saver = Saver(folder / "c", ALONE, 2, "job.1", lambda: None)
         (folder / "c").mkdir()
         saver.start(big)
@@ -250,8 +245,8 @@ def test_training_may_change_the_weights_as_soon_as_they_are_copied(tmp_path):
         snap = snapshot(step, float(step))
         saver.start(snap)
         saver.before_update()
-        snap.weights["a"].fill_(99.0)
-        snap.optimizer["a/exp_avg"].fill_(99.0)
+        snap.share.weights["a"].fill_(99.0)
+        snap.share.optimizer["a/exp_avg"].fill_(99.0)
         path = saver.wait().path
         assert torch.equal(
             load_file(path / "model.safetensors")["a"], torch.full((3, 4), float(step))
@@ -283,14 +278,15 @@ def test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner
 
 
 def test_optimizer_shards_are_spread_over_ranks_and_are_whole_together():
-    snap = snapshot(1)
-    snap.weights = {"w": torch.zeros(100)}
-    snap.optimizer = {f"p{i}/{s}": torch.full((10 + i,), i) for i in range(9) for s in "mv"}
+    weights = {"w": torch.zeros(100)}
+    optimizer = {f"p{i}/{s}": torch.full((10 + i,), i) for i in range(9) for s in "mv"}
     for world_size in (1, 2, 3, 8):
-        shares = [optimizer_share(snap, r, world_size) for r in range(world_size)]
-        names = [name for share in shares for name in share]
-        assert sorted(names) == sorted(snap.optimizer)
-    sizes = [sum(t.nbytes for t in optimizer_share(snap, r, 2).values()) for r in (0, 1)]
+        shares = [replicated_share(weights, optimizer, r, world_size) for r in range(world_size)]
+        names = [name for share in shares for name in share.optimizer]
+        assert sorted(names) == sorted(optimizer)
+        assert [bool(share.weights) for share in shares] == [r == 0 for r in range(world_size)]
+    shares = [replicated_share(weights, optimizer, rank, 2) for rank in (0, 1)]
+    sizes = [sum(t.nbytes for t in share.optimizer.values()) for share in shares]
     assert sizes[0] < sizes[1], "rank 0 writes the weights as well"
 
 

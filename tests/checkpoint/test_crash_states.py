@@ -25,7 +25,7 @@ import torch
 from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.names import checkpoints
 from trainstack.checkpoint.saver import Saver
-from trainstack.checkpoint.snapshot import Snapshot
+from trainstack.checkpoint.snapshot import Share, Snapshot
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
 from trainstack.run.folder import RunFolder
@@ -301,11 +301,11 @@ def save(
     folder: Path, step: int, still_mine: Callable[[], None] = lambda: None, keep: int = 2
 ) -> None:
     value = float(step)
+    weights = {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)}
     snapshot = Snapshot(
         step,
-        {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)},
-        {"a/exp_avg": torch.full((3, 4), value)},
-        {"step": step},
+        Share(weights, {"a/exp_avg": torch.full((3, 4), value)}),
+        b'{"step": %d}' % step,
         {name: b"{}" for name in ("config.json", "generation_config.json", "tokenizer.json")},
     )
     saver = Saver(folder, ALONE, keep, "job.1", still_mine)

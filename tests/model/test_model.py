@@ -4,22 +4,16 @@ import pytest
 import torch
 import transformers
 
-from trainstack.config.schema import OptimSection, TrainSection
+from trainstack.config.schema import TrainSection
 from trainstack.errors import ConfigError
 from trainstack.model import causal_lm, packed
 from trainstack.model import loss as loss_module
 from trainstack.model.loss import CausalLMLoss
-from trainstack.optim import adamw, schedule
 
 CPU = torch.device("cpu")
 TRAIN = {
     "global_batch_size": 4, "micro_batch_size": 4, "num_train_epochs": 1.0, "max_steps": 1,
     "precision": "fp32", "torch_compile": False, "activation_checkpointing": False,
-}  # fmt: skip
-OPTIM = {
-    "learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
-    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 10,
 }  # fmt: skip
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
 
@@ -155,56 +149,3 @@ def test_bf16_weights_on_disk_become_fp32_master_weights(tmp_path):
 
     loaded = causal_lm.build_causal_lm(tmp_path, "pretrained", section, "bf16", 0)
     assert loaded.dtype == torch.float32
-
-
-def test_matrices_decay_and_vectors_do_not():
-    causal_lm = llama()
-    optimizer = adamw.build_optimizer(causal_lm, OptimSection(**OPTIM))
-    decay = {
-        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }
-    for name, parameter in causal_lm.named_parameters():
-        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1), name
-
-
-def test_the_schedule_starts_above_zero_peaks_after_warmup_and_ends_at_its_floor():
-    rate_at = schedule.build_schedule(OptimSection(**OPTIM), 120)
-    assert rate_at(1) == pytest.approx(1e-3)
-    assert rate_at(10) == pytest.approx(1e-2)
-    assert rate_at(120) == pytest.approx(1e-3, rel=1e-2)
-    rates = [rate_at(step) for step in range(10, 121)]
-    assert rates == sorted(rates, reverse=True)
-
-
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "polynomial"])
-def test_schedules_of_transformers_go_by_their_names(name):
-    section = OptimSection(**{**OPTIM, "lr_scheduler_type": name, "lr_scheduler_kwargs": {}})
-    rate_at = schedule.build_schedule(section, 50)
-    assert all(rate_at(step) > 0 for step in range(1, 51))
-
-
-def test_settings_that_a_schedule_does_not_take_are_an_error_with_its_name():
-    section = OptimSection(**{**OPTIM, "lr_scheduler_kwargs": {"no_such": 1}})
-    with pytest.raises(ConfigError, match="no_such.*cosine_with_min_lr"):
-        schedule.build_schedule(section, 50)
-
-
-def test_a_restored_optimizer_takes_the_same_next_step():
-    def step(causal_lm, optimizer):
-        loss_model(causal_lm)(*batch()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    first = llama()
-    first_optimizer = adamw.build_optimizer(first, OptimSection(**OPTIM))
-    for _ in range(3):
-        step(first, first_optimizer)
-    second = llama()
-    second.load_state_dict(first.state_dict())
-    second_optimizer = adamw.build_optimizer(second, OptimSection(**OPTIM))
-    stored = {n: t.clone() for n, t in adamw.optimizer_tensors(first, first_optimizer).items()}
-    adamw.restore_optimizer(second, second_optimizer, stored, adamw.updates_done(first_optimizer))
-    step(first, first_optimizer)
-    step(second, second_optimizer)
-    for mine, theirs in zip(first.parameters(), second.parameters(), strict=True):
-        assert torch.equal(mine, theirs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainstack.config.schema import GuardSection
-from trainstack.resilience.guard import FEWEST, WINDOW, Guard, withhold
+from trainstack.resilience.guard import FEWEST, WINDOW, Diverged, Guard, Policy
 
 
 def make_guard(policy: str = "skip", sigma: float | None = 6.0, is_scaled: bool = False) -> Guard:
@@ -77,23 +77,42 @@ def test_a_guard_that_was_stopped_judges_on_as_one_that_was_not():
     for loss in (4.05, 4.4, 4.58, 4.62, 4.7, 5.0):
         assert judge(copy.deepcopy(whole), loss) == judge(copy.deepcopy(resumed), loss)
     assert torch.equal(whole.recent, resumed.recent)
-    make_guard().restore(None)
+    make_guard().restore({})
 
 
-def test_a_withheld_update_changes_neither_weights_nor_state_and_the_next_one_does():
-    parameter = torch.nn.Parameter(torch.ones(4, 4))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+def make_policy(on_divergence: str, is_scaled: bool = False) -> Policy:
+    section = GuardSection(
+        hang_seconds=60.0, on_divergence=on_divergence, max_skips=3, spike_sigma=6.0
+    )
+    return Policy(section, learning_rate=0.01, is_scaled=is_scaled)
 
-    def step(gradient: float, is_bad: float) -> None:
-        parameter.grad = torch.full((4, 4), gradient)
-        withhold(optimizer, torch.tensor(is_bad))
-        optimizer.step()
 
-    step(1.0, 0.0)
-    weights, state = parameter.detach().clone(), copy.deepcopy(optimizer.state[parameter])
-    step(float("nan"), 1.0)
-    assert torch.equal(parameter, weights)
-    assert all(torch.equal(optimizer.state[parameter][key], state[key]) for key in state)
-    step(1.0, 0.0)
-    assert not torch.equal(parameter, weights)
-    assert int(optimizer.state[parameter]["step"]) == 2
+NAN = float("nan")
+
+
+def test_a_good_update_ends_a_row_of_skips():
+    assert make_policy("skip").skips_after(9, 4.0, 1.0, False, skips_in_a_row=3) == 0
+
+
+def test_bad_updates_are_skipped_until_too_many_follow_each_other():
+    policy = make_policy("skip")
+    assert policy.skips_after(7, NAN, 1.0, True, skips_in_a_row=0) == 1
+    assert policy.skips_after(9, 40.0, 1.0, True, skips_in_a_row=2) == 3
+    with pytest.raises(Diverged, match="step 10: a spike of loss 40.*3 updates in a row") as error:
+        policy.skips_after(10, 40.0, 1.0, True, skips_in_a_row=3)
+    assert not error.value.is_rollback
+
+
+def test_the_first_bad_update_ends_a_run_that_does_not_skip():
+    with pytest.raises(Diverged, match=r"step 7: not finite: loss nan.*now 0\.01"):
+        make_policy("stop").skips_after(7, NAN, 1.0, True, skips_in_a_row=0)
+    with pytest.raises(Diverged) as error:
+        make_policy("rollback").skips_after(7, NAN, 1.0, True, skips_in_a_row=0)
+    assert error.value.is_rollback and error.value.step == 7
+
+
+def test_fp16_that_lowers_its_scale_is_no_divergence_but_a_loss_that_is_not_finite_is():
+    policy = make_policy("stop", is_scaled=True)
+    assert policy.skips_after(7, 4.0, float("inf"), True, skips_in_a_row=0) == 0
+    with pytest.raises(Diverged):
+        policy.skips_after(7, NAN, 1.0, True, skips_in_a_row=0)

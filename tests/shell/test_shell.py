@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from trainstack.checkpoint.names import STATE
+from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
 from trainstack.job.resources import read_resources
 from trainstack.run.folder import RunFolder
@@ -121,8 +121,9 @@ class Site:
         saved = {**identity(loaded, store.name), **changed}
         folder = self.run_dir / "checkpoints" / f"checkpoint-{step}"
         (folder / STATE).parent.mkdir(parents=True)
-        state = json.dumps({"step": step, "identity": saved}).encode()
-        entry = write_file(folder / STATE, state)
+        state = TrainState.at_start(saved, loaded.model_dump(), left_out=[], data_sets=1)
+        state.step = step
+        entry = write_file(folder / STATE, state.to_json())
         write_manifest(folder, {STATE: entry})
 
     def files(self) -> dict[Path, int]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from trainstack.checkpoint.names import checkpoints, read_state
+from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.state import read_state
 from trainstack.data import order
 from trainstack.run.folder import RunFolder
 
@@ -216,7 +217,7 @@ def test_fp16_trains_with_a_scaler_whose_state_is_kept(home, precision):
     run = f"half-{precision}"
     tiny.train(home, 1, f"run.name={run}", f"train.precision={precision}")
     state = read_state(home / "runs" / run / "checkpoints/checkpoint-20")
-    assert state["scaler"]["scale"] > 1
+    assert state.scaler["scale"] > 1
     losses = tiny.metrics(home, run)
     assert losses[20] < losses[1] - 1
 

@@ -14,7 +14,7 @@ OVERLAP_COST = 0.1  # share of an overlapped save's duration by which steps may 
 
 
 class Interval:
-    """Decides, on rank 0, when the next checkpoint is due where save_steps is ``auto``."""
+    """Decides, on rank 0, when the next checkpoint is due if save_steps is ``auto``."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ def observed_hours(events: list[dict[str, Any]]) -> float:
     """Mean hours between failures of this run so far, with one in PRIOR_HOURS assumed before."""
     failures, is_open = 0, False
     for event in events:
-        if event["event"] == "attempt":  # the one before left no word, or that it failed
+        if event["event"] == "attempt":  # the one before did not report, or reported a failure
             failures += is_open
             is_open = True
         elif event["event"] in ("paused", "done"):

@@ -1,5 +1,6 @@
 """The newest checkpoint that verifies, and what is read from it."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -7,15 +8,16 @@ from safetensors import safe_open
 
 from trainstack.checkpoint.names import checkpoints
 from trainstack.checkpoint.publish import set_aside
-from trainstack.checkpoint.saver import log
 from trainstack.errors import ConfigError
 from trainstack.storage import manifest
 
+log = logging.getLogger("trainstack")
+
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, every byte hashed; None where there is none at all.
+    """The newest checkpoint that verifies, every byte hashed; None if there is none at all.
 
-    A damaged one is named, set aside, and the one before is taken. ConfigError where checkpoints
+    A damaged one is named and set aside, and the one before is taken. ConfigError if checkpoints
     exist and none verifies: never silently start over.
     """
     candidates, problems = checkpoints(folder), []

@@ -1,14 +1,13 @@
-"""Which checkpoints a run has, by their names and small files; loads no torch, for login nodes."""
+"""Which checkpoints a run has, by their names and small files; no torch, for login nodes."""
 
 import contextlib
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from trainstack.checkpoint.state import read_state
 from trainstack.storage import manifest
 
-STATE = "training/state.json"  # within a checkpoint
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -24,22 +23,18 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
-    """Step and path of the newest checkpoint by name; (0, None) where there is none."""
+    """Step and path of the newest checkpoint by name; (0, None) if there is none."""
     return next(iter(checkpoints(folder)), (0, None))
 
 
 def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
     """Step and identity of the newest checkpoint whose small files verify; (0, None) if none does.
 
-    A damaged one says nothing: the job names it, and takes the one before.
+    A damaged one is passed over: the job names it, and takes the one before. Refused if another
+    version of the code wrote it.
     """
     for step, path in checkpoints(folder):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError):
             if not any(manifest.damage(path, STATE_BYTES)):
-                return step, read_state(path)["identity"]
+                return step, read_state(path).identity
     return 0, None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: step, counters, identity, versions."""
-    return json.loads((checkpoint / STATE).read_bytes())

@@ -1,21 +1,107 @@
-"""One save on the disk: each rank writes its share, rank 0 seals and renames."""
+"""One checkpoint on its way to its name: ranks write their shares, rank 0 seals and renames.
+
+The order is the protocol (doc/protocols.md, publish): every file is written and synced under a
+temporary name; the manifest comes last; the lease is read again; then the rename makes it visible.
+"""
 
 import contextlib
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trainstack.checkpoint.names import STATE, checkpoints
-from trainstack.checkpoint.snapshot import WEIGHTS, Share, Snapshot
+import torch.distributed as dist
+
+from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.snapshot import WEIGHTS, SaveError, Share, Snapshot
+from trainstack.checkpoint.state import STATE
 from trainstack.checkpoint.tensorfile import write_safetensors
-from trainstack.distributed import World
+from trainstack.distributed import World, from_main, gather
 from trainstack.errors import Refused
 from trainstack.storage import files, manifest
 
+Entries = dict[str, dict]  # of a manifest, by the file's name
 
-def _attempt(action: Callable[[], Any], path: Path) -> str | Refused | None:
-    """Run an action; what the file system refused becomes one line."""
+
+@dataclass(frozen=True)
+class Publisher:
+    """Publishes checkpoints into a folder, for one attempt of a run."""
+
+    folder: Path
+    attempt: str  # JOB.N
+    world: World
+    group: dist.ProcessGroup  # of its own: never the loop's
+    keep: int  # newest checkpoints that stay, at least two
+    must_own: Callable[[], None]  # raises Refused if another attempt owns the run now
+    pause: Callable[[float], None]  # called after so many seconds of writing
+
+    def publish(self, snapshot: Snapshot, share: Share) -> int:
+        """Write, agree, seal, rename; the size in bytes. Collective within the group.
+
+        SaveError, on every rank, if any rank could not write; Refused if the run is another's.
+        """
+        final = self.folder / f"checkpoint-{snapshot.step}"
+        temporary = self.folder / f".{final.name}.{self.attempt}.tmp"
+        problem, entries = None, {}
+        if self.world.is_main:
+            problem = problem_of(lambda: self._prepare(temporary), temporary)
+        problem = from_main(problem, self.group)
+        if problem is None:
+            entries, problem = self._write(temporary, snapshot, share)
+        answers = gather((entries, problem), self.group)
+        problem = next((found for _, found in answers if found), None)
+        whole = {name: entry for own, _ in answers for name, entry in own.items()}
+        if self.world.is_main and problem is None:
+            problem = problem_of(lambda: self._seal(temporary, final, whole, snapshot.step), final)
+        problem = from_main(problem, self.group)
+        if problem is not None:
+            if self.world.is_main:
+                manifest.remove_folder(temporary)
+            raise problem if isinstance(problem, Refused) else SaveError(problem)
+        if self.world.is_main:
+            prune(self.folder, self.keep)
+        return sum(entry["size"] for entry in whole.values())
+
+    def _prepare(self, temporary: Path) -> None:
+        self.must_own()  # first: the leftovers may be the unfinished save of a newer attempt
+        for leftover in self.folder.glob(".checkpoint-*.tmp"):  # of attempts killed while saving
+            manifest.remove_folder(leftover)
+        files.make_folder(temporary / "training")
+
+    def _write(self, temporary: Path, snapshot: Snapshot, share: Share) -> tuple[Entries, str]:
+        """Write this rank's files; their manifest entries, and the problem or None."""
+        entries: Entries = {}
+        need = sum(tensor.nbytes for _, tensor in share.tensors())
+
+        def write() -> None:
+            if self.world.is_main:
+                for path in snapshot.synced_first:
+                    files.sync_file(path)
+                for name, data in snapshot.small_files.items():
+                    entries[name] = files.write_file(temporary / name, data)
+            if share.weights:
+                entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights, self.pause)
+            if self.world.is_main:
+                entries[STATE] = files.write_file(temporary / STATE, snapshot.state)
+            if share.optimizer:
+                name = f"training/optimizer-{self.world.rank}.safetensors"
+                entries[name] = write_safetensors(temporary / name, share.optimizer, self.pause)
+
+        problem = problem_of(write, temporary)
+        if problem is not None:
+            problem += f", {need / 1e9:.2f} GB needed by rank {self.world.rank}"
+        return entries, problem
+
+    def _seal(self, temporary: Path, final: Path, entries: Entries, step: int) -> None:
+        manifest.write_manifest(temporary, entries, kind="checkpoint", step=step)
+        self.must_own()  # the last look before the name: writing may have taken minutes
+        if final.exists():  # damaged, and trained again since
+            set_aside(final)
+        files.rename(temporary, final)
+        files.sync_folder(final.parent)
+
+
+def problem_of(action: Callable[[], None], path: Path) -> str | Refused | None:
+    """Run an action; what it raised as one line, since the other ranks wait for an answer."""
     try:
         action()
     except OSError as error:
@@ -25,56 +111,9 @@ def _attempt(action: Callable[[], Any], path: Path) -> str | Refused | None:
         return f"{error.filename or path}: {error.strerror or error} ({free})"
     except Refused as error:
         return error
-    except Exception as error:  # whatever it is, the peers wait for this rank's answer
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _prepare_folder(temporary: Path) -> None:
-    for leftover in temporary.parent.glob(".checkpoint-*.tmp"):  # of lives killed while saving
-        manifest.remove_folder(leftover)
-    files.make_folder(temporary / "training")
-
-
-def _write_share(
-    temporary: Path,
-    snapshot: Snapshot,
-    share: Share,
-    world: World,
-    rest: Callable[[float], None],
-) -> tuple[dict[str, dict], str | None]:
-    """Write this rank's files; returns their manifest entries, or the problem."""
-    entries: dict[str, dict] = {}
-    need = sum(tensor.nbytes for _, tensor in share.tensors())
-
-    def write() -> None:
-        if world.is_main:
-            for path in snapshot.synced_first:
-                files.sync_file(path)
-            for name, data in snapshot.small_files.items():
-                entries[name] = files.write_file(temporary / name, data)
-            entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights, rest)
-            state = json.dumps(snapshot.state, indent=1).encode()
-            entries[STATE] = files.write_file(temporary / STATE, state)
-        if share.optimizer:
-            name = f"training/optimizer-{world.rank}.safetensors"
-            entries[name] = write_safetensors(temporary / name, share.optimizer, rest)
-
-    problem = _attempt(write, temporary)
-    if problem is not None:
-        problem += f", {need / 1e9:.2f} GB needed by rank {world.rank}"
-    return entries, problem
-
-
-def _publish(
-    temporary: Path, final: Path, entries: dict, step: int, still_mine: Callable[[], None]
-) -> None:
-    manifest.write_manifest(temporary, entries, kind="checkpoint", step=step)
-    still_mine()
-    if final.exists():  # damaged, and trained again since
-        set_aside(final)
-    files.rename(temporary, final)
-    files.sync_folder(final.parent)
 
 
 def set_aside(folder: Path) -> None:

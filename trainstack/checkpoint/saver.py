@@ -1,13 +1,12 @@
-"""Checkpoints that are whole or not there: written sharded over ranks, verified before use.
+"""Saves a checkpoint during training: copy, then write in a thread, then say how it ended.
 
-``checkpoint-<step>/`` loads with from_pretrained; training/ beside it holds the optimizer shards
-and state.json. No pickle is written or read. Which rank writes what depends on the world size,
-what is read does not.
+``checkpoint-<step>/`` loads with from_pretrained; training/ in it has the optimizer's shards and
+state.json. No pickle is written or read. Which rank writes what depends on the world size; what is
+read does not.
 """
 
 import contextlib
 import datetime
-import logging
 import os
 import threading
 import time
@@ -17,20 +16,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainstack.checkpoint.publish import _attempt, _prepare_folder, _publish, _write_share, prune
-from trainstack.checkpoint.snapshot import Saved, SaveError, Share, Snapshot, _share
-from trainstack.distributed import World, from_main, gather
+from trainstack.checkpoint.publish import Publisher
+from trainstack.checkpoint.snapshot import Saved, SaveError, Share, Snapshot
+from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused
-from trainstack.storage import manifest
 
-log = logging.getLogger("trainstack")
 SAVE_TIMEOUT = datetime.timedelta(hours=2)  # a peer may write that long, to a slow file system
 WRITER_NICENESS = 10
-REST = 9  # times the work on a chunk, where training needs the same cores: a tenth of one is taken
+# Seconds of rest for each second of writing, if training needs the same cores: the writer then
+# takes a tenth of one. Steps meanwhile took 1.06 times as long (benchmarks/save_stall.py).
+REST = 9
 
 
 class Saver:
-    """Publishes snapshots while training goes on, one at a time; every rank has one.
+    """Publishes snapshots during training, one at a time; every rank has one.
 
     ``start`` only begins: the tensors are copied while the next step computes its gradients, which
     reads weights and optimizer state but does not change them, so ``before_update`` has to be
@@ -39,17 +38,17 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, world: World, keep: int, attempt: str, still_mine: Callable[[], None]
+        self, folder: Path, world: World, keep: int, attempt: str, must_own: Callable[[], None]
     ):
-        self.folder, self.world, self.keep, self.attempt = folder, world, keep, attempt
-        self.still_mine = still_mine
+        self.folder, self.world = folder, world
         try:
-            self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+            group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         except RuntimeError as error:
             raise ConfigError(
                 f"the ranks cannot reach each other over gloo ({str(error)[:200]}); set "
                 "GLOO_SOCKET_IFNAME in train.slurm to the network between the nodes"
             ) from None
+        self.publisher = Publisher(folder, attempt, world, group, keep, must_own, self._pause)
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
         self._thread: threading.Thread | None = None
@@ -64,15 +63,19 @@ class Saver:
         """Whether a save was begun whose end was not asked for yet."""
         return self._thread is not None
 
+    @property
+    def saves_until_stop(self) -> int:
+        """How many saves a stop has to wait for: its own, and the one that is under way."""
+        return 2 if self.is_busy else 1
+
     def start(self, snapshot: Snapshot) -> None:
         """Begin a save; none may be under way. Collective: every rank must call this."""
         assert self._thread is None, "one save at a time"
-        share = _share(snapshot, self.world)
         if self._stream is not None:
-            self._copy_from_gpu(share)
+            self._copy_from_gpu(snapshot.share)
         else:
-            self._is_copied.clear()
-        self._thread = threading.Thread(target=self._run, args=(snapshot, share), daemon=True)
+            self._is_copied.clear()  # the thread copies, and the update waits for it
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), daemon=True)
         self._thread.start()
 
     def before_update(self) -> float:
@@ -85,15 +88,15 @@ class Saver:
         return time.monotonic() - started
 
     def poll(self) -> Saved | None:
-        """``wait`` where the save that was begun has ended; None where it goes on."""
+        """``wait`` if the save that was begun has ended; None if it is still under way."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()
 
     def wait(self) -> Saved | None:
-        """Wait for the end of the save that was begun; None where there is none.
+        """Wait for the end of the save that was begun; None if there is none.
 
-        Raises Refused, on every rank, where another life turned out to own the run.
+        Refused, on every rank, if another attempt turned out to own the run.
         """
         if self._thread is None:
             return None
@@ -105,12 +108,12 @@ class Saver:
             raise saved
         return saved
 
-    def _rest(self, seconds: float) -> None:
+    def _pause(self, seconds: float) -> None:
         """Leave the cores to training after ``seconds`` of writing, unless somebody waits."""
         if self._stream is None and not self._is_awaited.is_set():
             self._is_awaited.wait(seconds * REST)
 
-    def _copy_from_gpu(self, share: "Share") -> None:
+    def _copy_from_gpu(self, share: Share) -> None:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for name, tensor in share.tensors():
@@ -126,14 +129,14 @@ class Saver:
             )
         return self._host[name]
 
-    def _run(self, snapshot: Snapshot, share: "Share") -> None:
+    def _run(self, snapshot: Snapshot) -> None:
+        """The thread: copy, publish, and leave in ``_saved`` how it ended."""
         started, problem, size = time.monotonic(), None, 0
         if self._stream is not None:
             torch.cuda.set_device(self.world.device)  # a new thread begins on GPU 0
         final = self.folder / f"checkpoint-{snapshot.step}"
         try:
-            copied = self._copied(share)
-            size = self._publish(snapshot, copied, final)
+            size = self.publisher.publish(snapshot, self._copied(snapshot.share))
         except Refused as error:
             self._saved = error
             return
@@ -145,15 +148,16 @@ class Saver:
             self._is_copied.set()
         self._saved = Saved(snapshot.step, final, time.monotonic() - started, size, problem)
 
-    def _copied(self, share: "Share") -> "Share":
+    def _copied(self, share: Share) -> Share:
+        """The share in host memory. From its return on, the loop may change the tensors."""
         if self._event is None:
             for name, tensor in share.tensors():
                 self._host_copy(name, tensor).copy_(tensor)
         else:
             self._event.synchronize()
         self._is_copied.set()
-        # From here on training comes first: this thread takes what it leaves (setpriority(2) is
-        # per thread on Linux).
+        # From here on training comes first: this thread gets what training leaves (setpriority(2)
+        # is per thread on Linux).
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICENESS)
         host = self._host
@@ -161,29 +165,3 @@ class Saver:
             {name: host[name] for name in share.weights},
             {name: host[name] for name in share.optimizer},
         )
-
-    def _publish(self, snapshot: Snapshot, share: "Share", final: Path) -> int:
-        """Write, agree, seal, rename; the size in bytes. Collective within the group."""
-        temporary = self.folder / f".{final.name}.{self.attempt}.tmp"
-        problem, entries = None, {}
-        if self.world.is_main:
-            # Asked first, or the leftovers below may be another life's save in the making.
-            problem = _attempt(lambda: (self.still_mine(), _prepare_folder(temporary)), temporary)
-        problem = from_main(problem, self.group)
-        if problem is None:
-            entries, problem = _write_share(temporary, snapshot, share, self.world, self._rest)
-        shares = gather((entries, problem), self.group)
-        problem = next((found for _, found in shares if found), None)
-        whole = {name: entry for part, _ in shares for name, entry in part.items()}
-        if self.world.is_main and problem is None:
-            problem = _attempt(
-                lambda: _publish(temporary, final, whole, snapshot.step, self.still_mine), final
-            )
-        problem = from_main(problem, self.group)
-        if problem is not None:
-            if self.world.is_main:
-                manifest.remove_folder(temporary)
-            raise problem if isinstance(problem, Refused) else SaveError(problem)
-        if self.world.is_main:
-            prune(self.folder, self.keep)
-        return sum(entry["size"] for entry in whole.values())

@@ -4,14 +4,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from trainstack.distributed import World
-
 WEIGHTS = "model.safetensors"
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # patterns of what is copied beside the weights, whatever tokenizer it is
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -26,20 +23,35 @@ class SaveError(Exception):
 
 
 @dataclass
-class Snapshot:
-    """What a checkpoint holds: tensors may be on any device, ``small_files`` are bytes by name."""
+class Share:
+    """The tensors that one rank writes, on any device; no two ranks have the same one.
 
-    step: int
+    ``weights`` under the names of model.safetensors, ``optimizer`` as ``<parameter>/<state>``.
+    """
+
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, torch.Tensor]
-    state: dict[str, Any]
-    small_files: dict[str, bytes]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of them; the names of weights and of optimizer tensors differ."""
+        yield from self.weights.items()
+        yield from self.optimizer.items()
+
+
+@dataclass
+class Snapshot:
+    """One checkpoint as a rank sees it: its own tensors, and what rank 0 writes for all."""
+
+    step: int
+    share: Share
+    state: bytes  # the content of state.json
+    small_files: dict[str, bytes]  # by name: what from_pretrained needs beside the weights
     synced_first: list[Path] = field(default_factory=list)  # files made durable before it
 
 
 @dataclass
 class Saved:
-    """How a save ended, the same on every rank: ``problem`` is None where it was published."""
+    """How a save ended, the same on every rank; ``problem`` is None if it was published."""
 
     step: int
     path: Path
@@ -48,38 +60,25 @@ class Saved:
     problem: str | None
 
 
-@dataclass
-class Share:
-    """What one rank writes of a snapshot."""
+def replicated_share(
+    weights: dict[str, torch.Tensor],
+    optimizer: dict[str, torch.Tensor],
+    rank: int,
+    world_size: int,
+) -> Share:
+    """A rank's share if every rank has all tensors: rank 0 writes the weights.
 
-    weights: dict[str, torch.Tensor]
-    optimizer: dict[str, torch.Tensor]
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All of them, under names that differ."""
-        yield from self.weights.items()
-        yield from self.optimizer.items()
-
-
-def _share(snapshot: Snapshot, world: World) -> Share:
-    optimizer = optimizer_share(snapshot, world.rank, world.world_size)
-    return Share(snapshot.weights if world.is_main else {}, optimizer)
-
-
-def optimizer_share(snapshot: Snapshot, rank: int, world_size: int) -> dict[str, torch.Tensor]:
-    """The optimizer tensors that a rank writes: largest first, each to the least loaded rank.
-
-    Rank 0 starts with the weights as its load, since it writes those.
+    The optimizer's are spread: largest first, each to the rank with the least to write so far.
     """
     load = [0] * world_size
-    load[0] = sum(tensor.nbytes for tensor in snapshot.weights.values())
-    share = {}
-    for name in sorted(snapshot.optimizer, key=lambda n: (-snapshot.optimizer[n].nbytes, n)):
+    load[0] = sum(tensor.nbytes for tensor in weights.values())
+    own = {}
+    for name in sorted(optimizer, key=lambda n: (-optimizer[n].nbytes, n)):
         target = load.index(min(load))
-        load[target] += snapshot.optimizer[name].nbytes
+        load[target] += optimizer[name].nbytes
         if target == rank:
-            share[name] = snapshot.optimizer[name]
-    return share
+            own[name] = optimizer[name]
+    return Share(weights if rank == 0 else {}, own)
 
 
 def small_files(causal_lm: torch.nn.Module, model_folder: Path) -> dict[str, bytes]:

@@ -24,11 +24,11 @@ SAFETENSORS_DTYPES = {
 
 
 def write_safetensors(
-    path: Path, tensors: dict[str, torch.Tensor], rest: Callable[[float], None] = lambda _: None
+    path: Path, tensors: dict[str, torch.Tensor], pause: Callable[[float], None] = lambda _: None
 ) -> dict[str, Any]:
     """Write tensors one by one through our own handle, hashed and synced; returns the entry.
 
-    ``rest`` is called after each chunk with the seconds of work that it took.
+    ``pause`` is called after each chunk with the seconds of work that it took.
 
     The format (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header
     with dtype, shape and offsets, then the raw data. The library's own writer needs the whole file
@@ -55,7 +55,7 @@ def write_safetensors(
             for start in range(0, raw.size, files.CHUNK_BYTES):
                 started = time.thread_time()
                 file.write(raw[start : start + files.CHUNK_BYTES])
-                rest(time.thread_time() - started)
+                pause(time.thread_time() - started)
 
     return files.write_with(path, fill)
 

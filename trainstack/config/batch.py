@@ -1,9 +1,7 @@
-"""The arithmetic of the batch: sequences over processes and micro steps, steps over samples."""
+"""The arithmetic of the batch: sequences over processes and micro steps."""
 
-import math
 from dataclasses import dataclass
 
-from trainstack.config.schema import Config
 from trainstack.errors import ConfigError
 
 IGNORED_LABEL = -100  # "no loss here", for data and model alike; torch's and transformers' value
@@ -40,21 +38,6 @@ class BatchPlan:
             f" x {self.micro_batch_size} x {self.gradient_accumulation_steps} micro steps"
             f" = {self.tokens_per_step:,} tokens per step"
         )
-
-
-def batch_plan(config: Config, world_size: int) -> BatchPlan:
-    """The plan for ``world_size`` processes; ConfigError with the arithmetic where none exists."""
-    train = config.train
-    return BatchPlan(
-        train.global_batch_size, train.micro_batch_size, world_size, config.data.seq_len
-    )
-
-
-def steps_for(config: Config, num_samples: int) -> int:
-    """Steps of the run: max_steps, else those that cover num_train_epochs of ``num_samples``."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    return math.ceil(config.train.num_train_epochs * num_samples / config.train.global_batch_size)
 
 
 def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int) -> str:

@@ -9,7 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from trainstack.config.batch import batch_plan
 from trainstack.config.load import load
 from trainstack.errors import USAGE_ERROR, ConfigError
 
@@ -22,7 +21,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load(options.config, options.overrides)
-        plan = batch_plan(config, options.world_size)
+        plan = config.batch_plan(options.world_size)
     except ConfigError as error:
         print(error.report("config"), file=sys.stderr)
         return USAGE_ERROR

@@ -1,11 +1,12 @@
 """The sections of config.yaml: every setting with its type and range."""
 
+import math
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from trainstack.config.batch import batch_problem
+from trainstack.config.batch import BatchPlan, batch_problem
 from trainstack.config.strict_yaml import Dumper
 from trainstack.storage.layout import absolute
 
@@ -199,6 +200,20 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration, as it is kept in the run folder."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+    def batch_plan(self, world_size: int) -> BatchPlan:
+        """How a step is spread over ``world_size`` processes; ConfigError if it cannot be."""
+        train = self.train
+        return BatchPlan(
+            train.global_batch_size, train.micro_batch_size, world_size, self.data.seq_len
+        )
+
+    def steps_for(self, num_samples: int) -> int:
+        """Steps of the run: max_steps, else those that cover num_train_epochs of the samples."""
+        if self.train.max_steps is not None:
+            return self.train.max_steps
+        samples = self.train.num_train_epochs * num_samples
+        return math.ceil(samples / self.train.global_batch_size)
 
     def identity(self) -> dict[str, Any]:
         """The settings that may not change when a run goes on: they decide what is learned from."""

@@ -1,9 +1,95 @@
-"""The batches of a step."""
+"""Feed: what a step consumes, from its number alone."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from trainstack.config.batch import BatchPlan
+from trainstack.config.schema import Config
+from trainstack.data.corpus import Corpus
+from trainstack.data.order import StepSampler, mixture_of, samples_hash
+from trainstack.distributed import World
+
+# Inputs, labels (shifted by one already) and, if documents do not see each other, positions; each
+# int64 [micro_batch_size, seq_len].
+Batch = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class StepData:
+    """One step's data."""
+
+    samples: np.ndarray  # this rank's, int64 [global_batch_size / world_size]
+    batches: Iterator[Batch]  # of these samples, one for each micro step; read when asked for
+    target_tokens: int  # over all ranks
+    samples_hash: int  # of this rank's samples; hashes of ranks add up, see order.samples_hash
+
+
+class Feed:
+    """Gives every step its samples. Nothing is stored: any step is reached at once, by any rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        plan: BatchPlan,
+        world: World,
+        left_out: list[dict[str, int]],
+    ):
+        """``left_out``: windows of data that rollbacks left out, see StepSampler."""
+        weights = [section.weight for section in config.data.sources]
+        mixture = mixture_of(corpus.sizes, weights, config.run.seed)
+        self.corpus, self.plan, self.world = corpus, plan, world
+        self.sampler = StepSampler(
+            corpus.train.num_samples, plan.global_batch_size, world.rank, world.world_size,
+            config.run.seed, left_out=left_out, mixture=mixture,
+        )  # fmt: skip
+
+    def at(self, step: int) -> StepData:
+        """What this rank consumes in a step (from 1)."""
+        samples = self.sampler.samples_at(step - 1)
+        batches = self._batches(samples, self.corpus.train.read)
+        return StepData(samples, batches, self._target_tokens(step), samples_hash(samples))
+
+    def _target_tokens(self, step: int) -> int:
+        """Over all ranks; each can compute it, so nothing is sent."""
+        if self.corpus.train.is_full:
+            return self.plan.tokens_per_step
+        targets = self.corpus.train.target_tokens(self.sampler.all_samples_at(step - 1))
+        return max(1, targets)  # a step may have none: its loss and gradient are zero
+
+    def drawn_after(self, step: int, drawn: list[int] | None) -> list[int] | None:
+        """``drawn``, the sequences of each data set of a mixture so far, and a step's, all ranks'.
+
+        None, of a single data set, stays None.
+        """
+        if drawn is None:
+            return None
+        data_sets = self.corpus.train.sources_of(self.sampler.all_samples_at(step - 1))
+        return (np.bincount(data_sets, minlength=len(drawn)) + drawn).tolist()
+
+    def tokens_of(self, drawn: list[int] | None) -> dict[str, int] | None:
+        """The same as tokens, by the data set's label."""
+        if drawn is None:
+            return None
+        tokens = (number * self.plan.seq_len for number in drawn)
+        return dict(zip(self.corpus.stores, tokens, strict=True))
+
+    def held_out(self, label: str, most: int | None) -> tuple[Iterator[Batch], int]:
+        """This rank's held-out batches of a data set, and how many the rank with most has.
+
+        ``most``: samples that are used over all ranks; None: all.
+        """
+        split = self.corpus.stores[label].eval
+        number = min(split.num_samples, most or split.num_samples)
+        own = np.arange(self.world.rank, number, self.world.world_size)
+        rounds = -(-number // (self.world.world_size * self.plan.micro_batch_size))
+        return self._batches(own, split.read), rounds
+
+    def _batches(self, samples: np.ndarray, read: Callable) -> Iterator[Batch]:
+        return micro_batches(samples, self.plan.micro_batch_size, read, self.world.device)
 
 
 def micro_batches(
@@ -11,14 +97,14 @@ def micro_batches(
     micro_batch_size: int,
     read: Callable[[np.ndarray], np.ndarray],
     device: torch.device,
-) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The batch of each micro step, all int64 [micro_batch_size, seq_len].
+) -> Iterator[Batch]:
+    """The batch of each micro step, on the device.
 
-    ``read`` gives its parts for some samples as one array: inputs, labels (shifted by one already)
-    and, where documents do not see each other, positions.
+    ``read`` gives the columns of a batch for some samples as one array, int64 [2 or 3, samples,
+    seq_len].
     """
     for start in range(0, len(samples), micro_batch_size):
-        parts = torch.from_numpy(read(samples[start : start + micro_batch_size]))
+        columns = torch.from_numpy(read(samples[start : start + micro_batch_size]))
         if device.type == "cuda":  # what shares memory cannot be pinned
-            parts = parts.contiguous().pin_memory().to(device, non_blocking=True)
-        yield parts.unbind()
+            columns = columns.contiguous().pin_memory().to(device, non_blocking=True)
+        yield columns.unbind()

@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainstack.config.batch import batch_plan
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError
 
@@ -83,4 +82,4 @@ def check_batch(config: Config, resources: Resources, is_local: bool) -> None:
     if is_local or None in (resources.nodes, resources.gpus_per_node, per_node):
         return  # train.py checks it as well, when it knows
     per_node = per_node or resources.gpus_per_node or 2
-    batch_plan(config, resources.nodes * per_node)
+    config.batch_plan(resources.nodes * per_node)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 from trainstack.checkpoint import names
-from trainstack.config.batch import steps_for
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, Failed, Refused
@@ -71,7 +70,7 @@ def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
     if options.local:
         prepare_demo(options, config)
     corpus = check_inputs(options, config)
-    max_steps = steps_for(config, corpus.train.num_samples)
+    max_steps = config.steps_for(corpus.train.num_samples)
     if check_progress(run, config, corpus) >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")

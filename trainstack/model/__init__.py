@@ -1,1 +1,8 @@
-"""The network, its loss, how it is spread over ranks."""
+"""The network, its loss, and how it is spread over the ranks.
+
+causal_lm.py  a causal LM of transformers, built and named
+loss.py       its next-token loss, in chunks
+packed.py     documents of one sample do not see each other
+strategy.py   Strategy: how the model is spread, what the loop asks
+ddp.py        the whole model on every rank
+"""

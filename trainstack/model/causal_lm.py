@@ -1,6 +1,5 @@
-"""A causal LM of transformers with its loss, wrapped in DDP."""
+"""A causal LM of transformers: built from a folder, named, and as a checkpoint stores it."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -8,8 +7,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.schema import ModelSection
-
-log = logging.getLogger("trainstack")
 
 
 def build_causal_lm(
@@ -39,8 +36,8 @@ def count_parameters(causal_lm: nn.Module) -> int:
 def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors that a checkpoint's model.safetensors holds, under the names of its format.
 
-    Tied tensors once, as save_pretrained does; renamed back where transformers 5 converts names
-    at loading.
+    Tied tensors once, as save_pretrained does; renamed back if transformers 5 converted names at
+    loading.
     """
     seen, weights = set(), {}
     for name, tensor in causal_lm.state_dict().items():

@@ -1,21 +1,93 @@
-"""How the model is spread over ranks: whole on each of them."""
+"""DDP: the whole model on every rank, gradients averaged."""
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainstack.checkpoint.load import read_optimizer
+from trainstack.checkpoint.snapshot import Share, replicated_share
+from trainstack.checkpoint.state import TrainState
 from trainstack.config.batch import BatchPlan
+from trainstack.config.schema import OptimSection
+from trainstack.data.feed import Batch
 from trainstack.distributed import World
+from trainstack.model.causal_lm import saved_weights
 from trainstack.model.loss import CausalLMLoss
+from trainstack.model.strategy import Strategy
+from trainstack.optim.optimizer import build_optimizer
 
-Batch = tuple[torch.Tensor, ...]  # inputs, labels, positions: int64 [micro_batch_size, seq_len]
+
+class DataParallel(Strategy):
+    """Every rank has all weights and all of the optimizer; see Strategy for the methods."""
+
+    def __init__(
+        self,
+        loss_model: CausalLMLoss,
+        optim: OptimSection,
+        precision: str,
+        plan: BatchPlan,
+        world: World,
+    ):
+        """Rank 0's weights become those of all ranks. Collective."""
+        self.causal_lm, self.loss_model = loss_model.causal_lm, loss_model
+        self.plan, self.world = plan, world
+        self.ddp = wrap(loss_model, world)
+        self.optimizer = build_optimizer(self.causal_lm, optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+
+    def warm_up(self, batches: Iterable[Batch]) -> None:
+        # DDP regroups its buckets after its first backward pass, and with three or more ranks the
+        # order of summation depends on the grouping. Done before the first step of every attempt, a
+        # resumed run sums as one that was never stopped. It also compiles, and finds out whether
+        # memory suffices.
+        self.ddp(*next(iter(batches))).backward()
+        self.ddp.zero_grad(set_to_none=True)
+
+    def gradients(
+        self, batches: Iterable[Batch], target_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        # DDP averages over ranks, the loss is a sum over all of them: hence the factor world_size.
+        scale = self.plan.world_size / target_tokens
+        for micro_step, batch in enumerate(batches, start=1):
+            is_last = micro_step == self.plan.gradient_accumulation_steps
+            # Only the last micro step communicates: the gradients of the others are just added up.
+            with contextlib.nullcontext() if is_last else self.ddp.no_sync():
+                loss = self.ddp(*batch)
+                self.scaler.scale(loss * scale).backward()
+            loss_sum += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        return loss_sum, nn.utils.get_total_norm([p.grad for p in self._with_gradients()])
+
+    def update(
+        self, is_bad: torch.Tensor, grad_norm: torch.Tensor, max_grad_norm: float | None
+    ) -> None:
+        self.optimizer.withhold(is_bad)
+        if max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._with_gradients(), max_grad_norm, grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def share(self) -> Share:
+        weights, optimizer = saved_weights(self.causal_lm), self.optimizer.tensors(self.causal_lm)
+        return replicated_share(weights, optimizer, self.world.rank, self.world.world_size)
+
+    def load(self, checkpoint: Path, state: TrainState) -> None:
+        self.optimizer.restore(self.causal_lm, read_optimizer(checkpoint), state.updates)
+        if state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
+
+    def _with_gradients(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.ddp.parameters() if parameter.grad is not None]
 
 
-def wrap_ddp(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
+def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
     """DDP over all ranks, with rank 0's weights. Collective: every rank must call this."""
     known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
     sync_buffers = (
@@ -27,58 +99,3 @@ def wrap_ddp(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
         gradient_as_bucket_view=True,  # saves one copy of the gradients
         **{sync_buffers: False},  # causal LMs have none that training changes
     )
-
-
-def compute_gradients(
-    model: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    batches: Iterable[Batch],
-    plan: BatchPlan,
-    target_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward and backward passes of one step: this rank's sum of losses, the global gradient norm.
-
-    The only place that knows of micro steps. The loss is divided by the global number of target
-    tokens; DDP averages gradients over ranks, hence the factor world_size. Both results stay on the
-    device. Collective: every rank must call this.
-    """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
-    for micro_step, batch in enumerate(batches, start=1):
-        is_last = micro_step == plan.gradient_accumulation_steps
-        with contextlib.nullcontext() if is_last else model.no_sync():
-            loss = model(*batch)
-            scaler.scale(loss * (plan.world_size / target_tokens)).backward()
-        loss_sum += loss.detach()
-    scaler.unscale_(optimizer)
-    return loss_sum, nn.utils.get_total_norm([p.grad for p in _with_gradients(model)])
-
-
-def update(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    grad_norm: torch.Tensor,
-    max_grad_norm: float | None,
-) -> None:
-    """Clip the gradients to ``max_grad_norm``, let the optimizer use them, and drop them."""
-    if max_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(_with_gradients(model), max_grad_norm, grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.grad is not None]
-
-
-def warm_up(model: DistributedDataParallel, batches: Iterator[Batch]) -> None:
-    """One forward and backward pass whose gradients are thrown away. Collective.
-
-    DDP regroups its buckets after its first backward pass, and with three or more ranks the order
-    of summation depends on the grouping. Done before the first step of every life, a resumed run
-    sums as one that was never stopped. It also compiles, and finds out whether memory suffices.
-    """
-    model(*next(batches)).backward()
-    model.zero_grad(set_to_none=True)

@@ -1,15 +1,16 @@
 """The loss of a causal LM, in chunks, so that its logits are never whole in fp32."""
 
 import contextlib
+import logging
 
 import torch
 from torch import nn
 
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
-from trainstack.model.causal_lm import log
 from trainstack.model.packed import apart, check_apart
 
+log = logging.getLogger("trainstack")
 CHUNK_LOGITS = 1 << 24  # logits that exist at once in fp32: 64 MiB
 DTYPES = {
     "fp32": torch.float32,
@@ -22,9 +23,9 @@ DTYPES = {
 class CausalLMLoss(nn.Module):
     """The sum of the next-token losses of a batch; ``forward`` is what DDP wraps.
 
-    Where the model's logits are just its head on its last hidden state, which is checked on a few
+    If the model's logits are just its head on its last hidden state, which is checked on a few
     tokens, the loss is computed in chunks, so that the logits are never whole in fp32. ConfigError
-    where ``packing`` keeps documents apart and the model does not.
+    if ``packing`` keeps documents apart and the model does not.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CausalLMLoss(nn.Module):
     ) -> torch.Tensor:
         """All int64 [micro_batch_size, seq_len], labels already shifted; returns a scalar.
 
-        Where positions begin anew a document begins, which sees nothing of those before it.
+        A position 0 begins a document, which sees nothing of the documents before it.
         """
         arguments = apart(self.causal_lm, input_ids, position_ids)
         with self._autocast():
@@ -73,7 +74,7 @@ class CausalLMLoss(nn.Module):
             return ChunkedCrossEntropy.apply(hidden, weight, labels.flatten(), compute)
 
     def _autocast(self):
-        if not self.is_autocast:  # torch.autocast warns of fp64 even where it is off
+        if not self.is_autocast:  # torch.autocast warns of fp64 even if it is off
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.autocast_dtype)
 
@@ -96,18 +97,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            low_hidden = hidden[part].to(compute)
+            rows = slice(start, start + chunk)
+            low_hidden = hidden[rows].to(compute)
             logits = (low_hidden @ low_weight.T).to(accumulate)
-            is_target = labels[part] != IGNORED_LABEL
-            targets = labels[part].clamp(min=0).unsqueeze(1)
+            is_target = labels[rows] != IGNORED_LABEL
+            targets = labels[rows].clamp(min=0).unsqueeze(1)
             norm = logits.logsumexp(1, keepdim=True)
             loss += ((norm - logits.gather(1, targets)).squeeze(1) * is_target).sum()
-            if needs_grad:
+            if needs_grad:  # now, while the chunk is there
                 grad = logits.sub_(norm).exp_()
                 grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
                 grad = grad.mul_(is_target.unsqueeze(1)).to(compute)
-                grad_hidden[part] = grad @ low_weight
+                grad_hidden[rows] = grad @ low_weight
                 grad_weight += grad.T @ low_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss

@@ -23,9 +23,9 @@ def apart(
 
 @torch.no_grad()
 def check_apart(causal_lm: nn.Module, device: torch.device) -> None:
-    """ConfigError where this model lets a document see another one of its row.
+    """ConfigError if this model lets a document see another one of its sample.
 
-    Found out on eight tokens: the logits of the second document must not notice a changed first.
+    Tried on eight tokens: another first document must not change the logits of the second.
     """
     vocab_size = causal_lm.get_input_embeddings().num_embeddings
     tokens = torch.arange(16, device=device).remainder(vocab_size).view(2, 8)

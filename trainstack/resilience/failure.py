@@ -1,6 +1,5 @@
 """What a rank leaves when it fails: a line for people, an account for the job's shell, a code."""
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -18,7 +17,7 @@ log = logging.getLogger("trainstack")
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
-def explain(error: BaseException, run: RunFolder | None, options: argparse.Namespace) -> int:
+def explain(error: BaseException, run: RunFolder | None, job: str | None, attempt: int) -> int:
     """Say what went wrong and leave this rank's account of it; the exit code."""
     is_main = distributed.rank_of_process() == 0
     if isinstance(error, ConfigError):
@@ -26,7 +25,7 @@ def explain(error: BaseException, run: RunFolder | None, options: argparse.Names
             print(error.report("train.py"), file=sys.stderr, flush=True)
         state = STATES.get(error.code, "FAILED")
         text = " ".join(error.problems)
-        record_failure(run, options, state, error.code, text, is_victim=not is_main)
+        record_failure(run, job, attempt, state, error.code, text, is_victim=not is_main)
         linger(is_main)
         return error.code
     if isinstance(error, Diverged):
@@ -34,7 +33,7 @@ def explain(error: BaseException, run: RunFolder | None, options: argparse.Names
             text = roll_back(run, error) if error.is_rollback else str(error)
             log.error("DIVERGED at %s", text)
         record_failure(
-            run, options, "DIVERGED", EXIT_CODES["DIVERGED"], text if is_main else str(error),
+            run, job, attempt, "DIVERGED", EXIT_CODES["DIVERGED"], text if is_main else str(error),
             is_victim=not is_main, is_rollback=error.is_rollback,
         )  # fmt: skip
         linger(is_main)
@@ -50,7 +49,7 @@ def explain(error: BaseException, run: RunFolder | None, options: argparse.Names
     cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
     tail = "".join(lines[-3:]).splitlines()[-8:]
     code = EXIT_CODES["FAILED"]
-    record_failure(run, options, "FAILED", code, cause, is_victim=is_victim, traceback=tail)
+    record_failure(run, job, attempt, "FAILED", code, cause, is_victim=is_victim, traceback=tail)
     linger(not is_victim)
     return code
 
@@ -73,13 +72,11 @@ def roll_back(run: RunFolder, error: Diverged) -> str:
 
 
 def record_failure(
-    run: RunFolder | None, options: argparse.Namespace, state: str, code: int, cause: str,
+    run: RunFolder | None, job: str | None, attempt: int, state: str, code: int, cause: str,
     is_victim: bool = False, **facts,
 ) -> None:  # fmt: skip
     """Leave this rank's account of the failure for the job's shell, which decides the blame."""
     if run is not None and run.path.is_dir():
         rank = distributed.rank_of_process()
         with contextlib.suppress(OSError):
-            run.add_failure(
-                options.job, options.attempt, rank, state, code, cause, is_victim, **facts
-            )
+            run.add_failure(job, attempt, rank, state, code, cause, is_victim, **facts)

@@ -1,9 +1,10 @@
 """Is this update good? Decided on the device, before the optimizer changes anything, on all ranks.
 
-No host waits for the answer: the fused AdamW leaves weights and state alone where ``found_inf`` is
-not zero (the flag that torch.amp.GradScaler uses), and the host reads the verdict one step late.
+No host waits for the answer: the optimizer withholds the update by a flag on the device (see
+optim/optimizer.py), and the host reads the verdict one step late. Policy then decides what follows.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ FEWEST = 32  # below that many no spike is called
 class Guard:
     """Judges loss and gradient norm of a step; remembers the last good ones for the spike test.
 
-    Its memory is part of the run's state: a run that goes on must judge as one never stopped.
+    Its memory is part of the run's state: a resumed run must judge as one never stopped.
     """
 
     def __init__(self, section: GuardSection, device: torch.device, is_scaled: bool):
@@ -28,7 +29,7 @@ class Guard:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
 
     def judge(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
-        """1.0 where the update must not happen, else 0.0; both scalars are those of all ranks."""
+        """1.0 if the update must not happen, else 0.0; scalars that all ranks have alike."""
         numbers = torch.stack([loss.to(torch.float64), grad_norm.to(torch.float64)])
         is_bad = ~torch.isfinite(numbers).all()
         if self.is_spike_test and self.spike_sigma is not None:
@@ -53,17 +54,11 @@ class Guard:
         """What a checkpoint keeps; floats that JSON brings back to the last bit."""
         return {"count": int(self.count), "recent": self.recent.tolist()}
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Put back what ``state`` gave; None, of an older checkpoint, begins anew."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what ``state`` gave; an empty one is that of a new run."""
         if state:
             self.count.fill_(state["count"])
             self.recent.copy_(torch.tensor(state["recent"], dtype=torch.float64))
-
-
-def withhold(optimizer: torch.optim.Optimizer, is_bad: torch.Tensor) -> None:
-    """Make the optimizer's next step do nothing where ``is_bad`` is 1.0."""
-    optimizer.found_inf = is_bad
-    optimizer.grad_scale = None
 
 
 class Diverged(Exception):
@@ -72,3 +67,39 @@ class Diverged(Exception):
     def __init__(self, step: int, text: str, is_rollback: bool = False):
         super().__init__(text)
         self.step, self.is_rollback = step, is_rollback
+
+
+class Policy:
+    """What follows an update that was withheld: skip it, roll back, or stop (on_divergence)."""
+
+    def __init__(self, section: GuardSection, learning_rate: float, is_scaled: bool):
+        self.section, self.learning_rate, self.is_scaled = section, learning_rate, is_scaled
+
+    def skips_after(
+        self, step: int, loss: float, grad_norm: float, is_withheld: bool, skips_in_a_row: int
+    ) -> int:
+        """Bad updates in a row up to this step; Diverged if the run cannot continue like this.
+
+        ``skips_in_a_row``: before this step. All ranks have the same numbers and decide the same.
+        """
+        # fp16 whose scale is too large: the scaler skips the update and lowers the scale.
+        is_scaling = self.is_scaled and math.isfinite(loss)
+        if not is_withheld or is_scaling:
+            return 0
+        text, action = describe_bad(step, loss, grad_norm), self.section.on_divergence
+        if action == "rollback":
+            raise Diverged(step, text, is_rollback=True)
+        if action == "skip" and skips_in_a_row < self.section.max_skips:
+            return skips_in_a_row + 1
+        if action == "skip":
+            text += f"; {self.section.max_skips} updates in a row were skipped before"
+        rate = self.learning_rate
+        advice = f"lower optim.learning_rate (now {rate:g}), or look at the data"
+        raise Diverged(step, f"{text}; {advice}")
+
+
+def describe_bad(step: int, loss: float, grad_norm: float) -> str:
+    """A bad step in words."""
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    what = "a spike of" if is_finite else "not finite:"
+    return f"step {step}: {what} loss {loss:.4g}, gradient norm {grad_norm:.4g}"

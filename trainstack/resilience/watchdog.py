@@ -1,6 +1,5 @@
 """A step that never ends is an error: stacks of every thread to a file, an account, the end."""
 
-import argparse
 import contextlib
 import faulthandler
 import logging
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainstack.run.folder import RunFolder
-from trainstack.run.states import EXIT_CODES, PLACES
+from trainstack.run.states import EXIT_CODES, Phase
 
 log = logging.getLogger("trainstack")
 MEDIANS = 10  # a step may take this many times the median step
@@ -98,27 +97,29 @@ class Watchdog:
 class Watch:
     """The watchdog as the loop speaks with it: a step and the name of a place."""
 
-    def __init__(self, run: RunFolder, options: argparse.Namespace, rank: int, seconds):
+    def __init__(
+        self, run: RunFolder, job: str | None, attempt: int, rank: int, seconds: float | None
+    ):
         self.position = [0, 0]
-        self._steps: dict[str, set[int]] = {}  # of this life, by place; the first few only
+        self._steps: dict[Phase, set[int]] = {}  # of this life, by place; the first few only
 
         def account(place: str, stalled: float) -> None:
             cause = f"no progress for {stalled:.0f} s at {place}"
             log.error("HANG    %s; stacks: %s", cause, stacks)
             run.add_failure(
-                options.job, options.attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
+                job, attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
                 position=self.position,
             )  # fmt: skip
 
-        stacks = run.stacks_file(options.job, options.attempt, rank)
+        stacks = run.stacks_file(job, attempt, rank)
         self.dog = Watchdog(seconds, stacks, account, EXIT_CODES["HANG"])
 
-    def at(self, step: int, place: str, extra_seconds: float = 0) -> None:
+    def at(self, step: int, phase: Phase, extra_seconds: float = 0) -> None:
         """Say where the loop is. The first two steps and the first evaluations may compile."""
-        steps = self._steps.setdefault(place, {step})
+        steps = self._steps.setdefault(phase, {step})
         if len(steps) <= MAY_COMPILE:
             steps.add(step)
         if len(steps) <= MAY_COMPILE:
             extra_seconds = max(extra_seconds, START_SECONDS)
-        self.position = [step, PLACES.index(place)]
-        self.dog.at(f"step {step:,}, {place}", extra_seconds)
+        self.position = [step, list(Phase).index(phase)]
+        self.dog.at(f"step {step:,}, {phase.value}", extra_seconds)

@@ -46,6 +46,7 @@ class Lease:
     def __init__(self, folder: Path):
         self.folder = folder / "lease"
         self.epoch = 0
+        self._checked_at = 0.0
 
     def take(self, owner: Owner, gone: str | None = None) -> None:
         """Own the folder from now on, or raise LeaseHeld naming who does.
@@ -92,6 +93,15 @@ class Lease:
         if max(self._epochs(), default=0) != self.epoch:
             _, holder = self.holder()
             raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
+
+    def must_own(self) -> None:
+        """``check``, at most once in OWNED_SECONDS; nothing on a rank that did not take the lease.
+
+        Asked before anything is written.
+        """
+        if self.epoch and time.monotonic() > self._checked_at + OWNED_SECONDS:
+            self.check()
+            self._checked_at = time.monotonic()
 
     def release(self) -> None:
         """Let the next job take over without asking; nothing where another already did."""

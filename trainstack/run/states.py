@@ -1,5 +1,7 @@
 """The states of a run and their exit codes; the phases of its loop."""
 
+import enum
+
 # State of a run -> exit code of its job. torchrun swallows codes: the truth is in status.json.
 EXIT_CODES = {
     "DONE": 0,
@@ -12,4 +14,15 @@ EXIT_CODES = {
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
 CONTINUES = "the same command continues it"
-PLACES = ("the start", "samples", "gradients", "update", "evaluation", "save", "the end")
+
+
+class Phase(enum.Enum):
+    """Where the loop is, in the order in which a step passes through them."""
+
+    START = "the start"
+    SAMPLES = "samples"
+    GRADIENTS = "gradients"
+    UPDATE = "update"
+    EVALUATION = "evaluation"
+    SAVE = "save"
+    END = "the end"

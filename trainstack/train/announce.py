@@ -1,69 +1,80 @@
 """What is said before the first step: every number that decides the run."""
 
-from trainstack.checkpoint import names
+import logging
+from pathlib import Path
+
+from trainstack.checkpoint.state import read_state
+from trainstack.data.feed import Feed
 from trainstack.model.causal_lm import describe
+from trainstack.model.strategy import Strategy
 from trainstack.run.identity import changed_settings
-from trainstack.train.startup import log
-from trainstack.train.state import Parts, Resumed
+from trainstack.train.job import Job
+
+log = logging.getLogger("trainstack")
 
 
-def announce(parts: Parts, resumed: Resumed) -> None:
-    """Say what is about to happen, with every number that decides it; rank 0 only."""
-    if not parts.world.is_main:
+def announce(job: Job, feed: Feed, strategy: Strategy, newest: Path | None) -> None:
+    """Say what is about to happen, and from which checkpoint; rank 0 only."""
+    if not job.world.is_main:
         return
-    config, plan, world = parts.config, parts.plan, parts.world
+    config, plan, world = job.config, job.plan, job.world
     name, indent = config.run.name, " " * len(config.run.name)
     hosts = world.world_size // world.local_world_size
     log.info(
-        "%s  %s | %d host%s x %d processes, %s, %s | seq_len %d",
-        name, describe(parts.causal_lm, config.model.init), hosts, "s"[: hosts != 1],
-        world.local_world_size, world.backend, config.train.precision, plan.seq_len,
+        "%s  %s | %s x %d processes, %s, %s | seq_len %d",
+        name, describe(strategy.causal_lm, config.model.init),
+        "1 host" if hosts == 1 else f"{hosts} hosts", world.local_world_size, world.backend,
+        config.train.precision, plan.seq_len,
     )  # fmt: skip
-    epochs = parts.max_steps * plan.global_batch_size / parts.sampler.total_samples
+    epochs = job.max_steps * plan.global_batch_size / feed.sampler.total_samples
     log.info("%s  %s", indent, plan)
-    log.info("%s  %s steps = %.2f epochs", indent, f"{parts.max_steps:,}", epochs)
-    if config.train.max_steps is not None:
-        log.info("%s  train.num_train_epochs is not used: max_steps decides", indent)
-    announce_mixture(parts)
-    if not any(store.eval.num_samples for store in parts.corpus.stores.values()):
-        log.info("%s  no held-out documents: there will be no evaluation", indent)
-    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
-        log.info("%s  guard.spike_sigma is not used: fp16 leaves skipping to its scaler", indent)
-    if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
-        log.info("%s  checkpoint.failure_hours is not used: save_steps is a number", indent)
-    for window in parts.sampler.left_out:
+    log.info("%s  %s steps = %.2f epochs", indent, f"{job.max_steps:,}", epochs)
+    if len(config.data.sources) > 1:
+        announce_mixture(job, feed, indent)
+    for line in not_used(job, feed):
+        log.info("%s  %s", indent, line)
+    for window in feed.sampler.left_out:
         log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,
                  f"{window['steps']:,}", f"{window['after']:,}")  # fmt: skip
-    if resumed.checkpoint:
-        announce_resume(parts, resumed)
+    if newest:
+        announce_resume(job, newest)
 
 
-def announce_mixture(parts: Parts) -> None:
+def announce_mixture(job: Job, feed: Feed, indent: str) -> None:
     """Of each data set of a mixture, how much of what is learned comes from it."""
-    sections, sizes = parts.config.data.sources, parts.corpus.sizes
-    indent = " " * len(parts.config.run.name)
-    if len(sections) == 1:
-        return
-    drawn = parts.max_steps * parts.plan.global_batch_size
+    sections, sizes = job.config.data.sources, feed.corpus.sizes
+    drawn = job.max_steps * job.plan.global_batch_size
     weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
     for section, size, weight in zip(sections, sizes, weights, strict=True):
         share = weight / sum(weights)
-        is_held = parts.corpus.stores[section.label].eval.num_samples
+        is_held = feed.corpus.stores[section.label].eval.num_samples
         log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it%s", indent, 100 * share,
                  section.label, f"{size:,}", share * drawn / size,
                  "" if is_held else "; none of it is held out")  # fmt: skip
 
 
-def announce_resume(parts: Parts, resumed: Resumed) -> None:
-    newest = resumed.checkpoint
-    log.info(
-        "resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
-        parts.owner.attempt, newest.name,
-    )  # fmt: skip
-    saved = names.read_state(newest)
-    changes = changed_settings(saved["settings"], parts.config.model_dump())
-    if saved["world_size"] != parts.world.world_size:
-        changes.append(f"processes: {saved['world_size']} -> {parts.world.world_size}")
+def not_used(job: Job, feed: Feed) -> list[str]:
+    """Settings that have no effect in this run, each with the reason."""
+    config, lines = job.config, []
+    if config.train.max_steps is not None:
+        lines.append("train.num_train_epochs is not used: max_steps decides")
+    if not any(store.eval.num_samples for store in feed.corpus.stores.values()):
+        lines.append("no held-out documents: there will be no evaluation")
+    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
+        lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
+    if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
+        lines.append("checkpoint.failure_hours is not used: save_steps is a number")
+    return lines
+
+
+def announce_resume(job: Job, newest: Path) -> None:
+    """From where, and what changed since: in the log and in the run's history."""
+    log.info("resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
+             job.owner.attempt, newest.name)  # fmt: skip
+    saved = read_state(newest)
+    changes = changed_settings(saved.settings, job.config.model_dump())
+    if saved.world_size != job.world.world_size:
+        changes.append(f"processes: {saved.world_size} -> {job.world.world_size}")
     for change in changes:
         log.info("resume  %s", change)
-    parts.run.add_event("resume", step=resumed.step, checkpoint=newest.name, changes=changes)
+    job.run.add_event("resume", step=saved.step, checkpoint=newest.name, changes=changes)

@@ -7,8 +7,26 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from trainstack.config.batch import IGNORED_LABEL
+from trainstack.data.feed import Batch, Feed
 from trainstack.distributed import World, is_agreed
-from trainstack.model.ddp import Batch
+
+
+def evaluate_all(
+    feed: Feed, most: int | None, loss_model: nn.Module, wants_stop: Callable[[], bool]
+) -> dict[str, tuple[float, int]] | None:
+    """Of each data set with held-out samples: mean loss and number of targets; None if cut short.
+
+    ``most``: samples that are used of each; None: all. Collective: every rank must call this.
+    """
+    results = {}
+    for label, store in feed.corpus.stores.items():
+        if store.eval.num_samples:
+            batches, rounds = feed.held_out(label, most)
+            results[label] = evaluate(loss_model, batches, rounds, feed.world, wants_stop)
+            if results[label] is None:
+                return None
+    return results
 
 
 @torch.no_grad()
@@ -16,14 +34,14 @@ def evaluate(
     loss_model: nn.Module,
     batches: Iterable[Batch],
     rounds: int,
-    ignored_label: int,
     world: World,
     wants_stop: Callable[[], bool],
 ) -> tuple[float, int] | None:
-    """Mean loss in nats over every held-out target token, and their number; None if broken off.
+    """Mean loss in nats over all held-out target tokens, and their number; None if cut short.
 
-    ``batches`` are this rank's share; shares may differ in size, none has more than ``rounds``.
-    ``wants_stop`` is asked in every round and agreed on. Collective: every rank must call.
+    ``batches`` are this rank's; ranks may have different numbers of them, none more than
+    ``rounds``. ``wants_stop`` is asked in every round; if any rank's is true, all end there.
+    Collective: every rank must call this.
     """
     loss_model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -34,7 +52,7 @@ def evaluate(
                 return None
             for batch in itertools.islice(batches, 1):
                 sums[0] += loss_model(*batch)
-                sums[1] += (batch[1] != ignored_label).sum()
+                sums[1] += (batch[1] != IGNORED_LABEL).sum()
     finally:
         loss_model.train()
     dist.all_reduce(sums)

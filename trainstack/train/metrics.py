@@ -1,4 +1,4 @@
-"""What a run reports: one console line per logged step, the same in metrics.jsonl, TensorBoard."""
+"""The formats of what a run reports: console lines, metrics.jsonl, samples.jsonl, TensorBoard."""
 
 import json
 import logging
@@ -14,10 +14,10 @@ HEADER = "           step    epoch     loss       lr    grad  tokens/s  mem GB  
 
 
 class Metrics:
-    """Writes one run's measurements; on every rank but 0 nothing is written.
+    """Writes one run's measurements; only rank 0 has one.
 
-    ``resumed_step``: what earlier lives wrote beyond it is dropped, since those steps come again;
-    the files are one curve.
+    ``resumed_step``: what earlier attempts wrote beyond it is dropped, since those steps come
+    again; the files are one curve.
     """
 
     def __init__(self, run_folder: Path, report_to: list[str], resumed_step: int, attempt: str):
@@ -88,7 +88,7 @@ class Metrics:
             self.tensorboard.add_scalar("eval/perplexity", perplexity, step)
 
     def note_samples(self, step: int, samples_hash: str, at: float) -> None:
-        """Remember what a step consumed, and when; kept also of lives that were cut off."""
+        """Remember what a step consumed, and when; kept also if the attempt is killed later."""
         record = {"step": step, "samples_hash": samples_hash, "attempt": self.attempt}
         record["at"] = round(at, 4)  # seconds since 1970
         self._hashes.append(json.dumps(record) + "\n")

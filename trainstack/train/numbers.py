@@ -1,15 +1,17 @@
-"""One step of training, its numbers read one step late, and the evaluation."""
+"""A step's numbers: sent to the host without waiting, read one step late; and its pace."""
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from trainstack.model.ddp import Batch
+from trainstack.data.feed import StepData
+from trainstack.data.order import HASH_BITS
+from trainstack.train.requests import Requested
 
 
 @dataclass
@@ -20,99 +22,107 @@ class StepResult:
     loss: float
     grad_norm: float
     is_withheld: bool  # the update was bad and did not happen
-    is_stop_wanted: bool
-    is_save_wanted: bool
+    requested: Requested  # by any rank
     samples_hash: str
     sent_at: float  # seconds on the clock of time.perf_counter
     at: float  # the same moment in seconds since 1970
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(np.isfinite(self.loss) and np.isfinite(self.grad_norm))
+
+@dataclass
+class _Sent:
+    """Numbers on their way to the host; ``event`` says on a GPU when they are there."""
+
+    step: int
+    numbers: torch.Tensor
+    event: torch.cuda.Event | None
+    target_tokens: int
+    sent_at: float
+    at: float
 
 
 class StepNumbers:
-    """Sends a step's numbers to the host without waiting; they are read when the next step runs.
+    """Sends a step's numbers to the host, which reads them while the next step runs.
 
-    The one reduction and the one device-to-host copy of a step carry loss, norm, verdict, wishes
-    and the hash of the consumed samples together.
+    Waiting for them at once would leave the GPU idle between two steps. One reduction and one copy
+    carry everything: loss, gradient norm, verdict, requests, and the hash of the consumed samples.
     """
-
-    HALF = 26  # bits; sums of 2**26 halves are exact in float64
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._pending: tuple | None = None
+        self._sent: _Sent | None = None
 
     def send(
         self,
         step: int,
+        data: StepData,
         loss_sum: torch.Tensor,
         grad_norm: torch.Tensor,
-        target_tokens: int,
-        wishes: tuple[bool, bool],
-        samples_hash: int,
+        requested: Requested,
         judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Reduce over ranks, judge, and start the copy; returns the verdict, on the device.
+        """Reduce over ranks, judge, start the copy; returns the verdict, a scalar on the device.
 
-        ``wishes``: whether this rank wants to stop, and to save. ``judge`` gets the global loss and
-        norm and gives 1.0 where the update must not happen. Collective: every rank must call this.
+        ``loss_sum``: this rank's; ``grad_norm``: of all ranks. ``judge`` gets the mean loss over
+        all ranks and the norm, and gives 1.0 if the update must not happen. Collective: every rank
+        must call this.
         """
-        high, low = divmod(samples_hash, 1 << self.HALF)
-        own = torch.tensor([*map(float, wishes), high, low], dtype=torch.float64)
+        # float64 holds whole numbers up to 2**53 exactly; halves of the hash leave room for sums.
+        high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
+        own = torch.tensor([*map(float, requested), high, low], dtype=torch.float64)
         own = own.to(self.device, non_blocking=True)
         numbers = torch.cat([loss_sum.reshape(1), own])
         dist.all_reduce(numbers)
-        is_bad = judge(numbers[0] / target_tokens, grad_norm)
-        numbers = torch.cat(
-            [numbers, torch.stack([grad_norm.to(torch.float64), is_bad.to(torch.float64)])]
-        )
-        event = None
+        is_bad = judge(numbers[0] / data.target_tokens, grad_norm)
+        verdict = torch.stack([grad_norm.to(torch.float64), is_bad.to(torch.float64)])
+        numbers, event = torch.cat([numbers, verdict]), None
         if self.device.type == "cuda":
+            # Into pinned memory, or the copy would wait for the GPU after all.
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             host.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             numbers = host
-        self._pending = (step, numbers, event, target_tokens, time.perf_counter(), time.time())
+        sent_at, at = time.perf_counter(), time.time()
+        self._sent = _Sent(step, numbers, event, data.target_tokens, sent_at, at)
         return is_bad
 
     def read(self) -> StepResult | None:
-        """The numbers sent last; None where they were read already."""
-        if self._pending is None:
+        """The numbers sent last; None if they were read already."""
+        sent, self._sent = self._sent, None
+        if sent is None:
             return None
-        step, numbers, event, target_tokens, sent_at, at = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        loss_sum, stop, save, high, low, norm, bad = numbers.tolist()
-        total = (int(high) * (1 << self.HALF) + int(low)) % (1 << 2 * self.HALF)
+        if sent.event is not None:
+            sent.event.synchronize()
+        loss_sum, stop, save, high, low, norm, bad = sent.numbers.tolist()
+        total = (int(high) * (1 << HASH_BITS // 2) + int(low)) % (1 << HASH_BITS)
         return StepResult(
-            step, loss_sum / target_tokens, norm, bad > 0, stop > 0, save > 0, f"{total:013x}",
-            sent_at, at,
-        )  # fmt: skip
+            step=sent.step,
+            loss=loss_sum / sent.target_tokens,
+            grad_norm=norm,
+            is_withheld=bad > 0,
+            requested=Requested(stop > 0, save > 0),
+            samples_hash=f"{total:013x}",
+            sent_at=sent.sent_at,
+            at=sent.at,
+        )
 
 
 class Pace:
-    """Seconds per step and per batch since the last log line, by when steps were sent off.
+    """Seconds per step and for data since the last log line, by when steps were sent off.
 
     A step's numbers are read one step late, so the time of reading says nothing about its length.
     """
 
     def __init__(self):
-        self.step_seconds = 0.0  # of the last step, for who has to plan ahead
+        self.step_seconds = 0.0  # of the last step, to plan ahead with
         self.restart()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, the time spent on getting them noted."""
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self._data_seconds += time.perf_counter() - started
-            if batch is None:
-                return
-            yield batch
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Note the time that a batch takes to arrive."""
+        started = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - started
 
     def note(self, sent_at: float) -> None:
         """Count one finished step."""

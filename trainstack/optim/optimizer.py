@@ -1,0 +1,54 @@
+"""What every optimizer of ours can do beyond torch's, and which ones there are."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from trainstack.config.schema import OptimSection
+from trainstack.optim.adamw import AdamW
+
+
+class Optimizer(Protocol):
+    """A torch.optim.Optimizer that can also withhold an update, and tell what a checkpoint needs.
+
+    tests/optim holds all of this for every entry of OPTIMIZERS.
+    """
+
+    def withhold(self, is_bad: torch.Tensor) -> None:
+        """Let the next step() change neither weights nor state if the scalar ``is_bad`` is 1.0.
+
+        Decided on the device: no host waits for the value.
+        """
+
+    def set_learning_rate(self, learning_rate: float) -> None: ...
+
+    def updates_done(self) -> int:
+        """Updates that happened so far: fewer than steps if some were skipped."""
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Its state as ``<parameter name>/<state name>``; empty before the first update."""
+
+    def restore(self, model: nn.Module, tensors: dict[str, torch.Tensor], updates: int) -> None:
+        """Put ``tensors`` back after so many updates; rates and betas stay the configuration's.
+
+        KeyError if the state of a parameter is missing.
+        """
+
+
+OPTIMIZERS = {"adamw": AdamW}
+
+
+def build_optimizer(model: nn.Module, section: OptimSection, name: str = "adamw") -> Optimizer:
+    """The optimizer of that name over the model's parameters; matrices decay, vectors do not."""
+    return OPTIMIZERS[name](decay_groups(model, section.weight_decay), section)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups: matrices with weight decay, vectors (biases, norms) without."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,27 @@
+"""Job: what this attempt was asked to do, and for which run."""
+
+from dataclasses import dataclass
+
+from trainstack.config.batch import BatchPlan
+from trainstack.config.schema import Config
+from trainstack.distributed import World
+from trainstack.run.folder import RunFolder
+from trainstack.run.lease import Lease, Owner
+
+
+@dataclass(frozen=True)
+class Job:
+    """The same from the start of an attempt to its end."""
+
+    config: Config
+    world: World  # this process among its peers
+    plan: BatchPlan  # how a step is spread over processes
+    run: RunFolder
+    lease: Lease  # taken by rank 0
+    owner: Owner  # job and number of the attempt
+    max_steps: int
+
+    @property
+    def attempt(self) -> str:
+        """JOB.N, as records and file names have it."""
+        return f"{self.owner.job}.{self.owner.attempt}"
