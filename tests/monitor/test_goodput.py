@@ -25,9 +25,9 @@ def steps(attempt: str, **at: float) -> list[history.Execution]:
 
 def spent(events: list[dict], executions=(), failures=()) -> dict[str, float]:
     """Seconds by cause, rounded, those of no time left out."""
-    lives = history.lives_of(events, executions)
-    account = goodput.account(events, lives, failures)
-    return {cause: round(seconds, 3) for cause, seconds in account.items() if seconds}
+    attempts = history.attempts_of(events, executions)
+    found = goodput.seconds_by_cause(events, attempts, failures)
+    return {cause: round(seconds, 3) for cause, seconds in found.items() if seconds}
 
 
 def test_a_run_that_was_stopped_and_requeued():
@@ -72,13 +72,13 @@ RESTARTED = [
 RESTARTED_STEPS = steps("7.2", s3=26, s4=27)
 
 
-def test_what_a_kill_undid_is_redone_and_the_way_back_is_down_and_start():
+def test_steps_lost_by_a_kill_are_redone_and_the_way_back_is_down_and_start():
     assert spent(KILLED + RESTARTED, KILLED_STEPS + RESTARTED_STEPS) == {
         "start": 10 + 6, "training": 2 + 2, "redone": 2, "down": 5, "stop": 1,
     }  # fmt: skip
 
 
-def test_steps_that_were_not_put_on_record_are_redone_until_a_rank_said_that_it_failed():
+def test_steps_that_were_not_put_on_record_are_redone_until_a_rank_reported_that_it_failed():
     failures = [5.0, 16.5, 17.5]  # the first one is of another time
     assert spent(KILLED + RESTARTED, KILLED_STEPS[:2] + RESTARTED_STEPS, failures[1:]) == {
         "start": 10 + 6, "training": 2 + 2, "redone": 4.5, "down": 2.5, "stop": 1,
@@ -87,8 +87,8 @@ def test_steps_that_were_not_put_on_record_are_redone_until_a_rank_said_that_it_
     assert (whole["redone"], whole["down"]) == (4.5, 2.5)
 
 
-def test_a_failure_of_another_life_says_nothing_of_this_one():
-    """Life 2 is killed as well; the ranks of each say when."""
+def test_a_failure_of_another_attempt_says_nothing_of_this_one():
+    """Attempt 2 is killed as well; the ranks of each say when."""
     events = [
         *KILLED,
         *RESTARTED[:3],
@@ -104,16 +104,16 @@ def test_a_failure_of_another_life_says_nothing_of_this_one():
     assert spent(events, executions, [16.5]) == {**whole, "redone": 4.5 + 2, "down": 2.5 + 13}
 
 
-def test_ranks_of_jobs_and_by_hand_say_when_they_failed_and_hangs_do_not_count(tmp_path):
+def test_ranks_of_jobs_and_by_hand_report_when_they_failed_and_hangs_do_not_count(tmp_path):
     run = RunFolder(tmp_path)
     run.create()
     run.add_failure("7", 1, 0, "FAILED", 1, "RuntimeError", is_victim=False)
     run.add_failure(None, 1, 0, "DIVERGED", 79, "not finite", is_victim=False)
     run.add_failure("7", 2, 0, "HANG", 81, "no progress", is_victim=False)
     run.add_failure("8", 1, 0, "FAILED", 1, "another run's", is_victim=False)
-    lives = history.lives_of([event("attempt", 0, attempt=n) for n in (1, 2)], [])
+    attempts = history.attempts_of([event("attempt", 0, attempt=n) for n in (1, 2)], [])
     expected = [*run.failures("7", 1), *run.failures("local", 1)]
-    assert sorted(goodput.failure_times(run, lives)) == sorted(
+    assert sorted(goodput.failure_times(run, attempts)) == sorted(
         history.seconds(record["at"]) for record in expected
     )
 
@@ -125,7 +125,7 @@ def test_a_stall_that_a_kill_cut_short_is_not_taken_from_what_follows():
     }  # fmt: skip
 
 
-def test_lives_by_hand_begin_with_their_start_and_wait_in_no_queue():
+def test_attempts_by_hand_begin_with_their_start_and_wait_in_no_queue():
     events = [
         event("start", 0, job="local-a", attempt=1),
         event("training", 4, step=0),
@@ -185,7 +185,7 @@ def test_a_stop_before_the_first_step_is_start_or_stop():
     assert spent([*begin, event("training", 6, step=0), paused]) == {"start": 6, "stop": 2}
 
 
-def test_a_life_that_died_while_it_started_is_start_until_its_last_sign():
+def test_an_attempt_that_died_while_it_started_is_start_until_its_last_sign():
     events = [
         *KILLED,
         event("attempt", 20, attempt=2),
@@ -215,7 +215,7 @@ def test_a_run_in_the_queue_has_waited_since_its_submission():
     assert spent([event("submitted", 0), event("submitted", 30)]) == {"queue": 30}
 
 
-def test_without_its_events_a_life_begins_with_its_first_step():
+def test_without_its_events_an_attempt_begins_with_its_first_step():
     executions = steps("7.1", s1=1, s2=2, s3=3) + steps("7.2", s3=10, s4=11)
     assert spent([], executions) == {"training": 1 + 1, "redone": 1, "down": 7}
     events = [event("attempt", 20, attempt=3), event("training", 22, step=4)]
@@ -242,11 +242,12 @@ def test_whatever_the_order_of_the_records_no_time_is_negative_and_all_adds_up()
             )
             for attempt in generator.choices((1, 2, 3), k=generator.randrange(25))
         ]
-        lives = history.lives_of(events, executions)
-        account = goodput.account(events, lives, [99 * generator.random() for _ in range(3)])
-        begin, end = goodput.bounds(events, lives)
-        assert min(account.values()) >= 0, seed
-        assert sum(account.values()) == pytest.approx(end - begin), seed
+        attempts = history.attempts_of(events, executions)
+        failures = [99 * generator.random() for _ in range(3)]
+        found = goodput.seconds_by_cause(events, attempts, failures)
+        begin, end = goodput.bounds(events, attempts)
+        assert min(found.values()) >= 0, seed
+        assert sum(found.values()) == pytest.approx(end - begin), seed
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,7 @@ def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
     rows = table(result.stdout)
     events = job.events()
     wall = history.seconds(events[-1]["at"]) - history.seconds(events[0]["at"])
-    assert lines[0] == "run timed: DONE, lives: 2"
+    assert lines[0] == "run timed: DONE, attempts: 2"
     assert lines[1].startswith(f"  wall time {wall:,.1f} s = 00:")
     assert list(rows) == [*goodput.CAUSES, "all"]
     assert rows["all"] == (pytest.approx(wall, abs=0.06), 100)
@@ -294,17 +295,18 @@ def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
 
 
 def test_steps_that_the_job_lost_without_a_record_are_redone_not_down(job):
-    """Steps 11 and 12 of the first life were executed, but the kill came before their record."""
+    """Steps 11 and 12 of the first attempt were executed, but the kill came before their record."""
     events, executions = job.events(), history.read_executions(job.path / "samples.jsonl")
-    lives = history.lives_of(events, executions)
-    assert max(e.step for e in lives[0].executions) == 10
-    told = goodput.account(events, lives, goodput.failure_times(job, lives))
-    untold = goodput.account(events, lives, [])
-    assert told["redone"] > untold["redone"]
-    assert sum(told.values()) == pytest.approx(sum(untold.values()))
+    attempts = history.attempts_of(events, executions)
+    assert max(e.step for e in attempts[0].executions) == 10
+    failures = goodput.failure_times(job, attempts)
+    reported = goodput.seconds_by_cause(events, attempts, failures)
+    unreported = goodput.seconds_by_cause(events, attempts, [])
+    assert reported["redone"] > unreported["redone"]
+    assert sum(reported.values()) == pytest.approx(sum(unreported.values()))
 
 
-def test_of_a_job_that_ended_for_good_what_no_checkpoint_holds_was_for_nothing(
+def test_of_a_job_that_ended_for_good_steps_that_no_checkpoint_holds_are_lost(
     job, tmp_path, capsys
 ):
     run = RunFolder(tmp_path / "failed")

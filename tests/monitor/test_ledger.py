@@ -18,7 +18,7 @@ GOOD = "  samples     repeated = 0, skipped = 0"
 
 @pytest.fixture(scope="module")
 def run(home) -> Path:
-    """A run of three lives: killed on two processes, stopped on one, ended on four."""
+    """A run of three attempts: killed on two processes, stopped on one, ended on four."""
     settings = ("run.name=audited", f"train.max_steps={STEPS}", "log.logging_steps=3")
     killed = tiny.train(home, 2, *settings, "--fault", "kill:rank=0,step=14", check=False)
     assert killed.returncode != 0
@@ -31,7 +31,7 @@ def run(home) -> Path:
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    """The same run in a folder of its own, to be spoilt."""
+    """The same run in a folder of its own, to be damaged."""
     return shutil.copytree(run, tmp_path / "audited")
 
 
@@ -52,7 +52,7 @@ def records(run: Path) -> list[dict]:
 
 
 def rewrite(run: Path, change) -> None:
-    """Give the last life's records to ``change``, which returns those to write instead."""
+    """Give the last attempt's records to ``change``, which returns those to write instead."""
     lines = records(run)
     last = lines[-1]["attempt"]
     own = change([line for line in lines if line["attempt"] == last])
@@ -66,7 +66,7 @@ def test_a_run_that_was_killed_stopped_and_resumed_at_other_sizes_used_every_sam
     redone = len(lines) - STEPS
     assert redone > 0
     assert result.stdout.splitlines() == [
-        "run audited: DONE, lives: 3",
+        "run audited: DONE, attempts: 3",
         "  checked     40 steps = 320 samples = 10,240 tokens, 0.67 epochs of 475 samples",
         GOOD,
         f"  redone      {redone} steps on record that interruptions undid "
@@ -113,17 +113,17 @@ def test_other_samples_than_due_are_skipped_ones_and_repeated_ones(copy, tell):
     ]
 
 
-def test_a_step_twice_within_one_life_repeats_its_samples(copy, tell):
+def test_a_step_twice_within_one_attempt_repeats_its_samples(copy, tell):
     rewrite(copy, lambda own: [r for r in own for _ in range(2 if r["step"] == 33 else 1)])
     output, code = tell(copy)
     assert code == 1
     assert "  samples     repeated = 8, skipped = 0" in output
-    life = records(copy)[-1]["attempt"]
-    assert output[-1] == f"    step 33 executed twice within one life ({life}): repeated"
+    attempt = records(copy)[-1]["attempt"]
+    assert output[-1] == f"    step 33 executed twice within one attempt ({attempt}): repeated"
 
 
-def test_a_step_that_only_an_undone_life_executed_was_skipped(copy, tell):
-    """The next life went on from a checkpoint before it, and left it out."""
+def test_a_step_that_only_an_undone_attempt_executed_was_skipped(copy, tell):
+    """The next attempt resumed from a checkpoint before that step, and left the step out."""
     lines = records(copy)
     first, second = list(dict.fromkeys(r["attempt"] for r in lines))[:2]
     step = next(r["step"] for r in lines if r["attempt"] == second)
@@ -139,7 +139,7 @@ def test_torn_lines_hide_nothing(copy, tell):
     lines = (copy / "samples.jsonl").read_text().splitlines(keepends=True)
     attempts = [json.loads(line)["attempt"] for line in lines]
     begin = attempts.index(list(dict.fromkeys(attempts))[1])
-    lines[begin] = '{"step": 14, "samples_ha' + lines[begin]  # of the life before, which was killed
+    lines[begin] = '{"step": 14, "samples_ha' + lines[begin]  # of the killed attempt before
     lines.append('{"step": 41, "samp')
     (copy / "samples.jsonl").write_text("".join(lines))
     output, code = tell(copy)
@@ -153,7 +153,7 @@ def test_many_problems_are_the_first_ones_and_a_number(copy, tell):
     missing = [
         step for step in range(1, STEPS + 1) if step not in {r["step"] for r in records(copy)}
     ]
-    assert output[-1] == f"    and {len(missing) - ledger.SHOWN} more such places"
+    assert output[-1] == f"    and {len(missing) - ledger.SHOWN} more problems"
     assert output[-1 - ledger.SHOWN].startswith(f"    step {missing[0]} not on record")
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_ended_is_checked_by_its_config_when_its_checkpoints_are_gone
     assert output[1].startswith("  checked     40 steps")
 
 
-def test_a_config_that_a_refused_life_left_does_not_mislead(copy, tell):
+def test_a_config_that_a_refused_attempt_left_does_not_mislead(copy, tell):
     settings = yaml.safe_load((copy / "config.yaml").read_text())
     settings["run"]["seed"] += 1
     (copy / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -229,7 +229,7 @@ def test_before_the_first_checkpoint_there_is_nothing_to_check(tmp_path, tell):
     run.create()
     run.add_event("submitted", job="7")
     assert tell(run.path) == (
-        ["run young: no status, lives: 0", "  checked     nothing: no step is durable yet"], 0
+        ["run young: no status, attempts: 0", "  checked     nothing: no step is durable yet"], 0
     )  # fmt: skip
 
 
@@ -238,15 +238,15 @@ def test_a_run_that_is_not_there_is_one_line(run, home, tell, tmp_path):
     assert code == 2
     assert output[0].startswith(f"ledger: error: no run audit in {home}/runs; there are: audited")
     assert tell(tmp_path) == (
-        [f"ledger: error: {tmp_path} is no run folder (that has an events.jsonl)"], 2
+        [f"ledger: error: {tmp_path} is not a run folder: it has no events.jsonl"], 2
     )  # fmt: skip
     assert tell("audit", home=None) == (
-        ["ledger: error: audit is no run folder (that has an events.jsonl); to find a run by its "
+        ["ledger: error: audit is not a run folder: it has no events.jsonl; to find a run by its "
          "name: source env.sh, or pass --home"], 2
     )  # fmt: skip
 
 
-def test_without_the_tokens_it_cannot_be_told(copy, tell, tmp_path):
+def test_without_the_tokens_it_cannot_be_checked(copy, tell, tmp_path):
     output, code = tell(copy, home=None)
     assert code == 2
     assert len(output) == 2
@@ -265,7 +265,7 @@ def test_many_steps_at_once_hash_as_one_step_alone():
         assert hashes[step - 1] == f"{order.samples_hash(sampler.samples_at(step - 1)):013x}"
 
 
-def test_lives_with_the_same_name_are_told_apart_by_their_beginning():
+def test_attempts_with_the_same_name_are_told_apart_by_their_beginning():
     """In a container every process may have the same id."""
     starts = [
         {"event": "start", "at": f"1970-01-01T00:00:{at}.000Z", "job": "local-box-7", "attempt": 1}
@@ -273,6 +273,6 @@ def test_lives_with_the_same_name_are_told_apart_by_their_beginning():
     ]
     steps = [(1, 11.0), (2, 12.0), (2, 21.0), (3, 22.0)]
     executions = [history.Execution(step, "", "local-box-7.1", at) for step, at in steps]
-    lives = history.lives_of(starts, executions)
-    assert [[e.step for e in life.executions] for life in lives] == [[1, 2], [2, 3]]
-    assert [[e.step for e in life.effective()] for life in lives] == [[1], [2, 3]]
+    attempts = history.attempts_of(starts, executions)
+    assert [[e.step for e in attempt.executions] for attempt in attempts] == [[1, 2], [2, 3]]
+    assert [[e.step for e in attempt.effective()] for attempt in attempts] == [[1], [2, 3]]

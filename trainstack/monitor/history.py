@@ -1,8 +1,8 @@
-"""What a run lived through: its lives, and the steps that each executed.
+"""The attempts of a run, and the steps that each of them executed.
 
-A life is what ran between an ``attempt`` event of the job's shell (by hand: a ``start`` event of
-the ranks) and its end. It goes on from a checkpoint, so that what earlier lives had executed beyond
-that is executed again. What is left then is the effective history.
+An attempt begins with an ``attempt`` event of the job's shell (by hand: with a ``start`` event of
+the ranks). It resumes from a checkpoint and executes again what earlier attempts had executed
+beyond it. The effective history is what no later attempt executed again.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RECORD = b'{"step"'  # how each line of samples.jsonl begins
 
 
 class Execution(NamedTuple):
-    """One line of samples.jsonl: a life executed a step."""
+    """One line of samples.jsonl: an attempt executed a step."""
 
     step: int
     samples_hash: str
@@ -33,23 +33,23 @@ class Execution(NamedTuple):
 
 
 @dataclass
-class Life:
-    """One life; ``events`` are what was written while it was the newest one."""
+class Attempt:
+    """One attempt; ``events`` are what was written while it was the newest one."""
 
-    attempt: str  # JOB.N
+    name: str  # JOB.N
     begins_at: float  # seconds since 1970
     events: list[Event] = field(default_factory=list)
     executions: list[Execution] = field(default_factory=list)
-    redone_above: float = math.inf  # what it executed beyond this step does not count
+    redone_above: float = math.inf  # a later attempt executed the steps beyond this one again
 
     @property
     def first_step(self) -> float:
-        """The step from which it went on; infinite where it did not come to train."""
+        """The step from which it resumed; infinite if it ended before it trained."""
         resumed = [event["step"] for event in self.events if event["event"] == "training"]
         return min([*resumed, *(e.step - 1 for e in self.executions)], default=math.inf)
 
     def effective(self) -> list[Execution]:
-        """What it executed and no later life did again."""
+        """What it executed and no later attempt executed again."""
         return [e for e in self.executions if e.step <= self.redone_above]
 
 
@@ -62,7 +62,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, home: str | None) -> None
 
 
 def find_run(run: str, home: Path | None) -> Path:
-    """The folder of a run by its name below ``home``, or by its path; ConfigError if none is it."""
+    """The folder of a run by its name below ``home``, or by its path; ConfigError if neither is."""
     named = [layout.run_folder(home, run)] if home and "/" not in run else []
     for path in (*named, Path(run).expanduser()):
         if (path / "events.jsonl").is_file() or (path / "samples.jsonl").is_file():
@@ -72,14 +72,14 @@ def find_run(run: str, home: Path | None) -> Path:
         there = ", ".join(have) or "none yet"
         raise ConfigError(f"no run {run} in {home / 'runs'}; there are: {there}")
     by_name = "" if "/" in run else "; to find a run by its name: source env.sh, or pass --home"
-    raise ConfigError(f"{run} is no run folder (that has an events.jsonl){by_name}")
+    raise ConfigError(f"{run} is not a run folder: it has no events.jsonl{by_name}")
 
 
 def read_executions(path: Path) -> list[Execution]:
-    """The lines of samples.jsonl in their order; empty where there is no such file.
+    """The lines of samples.jsonl in their order; empty if there is no such file.
 
-    A life that was cut off may leave its last line torn, and the next life's first one then stands
-    on the same line: that one counts.
+    An attempt that was killed may leave its last line torn. The first record of the next attempt is
+    then on the same line, and that record counts.
     """
     if not path.exists():
         return []
@@ -99,48 +99,53 @@ def _execution(line: bytes) -> Execution | None:
     return None
 
 
-def lives_of(events: Iterable[Event], executions: Iterable[Execution]) -> list[Life]:
-    """The lives of a run in their order, each with its events and what it executed."""
-    lives: list[Life] = []
+def attempts_of(events: Iterable[Event], executions: Iterable[Execution]) -> list[Attempt]:
+    """The attempts of a run in their order, each with its events and what it executed."""
+    attempts: list[Attempt] = []
     for event in events:
-        if _begins_life(event, lives):
-            lives.append(Life(_attempt(event), seconds(event["at"])))
-        if lives:
-            lives[-1].events.append(event)
-    by_name: dict[str, list[Life]] = {}
-    for life in lives:
-        by_name.setdefault(life.attempt, []).append(life)
-    for execution in executions:
-        if execution.attempt not in by_name:  # the event of its beginning is lost
-            by_name[execution.attempt] = [_insert_life(lives, execution)]
-        same = by_name[execution.attempt]  # several where a process id was used again
-        begun = (life for life in reversed(same) if life.begins_at <= execution.at)
-        next(begun, same[0]).executions.append(execution)
+        if _begins_attempt(event, attempts):
+            attempts.append(Attempt(_name_of(event), seconds(event["at"])))
+        if attempts:
+            attempts[-1].events.append(event)
+    _add_executions(attempts, executions)
     redone_above = math.inf
-    for life in reversed(lives):
-        life.redone_above = redone_above
-        redone_above = min(redone_above, life.first_step)
-    return lives
+    for attempt in reversed(attempts):
+        attempt.redone_above = redone_above
+        redone_above = min(redone_above, attempt.first_step)
+    return attempts
 
 
-def _begins_life(event: Event, lives: list[Life]) -> bool:
+def _begins_attempt(event: Event, attempts: list[Attempt]) -> bool:
     if event["event"] == "attempt":
         return True
     if event["event"] != "start":
         return False
-    is_begun = bool(lives) and lives[-1].attempt == _attempt(event)
-    return not is_begun or any(earlier["event"] == "start" for earlier in lives[-1].events)
+    is_begun = bool(attempts) and attempts[-1].name == _name_of(event)
+    return not is_begun or any(earlier["event"] == "start" for earlier in attempts[-1].events)
 
 
-def _attempt(event: Event) -> str:
+def _name_of(event: Event) -> str:
     return f"{event['job']}.{event['attempt']}"
 
 
-def _insert_life(lives: list[Life], execution: Execution) -> Life:
-    life = Life(execution.attempt, execution.at)
-    later = [index for index, other in enumerate(lives) if other.begins_at > execution.at]
-    lives.insert(later[0] if later else len(lives), life)
-    return life
+def _add_executions(attempts: list[Attempt], executions: Iterable[Execution]) -> None:
+    """Give every execution to its attempt; insert an attempt whose first event is lost."""
+    by_name: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        by_name.setdefault(attempt.name, []).append(attempt)
+    for execution in executions:
+        if execution.attempt not in by_name:
+            by_name[execution.attempt] = [_insert_attempt(attempts, execution)]
+        same = by_name[execution.attempt]  # several if a process id was used again
+        begun = (attempt for attempt in reversed(same) if attempt.begins_at <= execution.at)
+        next(begun, same[0]).executions.append(execution)
+
+
+def _insert_attempt(attempts: list[Attempt], execution: Execution) -> Attempt:
+    attempt = Attempt(execution.attempt, execution.at)
+    later = [index for index, other in enumerate(attempts) if other.begins_at > execution.at]
+    attempts.insert(later[0] if later else len(attempts), attempt)
+    return attempt
 
 
 def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:

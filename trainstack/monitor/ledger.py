@@ -1,10 +1,10 @@
-"""Did every step consume exactly the samples that it had to? Recomputed, and compared with the log.
+"""Checks that every step consumed its own samples: recomputes them and compares with the log.
 
 Command line: ``python -m trainstack ledger RUN [--home HOME]``; RUN is a run's name or its folder.
-Exit code 0: every sample once, none repeated, none skipped; 1: not so; 2: it cannot be told.
+Exit code 0: no sample was repeated, none was skipped; 1: some were; 2: it could not be checked.
 
-The log is samples.jsonl. What is checked is the effective history: of every step up to the newest
-checkpoint (of a run that is DONE, to its end) the execution that no later life did again.
+The log is samples.jsonl. The effective history is checked: of every step the execution that no
+later attempt did again, up to the newest checkpoint, or to the end of a run that is DONE.
 """
 
 import argparse
@@ -23,30 +23,30 @@ from trainstack.config.load import load
 from trainstack.data import corpus, store
 from trainstack.errors import ConfigError
 from trainstack.monitor import history
-from trainstack.monitor.history import Execution, Life
+from trainstack.monitor.history import Attempt, Execution
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 
 SPEAKER = "ledger"
 CHUNK_SAMPLES = 1 << 16  # per call of the sampler: its arrays stay in the cache of a core
-SHOWN = 8  # problems
+SHOWN = 8  # problems; of more only the number is printed
 
 
 @dataclass
 class Findings:
-    """Where the log of steps 1 to ``steps`` does not agree with what had to be."""
+    """Where the log of steps 1 to ``steps`` differs from what was due."""
 
     steps: int
     missing: list[int] = field(default_factory=list)
     other: dict[int, str] = field(default_factory=dict)  # step -> what it consumed instead
-    twice: dict[int, str] = field(default_factory=dict)  # step -> the life that executed it twice
+    twice: dict[int, str] = field(default_factory=dict)  # step -> the attempt that did so
     extra_executions: int = 0  # of the steps in ``twice``
 
     @property
     def repeated_steps(self) -> int:
         """How many steps' samples were consumed more than once.
 
-        What a step consumed in place of its own samples is another step's, before or to come.
+        A step that consumed other samples than its own took those of an earlier or a later step.
         """
         return self.extra_executions + len(self.other)
 
@@ -72,26 +72,30 @@ def main(arguments: list[str]) -> int:
 
 def audit(run: RunFolder, home: Path) -> int:
     """Check one run and print what was found; the exit code."""
-    lives = history.lives_of(run.events(), history.read_executions(run.path / "samples.jsonl"))
+    attempts = history.attempts_of(
+        run.events(), history.read_executions(run.path / "samples.jsonl")
+    )
     last = history.last_durable_step(run.status(), run.checkpoints)
-    print(f"run {run.path.name}: {run.status().get('state', 'no status')}, lives: {len(lives)}")
+    state = run.status().get("state", "no status")
+    print(f"run {run.path.name}: {state}, attempts: {len(attempts)}")
     if last == 0:
         print("  checked     nothing: no step is durable yet")
         return 0
-    identity = identity_of(run, home)
-    sampler = sampler_of(identity, home, run.left_out())
-    findings = compare(lives, sampler, last)
-    for name, text in [
-        *result(findings, sampler, identity["data.seq_len"]),
-        *remarks(findings, sampler, lives),
-    ]:
+    keys = identity_keys(run, home)
+    sampler = sampler_of(keys, home, run.left_out())
+    findings = compare(attempts, sampler, last)
+    rows = [
+        *result(findings, sampler, keys["data.seq_len"]),
+        *remarks(findings, sampler, attempts),
+    ]
+    for name, text in rows:
         print(f"  {name:<11} {text}")
     for line in problems(findings):
         print(f"    {line}")
-    return int(findings.repeated_steps + findings.skipped_steps > 0)
+    return 1 if findings.repeated_steps or findings.skipped_steps else 0
 
 
-def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
+def identity_keys(run: RunFolder, home: Path) -> dict[str, Any]:
     """What the run learns from: by its newest checkpoint, else by its config.yaml."""
     _, saved = names.newest_identity(run.checkpoints)
     if saved:
@@ -107,36 +111,36 @@ def identity_of(run: RunFolder, home: Path) -> dict[str, Any]:
     return identity(config, key)
 
 
-def sampler_of(identity: dict[str, Any], home: Path, left_out: Sequence[dict[str, int]]):
+def sampler_of(keys: dict[str, Any], home: Path, left_out: Sequence[dict[str, int]]):
     """A sampler of all ranks' samples, as the run had it."""
-    from trainstack.data import order  # torch, a second: not paid by who mistyped a name
+    from trainstack.data import order  # imports torch, which takes a second: only when it is needed
 
     sizes = []
-    for key in identity["tokens"].split("+"):
+    for key in keys["tokens"].split("+"):
         folder = home / "tokens" / key
         try:
-            sizes.append(store.TokenStore(folder, identity["data.seq_len"]).train.num_samples)
+            sizes.append(store.TokenStore(folder, keys["data.seq_len"]).train.num_samples)
         except OSError:
             raise ConfigError(
                 f"the tokens that the run learned from are not there ({folder}); run: "
                 "bash download_data_model.sh, or pass the --home that has them"
             ) from None
-    batch, seed = identity["train.global_batch_size"], identity["run.seed"]
-    weights = [identity.get("data.weight")]
-    weights += [source["weight"] for source in identity.get("data.mixture", ())]
+    batch, seed = keys["train.global_batch_size"], keys["run.seed"]
+    weights = [keys.get("data.weight")]
+    weights += [source["weight"] for source in keys.get("data.mixture", ())]
     mixture = order.mixture_of(sizes, weights, seed)
     return order.StepSampler(sum(sizes), batch, 0, 1, seed, left_out=left_out, mixture=mixture)
 
 
-def compare(lives: Sequence[Life], sampler, last: int) -> Findings:
-    """Hold the effective history of steps 1 to ``last`` against what the sampler gives."""
+def compare(attempts: Sequence[Attempt], sampler, last: int) -> Findings:
+    """Compare the effective history of steps 1 to ``last`` with what the sampler gives."""
     findings, logged = Findings(last), dict[int, Execution]()
-    for life in lives:
+    for attempt in attempts:
         seen = set()
-        for execution in life.effective():
+        for execution in attempt.effective():
             step = execution.step
             if step in seen and step <= last:
-                findings.twice[step] = life.attempt
+                findings.twice[step] = attempt.name
                 findings.extra_executions += 1
             seen.add(step)
             logged[step] = execution
@@ -180,14 +184,14 @@ def result(findings: Findings, sampler, seq_len: int) -> Iterator[tuple[str, str
     yield "samples", f"repeated = {repeated:,}, skipped = {skipped:,}"
 
 
-def remarks(findings: Findings, sampler, lives: Sequence[Life]) -> Iterator[tuple[str, str]]:
+def remarks(findings: Findings, sampler, attempts: Sequence[Attempt]) -> Iterator[tuple[str, str]]:
     """What is as it should be and yet worth knowing: name and text."""
     batch = sampler.global_batch_size
-    executed = sum(len(life.executions) for life in lives)
-    kept = [execution.step for life in lives for execution in life.effective()]
+    executed = sum(len(attempt.executions) for attempt in attempts)
+    kept = [execution.step for attempt in attempts for execution in attempt.effective()]
     redone = executed - len(kept)
-    share = f" ({redone / executed:.1%} of those executed)" if redone else ""
-    yield "redone", f"{redone:,} steps on record that interruptions undid{share}"
+    fraction = f" ({redone / executed:.1%} of those executed)" if redone else ""
+    yield "redone", f"{redone:,} steps on record that interruptions undid{fraction}"
     ahead = len({step for step in kept if step > findings.steps})
     if ahead:
         yield "not yet", f"{ahead:,} steps beyond step {findings.steps:,} wait for a checkpoint"
@@ -195,38 +199,41 @@ def remarks(findings: Findings, sampler, lives: Sequence[Life]) -> Iterator[tupl
     if left_out:
         text = f"{left_out:,} steps = {left_out * batch:,} samples, on purpose, by rollbacks"
         yield "left out", text
-    skips = [(life, event) for life in lives for event in life.events if event["event"] == "skip"]
-    counted = [e for life, e in skips if e["step"] <= min(life.redone_above, findings.steps)]
-    if counted:
+    skips = [
+        event["step"]
+        for attempt in attempts
+        for event in attempt.events
+        if event["event"] == "skip" and event["step"] <= min(attempt.redone_above, findings.steps)
+    ]
+    if skips:
         text = "steps whose samples were consumed, but whose bad updates were not made"
-        yield "no update", f"{text}: {len(counted):,}"
+        yield "no update", f"{text}: {len(skips):,}"
 
 
 def problems(findings: Findings) -> list[str]:
-    """A line for each row of steps where something is wrong, the first ones first."""
-    found = [
-        (first, f"{name} not on record: the samples count as skipped")
-        for first, name in rows(findings.missing)
-    ]
-    found += [
-        (first, f"{name} consumed other samples than due (step {first:,}: {findings.other[first]})")
-        for first, name in rows(findings.other)
-    ]
-    found += [
-        (first, f"{name} executed twice within one life ({findings.twice[first]}): repeated")
-        for first, name in rows(findings.twice)
-    ]
+    """A line for each range of steps with a problem, the first ones first."""
+    found = []
+    for first, name in ranges(findings.missing):
+        found.append((first, f"{name} not on record: the samples count as skipped"))
+    for first, name in ranges(findings.other):
+        instead = f"step {first:,}: {findings.other[first]}"
+        found.append((first, f"{name} consumed other samples than due ({instead})"))
+    for first, name in ranges(findings.twice):
+        attempt = findings.twice[first]
+        found.append((first, f"{name} executed twice within one attempt ({attempt}): repeated"))
     lines = [text for _, text in sorted(found)]
-    more = len(lines) - SHOWN
-    return lines[:SHOWN] + [f"and {more:,} more such places"] * (more > 0)
+    if len(lines) > SHOWN:
+        return [*lines[:SHOWN], f"and {len(lines) - SHOWN:,} more problems"]
+    return lines
 
 
-def rows(steps: Iterable[int]) -> Iterator[tuple[int, str]]:
-    """The first step and the name of each row of consecutive steps."""
-    in_a_row = itertools.groupby(enumerate(sorted(steps)), lambda pair: pair[1] - pair[0])
-    for _, pairs in in_a_row:
-        row = [step for _, step in pairs]
-        yield row[0], f"step {row[0]:,}" if len(row) == 1 else f"steps {row[0]:,} to {row[-1]:,}"
+def ranges(steps: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """The first step and the name of each range of consecutive steps."""
+    # Within a range the step and its index grow alike: their difference tells ranges apart.
+    by_range = itertools.groupby(enumerate(sorted(steps)), lambda pair: pair[1] - pair[0])
+    for _, pairs in by_range:
+        first, *rest = [step for _, step in pairs]
+        yield first, f"steps {first:,} to {rest[-1]:,}" if rest else f"step {first:,}"
 
 
 if __name__ == "__main__":
