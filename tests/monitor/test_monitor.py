@@ -137,7 +137,7 @@ def test_a_run_in_the_queue_is_queued_with_the_reason(runs):
     assert runs.screen("a", queue)["job"] == "7, attempt 1, Slurm says PENDING (Priority)"
 
 
-def test_a_paused_run_that_waits_for_its_next_life_says_both(runs):
+def test_a_paused_run_that_waits_for_its_next_attempt_says_both(runs):
     runs.make("a", "PAUSED", job="7", attempt=1, step=40)
     assert runs.table("7|PENDING|1:00|BeginTime\n")["a"]["STATE"] == "PAUSED, QUEUED"
     assert runs.table("")["a"]["STATE"] == "PAUSED"
@@ -169,7 +169,7 @@ def test_a_local_run_whose_process_is_gone_was_killed(runs):
     runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=gone.pid)
     assert runs.table(None)["a"]["STATE"] == "KILLED"
     cause = runs.screen("a")["cause"]
-    assert "its processes are gone and left no word; the same command continues it" in cause
+    assert "its processes are gone and did not report why; the same command continues it" in cause
 
 
 def test_a_local_run_of_another_host_is_left_as_it_said(runs):
@@ -182,7 +182,7 @@ def test_a_local_run_of_another_host_is_left_as_it_said(runs):
 def test_a_failed_run_tells_cause_next_step_and_history(runs):
     run = runs.make(
         "a", "FAILED", 100, job="7", attempt=2, step=120, max_steps=500, exit_code=1,
-        cause="rank 3 on gpu-07: out of memory", next_action="mend the cause, then go on",
+        cause="rank 3 on gpu-07: out of memory", next_action="fix the cause, then resume",
         nodes=["gpu-07", "gpu-08"],
     )  # fmt: skip
     run.add_event("start", job="7", attempt=2)
@@ -194,7 +194,7 @@ def test_a_failed_run_tells_cause_next_step_and_history(runs):
     assert screen["state"] == "FAILED"
     assert screen["step"] == "120/500"
     assert screen["cause"] == "rank 3 on gpu-07: out of memory"
-    assert screen["next"] == "mend the cause, then go on"
+    assert screen["next"] == "fix the cause, then resume"
     assert screen["job"] == "7, attempt 2"
     assert screen["nodes"] == "gpu-07, gpu-08"
     assert screen["loss"] == "2.8714 at step 119"

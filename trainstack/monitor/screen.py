@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,20 @@ from typing import Any
 from trainstack.checkpoint import names
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
+from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, RUNNING
 from trainstack.storage import layout
 from trainstack.units import NOTHING, ago, clock
 
-COLUMNS = "RUN JOB SLURM STATE STEP LOSS TOK/S JOB_LEFT RUN_ETA CHECKPOINT".split()  # noqa: SIM905
+COLUMNS = (
+    "RUN", "JOB", "SLURM", "STATE", "STEP", "LOSS", "TOK/S", "JOB LEFT", "RUN ETA", "CHECKPOINT",
+)  # fmt: skip
+LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
+    "KILLED": "its processes are gone and did not report why; the same command continues it",
+    "LOST": "Slurm no longer has its job, which did not report why; the same command continues it",
+}
+TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
+SHOWN_EVENTS = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,45 @@ class Job:
     state: str
     left: str
     reason: str
+
+
+NO_JOB = Job("", "", "")
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known of one run: what its folder says, and what Slurm says of its job."""
+
+    run: RunFolder
+    status: dict[str, Any]
+    events: list[dict[str, Any]]
+    state: str  # that holds now, which may differ from the one in status
+    job_id: str | None
+    job: Job
+    measured: dict[str, Any]  # the last logged step; empty if there is none
+    evaluated: dict[str, Any]  # the last evaluation; empty if there is none
+    checkpoint: tuple[int, Path] | None
+
+    @property
+    def step(self) -> int:
+        return max(self.status.get("step") or 0, self.measured.get("step", 0))
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.status.get("max_steps")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the run ends, if it runs and its end is known."""
+        if self.state != RUNNING or not self.max_steps or not self.measured:
+            return None
+        return (self.max_steps - self.step) * self.measured["step_seconds"]
+
+    @property
+    def cause(self) -> str | None:
+        """Why the run is in its state."""
+        is_own = self.state in EXIT_CODES
+        return self.status.get("cause") if is_own else LOST_CAUSES.get(self.state)
 
 
 def main(arguments: list[str]) -> int:
@@ -40,24 +89,19 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
     jobs = read_queue(sys.stdin.read()) if options.queue else None  # None: no Slurm here
-    runs = sorted((options.home / "runs").glob("*/status.json"))
-    if options.run:
-        run = RunFolder(layout.run_folder(options.home, options.run))
-        if not run.path.is_dir():
-            have = ", ".join(path.parent.name for path in runs) or "none yet"
-            print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
-            return 1
-        show_run(run, jobs)
+    runs = [path.parent for path in sorted((options.home / "runs").glob("*/status.json"))]
+    if not options.run:
+        if not runs:
+            print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
+        else:
+            show_table(view_of(RunFolder(path), jobs) for path in runs)
         return 0
-    if not runs:
-        print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
-        return 0
-    rows = [COLUMNS] + [row(describe(RunFolder(path.parent), jobs)) for path in runs]
-    widths = [max(len(line[column]) for line in rows) for column in range(len(COLUMNS))]
-    for line in rows:
-        cells = (cell.replace("_", " ") if line is COLUMNS else cell for cell in line)
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join(padded).rstrip())
+    run = RunFolder(layout.run_folder(options.home, options.run))
+    if not run.path.is_dir():
+        have = ", ".join(path.name for path in runs) or "none yet"
+        print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
+        return 1
+    show_run(view_of(run, jobs))
     return 0
 
 
@@ -67,40 +111,25 @@ def read_queue(text: str) -> dict[str, Job]:
     return {line[0]: Job(line[1], line[2], line[3]) for line in lines if len(line) == 4}
 
 
-def describe(run: RunFolder, jobs: dict[str, Job] | None) -> dict[str, Any]:
-    """All that the table and the screen show, as plain values."""
+def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
+    """Read one run's folder; ``jobs``: those that Slurm has, None without Slurm."""
     status, newest = run.status(), names.checkpoints(run.checkpoints)
     events = run.events()
     submitted = [event["job"] for event in events if event["event"] == "submitted"]
     job_id = status.get("job") or (submitted[-1] if submitted else None)
     job = (jobs or {}).get(job_id)
     measured, evaluated = last_measurements(run.path / "metrics.jsonl")
-    max_steps = status.get("max_steps")
-    step = max(status.get("step") or 0, measured.get("step", 0))
-    left = None
-    state = true_state(status, job, jobs)
-    if state == RUNNING and max_steps and measured:
-        left = (max_steps - step) * measured["step_seconds"]
-    return {
-        "run": run.path.name,
-        "job": job_id,
-        "slurm": job.state if job else None,
-        "reason": job.reason if job else None,
-        "job_left": job.left if job else None,
-        "state": state,
-        "cause": status.get("cause") if state in EXIT_CODES else lost_cause(state),
-        "next_action": status.get("next_action"),
-        "step": step,
-        "max_steps": max_steps,
-        "measured": measured,
-        "evaluated": evaluated,
-        "eta_seconds": left,
-        "checkpoint": newest[0] if newest else None,
-        "attempt": status.get("attempt"),
-        "nodes": status.get("nodes") or [],
-        "updated_at": status.get("updated_at"),
-        "events": events,
-    }
+    return View(
+        run=run,
+        status=status,
+        events=events,
+        state=true_state(status, job, jobs),
+        job_id=job_id,
+        job=job or NO_JOB,
+        measured=measured,
+        evaluated=evaluated,
+        checkpoint=newest[0] if newest else None,
+    )
 
 
 def true_state(status: dict[str, Any], job: Job | None, jobs: dict[str, Job] | None) -> str:
@@ -112,21 +141,11 @@ def true_state(status: dict[str, Any], job: Job | None, jobs: dict[str, Job] | N
         return "QUEUED" if job.state == "PENDING" else state
     if state == "QUEUED":
         return state if jobs is None else "LOST"
-    name = str(status.get("job", ""))
-    if name.startswith("local"):
+    if is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"
     return state if jobs is None else "LOST"
-
-
-def lost_cause(state: str) -> str | None:
-    """Why a state differs from what the run itself last wrote."""
-    if state == "KILLED":
-        return "its processes are gone and left no word; the same command continues it"
-    if state == "LOST":
-        return "Slurm no longer has its job, and it left no word; the same command continues it"
-    return None
 
 
 def last_measurements(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -134,7 +153,7 @@ def last_measurements(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     measured, evaluated = {}, {}
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 16)))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             lines = file.read().splitlines()
     except OSError:
         return {}, {}
@@ -142,7 +161,7 @@ def last_measurements(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the first may be cut, the last may be in writing
+            continue  # the first may be cut off, the last may be half written
         if "loss" in record:
             measured = record
         elif "eval_loss" in record:
@@ -150,82 +169,108 @@ def last_measurements(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return measured, evaluated
 
 
-def row(facts: dict[str, Any]) -> list[str]:
+def show_table(views: Iterable[View]) -> None:
+    """Print one line for each run, in columns."""
+    rows = [COLUMNS, *(cells_of(view) for view in views)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def cells_of(view: View) -> list[str]:
     """The cells of one run, in the order of COLUMNS."""
-    measured, is_running = facts["measured"], facts["state"] == RUNNING
-    speed = f"{measured['tokens_per_second']:,.0f}" if measured and is_running else NOTHING
+    measured = view.measured
+    loss = f"{measured['loss']:.3f}" if measured else NOTHING
+    speed = f"{measured['tokens_per_second']:,.0f}" if measured else NOTHING
+    is_of_slurm = bool(view.job_id) and not is_local_job(view.job_id)
     cells = {
-        "RUN": facts["run"],
-        "JOB": facts["job"] if facts["job"] and not is_local(facts["job"]) else NOTHING,
-        "SLURM": facts["slurm"] or NOTHING,
-        "STATE": facts["state"],
-        "STEP": steps(facts),
-        "LOSS": f"{measured['loss']:.3f}" if measured else NOTHING,
-        "TOK/S": speed,
-        "JOB_LEFT": facts["job_left"] or NOTHING,
-        "RUN_ETA": clock(facts["eta_seconds"]),
-        "CHECKPOINT": newest_checkpoint(facts),
+        "RUN": view.run.path.name,
+        "JOB": view.job_id if is_of_slurm else NOTHING,
+        "SLURM": view.job.state or NOTHING,
+        "STATE": view.state,
+        "STEP": steps(view),
+        "LOSS": loss,
+        "TOK/S": speed if view.state == RUNNING else NOTHING,
+        "JOB LEFT": view.job.left or NOTHING,
+        "RUN ETA": clock(view.seconds_left),
+        "CHECKPOINT": newest_checkpoint(view),
     }
     return [cells[column] for column in COLUMNS]
 
 
-def is_local(job: str) -> bool:
-    return str(job).startswith("local")
+def steps(view: View) -> str:
+    total = f"/{view.max_steps:,}" if view.max_steps else ""
+    return f"{view.step:,}{total}" if view.step or total else NOTHING
 
 
-def steps(facts: dict[str, Any]) -> str:
-    total = f"/{facts['max_steps']:,}" if facts["max_steps"] else ""
-    return f"{facts['step']:,}{total}" if facts["step"] or total else NOTHING
-
-
-def newest_checkpoint(facts: dict[str, Any]) -> str:
-    if facts["checkpoint"] is None:
+def newest_checkpoint(view: View) -> str:
+    if view.checkpoint is None:
         return NOTHING
-    step, path = facts["checkpoint"]
+    step, path = view.checkpoint
     return f"step {step:,}, {ago(time.time() - path.stat().st_mtime)} old"
 
 
-def show_run(run: RunFolder, jobs: dict[str, Job] | None) -> None:
-    """One screen about one run: what it does, how it learns, what happened, where to look."""
-    facts = describe(run, jobs)
-    measured, evaluated = facts["measured"], facts["evaluated"]
-    lines = [("state", facts["state"]), ("step", steps(facts))]
-    if facts["cause"]:
-        lines.append(("cause", facts["cause"]))
-    if facts["next_action"]:
-        lines.append(("next", facts["next_action"]))
-    if facts["job"]:
-        waits = f" ({facts['reason']})" if facts["slurm"] == "PENDING" else ""
-        slurm = f", Slurm says {facts['slurm']}{waits}" if facts["slurm"] else ""
-        lines.append(("job", f"{facts['job']}, attempt {facts['attempt'] or 1}{slurm}"))
-        if facts["job_left"]:
-            lines.append(("job left", facts["job_left"]))
-    if facts["nodes"]:
-        lines.append(("nodes", ", ".join(facts["nodes"])))
+def show_run(view: View) -> None:
+    """Print one screen: what the run does, how it learns, where to look, what happened."""
+    print(f"run {view.run.path.name}")
+    for label, text in (*doing(view), *learning(view), *where_to_look(view)):
+        print(f"  {label:<11} {text}")
+    if view.events:
+        print("  history")
+    for event in view.events[-SHOWN_EVENTS:]:
+        step = f" step {event['step']:,}" if event.get("step") is not None else ""
+        cause = f": {event['cause']}" if event.get("cause") else ""
+        print(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
+
+
+def doing(view: View) -> Iterator[tuple[str, str]]:
+    """State and job, each a label and a text."""
+    yield "state", view.state
+    yield "step", steps(view)
+    if view.cause:
+        yield "cause", view.cause
+    if view.status.get("next_action"):
+        yield "next", view.status["next_action"]
+    if view.job_id:
+        yield "job", job_text(view)
+    if view.job.left:
+        yield "job left", view.job.left
+    if view.status.get("nodes"):
+        yield "nodes", ", ".join(view.status["nodes"])
+
+
+def job_text(view: View) -> str:
+    text = f"{view.job_id}, attempt {view.status.get('attempt') or 1}"
+    if view.job.state:
+        text += f", Slurm says {view.job.state}"
+    if view.job.state == "PENDING":
+        text += f" ({view.job.reason})"
+    return text
+
+
+def learning(view: View) -> Iterator[tuple[str, str]]:
+    """Loss, speed and evaluation, each a label and a text."""
+    measured, evaluated = view.measured, view.evaluated
     if measured:
-        pace = f"{measured['tokens_per_second']:,.0f} tokens/s"
-        lines.append(("loss", f"{measured['loss']:.4f} at step {measured['step']:,}"))
-        lines.append(("speed", f"{pace}, {measured['step_seconds']:.2f} s per step"))
-        lines.append(("seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"))
+        speed = f"{measured['tokens_per_second']:,.0f} tokens/s"
+        yield "loss", f"{measured['loss']:.4f} at step {measured['step']:,}"
+        yield "speed", f"{speed}, {measured['step_seconds']:.2f} s per step"
+        yield "seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"
     if evaluated:
         perplexity = f"perplexity {evaluated['eval_perplexity']:.2f} at step {evaluated['step']:,}"
-        lines.append(("held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"))
-    if facts["eta_seconds"] is not None:
-        lines.append(("run ETA", clock(facts["eta_seconds"])))
-    lines.append(("checkpoint", newest_checkpoint(facts)))
-    lines.append(("folder", str(run.path)))
-    logs = sorted(run.logs.glob("*.out")) or sorted(run.logs.glob("*.rank0.log"))
+        yield "held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"
+    if view.seconds_left is not None:
+        yield "run ETA", clock(view.seconds_left)
+
+
+def where_to_look(view: View) -> Iterator[tuple[str, str]]:
+    """Checkpoint, folder and log, each a label and a text."""
+    yield "checkpoint", newest_checkpoint(view)
+    yield "folder", str(view.run.path)
+    logs = sorted(view.run.logs.glob("*.out")) or sorted(view.run.logs.glob("*.rank0.log"))
     if logs:
-        lines.append(("log", str(max(logs, key=lambda path: path.stat().st_mtime))))
-    print(f"run {facts['run']}")
-    for name, text in lines:
-        print(f"  {name:<11} {text}")
-    if facts["events"]:
-        print("  history")
-        for event in facts["events"][-8:]:
-            step = f" step {event['step']:,}" if event.get("step") is not None else ""
-            cause = f": {event['cause']}" if event.get("cause") else ""
-            print(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
+        yield "log", str(max(logs, key=lambda path: path.stat().st_mtime))
 
 
 if __name__ == "__main__":

@@ -141,9 +141,9 @@ def _may_live_on(holder: dict[str, Any], owner: Owner) -> bool:
 
 def is_known_here(holder: dict[str, Any]) -> bool:
     """Whether this host can tell if a holder lives: a job of its own, without Slurm."""
-    return is_local_job(holder) and holder["host"] == socket.gethostname()
+    return is_local_job(holder["job"]) and holder["host"] == socket.gethostname()
 
 
-def is_local_job(holder: dict[str, Any]) -> bool:
+def is_local_job(job: str) -> bool:
     """Whether a job ran without Slurm: only of those does this host know whether they live."""
-    return str(holder["job"]).startswith("local")
+    return job.startswith("local")
