@@ -1,1 +1,7 @@
-"""What runs do, and did."""
+"""What runs do, and what they did.
+
+screen.py   the table of all runs; one run's screen
+history.py  the attempts of a run, from its records
+goodput.py  where a run's time went, by cause
+ledger.py   the proof that every sample came once
+"""
