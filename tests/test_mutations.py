@@ -112,9 +112,9 @@ MUTATIONS = {
         "the stop file did not happen",
         (
             (
-                "train.slurm",
-                '  "${command[@]}" &\n  wait_for "$!" || code=$?\n',
-                '  "${command[@]}" || code=$?\n',
+                "job.sh",
+                '  "${LAUNCH[@]}" &\n  wait_for "$!" || code=$?\n',
+                '  "${LAUNCH[@]}" || code=$?\n',
             ),
         ),
     ),

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
-from trainstack.job.resources import read_resources
+from trainstack.job.attempts.resources import read_resources
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.run.lease import Lease, Owner
@@ -644,8 +644,10 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     assert site.submit().returncode == 0
     code = site.run_dir / "code"
     kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
-    modules = {path.relative_to(site.checkout) for path in site.checkout.glob("trainstack/*.py")}
-    assert kept == modules | {Path(n) for n in ("train.py", "train.slurm", "requirements.txt")}
+    package = site.checkout / "trainstack"
+    modules = {path.relative_to(site.checkout) for path in package.rglob("*.py")}
+    others = ("train.py", "train.slurm", "job.sh", "requirements.txt")
+    assert kept == modules | {Path(name) for name in others}
     for path in kept:
         assert (code / path).read_bytes() == (site.checkout / path).read_bytes()
     (site.checkout / "train.py").write_text("edited")
@@ -653,6 +655,37 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     assert "edited" not in (code / "train.py").read_text()
     assert site.submit().returncode == 0  # again: the new code
     assert (code / "train.py").read_text() == "edited"
+def test_the_snapshot_holds_the_whole_package_whatever_folders_it_has(site):
+    """A module that is not copied would be missed by the job alone, after its wait in the queue."""
+    package = site.checkout / "trainstack"
+    (package / "room" / "inner" / "__pycache__").mkdir(parents=True)
+    (package / "room" / "__init__.py").write_text("from trainstack.room.inner import thing\n")
+    (package / "room" / "inner" / "__init__.py").touch()
+    (package / "room" / "inner" / "thing.py").touch()
+    (package / "room" / "inner" / "words.txt").touch()
+    (package / "room" / "inner" / "__pycache__" / "thing.cpython-312.pyc").write_text("of before")
+    (package / "room" / ".#thing.py").symlink_to("me@here.1234")  # as emacs locks an open file
+    (package / "room").chmod(0o500)
+    assert site.submit().returncode == 0
+    copy = site.run_dir / "code" / "trainstack"
+    names = {str(p.relative_to(copy)) for p in (copy / "room").rglob("*") if p.is_file()}
+    inner = {f"room/inner/{name}" for name in ("__init__.py", "thing.py", "words.txt")}
+    assert names == {"room/__init__.py", *inner}
+    assert (copy / "room").stat().st_mode & 0o700 == 0o700  # the next submit can replace it
+    code = (
+        "import importlib, pkgutil, trainstack as package\n"
+        "for module in pkgutil.walk_packages(package.__path__, 'trainstack.'):\n"
+        "    print(importlib.import_module(module.name).__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=site.cwd, timeout=120,
+        env={"PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1", "HOME": str(site.folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    imported = {Path(line) for line in done.stdout.splitlines()}
+    assert imported == set(copy.rglob("*.py")) - {copy / "__init__.py"}
+
+
     assert (code / "trainstack" / "new.py").exists()
 
 
@@ -693,7 +726,7 @@ class Job(Site):
         super().__init__(folder, home)
         self.run = RunFolder(self.run_dir)
         self.run.create()
-        shutil.copytree(self.checkout / "trainstack", self.run_dir / "code" / "trainstack")
+        submit.copy_code(self.checkout, self.run_dir / "code")
         shutil.copy(self.checkout / "config.yaml", self.run_dir / "config.yaml")
         spool = folder / "spool" / "job00077"
         spool.mkdir(parents=True)
@@ -1173,8 +1206,8 @@ def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
     code, errors = job.wait()
     assert code == 75
     assert errors.endswith(
-        "train.slurm: this site does not requeue: the same bash submit.sh goes on from here; "
-        "bash submit.sh --chain N queues the jobs that follow beforehand\n"
+        "train.slurm: this site does not requeue; to resume: the same bash submit.sh; "
+        "to queue the jobs that follow in advance: bash submit.sh --chain N\n"
     )
     assert job.run.status()["state"] == "PAUSED"
 
@@ -1201,7 +1234,7 @@ def test_a_paused_job_of_a_chain_leaves_in_order_and_the_next_goes_on(job):
     assert code == 0, errors
     assert job.commands.calls("squeue")[-1] == CHAINED
     assert errors.endswith(
-        "train.slurm: the next job of the chain goes on; to end all of them: "
+        "train.slurm: the next job of the chain resumes; to end all of them: "
         "scancel --name=first-5eed1e55\n"
     )
     assert job.run.status()["state"] == "PAUSED"
@@ -1214,7 +1247,7 @@ def test_the_last_job_of_a_chain_says_that_nobody_goes_on(job, queue):
     job.commands.add("squeue", queue)
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == 75, errors
-    assert "this was the last job of the chain; the same bash submit.sh --chain N goes" in errors
+    assert "last job of the chain; to resume: the same bash submit.sh --chain N\n" in errors
     assert requeues(job) == []
 
 
@@ -1236,9 +1269,10 @@ def test_the_next_job_of_a_chain_goes_on_after_one_that_was_paused_or_lost(job, 
     assert job.attempts() == ["1"]
 
 
-def test_a_job_script_that_was_started_by_hand_points_to_submit(site):
+@pytest.mark.parametrize("script", ["train.slurm", "job.sh"])
+def test_a_job_script_that_was_started_by_hand_points_to_submit(site, script):
     for arguments in ([], ["/nowhere"]):
-        line = complaint(site.run("train.slurm", *arguments), 2, "train.slurm")
+        line = complaint(site.run(script, *arguments), 2, "train.slurm")
         assert "bash submit.sh" in line
 
 

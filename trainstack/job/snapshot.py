@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import shutil
+from pathlib import Path
 
 from trainstack.config.schema import Config
 from trainstack.run.environment import describe_environment
@@ -11,7 +12,20 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
 from trainstack.storage import files
 
-SNAPSHOT = ("train.py", "train.slurm", "requirements.txt")
+SNAPSHOT = ("train.py", "train.slurm", "job.sh", "requirements.txt")  # beside the package
+
+
+def copy_code(repository: Path, folder: Path) -> None:
+    """Copy what a job runs: the package with all its folders, and the files of SNAPSHOT.
+
+    Not by copytree, which gives folders the mode that they have in the checkout: a copy of a
+    read-only one could not be replaced, and one of a private one not be read by the group.
+    """
+    package = (repository / "trainstack").rglob("[!.]*")  # an editor may have hidden files open
+    kept = [p for p in package if p.is_file() and p.parent.name != "__pycache__"]
+    for name in [*SNAPSHOT, *(path.relative_to(repository) for path in kept)]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(repository / name, folder / name)
 
 
 def make_run_folder(options: argparse.Namespace, config: Config, run: RunFolder) -> None:
@@ -19,11 +33,7 @@ def make_run_folder(options: argparse.Namespace, config: Config, run: RunFolder)
     run.create()
     snapshot = run.path / f".code.{os.getpid()}.tmp"
     shutil.rmtree(snapshot, ignore_errors=True)
-    snapshot.mkdir()
-    for name in SNAPSHOT:
-        shutil.copy2(options.repository / name, snapshot / name)
-    skipped = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(options.repository / "trainstack", snapshot / "trainstack", ignore=skipped)
+    copy_code(options.repository, snapshot)
     before = run.path / ".code.before"
     shutil.rmtree(before, ignore_errors=True)
     if (run.path / "code").exists():
