@@ -26,9 +26,11 @@ PARTS = {  # of an entry point, which alone imports them
 ALL_PARTS = {part for parts in PARTS.values() for part in parts}
 TRAIN_PARTS = ("startup", "report", "failure")  # of train.py; each imports those before
 ENTRY_POINTS = {
-    "data_report", "goodput", "hub", "job", "launch", "ledger", "monitor", "prepare", "submit",
+    "__main__", "data_report", "goodput", "hub", "job", "launch", "ledger", "monitor", "prepare",
+    "submit",
 }  # fmt: skip
 LIGHT = (
+    "__main__",
     "config",
     "goodput",
     "hub",

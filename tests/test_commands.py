@@ -1,0 +1,62 @@
+"""python -m trainstack: one door to all commands, which loads only the one that is called."""
+
+import subprocess
+import sys
+
+import pytest
+
+import tiny
+from trainstack.__main__ import COMMANDS
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    return tiny.run_module("trainstack", *arguments, check=False)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_name_all_commands_are_listed_with_what_they_do(arguments):
+    result = call(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    head, _, *lines = result.stdout.splitlines()
+    assert head.startswith("usage: python -m trainstack COMMAND ...")
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(len(line.split()) > 4 and len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_its_own_help_under_the_name_by_which_it_is_called(name):
+    result = call(name, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"usage: python -m trainstack {name} ")
+
+
+def test_a_command_gets_its_arguments_and_gives_its_exit_code_back():
+    result = call("config", "--config", str(tiny.ROOT / "config.yaml"), "run.name=mine")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "name: mine" in result.stdout
+    assert call("config", "--config", "nowhere.yaml").returncode == 2
+
+
+WRONG = [
+    ("legder", "no command legder; did you mean ledger?"),
+    ("data-report", "no command data-report; did you mean data_report?"),
+    ("xyz", "no command xyz; there are: config, hub, prepare, data_report, ledger, goodput"),
+    ("--version", "no command --version; there are: config, hub"),
+]
+
+
+@pytest.mark.parametrize(("name", "problem"), WRONG)
+def test_a_name_that_is_none_is_one_line_with_the_nearest_name(name, problem):
+    result = call(name)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"trainstack: error: {problem}")
+
+
+def test_the_list_loads_nothing_but_the_standard_library():
+    code = "import sys; from trainstack.__main__ import main; main([]); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert "trainstack" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "pydantic", "yaml", "datasets"}

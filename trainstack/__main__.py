@@ -1,0 +1,39 @@
+"""The commands of the package by their names: ``python -m trainstack [NAME ...]``.
+
+Imports only the command that is called: a login node prints the list at once.
+"""
+
+import difflib
+import importlib
+import sys
+
+from trainstack.errors import USAGE_ERROR
+
+COMMANDS = {  # name -> module with main(arguments) -> exit code, what it does
+    "config": ("trainstack.config.command", "check a configuration, print it with its batch arithmetic"),
+    "hub": ("trainstack.hub.fetch", "fetch the model and the data sets that a configuration names"),
+    "prepare": ("trainstack.prepare.prepare", "turn the data sets of a configuration into tokens"),
+    "data_report": ("trainstack.data.report", "show what would be learned: counts, lengths, rows"),
+    "ledger": ("trainstack.monitor.ledger", "recompute whether a run used every sample exactly once"),
+    "goodput": ("trainstack.monitor.goodput", "show where the time of a run went"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m trainstack COMMAND ...     (each has --help)\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<12} {text}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"trainstack: error: no command {name}; {fix}", file=sys.stderr)
+        return USAGE_ERROR
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
