@@ -5,11 +5,11 @@
 # Usage: bash download_data_model.sh [CONFIG_FILE] [section.key=value ...]
 #
 #   CONFIG_FILE       names the model and the data set (default: config.yaml); or --config FILE
-#   FORCE_REFRESH=1   fetch anew what is here; the old copy is in use until the new one is whole
+#   FORCE_REFRESH=1   fetch again what is here; the old copy is used until the new one is complete
 #   HF_TOKEN=...      for gated and private repositories; or once: hf auth login
 #
 # Run it where there is internet, such as a login node: jobs touch no network. Run again, it skips
-# what is here, without a request. Only safetensors are taken, and no code of anybody else is run.
+# what is here, without a request. Only safetensors are fetched, and no code of others is run.
 
 set -euo pipefail
 
@@ -20,8 +20,8 @@ DATASET_NAME="${DATASET_NAME:-}"         # org/name on the Hub, a local file or 
 DATASET_REVISION="${DATASET_REVISION:-}" # branch, tag or commit
 DATASET_SUBSET="${DATASET_SUBSET:-}"     # configuration of the data set
 DATASET_SPLIT="${DATASET_SPLIT:-}"       # split that is trained on
-FORCE_REFRESH="${FORCE_REFRESH:-0}"      # 1: fetch anew what is here
-PROCESSES="${PROCESSES:-}"               # that tokenise; empty: one per core, at most 16
+FORCE_REFRESH="${FORCE_REFRESH:-0}"      # 1: fetch again what is here
+PROCESSES="${PROCESSES:-}"               # processes that tokenise; empty: one per core, at most 16
 # ------------------------------------------------------------------------------------------------
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
@@ -34,23 +34,23 @@ die() {
 }
 
 main() {
-  config="$HERE/config.yaml"
-  overrides=()
-  is_forced=""
+  local what
   add_edited_values
   read_arguments "$@"
-  find_environment
-  local what=(--home "$TRAINSTACK_HOME" --config "$config")
+  load_environment
+  what=(--home "$TRAINSTACK_HOME" --config "$CONFIG")
   # Bash before 4.4 takes the expansion of an empty array for an unset variable.
-  if ((${#overrides[@]})); then what+=("${overrides[@]}"); fi
-  run trainstack.hub.fetch ${is_forced:+--force} "${what[@]}"
-  run trainstack.prepare.prepare ${is_forced:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
-  HF_HUB_OFFLINE=1 run trainstack.prepare.prepare --prove "${what[@]}"
+  if ((${#OVERRIDES[@]})); then what+=("${OVERRIDES[@]}"); fi
+  run hub ${IS_FORCED:+--force} "${what[@]}"
+  run prepare ${IS_FORCED:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
+  HF_HUB_OFFLINE=1 run prepare --prove "${what[@]}"
   tell_next_step
 }
 
 # Before the command line's, so that those win.
+# Sets: OVERRIDES IS_FORCED
 add_edited_values() {
+  OVERRIDES=() IS_FORCED=""
   add_override model.name "$MODEL_NAME"
   add_override model.revision "$MODEL_REVISION"
   add_override data.name "$DATASET_NAME"
@@ -58,38 +58,42 @@ add_edited_values() {
   add_override data.subset "$DATASET_SUBSET"
   add_override data.split "$DATASET_SPLIT"
   case "$FORCE_REFRESH" in
-    1 | true | yes) is_forced=yes ;;
+    1 | true | yes) IS_FORCED=yes ;;
     "" | 0 | false | no) ;;
     *) die "FORCE_REFRESH=$FORCE_REFRESH is neither 1 nor 0; write one of the two" 2 ;;
   esac
 }
 
 # In YAML's single quotes, so that a revision 1e3 stays a text and a path may hold a #.
+# Sets: OVERRIDES
 add_override() {
   local value="$2" quote="'"
   case "$value" in
     "") return ;;
     ./* | ../*) value="$PWD/$value" ;; # the next step may be typed elsewhere
   esac
-  overrides+=("$1='${value//$quote/$quote$quote}'")
+  OVERRIDES+=("$1='${value//$quote/$quote$quote}'")
 }
 
+# Sets: CONFIG OVERRIDES
 read_arguments() {
+  CONFIG="$HERE/config.yaml"
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit ;;
-      --config=*) config="${1#--config=}" ;;
-      --config) config="${2:-}" && shift ;;
-      -*) die "$1 is no option; see bash download_data_model.sh --help" 2 ;;
-      *=*) overrides+=("$1") ;;
-      *) config="$1" ;;
+      --config=*) CONFIG="${1#--config=}" ;;
+      --config) CONFIG="${2:-}" && shift ;;
+      -*) die "$1 is not an option; see bash download_data_model.sh --help" 2 ;;
+      *=*) OVERRIDES+=("$1") ;;
+      *) CONFIG="$1" ;;
     esac
     shift || break
   done
-  [[ -f "$config" ]] || die "$config: no such config file; name one, such as config.yaml" 2
+  [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml" 2
 }
 
-find_environment() {
+# Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON
+load_environment() {
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
   bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
@@ -97,20 +101,24 @@ find_environment() {
   source "$HERE/env.sh" # which the check may just have written
 }
 
-run() { PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 "$TRAINSTACK_PYTHON" -m "$@"; }
+# A command of the package, see python -m trainstack.
+run() {
+  PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 \
+    "$TRAINSTACK_PYTHON" -m trainstack "$@"
+}
 
-# A job reads the config file, so what was only said here must be said to it too.
+# A job reads the config file, so values that were only given here must be given to it as well.
 tell_next_step() {
-  local submit="bash submit.sh" said
-  if [[ "$config" != "$HERE/config.yaml" ]]; then submit+=" --config $(printf '%q' "$config")"; fi
-  if ((${#overrides[@]} == 0)) || [[ "$(resolved)" == "$(resolved "${overrides[@]}")" ]]; then
+  local submit="bash submit.sh" given
+  if [[ "$CONFIG" != "$HERE/config.yaml" ]]; then submit+=" --config $(printf '%q' "$CONFIG")"; fi
+  if ((${#OVERRIDES[@]} == 0)) || [[ "$(resolved)" == "$(resolved "${OVERRIDES[@]}")" ]]; then
     log "ready; next: $submit"
     return
   fi
-  said="$(printf ' %q' "${overrides[@]}")"
-  log "ready; the job reads $config, so put these values there, or next: $submit$said"
+  given="$(printf ' %q' "${OVERRIDES[@]}")"
+  log "ready; the job reads $CONFIG: put these values there, or type next: $submit$given"
 }
 
-resolved() { run trainstack.config.load --config "$config" "$@"; }
+resolved() { run config --config "$CONFIG" "$@"; }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -4,13 +4,13 @@
 #
 # Usage: bash setup.sh [--check | --beside FILE]
 #
-#   --check         only tell whether everything is ready: exit 0 and silence, or exit 1
+#   --check         only tell whether everything is ready: exit 0 or 1, and nothing is printed
 #   --beside FILE   install the requirements in FILE beside the environment, which stays as it is,
 #                   and print their folder, for PYTHONPATH; tests and benchmarks use it
 #
 # Makes SHARED_DIR/PROJECT_NAME with venv, models, datasets, tokens and runs, installs the pins of
 # requirements.txt, and writes env.sh beside this file, which the other scripts read. Run again, it
-# changes nothing. An install that fails or is killed leaves the environment of before in use.
+# changes nothing. If an install fails or is killed, the environment that was there stays in use.
 
 set -euo pipefail
 
@@ -18,7 +18,7 @@ set -euo pipefail
 PROJECT_NAME="${PROJECT_NAME:-trainstack}"       # folder below SHARED_DIR
 SHARED_DIR="${SHARED_DIR:-${HOME:-/tmp}/shared}" # on a file system that every node sees
 ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda
-MODULES="${MODULES:-}"                           # for `module load`, here and in jobs: "python/3.12"
+MODULES="${MODULES:-}"                           # modules that jobs load too: "python/3.12"
 MIN_FREE_GB="${MIN_FREE_GB:-8}"                  # the environment takes 1.5 GB, with CUDA 7 GB
 # ------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ main() {
       install_beside "$2"
       return
       ;;
-    *) die "$1 is no option; see bash setup.sh --help" 2 ;;
+    *) die "$1 is not an option; see bash setup.sh --help" 2 ;;
   esac
   check_settings
   if is_ready; then
@@ -56,7 +56,7 @@ main() {
   load_modules
   make_folders
   take_lock
-  if ! is_ready; then # another setup.sh may have been at work
+  if ! is_ready; then # another setup.sh may have installed it meanwhile
     check_space
     install
   fi
@@ -64,7 +64,7 @@ main() {
   log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
 }
 
-# Without what they depend on: the environment of the runs has that, or their file names it.
+# Without dependencies: the environment of the runs has them, or the file names them.
 install_beside() {
   local sum folder
   sum="$(sha256sum <"$1")"
@@ -79,18 +79,19 @@ install_beside() {
   printf '%s\n' "$folder"
 }
 
+# Sets: PROJECT_DIR VENV PINS
 check_settings() {
+  local sum
   [[ "$SHARED_DIR" == /* && "$SHARED_DIR" != *$'\n'* ]] ||
-    die "SHARED_DIR=$SHARED_DIR is no absolute path; write one that starts with /" 2
+    die "SHARED_DIR=$SHARED_DIR is not an absolute path; write one that starts with /" 2
   [[ "$PROJECT_NAME" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
-    die "PROJECT_NAME=$PROJECT_NAME is no plain folder name; use letters, digits, . _ -" 2
+    die "PROJECT_NAME=$PROJECT_NAME is not a plain folder name; use letters, digits, . _ -" 2
   [[ "$ENV_TOOL" =~ ^(venv|uv|conda)$ ]] ||
     die "ENV_TOOL=$ENV_TOOL is not known; write venv, uv or conda" 2
   [[ "$MIN_FREE_GB" =~ ^[0-9]+$ ]] ||
-    die "MIN_FREE_GB=$MIN_FREE_GB is no whole number; write for example 8" 2
+    die "MIN_FREE_GB=$MIN_FREE_GB is not a whole number; write for example 8" 2
   PROJECT_DIR="$SHARED_DIR/$PROJECT_NAME"
   VENV="$PROJECT_DIR/venv"
-  local sum
   sum="$(sha256sum <"$HERE/requirements.txt")"
   PINS="${sum:0:12}"
 }
@@ -102,7 +103,8 @@ is_ready() {
 
 load_modules() {
   [[ -n "$MODULES" ]] || return 0
-  type module >/dev/null 2>&1 || die "MODULES=$MODULES is set, but there is no module command here; clear it"
+  type module >/dev/null 2>&1 ||
+    die "MODULES=$MODULES is set, but there is no module command here; clear it"
   # shellcheck disable=SC2086 # several modules are several words
   module load $MODULES || die "module load $MODULES failed; see module avail"
 }
@@ -113,14 +115,15 @@ make_folders() {
     die "SHARED_DIR=$SHARED_DIR cannot be written; choose another in setup.sh, or ask its owner"
   for name in "" cache models datasets tokens runs; do
     mkdir -p "$PROJECT_DIR/$name" || die "$PROJECT_DIR/$name cannot be made; look at its owner"
-    # New files belong to the folder's group; some file systems refuse the bit, nothing depends on it.
+    # New files get the folder's group. Some file systems refuse the bit; nothing depends on it.
     if [[ -O "$PROJECT_DIR/$name" ]]; then
       chmod g+rwxs "$PROJECT_DIR/$name" 2>/dev/null || log "no setgid on $PROJECT_DIR/$name here"
     fi
   done
 }
 
-# One installer at a time. A folder, not flock, which some shared file systems do not keep.
+# One installer at a time. A folder: on some shared file systems flock does nothing.
+# Sets: LOCK HEARTBEAT
 take_lock() {
   LOCK="$PROJECT_DIR/.setup.lock"
   local me is_told=""
@@ -161,13 +164,13 @@ is_lock_stale() {
 }
 
 check_space() {
-  local free_kb
+  local free_kb need="needs $MIN_FREE_GB GB; free some, or choose another SHARED_DIR"
   free_kb="$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print $4 }')"
   ((free_kb >= MIN_FREE_GB * 1000 * 1000)) ||
-    die "$PROJECT_DIR has $((free_kb / 1000000)) GB free, the environment needs $MIN_FREE_GB GB; free some, or choose another SHARED_DIR"
+    die "$PROJECT_DIR has $((free_kb / 1000000)) GB free, the environment $need"
 }
 
-# Build beside the environment in use, prove it, then swing the link: a rename, so never half there.
+# Build beside the environment in use, prove it, then replace the link: a rename, never half done.
 install() {
   local new="$PROJECT_DIR/venv-$PINS-$$" report="$PROJECT_DIR/cache/setup.log"
   remove_leftovers
@@ -175,7 +178,16 @@ install() {
   : >"$report"
   create_environment "$new" "$report"
   install_pins "$new" "$report" || explain_failure "$report"
-  "$new/bin/python" - >"$new/.summary" 2>>"$report" <<'EOF' || die "the new environment does not import; see $report"
+  prove "$new/bin/python" >"$new/.summary" 2>>"$report" ||
+    die "the new environment does not import; see $report"
+  printf '%s\n' "$PINS" >"$new/.pins"
+  ln -s "${new##*/}" "$PROJECT_DIR/.venv.$$"
+  mv -T "$PROJECT_DIR/.venv.$$" "$VENV"
+}
+
+# Imports what a run needs, and prints a summary.
+prove() {
+  "$1" - <<'EOF'
 import platform
 import torch, transformers, datasets
 if torch.cuda.is_available():
@@ -187,12 +199,9 @@ else:
 print(f"Python {platform.python_version()}, torch {torch.__version__}, "
       f"transformers {transformers.__version__}, {device}")
 EOF
-  printf '%s\n' "$PINS" >"$new/.pins"
-  ln -s "${new##*/}" "$PROJECT_DIR/.venv.$$"
-  mv -T "$PROJECT_DIR/.venv.$$" "$VENV"
 }
 
-# What an earlier install left unfinished; and finished ones, but for the newest, which may be in use.
+# Unfinished environments of earlier installs, and finished ones but the newest: it may be in use.
 remove_leftovers() {
   local path current
   current="$(readlink "$VENV" || true)"
@@ -203,7 +212,7 @@ remove_leftovers() {
 }
 
 create_environment() {
-  local new="$1" report="$2" python=""
+  local new="$1" report="$2" python="" found
   python="$(find_python)" || true
   case "$ENV_TOOL" in
     venv)
@@ -215,15 +224,18 @@ create_environment() {
       elif find_conda >/dev/null; then
         with_conda "$new" "$report"
       else
-        die "no Python >= $MIN_PYTHON here (python3 is $(python_version python3)); load one (module load python), put it in MODULES, or install uv"
+        found="no Python >= $MIN_PYTHON here (python3 is $(python_version python3))"
+        die "$found; load one (module load python), put it in MODULES, or install uv"
       fi
       ;;
     uv)
-      command -v uv >/dev/null || die "ENV_TOOL=uv, but uv is not on the PATH; install it, or set ENV_TOOL=venv"
+      command -v uv >/dev/null ||
+        die "ENV_TOOL=uv, but uv is not on the PATH; install it, or set ENV_TOOL=venv"
       with_uv "$new" "$report"
       ;;
     conda)
-      find_conda >/dev/null || die "ENV_TOOL=conda, but neither conda nor mamba is on the PATH; load its module"
+      find_conda >/dev/null ||
+        die "ENV_TOOL=conda, but neither conda nor mamba is on the PATH; load its module"
       with_conda "$new" "$report"
       ;;
   esac
@@ -266,16 +278,19 @@ install_pins() {
 }
 
 explain_failure() {
+  local fix="run setup.sh where there is internet (a login node)"
+  local no_network='name resolution|connection (refused|reset|error)|network is unreachable'
+  no_network+='|max retries|ProxyError|timed out|dns error'
   tail -n 5 "$1" | sed 's/^/    /' >&2
-  if grep -qiE 'name resolution|connection (refused|reset|error)|network is unreachable|max retries|ProxyError|timed out|dns error' "$1"; then
-    die "the package index cannot be reached; run setup.sh where there is internet (a login node), or set PIP_INDEX_URL to your site's mirror"
+  if grep -qiE "$no_network" "$1"; then
+    die "the package index cannot be reached; $fix, or set PIP_INDEX_URL to your site's mirror"
   elif grep -qi 'no space left' "$1"; then
     die "the disk of $PROJECT_DIR is full; free some space and run setup.sh again"
   fi
-  die "installing failed, its last lines are above, all of it is in $1; mend that and run setup.sh again"
+  die "installing failed, its last lines are above, all of it is in $1; fix that, then run setup.sh"
 }
 
-# The environment wins over this file, so that SHARED_DIR=/elsewhere bash submit.sh works.
+# The environment wins over env.sh, so that SHARED_DIR=/elsewhere bash submit.sh works.
 write_env_file() {
   local text temporary="$HERE/.env.sh.$$"
   text="# Written by setup.sh; sourced by the other scripts.

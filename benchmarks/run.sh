@@ -5,7 +5,7 @@
 # Usage: bash benchmarks/run.sh [NAME ...]
 #
 # Without a name all benchmarks, one after the other; nothing else should run meanwhile. The last
-# line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 all hold, else 1.
+# line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold.
 
 set -euo pipefail
 

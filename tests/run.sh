@@ -5,7 +5,7 @@
 # Usage: bash tests/run.sh [PYTEST_OPTION ...]
 #
 # Installs the project's environment (setup.sh), the test tools beside it, and, as root with apt,
-# Slurm. What cannot be run is skipped and said aloud; with CI=true a skipped Slurm test is a
+# Slurm. Tests that cannot run are skipped, and listed; with CI=true a skipped Slurm test is a
 # failure. Examples:  bash tests/run.sh -k config      bash tests/run.sh -m "not slurm"
 
 set -euo pipefail
@@ -17,6 +17,7 @@ SLURM_PACKAGES=(slurmctld slurmd slurm-client munge iproute2 faketime)
 log() { printf 'tests/run.sh: %s\n' "$*" >&2; }
 
 main() {
+  local tools
   case "${1:-}" in
     -h | --help)
       sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -26,9 +27,9 @@ main() {
   bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
-  TOOLS="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
+  tools="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
   install_slurm
-  export PATH="$TOOLS/bin:$PATH" PYTHONPATH="$TOOLS" PYTHONDONTWRITEBYTECODE=1
+  export PATH="$tools/bin:$PATH" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
   # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
   exec "$TRAINSTACK_PYTHON" -m pytest "$@"
@@ -41,7 +42,7 @@ install_slurm() {
   done
   ((${#missing[@]})) || return 0
   if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
-    log "no ${missing[*]} here, and only root with apt can install it: the Slurm tests will be skipped"
+    log "no ${missing[*]} here, and only root with apt can install it: Slurm tests will be skipped"
     return 0
   fi
   log "installing Slurm (${SLURM_PACKAGES[*]})"

@@ -157,13 +157,13 @@ def test_a_check_is_silent_and_makes_nothing(machine):
 
 
 WRONG = [
-    ({"SHARED_DIR": "relative"}, 2, "SHARED_DIR=relative is no absolute path; write one that"),
-    ({"SHARED_DIR": "/a\nb"}, 2, "is no absolute path"),
-    ({"PROJECT_NAME": "a/b"}, 2, "PROJECT_NAME=a/b is no plain folder name; use letters"),
-    ({"PROJECT_NAME": "$(touch canary)"}, 2, "is no plain folder name"),
-    ({"PROJECT_NAME": "-p"}, 2, "is no plain folder name"),
+    ({"SHARED_DIR": "relative"}, 2, "SHARED_DIR=relative is not an absolute path; write one that"),
+    ({"SHARED_DIR": "/a\nb"}, 2, "is not an absolute path"),
+    ({"PROJECT_NAME": "a/b"}, 2, "PROJECT_NAME=a/b is not a plain folder name; use letters"),
+    ({"PROJECT_NAME": "$(touch canary)"}, 2, "is not a plain folder name"),
+    ({"PROJECT_NAME": "-p"}, 2, "is not a plain folder name"),
     ({"ENV_TOOL": "pip"}, 2, "ENV_TOOL=pip is not known; write venv, uv or conda"),
-    ({"MIN_FREE_GB": "x[$(touch canary)]"}, 2, "is no whole number; write for example 8"),
+    ({"MIN_FREE_GB": "x[$(touch canary)]"}, 2, "is not a whole number; write for example 8"),
     ({"SHARED_DIR": "/proc/nobody"}, 1, "SHARED_DIR=/proc/nobody cannot be written; choose anot"),
     ({"MIN_FREE_GB": "999999"}, 1, "GB free, the environment needs 999999 GB; free some, or"),
     ({"MODULES": "python/3.12"}, 1, "there is no module command here; clear it"),

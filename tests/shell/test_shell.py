@@ -252,10 +252,7 @@ def test_a_chain_is_jobs_of_one_name_of_which_each_waits_for_the_one_before(site
     assert site.commands.environment("sbatch")["TRAINSTACK_CHAIN"] == "1"
     name = calls[0][1].partition("=")[2]
     last = result.stderr.splitlines()[-1]
-    assert (
-        f"behind 4711 wait, one after the other: 4712 4713; to end all: scancel --name={name}"
-        in last
-    )
+    assert f"then follow, one after the other: 4712 4713; to end all: scancel --name={name}" in last
     events = [(event["event"], event["job"]) for event in RunFolder(site.run_dir).events()]
     assert events == [("submitted", "4711"), ("submitted", "4712"), ("submitted", "4713")]
     assert RunFolder(site.run_dir).status()["state"] == "QUEUED"
@@ -407,15 +404,15 @@ def test_an_environment_that_is_not_ready_is_named_with_the_command_that_makes_i
 
 
 WRONG_USE = [
-    (["--nodes=4"], "--nodes=4 is no option of submit.sh; options for sbatch go behind --"),
+    (["--nodes=4"], "--nodes=4 is not an option of submit.sh; options for sbatch come after --"),
     (["--config"], "--config needs a file"),
     (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),
     (["--chain"], "--chain needs a number of jobs, such as --chain 4"),
-    (["--chain="], "--chain  is no number of jobs from 2 to 999; write --chain 4"),
-    (["--chain", "1"], "--chain 1 is no number of jobs from 2 to 999; write --chain 4"),
-    (["--chain=two"], "--chain two is no number of jobs"),
-    (["--chain", "1000"], "--chain 1000 is no number of jobs"),
-    (["--chain", "--dry-run"], "--chain --dry-run is no number of jobs"),
+    (["--chain="], "--chain  is not a number of jobs from 2 to 999; write --chain 4"),
+    (["--chain", "1"], "--chain 1 is not a number of jobs from 2 to 999; write --chain 4"),
+    (["--chain=two"], "--chain two is not a number of jobs"),
+    (["--chain", "1000"], "--chain 1000 is not a number of jobs"),
+    (["--chain", "--dry-run"], "--chain --dry-run is not a number of jobs"),
     (["--chain", "3", "--local"], "--local has no time limit and needs no chain"),
     (["--chain", "3", "--", "--nodes=2", "--requeue"], "leave out: --requeue"),
     (["--chain", "3", "--", "-J", "mine"], "leave out: -J"),
@@ -438,7 +435,7 @@ def test_a_wrong_use_is_one_line_before_the_queue(site, arguments, fix):
 
 
 SPELLINGS = [
-    # options behind -- -> nodes and GPUs per node, over train.slurm's one of each
+    # options after -- -> nodes and GPUs per node, over train.slurm's one of each
     ("", 1, 1),
     ("--nodes=3", 3, 1),
     ("--nodes 3", 3, 1),
@@ -655,6 +652,9 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     assert "edited" not in (code / "train.py").read_text()
     assert site.submit().returncode == 0  # again: the new code
     assert (code / "train.py").read_text() == "edited"
+    assert (code / "trainstack" / "new.py").exists()
+
+
 def test_the_snapshot_holds_the_whole_package_whatever_folders_it_has(site):
     """A module that is not copied would be missed by the job alone, after its wait in the queue."""
     package = site.checkout / "trainstack"
@@ -684,9 +684,6 @@ def test_the_snapshot_holds_the_whole_package_whatever_folders_it_has(site):
     assert done.returncode == 0, done.stderr
     imported = {Path(line) for line in done.stdout.splitlines()}
     assert imported == set(copy.rglob("*.py")) - {copy / "__init__.py"}
-
-
-    assert (code / "trainstack" / "new.py").exists()
 
 
 def test_the_environment_of_a_run_is_kept_with_commit_difference_and_packages(site):
@@ -1374,7 +1371,7 @@ def test_help_is_the_header_of_the_script(script):
 )
 def test_an_option_that_is_not_known_is_refused_with_the_way_to_the_help(site, script):
     line = complaint(site.run(script, "--nonsense"), 2, script)
-    assert "--nonsense is no option" in line
+    assert "--nonsense is not an option" in line
     assert "--help" in line
 
 
@@ -1384,15 +1381,16 @@ def scripts() -> list[Path]:
     return [*sorted(found), tiny.ROOT / "train.slurm", tiny.ROOT / ".ci" / "run"]
 
 
-def lint(*command) -> None:
-    """Run a checker, from beside this Python or from the PATH."""
+def lint(*command, stdin: str = "") -> str:
+    """Run a checker, from beside this Python or from the PATH; what it printed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = shutil.which(command[0], path=path)
     assert found, f"{command[0]} is not installed; see tests/requirements.txt"
     result = subprocess.run(
-        [found, *map(str, command[1:])], capture_output=True, text=True, cwd=tiny.ROOT
+        [found, *map(str, command[1:])], input=stdin, capture_output=True, text=True, cwd=tiny.ROOT
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_shellcheck_finds_nothing():
