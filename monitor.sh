@@ -3,11 +3,15 @@
 # What my runs are doing, and why one stopped.
 #
 # Usage: bash monitor.sh [--follow] [RUN]
+#        bash monitor.sh RUN --ledger | --goodput
 #
 #   RUN        one screen about this run; without it a table of all runs
 #   --follow   look again every five seconds, until Ctrl-C
+#   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
+#   --goodput  where the run's time went: training, saving, starting, waiting in the queue
 #
-# Reads the run folders and squeue alone; also works without Slurm, and while a job runs.
+# Only reads: the run folders, squeue, for --ledger the tokens. Also works without Slurm, and while
+# a job runs.
 
 set -euo pipefail
 
@@ -21,19 +25,45 @@ die() {
 }
 
 main() {
-  local run="" is_following="" text
+  parse "$@"
+  load_environment
+  case "$QUESTION" in
+    --ledger | --goodput)
+      run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "$RUN"
+      ;;
+    --follow) follow ;;
+    *) show ;;
+  esac
+}
+
+# Sets: RUN QUESTION
+parse() {
+  RUN="" QUESTION=""
   while (($#)); do
     case "$1" in
-      -h | --help) usage && return ;;
-      --follow) is_following=yes ;;
-      -*) die "$1 is no option; see bash monitor.sh --help" 2 ;;
+      -h | --help) usage && exit ;;
+      --follow | --ledger | --goodput)
+        [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
+          die "one question at a time, got $QUESTION and $1" 2
+        QUESTION="$1"
+        ;;
+      -*) die "$1 is not an option; see bash monitor.sh --help" 2 ;;
       *)
-        [[ -z "$run" ]] || die "one run at a time, got $run and $1" 2
-        run="$1"
+        [[ -z "$RUN" ]] || die "one run at a time, got $RUN and $1" 2
+        RUN="$1"
         ;;
     esac
     shift
   done
+  case "$QUESTION" in
+    --ledger | --goodput)
+      [[ -n "$RUN" ]] || die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
+      ;;
+  esac
+}
+
+# Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON
+load_environment() {
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
   if [[ ! -x "${TRAINSTACK_PYTHON:-}" ]]; then # SHARED_DIR may come from the environment alone
@@ -41,25 +71,27 @@ main() {
     # shellcheck source=/dev/null
     source "$HERE/env.sh"
   fi
-  if [[ -z "$is_following" ]]; then
-    show "$run"
-    return
-  fi
+}
+
+run_module() { PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m "$@"; }
+
+follow() {
+  local text
   while :; do
-    text="$(show "$run" 2>&1)" || die "${text#monitor.sh: error: }"
+    text="$(show 2>&1)" || die "${text#monitor.sh: error: }"
     printf '\033[H\033[2J%s\n' "$text"
     sleep 5
   done
 }
 
 show() {
-  local command=("$TRAINSTACK_PYTHON" -m trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
+  local command=(run_module trainstack.monitor --home "$TRAINSTACK_HOME") queue=""
   # Without an answer from Slurm the states of jobs are shown as unknown, not as gone.
-  if command -v squeue >/dev/null && queue="$(squeue --noheader --format='%A|%T|%L|%r' 2>/dev/null)"; then
-    command+=(--queue)
-  fi
-  if [[ -n "$1" ]]; then command+=(-- "$1"); fi
-  PYTHONPATH="$HERE" "${command[@]}" <<<"$queue"
+  if command -v squeue >/dev/null && queue="$(list_jobs 2>/dev/null)"; then command+=(--queue); fi
+  if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi
+  "${command[@]}" <<<"$queue"
 }
+
+list_jobs() { squeue --noheader --format='%A|%T|%L|%r'; }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

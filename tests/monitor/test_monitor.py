@@ -318,10 +318,43 @@ def test_monitor_before_setup_names_the_command(command):
     assert errors == "monitor.sh: error: the environment is not ready; run: bash setup.sh\n"
 
 
-def test_monitor_shows_one_run_at_a_time(command):
-    process = command("a", "b")
-    assert process.communicate(timeout=30) == (
-        "",
-        "monitor.sh: error: one run at a time, got a and b\n",
-    )
+@pytest.mark.parametrize("question", ["--ledger", "--goodput"])
+def test_monitor_passes_a_question_about_a_run_on_and_its_exit_code_back(command, question):
+    python = command.runs.home / "venv" / "bin" / "python"
+    command.commands.add("python", "echo found; exit 1", python)
+    for arguments in (("a run", question), (question, "a run")):
+        process = command(*arguments)
+        assert process.communicate(timeout=30) == ("found\n", "")
+        assert process.returncode == 1
+    asked = ["-m", "trainstack", question[2:], "--home", str(command.runs.home), "--", "a run"]
+    assert command.commands.calls("python") == [asked, asked]
+
+
+def test_monitor_tells_where_the_time_of_a_run_went(command):
+    command.runs.make("a", "DONE").add_event("submitted", job="5")
+    output, errors = command("a", "--goodput").communicate(timeout=30)
+    assert errors == ""
+    assert output.startswith("run a: DONE, lives: 0\n")
+
+
+def test_monitor_passes_on_that_a_ledger_cannot_be_told(command):
+    process = command("--ledger", "nowhere")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("ledger: error: no run nowhere in ")
+
+
+WRONG_USE = [
+    (["a", "b"], "one run at a time, got a and b"),
+    (["--ledger"], "--ledger is about one run; write: bash monitor.sh RUN --ledger"),
+    (["--goodput"], "--goodput is about one run; write: bash monitor.sh RUN --goodput"),
+    (["a", "--ledger", "--goodput"], "one question at a time, got --ledger and --goodput"),
+    (["--follow", "a", "--ledger"], "one question at a time, got --follow and --ledger"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "problem"), WRONG_USE, ids=lambda value: " ".join(value))
+def test_monitor_answers_one_question_at_a_time(command, arguments, problem):
+    process = command(*arguments)
+    assert process.communicate(timeout=30) == ("", f"monitor.sh: error: {problem}\n")
     assert process.returncode == 2
