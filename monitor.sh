@@ -85,7 +85,7 @@ follow() {
 }
 
 show() {
-  local command=(run_module trainstack.monitor --home "$TRAINSTACK_HOME") queue=""
+  local command=(run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
   # Without an answer from Slurm the states of jobs are shown as unknown, not as gone.
   if command -v squeue >/dev/null && queue="$(list_jobs 2>/dev/null)"; then command+=(--queue); fi
   if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi

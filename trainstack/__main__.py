@@ -9,13 +9,19 @@ import sys
 
 from trainstack.errors import USAGE_ERROR
 
-COMMANDS = {  # name -> module with main(arguments) -> exit code, what it does
-    "config": ("trainstack.config.command", "check a configuration, print it with its batch arithmetic"),
-    "hub": ("trainstack.hub.fetch", "fetch the model and the data sets that a configuration names"),
-    "prepare": ("trainstack.prepare.prepare", "turn the data sets of a configuration into tokens"),
-    "data_report": ("trainstack.data.report", "show what would be learned: counts, lengths, rows"),
-    "ledger": ("trainstack.monitor.ledger", "recompute whether a run used every sample exactly once"),
-    "goodput": ("trainstack.monitor.goodput", "show where the time of a run went"),
+COMMANDS = {  # name -> module that has main(arguments) -> exit code; what it does
+    "config": (
+        ".config.command",
+        "check and print a configuration, with its batch arithmetic",
+    ),
+    "hub": (".hub.fetch", "fetch the model and the data sets of a configuration"),
+    "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
+    "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
+    "ledger": (
+        ".monitor.ledger",
+        "recompute whether a run used each sample exactly once",
+    ),
+    "goodput": (".monitor.goodput", "show where the time of a run went"),
 }
 
 
@@ -32,7 +38,7 @@ def main(arguments: list[str]) -> int:
         print(f"trainstack: error: no command {name}; {fix}", file=sys.stderr)
         return USAGE_ERROR
     module, _ = COMMANDS[name]
-    return importlib.import_module(module).main(arguments[1:])
+    return importlib.import_module(module, "trainstack").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import pytest
 import tiny
 from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
-from trainstack.job.attempts.resources import read_resources
+from trainstack.job.resources import read_resources
+from trainstack.job.snapshot import copy_code
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.run.lease import Lease, Owner
@@ -723,7 +724,7 @@ class Job(Site):
         super().__init__(folder, home)
         self.run = RunFolder(self.run_dir)
         self.run.create()
-        submit.copy_code(self.checkout, self.run_dir / "code")
+        copy_code(self.checkout, self.run_dir / "code")
         shutil.copy(self.checkout / "config.yaml", self.run_dir / "config.yaml")
         spool = folder / "spool" / "job00077"
         spool.mkdir(parents=True)
