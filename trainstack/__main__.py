@@ -10,17 +10,11 @@ import sys
 from trainstack.errors import USAGE_ERROR
 
 COMMANDS = {  # name -> module that has main(arguments) -> exit code; what it does
-    "config": (
-        ".config.command",
-        "check and print a configuration, with its batch arithmetic",
-    ),
+    "config": (".config.command", "check and print a configuration and its batch"),
     "hub": (".hub.fetch", "fetch the model and the data sets of a configuration"),
     "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
-    "ledger": (
-        ".monitor.ledger",
-        "recompute whether a run used each sample exactly once",
-    ),
+    "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),
     "goodput": (".monitor.goodput", "show where the time of a run went"),
 }
 
