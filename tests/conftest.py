@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: a tiny model with its tokens, and torchrun."""
+"""Fixtures that several test files share: a tiny model with its tokens, and a real Slurm."""
 
 import os
 import shutil

@@ -105,7 +105,7 @@ class HubServer:
         return self._oids[key]
 
     def find(self, kind: str, name: str, revision: str | None) -> tuple[Path | None, str]:
-        """The folder and commit of a revision; None where there is no such revision."""
+        """The folder and commit of a revision; (None, "") if there is no such revision."""
         home = self.root / kind
         for folder in [home / name, *home.glob(f"{name}@*")]:
             listing = json.dumps(self.tree(folder)).encode()
@@ -144,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def commit_of(self, kind: str, name: str, revision: str | None) -> tuple[Path | None, str]:
-        """Like ``find``, but where it finds nothing it has answered with the Hub's error."""
+        """Like ``find``; if it finds nothing, the Hub's error has been sent."""
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
         is_hidden = name in self.hub.private and token not in self.hub.tokens
         if is_hidden or not (self.hub.root / kind / name).is_dir():

@@ -1,4 +1,4 @@
-"""A place to break runs on purpose: jobs of submit.sh --local on real ranks, and what they left."""
+"""Runs that are broken on purpose: jobs of submit.sh --local on real ranks, and what they left."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Lab:
     def train(
         self, run: str, *overrides: str, fault: str = "", code: int = 0, **changes: str
     ) -> "Trace":
-        """Train with faults until the job ends with ``code``."""
+        """Train with faults until the job ends; its exit code must be ``code``."""
         environment = self.environment(TRAINSTACK_FAULT=fault, **changes)
         done = subprocess.run(
             self.command(f"run.name={run}", *overrides), env=environment, text=True,
@@ -91,13 +91,13 @@ class Trace:
         return len(self.steps()) - len({record["step"] for record in self.steps()})
 
     def recovery_seconds(self) -> list[float]:
-        """From the last recorded step of a life to the first of the next."""
+        """From the last recorded step of an attempt to the first of the next."""
         steps = self.steps()
         pairs = zip(steps, steps[1:], strict=False)
         return [b["at"] - a["at"] for a, b in pairs if a["attempt"] != b["attempt"]]
 
     def ledger(self) -> str:
-        """What the ledger says; fails where a sample was repeated or skipped."""
+        """What the ledger says; fails if a sample was repeated or skipped."""
         result = tiny.run_module("trainstack.monitor.ledger", self.run.path, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "repeated = 0, skipped = 0" in result.stdout

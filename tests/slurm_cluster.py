@@ -1,7 +1,7 @@
 """A real Slurm of several hosts on this one machine, for the tests.
 
 A host is a process that holds its own network, UTS and mount namespace; a bridge joins the hosts
-to this machine, where slurmctld and a private munged run. The machine's own files stay untouched:
+to this machine, which runs slurmctld and a private munged. The machine's own files stay untouched:
 each host sees an /etc/hosts of its own, and every interface carries the tag of its cluster.
 """
 
@@ -269,8 +269,8 @@ class SlurmCluster:
         return "\n".join("\n".join([f"--- {n}", *text[-lines:]]) for n, text in texts.items())
 
     def _make_folders(self) -> None:
-        # Slurm and munge keep sockets here, whose paths must be shorter than 108 bytes: those of
-        # pytest's folders may not be. munged insists that others can enter.
+        # Slurm and munge keep sockets here. The path of a socket must be shorter than 108 bytes,
+        # and paths in pytest's folders may be longer. munged insists that others can enter.
         self._runtime = Path(tempfile.mkdtemp(prefix=f"{self.tag}-", dir="/run"))
         self._undo.callback(shutil.rmtree, self._runtime)
         self._runtime.chmod(0o711)

@@ -19,7 +19,7 @@ NOT_COPIED = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "env.sh")
 
 @dataclass(frozen=True)
 class Mutation:
-    """``edits``: (file, text that stands there once, text in its place).
+    """``edits``: (file, text that is there once, text in its place).
 
     ``test`` has to fail, and with ``words``: it may not be red for another reason.
     """

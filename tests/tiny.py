@@ -162,9 +162,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def metrics(home: Path, run: str, key: str = "loss") -> dict[int, float]:
-    """A measurement by step, from metrics.jsonl; fails where a step stands twice."""
+    """A measurement by step, from metrics.jsonl; fails if a step is repeated."""
     lines = (home / "runs" / run / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if key in record]
     steps = [record["step"] for record in records]
-    assert len(set(steps)) == len(steps), f"steps that stand twice in metrics.jsonl: {steps}"
+    assert len(set(steps)) == len(steps), f"steps that are repeated in metrics.jsonl: {steps}"
     return {record["step"]: record[key] for record in records}

@@ -89,7 +89,7 @@ def test_the_newest_checkpoints_are_kept_and_never_less_than_two(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path / "c")] == [4, 3]
 
 
-def test_no_temporary_folder_of_a_killed_life_stays(tmp_path):
+def test_no_temporary_folder_of_a_killed_attempt_stays(tmp_path):
     leftover = tmp_path / "c" / ".checkpoint-1.old.1.tmp" / "training"
     leftover.mkdir(parents=True)
     save(tmp_path / "c", 2)
@@ -189,8 +189,8 @@ def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_els
         save(tmp_path / "c", 2)
     manifest.remove_folder(tmp_path / "c" / "checkpoint-2")
     for change in range(1, names.index("rename") + 2):
-        # EIO is tried again, so it has to last
-        watcher = fail(number, *range(change, change + 200 * (number == errno.EIO) + 1))
+        last = change + 200 if number == errno.EIO else change  # EIO is tried again: it has to last
+        watcher = fail(number, *range(change, last + 1))
         with files.watched_by(watcher), pytest.raises(SaveError) as caught:
             save(tmp_path / "c", 2)
         assert os.strerror(number) in str(caught.value)
@@ -203,7 +203,7 @@ def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_els
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_a_moment_of_eio_is_survived_by_writing_the_file_anew(tmp_path):
+def test_a_moment_of_eio_is_survived_by_writing_the_file_again(tmp_path):
     names = []
     with files.watched_by(lambda name, *_: names.append(name)):
         save(tmp_path / "c", 1)

@@ -1,7 +1,7 @@
-"""Whatever a power cut leaves of a save, or of a change of owner, goes on as it should.
+"""Whatever a power cut leaves of a save, or of a change of owner: the run continues correctly.
 
 The real code is recorded (files.watched_by). For each point of the record and each choice of what
-had reached the disk by then, the folder is laid out anew and the real loader reads it.
+had reached the disk by then, the folder is made again and the real loader reads it.
 
 The disk keeps what POSIX promises and no more: content once its file was synced, a name once its
 folder was. The rest may be there or not, each by itself, and content may also be cut short or zeros
@@ -36,7 +36,7 @@ from trainstack.storage.manifest import MANIFEST
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 ROOT = 0  # inode of the recorded folder
 EVERY_SUBSET_OF = 12  # changes that wait for a sync; of more, up to two are lost or kept
-Place = tuple[int, str]  # a folder's inode, a name in it
+Entry = tuple[int, str]  # a folder's inode, a name in it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +49,7 @@ def process_group():
 
 @pytest.fixture
 def quick_folder(tmp_path):
-    """In memory where there is such a place: thousands of folders are laid out here."""
+    """In memory if this machine has /dev/shm: thousands of folders are made here."""
     memory = Path("/dev/shm")
     is_usable = memory.is_dir() and os.access(memory, os.W_OK)
     with tempfile.TemporaryDirectory(dir=memory if is_usable else tmp_path) as folder:
@@ -61,21 +61,21 @@ def quick_folder(tmp_path):
 
 @dataclass(frozen=True)
 class Change:
-    """One operation, by inode: a path may mean another file where an earlier one was lost."""
+    """One operation, by inode: a path may mean another file if an earlier one was lost."""
 
     kind: str  # as announced, or "returned": from here on its caller relies on it
     inode: int = ROOT
-    gone: Place | None = None  # the name that it takes away
-    here: Place | None = None  # the name that it gives
+    gone: Entry | None = None  # the name that it takes away
+    here: Entry | None = None  # the name that it gives
     data: bytes = b""
 
 
 class Record:
-    """What lies in a folder, and from then on each change to it that is announced."""
+    """What is in a folder, and from then on each change to it that is announced."""
 
     def __init__(self, root: Path):
         self.root, self.changes = root, []
-        self.folders: dict[int, dict[str, int]] = {ROOT: {}}  # as they lay at first
+        self.folders: dict[int, dict[str, int]] = {ROOT: {}}  # as they were at first
         self.contents: dict[int, bytes] = {}
         self._numbers = itertools.count(1)
         for path in sorted(root.rglob("*")):
@@ -91,13 +91,13 @@ class Record:
     def __call__(self, operation: str, path: Path, detail: Any) -> None:
         inode, gone, here, data = self._inode(path), None, None, b""
         if operation in ("create", "make_folder"):
-            inode, here = next(self._numbers), self._place(path)
+            inode, here = next(self._numbers), self._entry(path)
             if operation == "make_folder":
                 self.folders[inode], self._now[inode] = {}, {}
         elif operation in ("link", "rename"):
-            here, gone = self._place(detail), self._place(path) if operation == "rename" else None
+            here, gone = self._entry(detail), self._entry(path) if operation == "rename" else None
         elif operation in ("unlink", "remove_folder"):
-            gone = self._place(path)
+            gone = self._entry(path)
         elif operation == "write":
             data = bytes(detail)
         if inode is None:  # the unlink of what is not there
@@ -111,7 +111,7 @@ class Record:
     def _inode(self, path: Path) -> int | None:
         return _inode(self._now, path.relative_to(self.root))
 
-    def _place(self, path: Path) -> Place:
+    def _entry(self, path: Path) -> Entry:
         return self._inode(path.parent), path.name
 
 
@@ -127,7 +127,7 @@ def _copied(folders: dict) -> dict:
 
 
 def _take_effect(folders: dict, change: Change) -> None:
-    """Change names; nothing where what it builds upon never reached the disk."""
+    """Change names; do nothing if what the change builds upon never reached the disk."""
     gone, here = change.gone, change.here
     if gone and folders[gone[0]].get(gone[1]) != change.inode:
         return
@@ -159,7 +159,7 @@ def waiting(done: list[Change]) -> set[int]:
     synced, found = set(), set()
     for index in reversed(range(len(done))):
         change = done[index]
-        parents = {place[0] for place in (change.gone, change.here) if place}
+        parents = {entry[0] for entry in (change.gone, change.here) if entry}
         if change.kind == "sync_folder":
             synced.add(change.inode)
         elif not parents <= synced:
@@ -256,16 +256,16 @@ def first_violation(
     for until in range(len(changes) + 1):
         returns = sum(change.kind == "returned" for change in changes[:until])
         allowed = scenario.outcomes[returns : returns + 2]
-        where = f"a power cut after {until} of {len(changes)} changes ({returns} returns)"
+        when = f"a power cut after {until} of {len(changes)} changes ({returns} returns)"
         for state in states(scenario.record, changes[:until]):
             if state not in known:
                 known[state] = loaded(scenario, state, scratch / "state")
                 for name, right in shown.items():
                     if below(state, name) not in right:
-                        return len(known), f"{where}: {name} shows a part"
+                        return len(known), f"{when}: {name} shows a part"
             if known[state] not in allowed:
                 found, right = reprlib.repr(known[state]), " or ".join(map(reprlib.repr, allowed))
-                return len(known), f"{where}: found {found} instead of {right}"
+                return len(known), f"{when}: found {found} instead of {right}"
     return len(known), None
 
 
@@ -276,7 +276,7 @@ def shown_by(record: Record, name: str) -> set:
 
 
 def undisturbed(record: Record, done: list[Change]) -> tuple:
-    """What lies there after ``done`` while the power stays on."""
+    """What is there after ``done`` while the power stays on."""
     folders = _copied(record.folders)
     for change in done:
         _take_effect(folders, change)
@@ -335,7 +335,7 @@ def a_save(folder: Path) -> Scenario:
 
 
 def a_save_over_a_damaged_one(folder: Path) -> Scenario:
-    """Of a step that was damaged twice, beside what a life left that was killed while saving it."""
+    """Of a step that was damaged twice, beside what an attempt left that died while saving it."""
     for step in (1, 2, 3):
         save(folder, step, keep=3)
     (folder / "checkpoint-3/model.safetensors").write_bytes(b"torn")

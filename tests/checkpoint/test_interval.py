@@ -32,7 +32,7 @@ def test_it_is_never_shorter_than_two_saves_and_never_longer_than_half_an_hour()
     assert interval.seconds == MOST_SECONDS
 
 
-def test_ten_steps_lie_between_two_saves_however_slow_they_are():
+def test_ten_steps_are_between_two_saves_however_slow_they_are():
     interval = Interval(1.0, [], 20.0, now=0.0)
     due = [step for step in range(1, 30) if interval.is_due(step * 1000.0)]
     assert due[0] == LEAST_STEPS
@@ -40,7 +40,7 @@ def test_ten_steps_lie_between_two_saves_however_slow_they_are():
     assert not interval.is_due(40_000.0)
 
 
-def test_failures_are_counted_with_those_that_left_no_word():
+def test_failures_are_counted_with_those_that_did_not_report():
     healthy = [event("attempt"), event("checkpoint", train_hours=10.0), event("paused")]
     assert observed_hours([]) == 24.0
     assert observed_hours(healthy) == 34.0

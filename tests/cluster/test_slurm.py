@@ -56,7 +56,7 @@ def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
     assert "cause" in screen
 
 
-def test_the_run_of_a_job_that_failed_goes_on_in_the_next_job(user):
+def test_the_run_of_a_job_that_failed_continues_in_the_next_job(user):
     """The dead job could not give its lease back; Slurm says that it has ended."""
     newest = checkpoints(user.folder("broken").checkpoints)[0][1].name
     job = user.submit("run.name=broken", *PAIR)

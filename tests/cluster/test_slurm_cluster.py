@@ -31,7 +31,7 @@ def submit(cluster: SlurmCluster, script: str, *options: str) -> str:
 
 
 def processes_with(text: str, file: str) -> list[int]:
-    """The processes in whose /proc/PID/`file` (environ or cmdline) the text occurs."""
+    """The processes with the text in their /proc/PID/`file` (environ or cmdline)."""
     pids = []
     for path in Path("/proc").glob(f"[0-9]*/{file}"):
         try:

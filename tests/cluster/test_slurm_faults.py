@@ -22,7 +22,7 @@ from trainstack.checkpoint import names
 pytestmark = pytest.mark.slurm
 RUN = ("train.max_steps=120", "checkpoint.save_steps=10", "eval.eval_steps=60")
 LONG = ("train.max_steps=1200", "checkpoint.save_steps=50", "eval.eval_steps=600")
-SLOW = "slow:rank=0,step=1"  # 0.1 s a step in the first life: time to do something to it
+SLOW = "slow:rank=0,step=1"  # 0.1 s a step in the first attempt: time to do something to it
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_warned_job_loses_no_step_under_cgroup(cgroup_user, reference):
 
 
 def killed_agent(user: Site, run: str, row: str, reference) -> None:
-    """SIGKILL of one torchrun: its ranks die with it, the job goes on in place."""
+    """SIGKILL of one torchrun: its ranks die with it, the job continues in place."""
     job = user.submit(f"run.name={run}", *RUN, *PAIR, fault=SLOW)
     begun(user, run)
     rank = rank_process(run, 1)
@@ -106,7 +106,7 @@ def test_a_killed_torchrun_leaves_no_orphan_under_cgroup(cgroup_user, reference)
     killed_agent(cgroup_user, "f09c", "F09 cgroup", reference)
 
 
-def test_a_second_job_on_a_run_is_refused_within_seconds_and_the_first_goes_on(user, reference):
+def test_a_second_job_on_a_run_is_refused_within_seconds_and_the_first_continues(user, reference):
     """As if somebody had submitted train.slurm by hand, past the check of submit.sh."""
     job = user.submit("run.name=f16", *RUN, *PAIR, fault=SLOW)
     begun(user, "f16", 5)
@@ -130,7 +130,7 @@ def test_a_second_job_on_a_run_is_refused_within_seconds_and_the_first_goes_on(u
               identical=True, seconds=seconds, code=78, message=log.splitlines()[-1])  # fmt: skip
 
 
-def test_a_chain_goes_on_without_requeueing_and_its_rest_ends_at_once(user, reference):
+def test_a_chain_continues_without_requeueing_and_its_rest_ends_at_once(user, reference):
     """For sites that forbid requeueing: one job is warned, one finishes, the third just ends."""
     first = user.submit("run.name=f33", "--chain", "3", *RUN, *PAIR, fault=SLOW)
     jobs = [e["job"] for e in user.folder("f33").events() if e["event"] == "submitted"]
@@ -191,7 +191,7 @@ def test_requeued_and_cancelled_from_outside(user, reference):
     job = user.submit("run.name=f05", *RUN, *PAIR, fault=SLOW)
     begun(user, "f05")
     user.cluster.run("scontrol", "requeue", job)
-    wait_until(lambda: user.folder("f05").status().get("attempt") == 2, "the second life", 120)
+    wait_until(lambda: user.folder("f05").status().get("attempt") == 2, "the second attempt", 120)
     ended(user, "f05", job, 240)
     trace = user.trace("f05")
     assert trace.redone() == 0
@@ -210,8 +210,8 @@ def test_requeued_and_cancelled_from_outside(user, reference):
 
 
 @pytest.mark.matrix
-def test_of_two_lives_of_one_job_only_the_later_publishes(user, long_reference):
-    """slurmd dies, its job lives on; Slurm requeues it elsewhere: both run at the same time."""
+def test_of_two_attempts_of_one_job_only_the_later_publishes(user, long_reference):
+    """slurmd dies, its job runs on; Slurm requeues it elsewhere: both run at the same time."""
     one = ("--", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2", "--time=10")
     job = user.submit("run.name=f15", *LONG, *one, fault=SLOW)
     begun(user, "f15", 60)
@@ -219,10 +219,10 @@ def test_of_two_lives_of_one_job_only_the_later_publishes(user, long_reference):
     old_ranks = set(processes_of("f15"))
     kill_slurmd(user.cluster, node)
     try:
-        wait_until(lambda: user.folder("f15").status().get("attempt") == 2, "a second life", 120)
-        assert old_ranks & set(processes_of("f15")), "both lives run"
+        wait_until(lambda: user.folder("f15").status().get("attempt") == 2, "a second attempt", 120)
+        assert old_ranks & set(processes_of("f15")), "both attempts run"
         wait_until(lambda: user.folder("f15").status()["state"] == "DONE", "the end", 120)
-        wait_until(lambda: not old_ranks & set(processes_of("f15")), "the end of the first life")
+        wait_until(lambda: not old_ranks & set(processes_of("f15")), "the end of the first attempt")
     finally:
         user.cluster.start_slurmd(node)
     ended(user, "f15", job, 120)
@@ -245,7 +245,7 @@ def kill_slurmd(cluster: SlurmCluster, node: str) -> None:
 
 
 @pytest.mark.matrix
-def test_a_job_whose_head_node_dies_goes_on_elsewhere(user, reference):
+def test_a_job_whose_head_node_dies_continues_elsewhere(user, reference):
     job = user.submit("run.name=f23", *RUN, *PAIR, fault=SLOW)
     begun(user, "f23")
     head = user.folder("f23").status()["nodes"][0]

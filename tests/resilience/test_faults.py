@@ -43,7 +43,7 @@ DEATHS = [  # row, fault, how the summary names it
 ]
 
 
-def test_a_rank_that_dies_in_any_way_is_named_and_the_job_goes_on_in_place(lab, reference):
+def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab, reference):
     trace = lab.train("deaths", fault=";".join(fault for _, fault, _ in DEATHS))
     failed = trace.events("failed")
     assert len(failed) == len(DEATHS)
@@ -63,7 +63,7 @@ HANGS = [
 ]
 
 
-def test_a_rank_that_hangs_is_found_out_named_and_the_job_goes_on_in_place(lab, reference):
+def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab, reference):
     faults = ";".join(fault for _, fault, _ in HANGS)
     trace = lab.train("hangs", "guard.hang_seconds=3", fault=faults)
     hung = trace.events("hang")
@@ -126,7 +126,7 @@ def test_too_many_skips_in_a_row_are_a_divergence(lab):
 
 
 def test_a_rollback_leaves_the_window_out_and_a_replay_agrees(lab):
-    """NaN at step 25 of the first life, then a death: both lives must use the same samples."""
+    """NaN at step 25 of the first attempt, then a death: both must use the same samples."""
     settings = ("guard.on_divergence=rollback",)
     trace = lab.train(
         "nan-back", *settings, fault="nan:rank=1,step=25;kill:rank=1,step=33,attempt=2"
@@ -188,7 +188,7 @@ def test_a_disk_that_is_really_full_costs_saves_until_there_is_space_again(lab, 
         assert process.returncode == 0, output[-3000:]
         causes = [e["cause"] for e in trace.events("save_failed")]
         assert all("No space left on device (0.00 GB free)" in cause for cause in causes)
-        assert len(trace.events("attempt")) == 1, "it goes on"
+        assert len(trace.events("attempt")) == 1, "it continues"
         trace.output = output
         trace.record("F18 ENOSPC", "a disk of 2 MiB, filled", reference, causes[0])
     finally:
@@ -280,7 +280,7 @@ def test_a_clock_that_is_a_minute_off_is_named_before_anything_begins(lab):
 
 @pytest.mark.matrix
 def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, tmp_path):
-    """The job goes on with what it began with; the same run does not go on with other data."""
+    """The job keeps the data it began with; the same run does not resume with other data."""
     source = tmp_path / "source"
     source.mkdir()
     documents = [json.dumps({"text": "one two three four five six " * 30}) for _ in range(300)]
@@ -324,9 +324,9 @@ def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(la
     generator.shuffle(kinds)
     run, began_at = "random", None
     trace = lab.trace(run)
-    for life, kind in enumerate(kinds, start=1):
+    for attempt, kind in enumerate(kinds, start=1):
         process = lab.start(run, *settings, fault=slow)
-        wait_until(lambda n=life: len(trace.events("attempt")) == n, "a life")
+        wait_until(lambda n=attempt: len(trace.events("attempt")) == n, "an attempt")
         began_at = began_at or time.time()
         if ahead := generator.choice([0, 0, 2, 4, 6, 12]):  # 0: while it starts and loads
             done = len(trace.steps())
@@ -359,7 +359,7 @@ def test_an_interval_that_is_chosen_automatically_changes_nothing_but_when_it_sa
     assert trace.equals(reference)
 
 
-def test_an_evaluation_that_a_stop_broke_off_is_made_first_in_the_next_life(lab):
+def test_an_evaluation_that_a_stop_cut_short_is_made_first_in_the_next_attempt(lab):
     settings = ("train.max_steps=20", "eval.eval_steps=10")
     alone = lab.train("evaluated", *settings)
     lab.train("broken-off", *settings, fault="term:rank=0,step=10", code=75)
@@ -394,7 +394,7 @@ def test_a_fault_that_is_none_is_one_clear_line(text, problem):
         parse(text)
 
 
-def test_a_fault_is_checked_and_said_aloud_before_anything_begins(lab):
+def test_a_fault_is_checked_and_announced_before_anything_begins(lab):
     command = lab.command("run.name=typo", "train.max_steps=1")
     done = subprocess.run(
         [*command, "--dry-run"], env=lab.environment(TRAINSTACK_FAULT="kil:rank=1"),

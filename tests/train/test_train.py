@@ -174,7 +174,7 @@ def test_another_seed_in_the_same_run_is_refused_and_changes_nothing(home, refer
     assert "seed: 1234" in (home / "runs/reference/config.yaml").read_text()
 
 
-def test_a_new_learning_rate_is_applied_when_a_run_goes_on(home, reference):
+def test_a_new_learning_rate_is_applied_when_a_run_resumes(home, reference):
     shutil.copytree(home / "runs/reference", home / "runs/retuned")
     result = tiny.train(
         home, 2, "run.name=retuned", "train.max_steps=22", "optim.learning_rate=0.001",
@@ -187,7 +187,7 @@ def test_a_new_learning_rate_is_applied_when_a_run_goes_on(home, reference):
     assert "resume  train.max_steps: 20 -> 22" in result.stdout
 
 
-def test_a_second_job_on_the_same_run_is_refused_and_the_first_goes_on(home):
+def test_a_second_job_on_the_same_run_is_refused_and_the_first_continues(home):
     process = start(home, "shared", 1, "train.max_steps=1000000")
     wait_for(process, (home / "runs/shared/metrics.jsonl").exists)
     second = tiny.train(home, 1, "run.name=shared", check=False)
