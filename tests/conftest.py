@@ -19,9 +19,7 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     tiny.make_model(folder)
     tiny.make_dataset(folder)
-    tiny.run_module(
-        "trainstack.prepare.prepare", "--home", folder, "--config", tiny.write_config(folder)
-    )
+    tiny.run_command("prepare", "--home", folder, "--config", tiny.write_config(folder))
     return folder
 
 

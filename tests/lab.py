@@ -98,7 +98,7 @@ class Trace:
 
     def ledger(self) -> str:
         """What the ledger says; fails if a sample was repeated or skipped."""
-        result = tiny.run_module("trainstack.monitor.ledger", self.run.path, check=False)
+        result = tiny.run_command("ledger", self.run.path, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
         assert "repeated = 0, skipped = 0" in result.stdout
         return result.stdout

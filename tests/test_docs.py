@@ -97,7 +97,7 @@ def test_every_recipe_is_a_valid_configuration(recipe):
     """Its schedule too, which only torch and transformers can judge."""
     from trainstack.optim.schedule import build_schedule
 
-    tiny.run_module("trainstack.config.load", "--config", recipe)
+    tiny.run_command("config", "--config", recipe)
     config = load(recipe, [])
     build_schedule(config.optim, config.train.max_steps or 1)
     assert config.run.name == recipe.stem

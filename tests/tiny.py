@@ -128,16 +128,7 @@ def make_checkout(folder: Path, shared: Path, **changes) -> None:
 
 def run_command(name: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
     """``python -m trainstack NAME ...`` with its output captured."""
-    return _run_python("trainstack", name, *arguments, check=check)
-
-
-def run_module(module: str, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-    """``python -m module ...`` with its output captured."""
-    return _run_python(module, *arguments, check=check)
-
-
-def _run_python(*arguments, check: bool) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", *map(str, arguments)]
+    command = [sys.executable, "-m", "trainstack", name, *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert not check or result.returncode == 0, result.stderr
     return result

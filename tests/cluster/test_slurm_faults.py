@@ -351,6 +351,6 @@ def test_a_straggler_is_no_reason_to_restart(user, reference):
     ended(user, "f30", job)
     trace = user.trace("f30")
     assert len(trace.events("attempt")) == 1
-    goodput = tiny.run_module("trainstack.monitor.goodput", trace.run.path).stdout
+    goodput = tiny.run_command("goodput", trace.run.path).stdout
     assert "training" in goodput
     trace.record("F30", "one rank 0.1 s slower from step 30", reference, "no restart")

@@ -16,7 +16,7 @@ SHIPPED = (tiny.ROOT / "config.yaml").read_text()
 
 
 def check(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "trainstack.config.load", *map(str, arguments)]
+    command = [sys.executable, "-m", "trainstack", "config", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
 
 

@@ -37,9 +37,7 @@ def home(tmp_path_factory):
     for name, documents in SIZES.items():
         tiny.make_dataset(folder, name, documents)
     path = tiny.write_config(folder, train__max_steps=60)
-    said = tiny.run_module(
-        "trainstack.prepare.prepare", "--home", folder, "--config", path, *MIXTURE
-    )
+    said = tiny.run_command("prepare", "--home", folder, "--config", path, *MIXTURE)
     for name in SIZES:
         assert f"prepare: {name}: " in said.stderr
     return folder
@@ -152,7 +150,7 @@ def test_killed_and_moved_from_1_to_4_to_2_processes_it_uses_every_sample_once(
         fault = ("--fault", f"kill:rank={random.Random(step).randrange(processes)},step={step}")
         assert tiny.train(home, processes, *common, *fault, check=False).returncode
     tiny.train(home, 2, *common)
-    told = tiny.run_module("trainstack.monitor.ledger", name, "--home", home)
+    told = tiny.run_command("ledger", name, "--home", home)
     assert f"lives: {len(kills) + 1}" in told.stdout
     assert "repeated = 0, skipped = 0" in told.stdout
 
@@ -252,7 +250,7 @@ def test_a_data_set_without_a_sample_is_named(home):
     tiny.publish(layout.dataset_folder(home, "short", None), content, kind="dataset")
     arguments = ["--home", home, "--config", home / "config.yaml", "data.eval_fraction=0"]
     arguments += ["data.name=one", "data.mixture=[{name: short, weight: null}]"]
-    tiny.run_module("trainstack.prepare.prepare", *arguments)
+    tiny.run_command("prepare", *arguments)
     loaded = load.load(home / "config.yaml", list(map(str, arguments[4:])))
     with pytest.raises(ConfigError, match="data set short has less than one sequence of 32"):
         enough_samples(loaded, open_corpus(home, loaded))

@@ -64,7 +64,7 @@ def home(tmp_path_factory):
 
 def prepare(home, *settings) -> str:
     arguments = ["--home", home, "--config", home / "config.yaml", *settings]
-    return tiny.run_module("trainstack.prepare.prepare", *arguments).stderr
+    return tiny.run_command("prepare", *arguments).stderr
 
 
 def store_of(home, **settings) -> TokenStore:
@@ -94,7 +94,7 @@ def test_each_format_trains_from_a_file(home, name, packing):
     tiny.train(home, 1, *settings, "train.max_steps=12")
     losses = tiny.metrics(home, name)
     assert losses[12] < losses[1] - 0.5
-    ledger = tiny.run_module("trainstack.monitor.ledger", name, "--home", home)
+    ledger = tiny.run_command("ledger", name, "--home", home)
     assert "repeated = 0, skipped = 0" in ledger.stdout
     held_out = store_of(home, data=name, packing=packing).eval
     labels = held_out.read(np.arange(held_out.num_samples))[1]
@@ -203,7 +203,7 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
     common = ["--home", home, "--config", home / "config.yaml", "data.name=bad"]
     for limit, problem in ((0, "a.jsonl:2: no string"), (4, "a.jsonl:8: not UTF-8 at byte 10")):
         settings = [*common, "data.eval_fraction=0", f"data.max_bad_records={limit}"]
-        refused = tiny.run_module("trainstack.prepare.prepare", *settings, check=False)
+        refused = tiny.run_command("prepare", *settings, check=False)
         assert refused.returncode == 1
         assert problem in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -230,7 +230,7 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     settings = ["data.name=few", "data.packing=best_fit", "data.eval_fraction=0"]
     prepare(home, *settings)
     arguments = ["--home", home, "--config", home / "config.yaml", *settings]
-    shown = tiny.run_module("trainstack.data.report", *arguments).stdout
+    shown = tiny.run_command("data_report", *arguments).stdout
     words = " ".join(shown.split())
     assert "train 3 documents, 92 tokens, 13.0% of them carry loss" in words
     assert "longer than seq_len: 1 split, 0 dropped" in words
@@ -238,13 +238,13 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     assert "8 to 15 2 ######" in words
     assert "64 to 127 1 ####" in words
     assert "four five <|end|>[[one two three <|end|>]]" in shown
-    missing = tiny.run_module("trainstack.data.report", *arguments, "data.name=no", check=False)
+    missing = tiny.run_command("data_report", *arguments, "data.name=no", check=False)
     assert missing.returncode == 2
     assert "not ready" in missing.stderr
 
 
 def test_on_a_terminal_what_is_learned_is_coloured(home):
-    command = [sys.executable, "-m", "trainstack.data.report", "--home", home]
+    command = [sys.executable, "-m", "trainstack", "data_report", "--home", home]
     command += ["--config", home / "config.yaml", *PACKED]
     ours, terminal = os.openpty()
     variables = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}

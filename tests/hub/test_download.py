@@ -128,7 +128,7 @@ def test_all_formats_of_the_hub_train_as_one_mixture(checkout, hub):
     assert drawn.keys() == {*names}
     assert all(abs(tokens - 30 * 8 * tiny.SEQ_LEN / 5) < 1500 for tokens in drawn.values()), drawn
     assert tiny.metrics(home, "formats", "source_eval_loss")[30].keys() == {*names}
-    report = tiny.run_module("trainstack.data.report", "--home", home, "--config",
+    report = tiny.run_command("data_report", "--home", home, "--config",
                              home / "runs" / "formats" / "config.yaml")  # fmt: skip
     assert all(f"{name} (" in report.stdout for name in names)
 
@@ -143,7 +143,7 @@ def test_a_refresh_while_the_hub_is_down_leaves_the_old_copy_in_use_and_says_so(
     before = manifest.read_manifest(model)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     arguments = ["--home", home, "--config", checkout / "config.yaml", "--force", *settings]
-    result = tiny.run_module("trainstack.hub.fetch", *arguments, "--retry-delay", 0.05, check=False)
+    result = tiny.run_command("hub", *arguments, "--retry-delay", 0.05, check=False)
     assert result.returncode == 1
     assert "stays in use" in result.stderr
     assert manifest.read_manifest(model) == before
@@ -293,7 +293,7 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(own_home):
     content["config.json"] = json.dumps({**json.loads(content["config.json"]), "vocab_size": 9})
     tiny.publish(folder, content, kind="model", weight_bytes=0)
     arguments = ["--home", own_home, "--config", own_home / "config.yaml", "model.name=small"]
-    result = tiny.run_module("trainstack.prepare.prepare", *arguments, check=False)
+    result = tiny.run_command("prepare", *arguments, check=False)
     assert result.returncode != 0
     assert "its tokenizer has 75 tokens, its model only 9" in result.stderr
 

@@ -98,9 +98,9 @@ def home(tmp_path):
 
 @pytest.fixture
 def fetch(tmp_path, home, server):
-    """Call ``python -m trainstack.hub.fetch`` to its end; the command is ``fetch.command``."""
+    """Call ``python -m trainstack hub`` to its end; the command is ``fetch.command``."""
     common = ["--home", str(home), "--retry-delay", "0.05"]
-    command = [sys.executable, "-m", "trainstack.hub.fetch", *common]
+    command = [sys.executable, "-m", "trainstack", "hub", *common]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     environment |= {"HF_ENDPOINT": server.url, "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
 

@@ -278,7 +278,7 @@ def table(output: str) -> dict[str, tuple[float, float]]:
 
 
 def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
-    result = tiny.run_module("trainstack.monitor.goodput", job.path)
+    result = tiny.run_command("goodput", job.path)
     lines = result.stdout.splitlines()
     rows = table(result.stdout)
     events = job.events()

@@ -61,7 +61,7 @@ def rewrite(run: Path, change) -> None:
 
 
 def test_a_run_that_was_killed_stopped_and_resumed_at_other_sizes_used_every_sample_once(run, home):
-    result = tiny.run_module("trainstack.monitor.ledger", "audited", "--home", home)
+    result = tiny.run_command("ledger", "audited", "--home", home)
     lines = records(run)
     redone = len(lines) - STEPS
     assert redone > 0

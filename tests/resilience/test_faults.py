@@ -338,7 +338,7 @@ def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(la
     lab.train(run, *settings)
     wall_seconds = time.time() - began_at
     assert len(trace.events("attempt")) == len(kinds) + 1
-    goodput = tiny.run_module("trainstack.monitor.goodput", trace.run.path).stdout
+    goodput = tiny.run_command("goodput", trace.run.path).stdout
     rows = dict(re.findall(r"^  (\w+) +([\d.]+) +[\d.]+", goodput, re.MULTILINE))
     total = float(rows.pop("all"))
     assert sum(map(float, rows.values())) == pytest.approx(total, abs=0.05 * len(rows))
