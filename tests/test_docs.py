@@ -1,14 +1,20 @@
-"""What the documents say is so: links, commands, settings, tests, the file tree."""
+"""What the documents say is so, and short: links, commands, settings, tests, files, sentences."""
 
+import ast
 import re
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
+import matrix_table
+import test_layers
 import tiny
 from trainstack.config.load import load
 from trainstack.config.problems import all_keys
+from trainstack.data.order import Mixture
 from trainstack.errors import USAGE_ERROR
 from trainstack.run.states import EXIT_CODES
 
@@ -16,7 +22,14 @@ ROOT = tiny.ROOT
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "doc").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "doc" / "architecture.md").read_text()
+PROTOCOLS = (ROOT / "doc" / "protocols.md").read_text()
+DATA = (ROOT / "doc" / "data.md").read_text()
+MATRIX = (ROOT / "doc" / "fault-matrix.md").read_text()
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TOP = ROOT / "trainstack" / "__init__.py"
+ROOMS = sorted((ROOT / "trainstack").glob("*/__init__.py"))
+LONGEST_SENTENCE = 40  # words
+LONGEST_LINE = 100  # columns
 
 
 def project_files() -> list[str]:
@@ -58,7 +71,7 @@ def test_every_setting_that_is_named_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_that_is_named_exists(document):
-    for file, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", document.read_text()):
+    for file, name in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", document.read_text()):
         assert f"def {name}(" in (ROOT / file).read_text() or not name, f"{file}::{name}"
 
 
@@ -70,21 +83,92 @@ def test_every_option_of_train_by_hand_exists(document):
             assert f'"{option}"' in source, option
 
 
-def test_the_file_tree_of_the_readme_is_the_repository():
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_the_package_exists(document):
+    names = re.findall(r"-m trainstack([ .]\w+)", document.read_text())
+    if names:
+        commands = (ROOT / "trainstack" / "__main__.py").read_text()
+        assert not [name for name in names if f'"{name[1:]}"' not in commands]
+        assert not [name for name in names if name[0] == "."], "write: -m trainstack NAME"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_sentence_is_long(document):
+    too_long = [text for text in sentences(document) if len(text.split()) > LONGEST_SENTENCE]
+    assert not too_long
+
+
+def sentences(document: Path) -> Iterator[str]:
+    """Sentences, items of lists and cells of tables; without code blocks, `code` as one word."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", document.read_text())
+    text = re.sub(r"`[^`]+`", "code", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)  # of a link, what is read
+    text = re.sub(r"(?m)^ *(-|\d+\.) |^\||\|$|\| | \|", "\n\n", text)
+    for block in re.split(r"\n\s*\n", text):
+        yield from re.split(r"(?<=[.?!])\)?\s+", block)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_line_is_long_but_a_row_of_a_table_in_doc(document):
+    is_readme = document.name == "README.md"
+    for number, line in enumerate(document.read_text().splitlines(), start=1):
+        is_free = line.startswith("|") and not is_readme
+        assert is_free or len(line) <= LONGEST_LINE, f"{document.name}:{number}"
+
+
+def test_the_file_list_of_the_readme_is_the_repository_and_the_rooms_of_the_package():
     lines = README.split("## The files")[1].split("```")[1].strip().splitlines()
-    named = {line.split()[0] for line in lines if line[0] != " "}
-    modules = {line.split()[0] for line in lines if line[0] == " "}
+    top = [line.split()[0] for line in lines if line[0] != " "]
+    rooms = [line.split()[0] for line in lines if line[0] == " "]
     paths = [name.split("/") for name in project_files() if name != "README.md"]
-    assert named == {path[0] + "/" * (len(path) > 1) for path in paths}
-    assert modules == {path[1] for path in paths if path[0] == "trainstack"} - {"__init__.py"}
+    files = {path[0] for path in paths if len(path) == 1}
+    folders = {f"{path[0]}/" for path in paths if len(path) > 1}
+    assert sorted(top) == sorted(files | folders)
+    assert sorted(rooms) == [f"{path.parent.name}/" for path in ROOMS]
     assert not [line for line in lines if len(line.split()) > 9], "a name and eight words at most"
 
 
-def test_the_table_of_modules_is_the_package():
-    named = re.findall(r"^\| \[(\w+)\]\(../trainstack/(\w+)\.py\) \|", ARCHITECTURE, re.MULTILINE)
-    assert all(name == file for name, file in named)
-    there = {path.stem for path in (ROOT / "trainstack").glob("*.py")} - {"__init__"}
-    assert sorted(name for name, _ in named) == sorted(there)
+@pytest.mark.parametrize("path", [TOP, *ROOMS], ids=lambda path: path.parent.name)
+def test_the_docstring_of_a_package_lists_its_files_in_one_line_each(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    listed = re.findall(r"(?m)^ *(\w+\.py)  +\S", docstring)
+    assert sorted(listed) == sorted(file.name for file in path.parent.glob("*.py") if file != path)
+
+
+def test_the_order_of_the_rooms_is_the_order_of_imports():
+    shown = re.findall(r"(?m)^\| `(\w+)` \|", section(ARCHITECTURE, "Rooms"))
+    assert tuple(shown) == test_layers.ROOMS
+
+
+def section(text: str, title: str) -> str:
+    """What is below a heading, to the next one of its kind."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_table_of_waits_is_that_of_the_code():
+    waits = re.findall(r"(?m)^\| `([A-Z_]+)` in `([\w/.]+)` \| ([\d.]+) \|", PROTOCOLS)
+    assert waits
+    for name, file, seconds in waits:
+        source = (ROOT / "trainstack" / file).read_text()
+        found = re.search(rf"(?m)^{name} = ([\d.]+)", source)
+        assert found and float(found[1]) == float(seconds), name
+
+
+def test_the_mixture_that_is_worked_through_is_what_the_code_draws():
+    blocks = re.findall(r"(?m)^\| (\d+) \| (\d+) \| (\d+) \|", section(DATA, "Mixing"))
+    assert blocks
+    mixture = Mixture([1000, 1000], [0.7, 0.3], seed=1)
+    for block, first, second in [map(int, row) for row in blocks]:
+        drawn = mixture.drawn_before(block + 1) - mixture.drawn_before(block)
+        assert drawn.tolist() == [first, second], f"block {block}"
+
+
+def test_the_page_of_the_fault_matrix_is_what_the_script_writes():
+    """Its rows and the line that says how they were measured are the measurement's."""
+    written = matrix_table.page([], "")
+    is_measured = re.compile(r"\| F\d\d[^|]*\|(?: [^|]*\|){8}|Measured on .*")
+    shown = [line for line in MATRIX.splitlines() if not is_measured.fullmatch(line)]
+    assert shown == [line for line in written.splitlines() if not is_measured.fullmatch(line)]
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
