@@ -6,11 +6,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import matrix_table
 import pytest
+import test_layers
 import yaml
 
-import matrix_table
-import test_layers
 import tiny
 from trainstack.config.load import load
 from trainstack.config.problems import all_keys
