@@ -34,11 +34,12 @@ from trainstack.resilience.faults import Faults
 from trainstack.resilience.faults import parse as parse_faults
 from trainstack.resilience.guard import Diverged, Guard, Policy
 from trainstack.resilience.stop import Stop
-from trainstack.resilience.watchdog import SAVE_SECONDS, START_SECONDS, Watch
+from trainstack.resilience.watchdog import Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.run.lease import Owner
 from trainstack.run.states import EXIT_CODES, RUNNING, Phase
+from trainstack.run.waits import SAVE_SECONDS, START_SECONDS
 from trainstack.storage import layout
 from trainstack.train import ending, startup
 from trainstack.train.announce import announce

@@ -22,7 +22,6 @@ from trainstack.errors import ConfigError
 
 log = logging.getLogger("trainstack")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # NCCL's own default; gloo's is 30
-PEER_LOST_SECONDS = 3  # a victim waits, so that the rank that failed first is seen first
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a rank leaves when it fails: a line for people, an account for the job's shell, a code."""
+"""What a rank leaves when it fails: a line for people, a report for the job's shell, a code."""
 
 import contextlib
 import logging
@@ -12,52 +12,44 @@ from trainstack.errors import ConfigError
 from trainstack.resilience.guard import Diverged
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES
+from trainstack.run.waits import PEER_LOST_SECONDS
 
 log = logging.getLogger("trainstack")
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
 def explain(error: BaseException, run: RunFolder | None, job: str | None, attempt: int) -> int:
-    """Say what went wrong and leave this rank's account of it; the exit code."""
+    """Say what went wrong, leave this rank's failure report, and return the exit code."""
     is_main = distributed.rank_of_process() == 0
-    if isinstance(error, ConfigError):
+    state, code, facts = "FAILED", EXIT_CODES["FAILED"], {}
+    if isinstance(error, ConfigError):  # all ranks raise it; one of them tells
+        state, code = STATES.get(error.code, "FAILED"), error.code
+        cause, is_victim = " ".join(error.problems), not is_main
         if is_main:
             print(error.report("train.py"), file=sys.stderr, flush=True)
-        state = STATES.get(error.code, "FAILED")
-        text = " ".join(error.problems)
-        record_failure(run, job, attempt, state, error.code, text, is_victim=not is_main)
-        linger(is_main)
-        return error.code
-    if isinstance(error, Diverged):
+    elif isinstance(error, Diverged):  # likewise
+        state, code = "DIVERGED", EXIT_CODES["DIVERGED"]
+        cause, is_victim = str(error), not is_main
+        facts = {"is_rollback": error.is_rollback}
+        if is_main and error.is_rollback:
+            cause = roll_back(run, error)
         if is_main:
-            text = roll_back(run, error) if error.is_rollback else str(error)
-            log.error("DIVERGED at %s", text)
-        record_failure(
-            run, job, attempt, "DIVERGED", EXIT_CODES["DIVERGED"], text if is_main else str(error),
-            is_victim=not is_main, is_rollback=error.is_rollback,
-        )  # fmt: skip
-        linger(is_main)
-        return EXIT_CODES["DIVERGED"]
-    lines = traceback.format_exception(error)
-    what = str(error).splitlines()[0] if str(error) else ""
-    is_victim = distributed.is_peer_lost(error)
-    if is_victim:  # its traceback would only hide the one that matters
-        log.error("lost a peer (%s)", what[:160])
+            log.error("DIVERGED at %s", cause)
     else:
-        log.error("%s", "".join(lines))
-    kind = type(error).__name__
-    cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
-    tail = "".join(lines[-3:]).splitlines()[-8:]
-    code = EXIT_CODES["FAILED"]
-    record_failure(run, job, attempt, "FAILED", code, cause, is_victim=is_victim, traceback=tail)
-    linger(not is_victim)
+        lines = traceback.format_exception(error)
+        what = str(error).splitlines()[0] if str(error) else ""
+        is_victim = distributed.is_peer_lost(error)
+        if is_victim:  # its traceback would only hide the one that matters
+            log.error("lost a peer (%s)", what[:160])
+        else:
+            log.error("%s", "".join(lines))
+        kind = type(error).__name__
+        cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
+        facts = {"traceback": "".join(lines[-3:]).splitlines()[-8:]}
+    record_failure(run, job, attempt, state, code, cause, is_victim, **facts)
+    if is_victim:
+        time.sleep(PEER_LOST_SECONDS)  # the first to end is taken for the cause
     return code
-
-
-def linger(is_first: bool) -> None:
-    """Who is not the first to know leaves later: the first to end is taken for the cause."""
-    if not is_first:
-        time.sleep(distributed.PEER_LOST_SECONDS)
 
 
 def roll_back(run: RunFolder, error: Diverged) -> str:
@@ -73,9 +65,9 @@ def roll_back(run: RunFolder, error: Diverged) -> str:
 
 def record_failure(
     run: RunFolder | None, job: str | None, attempt: int, state: str, code: int, cause: str,
-    is_victim: bool = False, **facts,
+    is_victim: bool, **facts,
 ) -> None:  # fmt: skip
-    """Leave this rank's account of the failure for the job's shell, which decides the blame."""
+    """Leave this rank's failure report for the job's shell, which decides whom to blame."""
     if run is not None and run.path.is_dir():
         rank = distributed.rank_of_process()
         with contextlib.suppress(OSError):

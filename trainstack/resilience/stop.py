@@ -4,7 +4,7 @@ import signal
 import time
 from pathlib import Path
 
-MARGIN_SECONDS = 15  # for leaving: logs, the last status, torchrun's own end
+from trainstack.run.waits import MARGIN_SECONDS
 
 
 class Stop:
@@ -25,19 +25,30 @@ class Stop:
         self.reason = self.reason or signal.Signals(number).name
 
     def is_wanted(self, step_seconds: float, saves: int = 1) -> bool:
-        """Whether this rank has a reason to stop; the flag is read one step later, hence two.
+        """Whether this rank has a reason to stop; notes the first one in ``reason``.
 
-        ``saves``: how many have to be waited for, one more where one is under way.
+        ``saves``: how many have to be waited for, one more if one is under way.
         """
         if self.is_main and self.reason is None:
-            if self.stop_file is not None and self.stop_file.exists():
-                self.reason = self.stop_file.read_text().strip() or "stop file"
-            elif self.ends_at is not None:
-                need = 2 * step_seconds + saves * self.save_seconds + MARGIN_SECONDS
-                left = self.ends_at - time.time()
-                if need > left:
-                    self.reason = (
-                        f"{max(0, left):.0f} s to the end of the job, a step and a save take "
-                        f"{step_seconds + saves * self.save_seconds:.0f} s"
-                    )
+            found = self._from_stop_file() or self._from_clock(step_seconds, saves)
+            if found is not None:  # else a signal may have set one meanwhile
+                self.reason = found
         return self.reason is not None
+
+    def _from_stop_file(self) -> str | None:
+        if self.stop_file is None or not self.stop_file.exists():
+            return None
+        return self.stop_file.read_text().strip() or "stop file"
+
+    def _from_clock(self, step_seconds: float, saves: int) -> str | None:
+        if self.ends_at is None:
+            return None
+        saves_seconds = saves * self.save_seconds
+        left = self.ends_at - time.time()
+        # The flag is read one step later, hence two steps.
+        if 2 * step_seconds + saves_seconds + MARGIN_SECONDS <= left:
+            return None
+        return (
+            f"{max(0, left):.0f} s to the end of the job, a step and a save take "
+            f"{step_seconds + saves_seconds:.0f} s"
+        )

@@ -17,7 +17,7 @@ CONTINUES = "the same command continues it"
 
 
 class Phase(enum.Enum):
-    """Where the loop is, in the order in which a step passes through them."""
+    """Where the loop is, in the order in which a run passes through them."""
 
     START = "the start"
     SAMPLES = "samples"
@@ -26,3 +26,8 @@ class Phase(enum.Enum):
     EVALUATION = "evaluation"
     SAVE = "save"
     END = "the end"
+
+    @property
+    def number(self) -> int:
+        """Its index in that order, as failure reports have it."""
+        return list(Phase).index(self)

@@ -1,0 +1,42 @@
+"""The waits that depend on each other stay in the relation that the right rank is blamed by."""
+
+from torch.distributed.run import get_args_parser
+
+import tiny
+from trainstack.config.load import load
+from trainstack.distributed import COLLECTIVE_TIMEOUT
+from trainstack.run import waits
+
+TORCHRUN_KILLS_SECONDS = 30  # torch.distributed.elastic.multiprocessing.api, PContext.close
+
+
+def test_torchrun_sees_the_rank_that_failed_first_before_its_victims_end():
+    looks_each = get_args_parser().get_default("monitor_interval")
+    assert looks_each < waits.PEER_LOST_SECONDS
+
+
+def test_all_ranks_can_report_before_launch_kills_them():
+    assert waits.PEER_LOST_SECONDS < waits.SHUTDOWN_SECONDS
+    assert waits.TICKS_SECONDS + waits.LOCKED_SECONDS < waits.SHUTDOWN_SECONDS
+
+
+def test_ranks_that_wait_for_a_locked_one_report_before_it_ends():
+    assert waits.TICKS_SECONDS < waits.LOCKED_SECONDS
+
+
+def test_launch_kills_a_rank_that_does_not_hear_before_torchrun_would():
+    assert waits.LOOK_SECONDS + waits.SHUTDOWN_SECONDS < TORCHRUN_KILLS_SECONDS
+
+
+def test_a_watchdog_that_is_late_by_a_tick_does_not_take_its_process_for_stopped():
+    assert waits.TICKS_SECONDS < waits.STOPPED_SECONDS
+
+
+def test_a_new_owner_waits_until_the_former_one_has_looked_at_the_lease():
+    assert waits.OWNED_SECONDS < waits.TAKEOVER_SECONDS
+
+
+def test_a_hang_is_found_and_blamed_before_the_collectives_give_up():
+    """Otherwise the ranks that wait would all be victims of a timeout, and none would hang."""
+    shipped = load(tiny.ROOT / "config.yaml", [])
+    assert shipped.guard.hang_seconds < COLLECTIVE_TIMEOUT.total_seconds()

@@ -1,0 +1,31 @@
+"""The waits that depend on each other: who waits for what, and why as long as that.
+
+All in seconds. tests/run/test_waits.py holds the relations.
+"""
+
+# A rank fails, and its peers fail with it. The first to end is taken for the cause, so the others
+# wait before they end; and launch.py kills what is left only when all had time to report.
+PEER_LOST_SECONDS = 3  # a rank that lost a peer, before it ends: torchrun looks each 0.1 s
+LOOK_SECONDS = 1.0  # launch.py, between two looks for the failure report of any rank
+SHUTDOWN_SECONDS = 8  # launch.py, from that report until it kills its ranks: the longest of these
+
+# A rank hangs, and its peers wait for it. Each watchdog ends its own rank beyond the limit of a
+# phase. A rank that holds the interpreter's lock cannot run its watchdog: faulthandler, in C, ends
+# it later than the watchdogs of its peers, so that they have reported, and before launch.py kills.
+TICKS_SECONDS = 1.0  # a watchdog, between two looks at its loop
+LOCKED_SECONDS = 5.0  # faulthandler, beyond the limit of the watchdog
+STOPPED_SECONDS = 5.0  # a watchdog that wakes up later than this: its whole process was stopped
+
+# What a phase of the loop may take beyond a step.
+START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
+SAVE_SECONDS = 1800  # a save that the loop has to wait for, to a slow file system
+
+# The end of the job.
+MARGIN_SECONDS = 15  # kept free to leave in order: logs, the last status, torchrun's own end
+
+# The run folder changes its owner. The former one may be alive on a node that Slurm lost: it looks
+# at the lease before it writes, but may write for a while without looking again. The new one waits
+# for longer than that.
+OWNED_SECONDS = 1.0  # an owner may write without another look
+TAKEOVER_SECONDS = 3.0  # the new owner, before it writes
+VISIBLE_SECONDS = 10.0  # a rank on another node, until the new lease shows up (caches of NFS)
