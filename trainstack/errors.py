@@ -25,24 +25,27 @@ class ConfigError(Exception):
         return "\n".join([head, *(f"  {problem}" for problem in self.problems)])
 
 
+class Failed(ConfigError):
+    """The request was right, but something else is in the way."""
+
+    code = 1
+
+
 class Refused(ConfigError):
     """The run folder belongs to another job, or to another experiment."""
 
     code = 78
 
 
-def shown(value: Any) -> str:
-    """A value as it stands in a message: on one line, and not longer than one."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    text = "null" if value is None else text if text.isprintable() else repr(text)
-    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
-
-
 class DataError(Exception):
-    """A data file holds something that is no document; says file, place, what and the fix."""
+    """A data file holds something that is not a document; says file, line, what and the fix."""
 
 
-class Failed(ConfigError):
-    """Something else than the person's input is in the way."""
-
-    code = 1
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not longer than one."""
+    if value is None:
+        return "null"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if not text.isprintable():
+        text = repr(text)
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"

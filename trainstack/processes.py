@@ -1,4 +1,4 @@
-"""How a process ends: with its parent, or at once on Ctrl-C."""
+"""How a process ends: with its parent, or at once on Ctrl-C; and whether one lives."""
 
 import ctypes
 import os
@@ -10,9 +10,9 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def die_with_parent(parent: int) -> None:
-    """Ask the kernel to kill this process with its parent, whose id is told by the parent itself.
+    """Ask the kernel to kill this process with its parent, whose id the parent itself has told.
 
-    For the parent may have died before the request took effect.
+    The parent may have died before the request took effect: then this process ends here.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -38,13 +38,14 @@ def is_dead(holder: dict[str, Any]) -> bool:
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot with the boot's id; None where it ended.
+    """When a process started, in clock ticks since boot with the boot's id; None if it has ended.
 
-    Field 22 of /proc/<pid>/stat, counted behind the command's closing parenthesis (proc(5)).
+    Field 22 of /proc/<pid>/stat, counted from behind the command's closing parenthesis (proc(5)).
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else f"{boot}/{fields[19]}"
+    is_over = fields[0] in "ZX"  # a zombie, or dead
+    return None if is_over else f"{boot}/{fields[19]}"

@@ -205,7 +205,7 @@ def test_another_weight_is_another_run(home):
     tiny.train(home, 1, *MIXTURE, *common)
     refused = tiny.train(home, 1, *MIXTURE[:2], changed, *common, check=False)
     assert refused.returncode
-    assert "run refused cannot go on with data.mixture=" in refused.stdout
+    assert "run refused cannot continue with data.mixture=" in refused.stdout
 
 
 def others(**own) -> str:

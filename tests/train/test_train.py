@@ -167,7 +167,7 @@ def test_a_warned_stop_saves_pauses_and_costs_nothing(home, reference):
 def test_another_seed_in_the_same_run_is_refused_and_changes_nothing(home, reference):
     before = weights_hash(home, "reference")
     result = tiny.train(home, 1, "run.name=reference", "run.seed=5", check=False)
-    assert "run reference cannot go on with run.seed=5 (the run has 1234)" in result.stdout
+    assert "run reference cannot continue with run.seed=5 (the run has 1234)" in result.stdout
     assert result.returncode != 0
     assert weights_hash(home, "reference") == before
     assert status(home, "reference")["state"] == "DONE"

@@ -1,1 +1,8 @@
-"""What keeps a run safe, or ends it."""
+"""What keeps a run safe, or ends it.
+
+stop.py      when to save and stop
+watchdog.py  a step that never ends
+guard.py     is this update good?
+failure.py   what a rank leaves when it fails
+faults.py    faults on demand, for tests
+"""

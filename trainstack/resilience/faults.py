@@ -1,13 +1,13 @@
 """Faults on demand, to see what a run makes of them: ``TRAINSTACK_FAULT="kill:rank=1,step=25"``.
 
 A fault is ``ACTION:key=value,...``; several are joined by ``;``. Keys: ``rank`` (default 0),
-``step`` (before which it happens, default 1), ``attempt`` (which life it hits, default 1, or
-``all``), ``op`` (which change to the disk of the first save, for those below the line).
+``step`` (before which it happens, default 1), ``attempt`` (in which it happens, default 1, or
+``all``), ``op`` (before which change to the disk in the first save, for those below the line).
 
     kill stop term      SIGKILL, SIGSTOP, SIGTERM to the rank itself
     segv abort          a real segmentation fault, abort(3)
-    raise exit          an exception; an exit without a word
-    sleep gil           an hour of sleep; an hour without giving up the interpreter's lock
+    raise exit          an exception; an exit without a report
+    sleep gil           an hour of sleep; an endless call that holds the interpreter's lock
     oom                 takes memory until the kernel or the allocator says no
     slow                from that step on, each step takes 0.1 s longer
     nan                 the step's loss of this rank is not a number
@@ -35,19 +35,22 @@ ERRORS = {"enospc": errno.ENOSPC, "edquot": errno.EDQUOT, "eio": errno.EIO}
 OTHERS = ("segv", "abort", "raise", "exit", "sleep", "gil", "oom", "slow", "nan", "crash")
 ACTIONS = (*SIGNALS, *ERRORS, *OTHERS)
 SLOW_SECONDS = 0.1
+OOM_BYTES = 64 << 20  # taken at a time
 
 
 @dataclass
 class Fault:
+    """One fault; the fields are the keys above."""
+
     action: str
     rank: int = 0
     step: int = 1
-    attempt: int | None = 1  # None: every life
+    attempt: int | None = 1  # None: every attempt
     op: int = 1
 
 
 def parse(text: str) -> list[Fault]:
-    """The faults that a text describes; ConfigError where it is none."""
+    """The faults that a text describes; ConfigError if it describes none."""
     return [_parse_one(part) for part in text.split(";") if part.strip()]
 
 
@@ -65,7 +68,7 @@ def _parse_one(text: str) -> Fault:
 
 
 class Faults:
-    """The faults of this rank in this life; without any it does nothing."""
+    """The faults of this rank in this attempt; without any it does nothing."""
 
     def __init__(self, faults: list[Fault], rank: int, attempt: int):
         self.faults = [f for f in faults if f.rank == rank and f.attempt in (None, attempt)]
@@ -107,7 +110,7 @@ class Faults:
         elif action == "oom":
             taken = []
             while True:
-                taken.append(b"x" * (64 << 20))
+                taken.append(b"x" * OOM_BYTES)
         elif action == "nan":
             self.loss_factor = float("nan")
 
@@ -116,10 +119,8 @@ class Faults:
             return
         self._changes += 1
         for fault in self.faults:
-            if fault.op != self._changes:
-                continue
-            if fault.action == "crash":
+            if fault.op == self._changes and fault.action == "crash":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if fault.action in ERRORS:
+            if fault.op == self._changes and fault.action in ERRORS:
                 number = ERRORS[fault.action]
                 raise OSError(number, os.strerror(number), str(path))

@@ -1,4 +1,4 @@
-"""The files that say what a run is doing: status.json, events.jsonl, and the lease."""
+"""The folder of a run: status.json, events.jsonl, failure reports, and what was left out."""
 
 import contextlib
 import json
@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.run.states import CONTINUES, EXIT_CODES
+from trainstack.run.waits import VISIBLE_SECONDS
 from trainstack.storage import files
 from trainstack.units import now
 
-TORCHRUN_GOT = "torchrun got"  # how a stop file begins that launch.py wrote
+# How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
+# that the job shall end; this one may only say that srun ended the other nodes, since one failed.
+TORCHRUN_GOT = "torchrun got"
 
 
 class RunFolder:
-    """A run's folder; only rank 0 and the job's shell write here."""
+    """A run's folder; rank 0 and the job's shell write here, each rank its own failure report."""
 
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
+        self.status_before = path / ".status.before"  # a submission, which sbatch may refuse
 
     def create(self) -> None:
         for folder in (self.checkpoints, self.logs, self.path / "lease"):
@@ -29,8 +33,10 @@ class RunFolder:
         for folder in (self.path, *self.path.parents[:2]):
             files.sync_folder(folder)
 
+    # --- What the run is doing: status.json
+
     def status(self) -> dict[str, Any]:
-        """The last status; empty where none was written or it cannot be read."""
+        """The last status; empty if none was written or it cannot be read."""
         try:
             return json.loads((self.path / "status.json").read_bytes())
         except (OSError, ValueError):
@@ -44,14 +50,16 @@ class RunFolder:
         files.replace_file(self.path / "status.json", text.encode())
 
     def pause(self, job: str, attempt: int, cause: str, **facts: Any) -> None:
-        """Record that a life left in order; the same command continues the run."""
+        """Record that an attempt ended in order; the same command continues the run."""
         facts |= {"job": job, "attempt": attempt, "cause": cause}
         code = EXIT_CODES["PAUSED"]
         self.set_status("PAUSED", **facts, exit_code=code, next_action=CONTINUES)
         self.add_event("paused", **facts)
 
+    # --- What happened: events.jsonl
+
     def add_event(self, event: str, **facts: Any) -> None:
-        """Append to the history: what happened, when, where."""
+        """Append to the history: what happened, when, on which host."""
         record = {"event": event, "at": now(), "host": socket.gethostname(), **facts}
         files.append_line(self.path / "events.jsonl", record)
 
@@ -64,6 +72,8 @@ class RunFolder:
                     records.append(json.loads(line))
         return records
 
+    # --- Why an attempt failed: logs/<job>.<attempt>.*
+
     def add_failure(
         self,
         job: str | None,
@@ -75,7 +85,7 @@ class RunFolder:
         is_victim: bool,
         **facts: Any,
     ) -> None:
-        """Leave one rank's account of why it ended; ``is_victim``: it only lost a peer."""
+        """Leave one rank's failure report; ``is_victim``: it only lost a peer."""
         record = {
             "at": now(),
             **facts,
@@ -86,28 +96,31 @@ class RunFolder:
             "cause": cause,
             "is_victim": is_victim,
         }
-        name = f"{job or 'local'}.{attempt}.rank{rank}.failure.json"
+        path = self._log(job, attempt, f"rank{rank}.failure.json")
         with contextlib.suppress(OSError):  # the disk may be the very cause
-            files.replace_file(self.logs / name, json.dumps(record).encode())
+            files.replace_file(path, json.dumps(record).encode())
             self.failed_mark(job, attempt).touch()
 
-    def stacks_file(self, job: str | None, attempt: int, rank: int) -> Path:
-        """Where a rank's watchdog writes what its threads were doing."""
-        return self.logs / f"{job or 'local'}.{attempt}.rank{rank}.stacks"
-
-    def failed_mark(self, job: str | None, attempt: int) -> Path:
-        """A file that is there once any rank of a life has failed: cheap to look for."""
-        return self.logs / f"{job or 'local'}.{attempt}.failed"
-
     def failures(self, job: str, attempt: int) -> list[dict[str, Any]]:
-        """All accounts of one life, the first that was no victim's first."""
+        """All failure reports of an attempt, by time; those of victims last."""
         records = []
         for path in self.logs.glob(f"{job}.{attempt}.rank*.failure.json"):
             with contextlib.suppress(OSError, ValueError):
                 records.append(json.loads(path.read_bytes()))
-        # An abort is what NCCL does to those who wait: any other account comes first.
-        order = lambda r: (r["is_victim"], r.get("is_abort", False), r["at"])  # noqa: E731
-        return sorted(records, key=order)
+        return sorted(records, key=_order_of_failure)
+
+    def failed_mark(self, job: str | None, attempt: int) -> Path:
+        """A file that is there once any rank of an attempt has failed: cheap to look for."""
+        return self._log(job, attempt, "failed")
+
+    def stacks_file(self, job: str | None, attempt: int, rank: int) -> Path:
+        """Where a rank's watchdog writes what its threads were doing."""
+        return self._log(job, attempt, f"rank{rank}.stacks")
+
+    def _log(self, job: str | None, attempt: int, name: str) -> Path:
+        return self.logs / f"{job or 'local'}.{attempt}.{name}"
+
+    # --- Data that a rollback leaves out: left_out.json
 
     def left_out(self) -> list[dict[str, int]]:
         """Windows of samples that rollbacks left out, oldest first.
@@ -130,10 +143,18 @@ class RunFolder:
     def set_left_out(self, windows: list[dict[str, int]]) -> None:
         files.replace_file(self.path / "left_out.json", json.dumps(windows).encode())
 
+    # --- Whether all nodes see one folder
+
     def has_lease(self, epoch: int) -> bool:
         """Whether the lease that rank 0 took shows up here, waiting out a slow file system."""
-        for _ in range(100):
-            if (self.path / "lease" / f"{epoch}.json").exists():
-                return True
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not (self.path / "lease" / f"{epoch}.json").exists():
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.1)
-        return False
+        return True
+
+
+def _order_of_failure(record: dict[str, Any]) -> tuple[bool, bool, str]:
+    """Victims last; before them aborts, since NCCL does that to ranks that wait; then by time."""
+    return record["is_victim"], record.get("is_abort", False), record["at"]

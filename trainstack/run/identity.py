@@ -6,8 +6,13 @@ from trainstack.config.schema import Config
 from trainstack.errors import Refused
 
 
+def identity(config: Config, key: str) -> dict[str, Any]:
+    """What may not change between two attempts of a run; ``key``: of its corpus."""
+    return {**config.identity(), "tokens": key}
+
+
 def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str) -> None:
-    """Refused, showing each setting that may not change between lives of one run."""
+    """Refused if any of it differs, showing each that does."""
     different = [
         f"{key}={wanted.get(key)} (the run has {saved.get(key)})"
         for key in sorted(saved.keys() | wanted.keys())
@@ -15,7 +20,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
     ]
     if different:
         raise Refused(
-            f"run {run_name} cannot go on with {', '.join(different)}; "
+            f"run {run_name} cannot continue with {', '.join(different)}; "
             "put it back, or choose another run.name"
         )
 
@@ -28,8 +33,3 @@ def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
         for key, value in values.items()
         if saved.get(section, {}).get(key) != value
     ]
-
-
-def identity(config: Config, key: str) -> dict[str, Any]:
-    """What may not change between two lives of a run; ``key``: of its corpus."""
-    return {**config.identity(), "tokens": key}
