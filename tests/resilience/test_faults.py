@@ -73,9 +73,9 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     job = hung[0]["job"]
     stacks = {n: (trace.run.logs / f"{job}.{n[0]}.rank{n[1]}.stacks").read_text()
               for n in [(1, 0), (1, 1), (2, 0)]}  # fmt: skip
-    assert "compute_gradients" in stacks[1, 0], "the one that waited"
-    assert "fault.py" in stacks[1, 1], "the one that held the lock of the interpreter"
-    assert "fault.py" in stacks[2, 0], "the one that slept"
+    assert re.search(r"in \w*gradients\b", stacks[1, 0]), "the one that waited"
+    assert "faults.py" in stacks[1, 1], "the one that held the lock of the interpreter"
+    assert "faults.py" in stacks[2, 0], "the one that slept"
     trace.record("F10, F11", "; ".join(f for _, f, _ in HANGS), reference, hung[0]["cause"])
 
 
@@ -272,7 +272,7 @@ def test_a_clock_that_is_a_minute_off_is_named_before_anything_begins(lab):
     clock["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"
     trace = lab.train("skewed", code=2, **clock)
     cause = trace.run.status()["cause"]
-    assert cause == f"the clock of {HOST} is +60 s off that of the file system; mend its NTP"
+    assert cause == f"the clock of {HOST} is +60 s off that of the file system; fix its NTP"
     assert not trace.steps()
     write_row("F29", fault="clock of the node 60 s ahead (faketime)", redone=0, repeated=0,
               skipped=0, identical=None, seconds=None, code=2, message=cause)  # fmt: skip
@@ -309,7 +309,7 @@ def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, t
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert refused.returncode == 78, refused.stderr
-    assert "run f34 cannot go on with tokens=" in refused.stderr
+    assert "run f34 cannot continue with tokens=" in refused.stderr
     lab.train("f34-new", "train.max_steps=5").ledger()
     write_row("F34", fault="FORCE_REFRESH while a job trains", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=78, message=refused.stderr.strip())  # fmt: skip

@@ -1,41 +1,69 @@
-"""Which rank is to blame for the end of an attempt."""
+"""Which rank is to blame for the end of an attempt, by the failure reports that were left.
 
-import argparse
+Reports come from a rank itself (failure.py, watchdog.py), or at second hand from launch.py, of
+ranks that could not write one: those that were killed, or crashed.
+"""
+
 from typing import Any
 
 from trainstack.run.folder import RunFolder
+from trainstack.run.states import Phase
 
-WAITS_FOR_NOBODY = 1  # position of a rank that hangs over its own samples
+
+def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
+    """The failure report of the rank that ended an attempt; None if there is no report at all.
+
+    The first of these rules that names a rank decides. If ranks hung, and every other one that
+    reported is a victim:
+
+    1. A rank that hung over its own samples: it waited for nobody.
+    2. The silent rank, which did not report: the ones that hung waited for it.
+    3. The least advanced of those that hung: the others waited for it.
+
+    In any case:
+
+    4. The silent rank, if all others only lost a peer.
+    5. The first that was not a victim; of victims alone, the first.
+    """
+    reports = run.failures(job, attempt)  # victims last, else by time
+    own = [report for report in reports if not report.get("is_second_hand")]
+    hung = [report for report in own if report["state"] == "HANG"]
+    silent = silent_rank(run, job, attempt, reports) if own else None
+    if hung and all(report["state"] == "HANG" or report["is_victim"] for report in own):
+        # Reports at second hand do not count here: what killed a rank came after the hang.
+        for report in hung:  # 1
+            if list(Phase)[report["position"][1]] is Phase.SAMPLES:
+                return report
+        if silent:  # 2: stopped, in the kernel, or holding the interpreter's lock
+            cause = f"stopped answering while the others waited for it ({hung[0]['cause']})"
+            return {**hung[0], **silent, "cause": cause}
+        return min(hung, key=lambda report: report["position"])  # 3
+    if silent and all(report["is_victim"] for report in reports):  # 4
+        cause = "disappeared without a report, and the others lost it (its node or network?)"
+        return {**reports[0], **silent, "cause": cause}
+    return next(iter(reports), None)  # 5
 
 
-def without_word(run: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    """The account of an attempt whose ranks left none."""
-    where = lost_hosts(run, options.job, options.attempt)
-    cause = f"the processes ended with code {options.code} and left no word ({where})"
+def silent_rank(
+    run: RunFolder, job: str, attempt: int, reports: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Rank and host of the first rank that did not report; None if all did, or none had begun."""
+    # An abort at second hand is a report: NCCL aborts ranks that wait, so it was not silent.
+    heard = {r["rank"] for r in reports if not r.get("is_second_hand") or r.get("is_abort")}
+    for rank, line in enumerate(ranks_of(run, job, attempt)):
+        if rank not in heard:
+            return {"rank": rank, "host": host_of(line)}
+    return None
+
+
+def unreported(run: RunFolder, job: str, attempt: int, code: int) -> dict[str, Any]:
+    """In place of a failure report, if nobody left one; ``code``: of srun or torchrun."""
+    hosts = sorted({host_of(line) for line in ranks_of(run, job, attempt)})
+    where = f"node lost, or killed; it ran on {', '.join(hosts)}"
+    if not hosts:
+        where = "killed, or never begun"
+    cause = f"the processes exited with code {code} without reporting a cause ({where})"
     return {"state": "FAILED", "exit_code": 1, "rank": "none", "cause": cause}
-
-
-def first_failure(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
-    """The account of the rank that failed first; where ranks hung, of the one that held them up."""
-    records = run.failures(job, attempt)
-    own = [record for record in records if not record.get("is_second_hand")]
-    hung = [record for record in own if record["state"] == "HANG"]
-    alone = [r for r in hung if r["position"][1] == WAITS_FOR_NOBODY]
-    heard = {r["rank"] for r in records if not r.get("is_second_hand") or r.get("is_abort")}
-    ranks = enumerate(ranks_of(run, job, attempt))
-    silent = [(rank, line) for rank, line in ranks if own and rank not in heard]
-    if hung and all(record["state"] == "HANG" or record["is_victim"] for record in own):
-        if alone:
-            return alone[0]
-        if not silent:
-            return min(hung, key=lambda record: record["position"])  # the least advanced
-        # Stopped, in the kernel, or holding the interpreter's lock: it could not say a word.
-        cause = f"stopped answering while the others waited for it ({hung[0]['cause']})"
-        return {**hung[0], "rank": silent[0][0], "host": host_of(silent[0][1]), "cause": cause}
-    if silent and all(record["is_victim"] for record in records):
-        cause = "left no word, and the others lost it (its node or network?)"
-        return {**records[0], "rank": silent[0][0], "host": host_of(silent[0][1]), "cause": cause}
-    return next(iter(records), None)
 
 
 def ranks_of(run: RunFolder, job: str, attempt: int) -> list[str]:
@@ -48,11 +76,3 @@ def ranks_of(run: RunFolder, job: str, attempt: int) -> list[str]:
 
 def host_of(line: str) -> str:
     return line.partition(" on ")[2].partition(":")[0]
-
-
-def lost_hosts(run: RunFolder, job: str, attempt: int) -> str:
-    """Where an attempt ran that left no word, in words."""
-    hosts = sorted({host_of(line) for line in ranks_of(run, job, attempt)})
-    if not hosts:
-        return "killed, or never begun"
-    return f"node lost, or killed; it ran on {', '.join(hosts)}"

@@ -1,0 +1,193 @@
+"""How an attempt ended, and what follows: a restart in place, a requeue, or the end of the job."""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainstack.checkpoint import names
+from trainstack.errors import USAGE_ERROR
+from trainstack.job.blame import blame, ranks_of, unreported
+from trainstack.run.folder import TORCHRUN_GOT, RunFolder
+from trainstack.run.lease import Lease, Owner, order_of
+from trainstack.run.states import EXIT_CODES
+
+RESTART, REQUEUE, END = "restart", "requeue", "end"  # what the job's shell does next
+RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
+LOG_TAIL_BYTES = 1 << 14  # of metrics.jsonl: many lines
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What follows the end of an attempt, and what is written down about it."""
+
+    verdict: str  # RESTART, REQUEUE or END
+    code: int  # exit code of the job
+    state: str | None = None  # for status.json; None: what is written there stays
+    cause: str = ""  # of that state
+    step: int | None = None  # that the attempt had reached
+    lines: tuple[str, ...] = ()  # for people, before those of the state
+    event: str | None = None  # for events.jsonl, before that of the state
+    facts: dict[str, Any] = field(default_factory=dict)  # of that event
+
+
+def decide(
+    run: RunFolder,
+    owner: Owner,
+    code: int,
+    stop_file: Path | None,
+    is_taken_back: bool,
+    is_ending: bool,
+) -> Ending:
+    """How an attempt ended, and what follows. Writes nothing; the first that holds decides.
+
+    ``code``: of srun or torchrun, which counts only if no rank reported. ``is_taken_back``: Slurm
+    has requeued the job. ``is_ending``: the job ends whatever follows, so nothing restarts.
+    """
+    job, attempt, status = owner.job, owner.attempt, run.status()
+    is_ours = status.get("job") == job and status.get("attempt") == attempt
+    # The ranks wrote the end into status.json: that holds, whatever srun returned.
+    if is_ours and status["state"] == "PAUSED" and is_stuck(run, job):
+        cause = f"{STUCK}; the last one was paused: {status['cause']}"
+        return Ending(END, EXIT_CODES["NO_PROGRESS"], "NO_PROGRESS", cause, status.get("step"))
+    if is_ours and status["state"] in EXIT_CODES:
+        verdict = REQUEUE if status["state"] == "PAUSED" else END
+        return Ending(verdict, EXIT_CODES[status["state"]])
+    # The run is another attempt's by now, and so is its status.
+    if is_replaced(run, owner):
+        line = f"REFUSED: attempt {attempt} of job {job} was replaced: another one owns the run"
+        return Ending(END, EXIT_CODES["REFUSED"], lines=(line,))
+    # Slurm starts the job again by itself, on other nodes.
+    if is_taken_back:
+        line = f"Slurm took the job back, a node failed; it resumes from {next_start(run)}"
+        facts = {"job": job, "attempt": attempt}
+        return Ending(END, EXIT_CODES["FAILED"], lines=(line,), event="node_lost", facts=facts)
+    # A stop that came while the ranks were loading, before they could hear of it, is no failure.
+    failure = blame(run, job, attempt)
+    is_only_victim = failure is None or failure["is_victim"]
+    is_stopped = stop_file is not None and stop_file.exists()
+    if is_stopped and is_only_victim and not has_trained(run, owner):
+        return pause_without_save(run, owner, stop_file)
+    failure = failure or unreported(run, job, attempt, code)
+    return decide_failed(run, owner, failure, is_ours, stop_file, is_ending)
+
+
+def decide_failed(
+    run: RunFolder,
+    owner: Owner,
+    failure: dict[str, Any],
+    is_ours: bool,
+    stop_file: Path | None,
+    is_ending: bool,
+) -> Ending:
+    """What follows a failure, by the report of the rank that is to blame."""
+    is_of_rank = not isinstance(failure["rank"], str)
+    who = f"rank {failure['rank']} on {failure['host']}: " if is_of_rank else ""
+    state, code, cause = failure["state"], failure["exit_code"], who + failure["cause"]
+    # Another job holds the run, and its status is that job's.
+    if not is_ours and code == EXIT_CODES["REFUSED"] and Lease(run.path).holder()[1]:
+        return Ending(END, code, lines=(f"REFUSED: {cause}",))
+    step = last_step(run)
+    # A wrong setting fails again; a divergence too, unless a rollback leaves out its data.
+    may_pass = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")
+    if not may_pass or is_ending:
+        return Ending(END, code, state, cause, step)
+    failed = f"{state} at step {step:,}: {cause}"
+    # Asked to stop: another attempt here would only load, and stop again.
+    if stop_file and stop_file.exists() and not is_false_stop(stop_file):
+        return pause_without_save(run, owner, stop_file, failed)
+    lines = (failed, *(f"  {line}" for line in failure.get("traceback") or []))
+    event, rank = state.lower(), failure["rank"]
+    facts = {"job": owner.job, "attempt": owner.attempt, "cause": cause, "step": step, "rank": rank}
+    # The same failure at the same step again and again: a restart would not help.
+    if is_stuck(run, owner.job):
+        state, code = "NO_PROGRESS", EXIT_CODES["NO_PROGRESS"]
+        cause = f"{STUCK}; the last one: {cause}"
+        return Ending(END, code, state, cause, step, lines, event, facts)
+    again = (
+        f"restarting in place from {next_start(run)} (attempt {owner.attempt} ended; "
+        f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} without a newer checkpoint would end the job)"
+    )
+    return Ending(RESTART, code, "RESTARTING", cause, step, (*lines, again), event, facts)
+
+
+def pause_without_save(run: RunFolder, owner: Owner, stop_file: Path, *lines: str) -> Ending:
+    """The job was asked to end, and its ranks were gone before they could save, or even begin."""
+    has_begun = ranks_of(run, owner.job, owner.attempt)
+    when = "before the ranks had saved" if has_begun else "before training began"
+    cause = f"{stop_file.read_text().strip()}, {when}"
+    return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, lines=lines)
+
+
+def is_false_stop(stop_file: Path | None) -> bool:
+    """Whether a stop file only says that srun ended the other nodes, since one had failed.
+
+    If Slurm wants the job to end as well, the job's shell itself hears of it.
+    """
+    if stop_file is None or not stop_file.exists():
+        return False
+    return stop_file.read_text().startswith(TORCHRUN_GOT)
+
+
+def is_replaced(run: RunFolder, owner: Owner) -> bool:
+    """Whether another attempt owns the run by now: of this job, requeued by Slurm, or of another.
+
+    A node that Slurm lost may still run, and the job's shell on it: status and restarts no longer
+    belong to that shell.
+    """
+    _, holder = Lease(run.path).holder()
+    if not holder:
+        return False
+    if holder["job"] == owner.job:
+        return order_of(holder) > owner.order
+    return bool(ranks_of(run, owner.job, owner.attempt))  # it was ours once
+
+
+def is_stuck(run: RunFolder, job: str) -> bool:
+    """Whether the last attempts of a job all ended without a newer checkpoint, in whatever way."""
+    own = attempts_of(run, job)
+    if len(own) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
+        return False
+    last = own[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    newest, _ = names.newest_checkpoint(run.checkpoints)
+    # The least of them: a damaged checkpoint may have been the newest once, and is set aside.
+    return newest <= min(event["newest"] for event in last)
+
+
+def has_trained(run: RunFolder, owner: Owner) -> bool:
+    """Whether an attempt came as far as its first step."""
+    events = run.events()
+    begun = [
+        index
+        for index, event in enumerate(events)
+        if event["event"] == "attempt"
+        and (event["job"], event["attempt"]) == (owner.job, owner.attempt)
+    ]
+    return bool(begun) and any(event["event"] == "training" for event in events[begun[-1] :])
+
+
+def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:
+    """The events by which the attempts of a job began, oldest first."""
+    return [e for e in run.events() if e["event"] == "attempt" and e["job"] == job]
+
+
+def next_start(run: RunFolder) -> str:
+    """Where the next attempt begins, and how many steps it has to do again."""
+    from_step, newest = names.newest_checkpoint(run.checkpoints)
+    redo = last_step(run) - from_step
+    again = f"{redo:,} steps to redo" if redo > 0 else "nothing to redo"
+    return f"{newest.name if newest else 'the beginning'}: {again}"
+
+
+def last_step(run: RunFolder) -> int:
+    """The last step that is known: by the status, which is seconds old, or the last log line."""
+    step = run.status().get("step") or 0
+    with contextlib.suppress(OSError), (run.path / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut at either end
+                step = max(step, json.loads(line)["step"])
+    return step
