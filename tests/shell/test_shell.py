@@ -116,7 +116,7 @@ class Site:
 
     def make_checkpoint(self, step: int, **changes) -> None:
         """What a run of this configuration leaves, as far as submit.sh looks at it."""
-        loaded = load.load(self.checkout / "config.yaml", [])
+        loaded = load(self.checkout / "config.yaml", [])
         (store,) = (self.home / "tokens").iterdir()
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         saved = {**identity(loaded, store.name), **changed}
@@ -468,7 +468,7 @@ def test_several_mistakes_are_told_together_under_one_head(site):
 
 def test_a_number_of_processes_that_is_none_is_refused(site):
     line = complaint(site.submit(NPROC_PER_NODE="two"), 2)
-    assert "NPROC_PER_NODE=two is no number of processes" in line
+    assert "NPROC_PER_NODE=two is not a number of processes" in line
 
 
 def test_the_processes_that_train_slurm_was_edited_for_count_in_the_arithmetic(site):
@@ -524,13 +524,13 @@ def test_a_local_run_is_refused_while_a_job_of_slurm_works_on_it(site):
 def test_settings_of_another_experiment_are_refused_with_the_difference(site):
     site.make_checkpoint(5, run__seed=99)
     line = complaint(site.submit(), 78)
-    assert "run first cannot go on with run.seed=1234 (the run has 99); put it back, or" in line
+    assert "run first cannot continue with run.seed=1234 (the run has 99); put it back, or" in line
 
 
 def test_a_setting_that_may_change_continues_the_run(site):
     site.make_checkpoint(5)
     assert site.submit("optim.learning_rate=0.5").stdout == "4711\n"
-    kept = load.load(site.run_dir / "config.yaml", [])
+    kept = load(site.run_dir / "config.yaml", [])
     assert kept.optim.learning_rate == 0.5
 
 
@@ -950,7 +950,7 @@ def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(
     assert status["state"] == state
     assert job.attempts() == ["1", "2", "3"][:attempts]
     if written in (None, "RUNNING"):
-        assert f"ended with code {srun} and left no word" in status["cause"]
+        assert f"exited with code {srun} without reporting a cause" in status["cause"]
         assert len(re.findall(rf"first: FAILED at step \d: .* code {srun}", errors)) == 3
         assert "bash submit.sh" in errors
     assert requeues(job) == []
@@ -1048,7 +1048,7 @@ def test_a_shell_whose_job_was_requeued_elsewhere_leaves_the_run_to_it(job):
     job.commands.add("srun", "exit 1")
     code, errors = job.wait()
     assert code == 78, errors
-    assert "first: REFUSED: attempt 1 of job 77 goes on elsewhere" in errors
+    assert "first: REFUSED: attempt 1 of job 77 was replaced" in errors
     assert job.attempts() == ["1"]
     assert (job.run_dir / "status.json").read_bytes() == before
 
@@ -1174,7 +1174,7 @@ def test_ranks_that_were_gone_before_they_could_begin_leave_a_paused_run(job, nu
     status = job.run.status()
     assert (status["state"], status["exit_code"]) == ("PAUSED", 75)
     assert status["cause"].endswith(", before training began")
-    assert "goes on from the beginning: nothing to redo" in errors
+    assert "resumes from the beginning: nothing to redo" in errors
     assert requeues(job) == ([] if number == signal.SIGTERM else [["requeue", "77"]])
 
 
@@ -1186,7 +1186,7 @@ def test_ranks_that_were_gone_before_they_could_save_are_not_said_to_have_lost_n
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 75, errors
     assert job.run.status()["cause"].endswith(", before the ranks had saved")
-    assert "goes on from checkpoint-5: 4 steps to redo" in errors
+    assert "resumes from checkpoint-5: 4 steps to redo" in errors
 
 
 def test_a_stop_file_of_an_earlier_process_of_this_name_stops_nobody(job):
@@ -1254,7 +1254,7 @@ def test_what_a_person_has_to_look_at_ends_the_rest_of_a_chain(job, state):
     job.run.set_status(state, job="76", attempt=1)
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == EXIT_CODES[state]
-    assert errors == f"first: {state} in job 76: the rest of the chain does not go on\n"
+    assert errors == f"first: {state} in job 76: the rest of the chain does not continue\n"
     assert job.commands.calls("srun") == []
     assert job.run.status()["job"] == "76"
 

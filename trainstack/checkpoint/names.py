@@ -10,6 +10,7 @@ from trainstack.storage import manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and two moments of AdamW, each in fp32
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

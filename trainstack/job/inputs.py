@@ -1,54 +1,58 @@
 """What the run needs on disk: model, data, tokens, space."""
 
-import argparse
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from trainstack.checkpoint.names import newest_identity
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER, newest_identity
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
 from trainstack.errors import Failed
-from trainstack.run import identity
 from trainstack.run.folder import RunFolder
-from trainstack.run.identity import check_identity
+from trainstack.run.identity import check_identity, identity
 from trainstack.storage import files, layout
-from trainstack.storage.manifest import MANIFEST, damage, read_manifest
-
-SMALL_FILE = (
-    64 << 20
-)  # bytes; larger files are verified by size here, by content when they are read
-BYTES_PER_PARAMETER = 12  # fp32 weights and two AdamW moments
+from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
 
 
-def prepare_demo(options: argparse.Namespace, config: Config) -> None:
-    """Build the built-in demo where the configuration names it and it is not there."""
+def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
+    """Build the built-in demo if the configuration names it and it is not there."""
     names = {config.model.name, *(section.name for section in config.data.sources)}
     is_demo = names == {layout.DEMO}
-    if not is_demo or not input_problem(options, config):
+    if not is_demo or not input_problem(home, config, fix=""):
         return
-    command = [sys.executable, "-m", "trainstack.prepare.prepare", "--home", options.home]
-    command += ["--config", options.config, *options.overrides]
+    command = [sys.executable, "-m", "trainstack", "prepare", "--home", home]
+    command += ["--config", config_file, *overrides]
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise Failed("the demo could not be prepared; the line above says why")
 
 
-def download_command(options: argparse.Namespace) -> str:
+def download_command(repository: Path, config_file: Path, overrides: list[str]) -> str:
     """What fetches the inputs of this run: with its config file and its choice of inputs."""
     command = ["bash", "download_data_model.sh"]
-    if options.config != options.repository / "config.yaml":
-        command.append(str(options.config))
-    command += [word for word in options.overrides if word.startswith(("model.", "data."))]
+    if config_file != repository / "config.yaml":
+        command.append(str(config_file))
+    command += [word for word in overrides if word.startswith(("model.", "data."))]
     return shlex.join(command)
 
 
-def input_problem(options: argparse.Namespace, config: Config) -> str | None:
-    """What is missing or damaged of model, data sets and tokens, and the command that mends it."""
-    home = options.home
-    fix = f"run: {download_command(options)}"
+def check_inputs(home: Path, config: Config, fix: str) -> Corpus:
+    """What the run learns from, once model, data and tokens are known to be there and whole.
+
+    Failed, with ``fix``, if something is missing or damaged.
+    """
+    problem = input_problem(home, config, fix)
+    if problem:
+        raise Failed(problem)
+    corpus = open_corpus(home, config)
+    enough_samples(config, corpus)
+    return corpus
+
+
+def input_problem(home: Path, config: Config, fix: str) -> str | None:
+    """What is missing or damaged of model, data sets and tokens, and what fixes it."""
     model = layout.model_folder(home, config.model.name)
     model_label = f"model {config.model.name}"
     wanted = [(model_label, model, config.model.revision)]
@@ -61,7 +65,7 @@ def input_problem(options: argparse.Namespace, config: Config) -> str | None:
             return f"{problem}; {fix}"
     for section in config.data.sources:
         folder = store.store_folder(home, config.model.name, section)
-        problem = next(damage(folder, SMALL_FILE), None)
+        problem = next(damage(folder, TRUSTED_BY_SIZE), None)
         if problem:
             return f"the tokens of {section.name} are not ready ({problem}); {fix}"
     if config.model.init == "pretrained" and not any(model.glob("*.safetensors")):
@@ -70,10 +74,10 @@ def input_problem(options: argparse.Namespace, config: Config) -> str | None:
 
 
 def asset_problem(name: str, folder: Path, revision: str) -> str | None:
-    """Why a model or a data set that lies here does not do."""
+    """Why a model or a data set in its folder cannot be used."""
     if not (folder / MANIFEST).exists():
         return f"{name} is not here yet"
-    problem = next(damage(folder, SMALL_FILE), None)
+    problem = next(damage(folder, TRUSTED_BY_SIZE), None)
     if problem:
         return f"{name} is damaged ({folder}: {problem})"
     manifest = read_manifest(folder)
@@ -83,27 +87,17 @@ def asset_problem(name: str, folder: Path, revision: str) -> str | None:
     return None
 
 
-def check_inputs(options: argparse.Namespace, config: Config) -> Corpus:
-    """What the run learns from, once model, data and tokens are known to be there and whole."""
-    problem = input_problem(options, config)
-    if problem:
-        raise Failed(problem)
-    corpus = open_corpus(options.home, config)
-    enough_samples(config, corpus)
-    return corpus
-
-
 def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> int:
-    """The step that the run has reached; Refused where it was another experiment's."""
+    """The step that the run has reached; Refused if another experiment made it."""
     step, saved = newest_identity(run.checkpoints)
     if saved:
-        check_identity(saved, identity.identity(config, corpus.key), config.run.name)
+        check_identity(saved, identity(config, corpus.key), config.run.name)
     return step
 
 
 def check_space(home: Path, config: Config) -> str:
-    """Failed where two checkpoints would not fit."""
-    parameters = count_parameters(layout.model_folder(home, config.model.name))
+    """How much space there is, and is needed; Failed if two checkpoints would not fit."""
+    parameters = known_parameters(layout.model_folder(home, config.model.name))
     free = files.free_bytes(home)
     if parameters is None:
         return f"{free / 1e9:,.0f} GB free (the size of a checkpoint is not known)"
@@ -116,8 +110,8 @@ def check_space(home: Path, config: Config) -> str:
     return f"{free / 1e9:,.0f} GB free, 2 checkpoints need {need / 1e9:,.2f} GB"
 
 
-def count_parameters(model_folder: Path) -> int | None:
-    """From the manifest; else by the shape of a decoder-only model; None where that is not told."""
+def known_parameters(model_folder: Path) -> int | None:
+    """From the manifest; else by the shape of a decoder-only model; None if that is unknown."""
     known = read_manifest(model_folder).get("parameters")
     if known:
         return known

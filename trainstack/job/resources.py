@@ -11,16 +11,16 @@ from trainstack.errors import ConfigError
 
 @dataclass(frozen=True)
 class Resources:
-    """What the job asks of Slurm; None where it is not said in a form that can be read here."""
+    """What the job asks of Slurm; None if it is not said in a form that can be read here."""
 
     nodes: int | None
     gpus_per_node: int | None
     time: str
     partition: str
-    processes_per_node: int | None  # as NPROC_PER_NODE stands in train.slurm; 0 where it is empty
+    processes_per_node: int | None  # NPROC_PER_NODE of train.slurm; 0 if it is empty there
 
     def __str__(self) -> str:
-        nodes = f"{self.nodes or '?'} node{'s'[: self.nodes != 1]}"
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes or '?'} nodes"
         gpus = f" x {self.gpus_per_node} GPUs" if self.gpus_per_node else ""
         return f"{nodes}{gpus}, {self.time}, {self.partition}"
 
@@ -42,7 +42,7 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
 
 
 def _gpus_per_node(*sources: list[str]) -> int | None:
-    """GPUs per node by the first source that says; None where it gives only a total."""
+    """GPUs per node by the first source that says; None if it gives only a total."""
     for words in sources:
         value = _last(words, "--gpus-per-node") or _last(words, "--gres", "", r"gpu:(.*)")
         if value is not None:
@@ -74,10 +74,12 @@ def _number(text: str) -> int | None:
 
 
 def check_batch(config: Config, resources: Resources, is_local: bool) -> None:
-    """ConfigError where the global batch cannot be spread over the job's processes."""
+    """ConfigError if the global batch cannot be spread over the job's processes."""
     processes = os.environ.get("NPROC_PER_NODE", "")
     if processes and not (processes.isdigit() and int(processes)):
-        raise ConfigError(f"NPROC_PER_NODE={processes} is no number of processes; write 2, or none")
+        raise ConfigError(
+            f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"
+        )
     per_node = int(processes) if processes else resources.processes_per_node
     if is_local or None in (resources.nodes, resources.gpus_per_node, per_node):
         return  # train.py checks it as well, when it knows

@@ -1,6 +1,5 @@
 """The copy of code, settings and environment that a job runs."""
 
-import argparse
 import json
 import os
 import shutil
@@ -15,6 +14,33 @@ from trainstack.storage import files
 SNAPSHOT = ("train.py", "train.slurm", "job.sh", "requirements.txt")  # beside the package
 
 
+def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: bool) -> None:
+    """Keep code, settings and environment, so that the job runs what was submitted."""
+    run.create()
+    replace_code(repository, run.path)
+    files.replace_file(run.path / "config.yaml", config.to_yaml().encode())
+    described = json.dumps(describe_environment(repository), indent=1)
+    files.replace_file(run.path / "environment.json", described.encode())
+    if not is_local:
+        files.replace_file(run.status_before, json.dumps(run.status()).encode())
+    # Also here: a DONE of before would tell the job that there is nothing to do.
+    state = STARTING if is_local else QUEUED
+    run.set_status(state, job=None, attempt=None, exit_code=None, cause=None)
+
+
+def replace_code(repository: Path, folder: Path) -> None:
+    """Copy the checkout's code to ``folder/code``, whole or not at all."""
+    snapshot, code = folder / f".code.{os.getpid()}.tmp", folder / "code"
+    before = folder / ".code.before"
+    shutil.rmtree(snapshot, ignore_errors=True)
+    copy_code(repository, snapshot)
+    shutil.rmtree(before, ignore_errors=True)
+    if code.exists():
+        os.rename(code, before)
+    os.rename(snapshot, code)
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def copy_code(repository: Path, folder: Path) -> None:
     """Copy what a job runs: the package with all its folders, and the files of SNAPSHOT.
 
@@ -26,26 +52,3 @@ def copy_code(repository: Path, folder: Path) -> None:
     for name in [*SNAPSHOT, *(path.relative_to(repository) for path in kept)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, folder / name)
-
-
-def make_run_folder(options: argparse.Namespace, config: Config, run: RunFolder) -> None:
-    """Keep code, settings and environment, so that the job runs what was submitted."""
-    run.create()
-    snapshot = run.path / f".code.{os.getpid()}.tmp"
-    shutil.rmtree(snapshot, ignore_errors=True)
-    copy_code(options.repository, snapshot)
-    before = run.path / ".code.before"
-    shutil.rmtree(before, ignore_errors=True)
-    if (run.path / "code").exists():
-        os.rename(run.path / "code", before)
-    os.rename(snapshot, run.path / "code")
-    shutil.rmtree(before, ignore_errors=True)
-    files.replace_file(run.path / "config.yaml", config.to_yaml().encode())
-    described = json.dumps(describe_environment(options.repository), indent=1)
-    files.replace_file(run.path / "environment.json", described.encode())
-    if not options.local:
-        before_status = run.status()
-        files.replace_file(run.path / ".status.before", json.dumps(before_status).encode())
-    # Also here: a DONE of before would tell the job that there is nothing to do.
-    state = STARTING if options.local else QUEUED
-    run.set_status(state, job=None, attempt=None, exit_code=None, cause=None)

@@ -7,13 +7,20 @@ line on stderr. Imports neither torch nor transformers: it answers in about a se
 import argparse
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, Failed, Refused
-from trainstack.job.inputs import check_inputs, check_progress, check_space, prepare_demo
+from trainstack.job.inputs import (
+    check_inputs,
+    check_progress,
+    check_space,
+    download_command,
+    prepare_demo,
+)
 from trainstack.job.resources import check_batch, read_resources
 from trainstack.job.snapshot import make_run_folder
 from trainstack.processes import is_dead
@@ -26,11 +33,25 @@ SPEAKER = "submit.sh"
 LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED"}
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a person asks of submit.sh."""
+
+    home: Path  # $SHARED_DIR/$PROJECT_NAME
+    repository: Path  # the checkout
+    config_file: Path
+    overrides: list[str]  # key=value
+    sbatch_options: list[str]
+    is_local: bool
+    is_dry_run: bool
+    queue: str  # the ids and states that squeue printed; empty if it was not asked
+
+
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+    request = parse(arguments)
     try:
-        config = load(options.config, options.overrides)
-        state, run = check(options, config)
+        config = load(request.config_file, request.overrides)
+        state, run = check(request, config)
     except ConfigError as error:
         print(error.report(SPEAKER, ", nothing was submitted"), file=sys.stderr)
         return error.code
@@ -42,7 +63,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> Request:
     parser = argparse.ArgumentParser(prog="python -m trainstack.job.submit", description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--repository", type=Path, required=True)
@@ -51,36 +72,48 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--queue", action="store_true", help="stdin has squeue's ids, states")
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    options, settings = parser.parse_known_args(arguments[:split])
-    options.overrides, options.sbatch = settings, arguments[split + 1 :]
-    options.queue = sys.stdin.read() if options.queue else ""
-    return options
+    options, overrides = parser.parse_known_args(arguments[:split])
+    return Request(
+        home=options.home,
+        repository=options.repository,
+        config_file=options.config,
+        overrides=overrides,
+        sbatch_options=arguments[split + 1 :],
+        is_local=options.local,
+        is_dry_run=options.dry_run,
+        queue=sys.stdin.read() if options.queue else "",
+    )
 
 
-def check(options: argparse.Namespace, config: Config) -> tuple[str, RunFolder]:
-    """All checks in the order of their cost; then, unless it is a dry run, the run folder."""
-    run = RunFolder(layout.run_folder(options.home, config.run.name))
-    resources = read_resources(options.repository / "train.slurm", options.sbatch)
-    check_batch(config, resources, options.local)
+def check(request: Request, config: Config) -> tuple[str, RunFolder]:
+    """All checks in the order of their cost; then, unless it is a dry run, the run folder.
+
+    Returns ``complete`` or ``ready``, and the run.
+    """
+    home, config_file, overrides = request.home, request.config_file, request.overrides
+    run = RunFolder(layout.run_folder(home, config.run.name))
+    resources = read_resources(request.repository / "train.slurm", request.sbatch_options)
+    check_batch(config, resources, request.is_local)
     wanted = os.environ.get("TRAINSTACK_FAULT", "")
     if faults.parse(wanted):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
     check_folder(run.path)
-    check_owner(run, options.queue)
-    if options.local:
-        prepare_demo(options, config)
-    corpus = check_inputs(options, config)
+    check_owner(run, request.queue)
+    if request.is_local:
+        prepare_demo(home, config_file, overrides, config)
+    fix = f"run: {download_command(request.repository, config_file, overrides)}"
+    corpus = check_inputs(home, config, fix)
     max_steps = config.steps_for(corpus.train.num_samples)
     if check_progress(run, config, corpus) >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
         say("to go further raise train.max_steps; for a new run choose another run.name")
         return "complete", run
-    space = check_space(options.home, config)
-    say(f"{options.config.name} ok | model and tokens present and verified | {space}")
-    if not options.dry_run:
-        make_run_folder(options, config, run)
-    if options.local:
+    space = check_space(home, config)
+    say(f"{config_file.name} ok | model and tokens present and verified | {space}")
+    if not request.is_dry_run:
+        make_run_folder(request.repository, config, run, request.is_local)
+    if request.is_local:
         say(f"run {config.run.name} -> {run.path}")
     else:
         say(f"{resources} | code and config kept in {run.path}/code")
@@ -92,7 +125,7 @@ def say(text: str) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Failed where the run folder is no folder or cannot be written."""
+    """Failed if the run folder is no folder or cannot be written."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise Failed(f"{path} is not a folder; move it away, or choose another run.name")
     parent = path if path.exists() else path.parent
@@ -101,7 +134,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_owner(run: RunFolder, queue: str) -> None:
-    """Refused where a job that lives or waits already works on this run."""
+    """Refused if a job that runs or waits already works on this run."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
     submitted = [e["job"] for e in run.events() if e["event"] == "submitted"]
     live = [job for job in dict.fromkeys(submitted) if job in states]  # of a chain, several
@@ -111,8 +144,8 @@ def check_owner(run: RunFolder, queue: str) -> None:
             f"run {run.path.name} has job {named} already; wait for it, or end it: "
             f"scancel {' '.join(live)}"
         )
-    _, holder = Lease(run.path).holder()
-    if not holder or holder.get("released"):
+    holder = Lease(run.path).unreleased()
+    if holder is None:
         return
     is_alive = is_known_here(holder) and not is_dead(holder)
     if is_alive or states.get(holder["job"]) in LIVE:

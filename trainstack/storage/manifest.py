@@ -22,6 +22,7 @@ from trainstack.storage.files import (
 )
 
 MANIFEST = "manifest.json"
+TRUSTED_BY_SIZE = 64 << 20  # bytes; larger files are hashed only when they are read: it takes long
 
 
 def hash_file(path: Path) -> dict[str, Any]:

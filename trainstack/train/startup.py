@@ -136,7 +136,7 @@ def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: W
 def expected_save_seconds(run: RunFolder, parameters: int) -> float:
     """What the last save of this run took; before there was one, a guess from the size."""
     saved = [e["save_seconds"] for e in run.events() if e["event"] == "checkpoint"]
-    return saved[-1] if saved else 1 + parameters * 12 / FIRST_SAVE_RATE
+    return saved[-1] if saved else 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
 
 
 def build_interval(job: Job, save_seconds: float) -> Interval | None:
