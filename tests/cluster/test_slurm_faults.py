@@ -93,7 +93,9 @@ def killed_agent(user: Site, run: str, row: str, reference) -> None:
     assert len(trace.events("attempt")) == 2
     assert user.cluster.job(job)["Restarts"] == "0", "without a new wait in the queue"
     cause = trace.events("failed")[0]["cause"]
-    assert re.match(r"rank 1 on c?node2: disappeared without a report, and the others lost it", cause)
+    assert re.match(
+        r"rank 1 on c?node2: disappeared without a report, and the others lost it", cause
+    )
     trace.record(row, "kill -9 of the torchrun of rank 1", reference, cause)
 
 
