@@ -41,7 +41,7 @@ set_environment() {
 # Sets: JOB RESTARTS ATTEMPT STOP_FILE
 name_job() {
   if [[ -n "${TRAINSTACK_LOCAL:-}" ]]; then
-    JOB="local-$(uname -n)-$$-$(date +%s)" # a pid alone comes again, in a container at once
+    JOB="local-$(uname -n)-$$-$(date +%s)" # pids repeat, in a container at once
   else
     JOB="$SLURM_JOB_ID"
   fi
@@ -193,7 +193,7 @@ finish() {
 }
 
 # Whether Slurm has put the job back into the queue, or runs it elsewhere: after it lost a node,
-# srun returns, even with 0, and this shell may live on.
+# srun returns, even with 0, and this shell may still run.
 is_taken_back() {
   local job
   [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 1

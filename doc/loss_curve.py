@@ -29,7 +29,8 @@ LEGEND = """
 <line class="loss" x1="480" y1="24" x2="500" y2="24"/> <text x="508" y="28">training</text>
 <rect class="held-out" x="578" y="19" width="10" height="10" rx="5"/>
 <text x="596" y="28">held-out data</text>
-<rect class="again" x="700" y="17" width="14" height="14"/> <text x="722" y="28">done twice</text>"""
+<rect class="again" x="700" y="17" width="14" height="14"/>
+<text x="722" y="28">done twice</text>"""
 
 
 def main(run: Path, picture: Path) -> None:
