@@ -105,12 +105,10 @@ def fetch(tmp_path, home, server):
     environment |= {"HF_ENDPOINT": server.url, "HOME": str(tmp_path), "PYTHONPATH": str(PROJECT)}
 
     def run(*arguments: str, umask: int = -1, patch: str = "", **variables: str) -> Result:
-        patched = (
-            f"{patch}; import sys; from trainstack import hub; sys.exit(hub.main(sys.argv[1:]))"
-        )
+        call = "import sys; from trainstack.hub.fetch import main; sys.exit(main(sys.argv[1:]))"
         done = subprocess.run(
             [
-                *([sys.executable, "-c", patched, *common] if patch else command),
+                *([sys.executable, "-c", f"{patch}; {call}", *common] if patch else command),
                 "--config",
                 str(PROJECT / "config.yaml"),
                 *arguments,
@@ -464,7 +462,7 @@ def test_a_disk_that_is_full_in_spite_of_what_it_said_is_told(server, home, fetc
         pytest.skip("no small disk without root")
     try:
         (home / "filler").write_bytes(b"x" * (180 << 10))
-        quota = "from trainstack import files; files.free_bytes = lambda _: 1 << 40"
+        quota = "from trainstack.storage import files; files.free_bytes = lambda _: 1 << 40"
         result = fetch(*PRETRAINED, patch=quota)
         assert result.code == 1 and len(result.lines) == 2, result
         assert "error: model org/tiny: the disk or your quota is full" in result.lines[1]
