@@ -1,4 +1,4 @@
-"""Every mistake in a configuration is one line with its place, its value and its fix."""
+"""Every mistake in a configuration is one line with its location, its value and its fix."""
 
 import re
 import subprocess
@@ -9,7 +9,8 @@ import yaml
 
 import tiny
 from trainstack.config.load import load
-from trainstack.config.other_names import FOREIGN_NAMES
+from trainstack.config.other_names import OTHER_NAMES
+from trainstack.config.problems import all_keys, suggestion
 from trainstack.errors import ConfigError
 
 SHIPPED = (tiny.ROOT / "config.yaml").read_text()
@@ -21,7 +22,7 @@ def check(*arguments) -> subprocess.CompletedProcess:
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:
-    """The one line on stderr; fails where there is more, less, or a traceback."""
+    """The one line on stderr; fails if there is more, less, or a traceback."""
     assert result.returncode == 2, result.stdout + result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
@@ -37,13 +38,13 @@ def changed(old: str, new: str) -> str:
 
 
 FILES = {
-    "B02 empty": ("", r"holds nothing where sections are expected; start from"),
-    "B02 a list": ("- a\n- b\n", r"holds a sequence where sections are expected"),
+    "B02 empty": ("", r"holds nothing instead of sections; start from"),
+    "B02 a list": ("- a\n- b\n", r"holds a sequence instead of sections"),
     "B03 a tab": ("run:\n\tname: x\n", r"config\.yaml:2:1: a tab at the start .* spaces"),
-    "B03 syntax": ("run: {name: x\n", r"config\.yaml:2:1: .*mend the line"),
-    "B04 twice": (
+    "B03 syntax": ("run: {name: x\n", r"config\.yaml:2:1: .*fix the line"),
+    "B04 repeated": (
         changed("  seed: 1234", "  seed: 1\n  seed: 2"),
-        r"config\.yaml:10: run\.seed: stands twice, first on line 9; remove one",
+        r"config\.yaml:10: run\.seed: is repeated, first on line 9; remove one",
     ),
     "B05 unknown": (
         changed("learning_rate:", "learing_rate:"),
@@ -69,7 +70,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_mistake_in_the_file_is_one_line_with_place_value_and_fix(name, tmp_path):
+def test_a_mistake_in_the_file_is_one_line_with_location_value_and_fix(name, tmp_path):
     text, pattern = FILES[name]
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("CANARY", str(tmp_path / "canary")))
@@ -137,10 +138,10 @@ def test_a_mistake_on_the_command_line_is_one_line_that_repeats_it(override, fix
     assert not (tiny.ROOT / "canary").exists()
 
 
-@pytest.mark.parametrize("name", [n for n, ours in FOREIGN_NAMES.items() if ours])
+@pytest.mark.parametrize("name", [n for n, ours in OTHER_NAMES.items() if ours])
 def test_the_names_of_other_trainers_lead_to_ours(name):
-    assert f"did you mean {FOREIGN_NAMES[name]}?" in load.suggestion(f"train.{name}")
-    assert FOREIGN_NAMES[name] in load.all_keys()
+    assert f"did you mean {OTHER_NAMES[name]}?" in suggestion(f"train.{name}")
+    assert OTHER_NAMES[name] in all_keys()
 
 
 def test_all_problems_are_told_at_once():
@@ -236,7 +237,7 @@ ODD_FILES = [
     (changed("name: demo ", f"name: {LONG} "), r"config\.yaml:8: run\.name=x{60}\.\.\. \(5,000 ch"),
     (changed("name: demo ", 'name: "a\\nb" '), r"config\.yaml:8: run\.name='a\\nb': not a plain"),
     (changed("  seed:", f"  {LONG[:900]}: 1\n  seed:"), r"yaml:9: run\.x+\.\.\. \(904 characters"),
-    (changed("  seed:", f"  {LONG}: 1\n  seed:"), r"config\.yaml:9:\d+: .*; mend the line 'x{60}'"),
+    (changed("  seed:", f"  {LONG}: 1\n  seed:"), r"config\.yaml:9:\d+: .*; fix the line 'x{60}'"),
     (changed("  seed: 1234", "  seed: &a {b: *a}"), r"nested without end"),
     (
         changed("  seed: 1234", "  ? [a, b]\n  : 1\n  seed: 1234"),
@@ -249,7 +250,7 @@ ODD_FILES = [
     (changed("  seed: 1234", "  seed: 2026-11-23"), r"run\.seed=2026-11-23: not a whole number"),
     (changed("  seed: 1234", "  seed: -1"), r"run\.seed=-1: out of range; write a number at least"),
     (changed("  seed: 1234", "  seed: no"), r"config\.yaml:9: run\.seed=no: not a whole number"),
-    (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; mend the line"),
+    (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; fix the line"),
     (SHIPPED + "\0", r"config\.yaml: not YAML: .*remove that character"),
     (changed("global_batch_size: 32", "global_batch_size: 30"), r"config\.yaml:\d+: train\.global"),
 ]
@@ -282,14 +283,14 @@ def test_file_and_command_line_are_judged_together(tmp_path):
 
 
 def test_the_names_of_other_trainers_are_told_all_at_once():
-    names = [name for name in FOREIGN_NAMES if name not in ("dataset", "datasets")]
+    names = [name for name in OTHER_NAMES if name not in ("dataset", "datasets")]
     result = check(*(f"train.{name}=1" for name in names))
     assert result.returncode == 2
     told = result.stderr.splitlines()
     assert told[0] == f"config: error: {len(names)} problems in the configuration"
     for name in names:
         (line,) = [line for line in told if f" train.{name}=1 (" in line]
-        fix = FOREIGN_NAMES[name]
+        fix = OTHER_NAMES[name]
         assert f"did you mean {fix}?" in line if fix else "remove it" in line
 
 

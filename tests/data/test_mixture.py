@@ -213,13 +213,13 @@ def others(**own) -> str:
 
 
 PROBLEMS = [
-    (["data.name=./a", others(name=f"{os.getcwd()}/a")], "/a stands twice in it"),
+    (["data.name=./a", others(name=f"{os.getcwd()}/a")], "/a is repeated"),
     (["data.name=two", "data.revision=v1", others(split="more")], "two in revisions v1 and main;"),
     (["data.eval_split=train"], "data.eval_split=train: tiny is trained on that split too"),
     (["data.name=two", "data.eval_split=test", others(split="test")], "data.eval_split=test: two"),
     (["data.weight=1"], "data.weight=1: there is no other data set to weigh it against"),
-    ([mixed("two")], "data.weight: some data sets have one and some have none (tiny: None, two: "),
-    ([mixed("two", "two", weighted=False)], "data.mixture: two stands twice in it"),
+    ([mixed("two")], "data.weight is set for some data sets only (tiny: None, two: "),
+    ([mixed("two", "two", weighted=False)], "data.mixture: two is repeated"),
     (["data.mixture=[{weight: 1}]"], "data.mixture[0].name: missing; each data set of a mixture"),
     (["data.mixture=[{name: two, weight: 0}]"], "write a number more than 0"),
     (["data.mixture=[{name: two, wieght: 1}]"], "did you mean data.weight?"),

@@ -9,7 +9,10 @@ IGNORED_LABEL = -100  # "no loss here", for data and model alike; torch's and tr
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step of ``global_batch_size`` sequences is spread over processes and micro steps."""
+    """How a step of ``global_batch_size`` sequences is spread over processes and micro steps.
+
+    Batch sizes count sequences of ``seq_len`` tokens. ConfigError if they cannot be spread evenly.
+    """
 
     global_batch_size: int
     micro_batch_size: int

@@ -1,8 +1,7 @@
-"""What a run is: config.yaml read strictly, with every problem reported at once.
+"""``python -m trainstack config``: checks a configuration and prints it with its arithmetic.
 
-Command line: ``python -m trainstack config [--config FILE] [--world-size N] [key=value ...]``
-prints the resolved configuration and the batch arithmetic. Imports neither torch nor transformers,
-so that a check on a login node takes a blink.
+Usage: ``python -m trainstack config [--config FILE] [--world-size N] [key=value ...]``. Imports
+neither torch nor transformers, so that a check on a login node takes a blink.
 """
 
 import argparse

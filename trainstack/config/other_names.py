@@ -1,8 +1,10 @@
-"""What other trainers call the settings that we have, for the fix of an unknown key."""
+"""What other trainers call the settings that we have, so that an unknown key gets a fix.
 
-# What others call the same thing (TrainingArguments, TRL, axolotl, torchtune, litgpt,
-# LLaMA-Factory, torchtitan); None: it is derived here, or not a setting.
-FOREIGN_NAMES = {
+They are TrainingArguments, TRL, axolotl, torchtune, litgpt, LLaMA-Factory and torchtitan.
+"""
+
+# another trainer's name -> our key; None: it is derived here, or not a setting
+OTHER_NAMES = {
     "per_device_train_batch_size": "train.micro_batch_size",
     "local_batch_size": "train.micro_batch_size",
     "device_batch_size": "train.micro_batch_size",

@@ -1,61 +1,65 @@
-"""What is wrong with a setting, in one line: where it is, its value, and the fix."""
+"""What is wrong with a setting, in one line: its location, its value, and the fix."""
 
 import difflib
 import re
 from pathlib import Path
 from typing import Any
 
-from trainstack.config.other_names import FOREIGN_NAMES
+from trainstack.config.other_names import OTHER_NAMES
 from trainstack.config.schema import Config
 from trainstack.errors import shown
 
 
-def place_of(dotted: str, places: dict[str, str], path: Path) -> str:
-    """Where a key stands, else the section around it, else the file."""
-    while dotted and dotted not in places:
-        dotted = re.sub(r"\.?[^.\[]*$|\[\d+\]$", "", dotted, count=1)
-    return places.get(dotted, path.name)
+def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) -> str:
+    """One of pydantic's findings as one line: location, key=value, what is wrong, the fix.
 
-
-def describe(detail: dict, values: dict, places: dict[str, str], path: Path) -> str:
-    """One line of pydantic's findings in our words: place, key=value, what is wrong, the fix."""
+    ``locations``: ``file:line``, or the override, of each dotted key; ``path``: the file.
+    """
     dotted = known_prefix(detail["loc"], values)
-    kind, wanted = detail["type"], detail.get("ctx", {})
-    place = place_of(dotted, places, path)
+    kind, limits = detail["type"], detail.get("ctx", {})
+    location = location_of(dotted, locations, path)
     if kind == "missing" and "[" in dotted:
-        return f"{place}: {dotted}: missing; each data set of a mixture has its own"
+        return f"{location}: {dotted}: missing; each data set of a mixture has its own"
     if kind == "missing":
-        return f"{place}: {dotted}: missing; copy its line from the shipped config.yaml"
-    if kind == "value_error":
-        return f"{place}: {wanted['error']}"
+        return f"{location}: {dotted}: missing; copy its line from the shipped config.yaml"
+    if kind == "value_error":  # raised by a section's own check, which names its keys
+        return f"{location}: {limits['error']}"
     value = detail["input"]
-    where = place if "(command line)" in place else f"{place}: {dotted}={shown(value)}"
+    is_override = "(command line)" in location  # which shows key and value itself
     if kind == "extra_forbidden":
-        where = place if "(command line)" in place else f"{place}: {shown(dotted)}"
-        return f"{where}: no such key; {suggestion(dotted)}"
-    return f"{where}: {expectation(kind, wanted, value, dotted)}"
+        key = location if is_override else f"{location}: {shown(dotted)}"
+        return f"{key}: no such key; {suggestion(dotted)}"
+    setting = location if is_override else f"{location}: {dotted}={shown(value)}"
+    return f"{setting}: {expectation(kind, limits, value, dotted)}"
 
 
-def known_prefix(location: tuple, values: dict) -> str:
-    """The dotted key of pydantic's location, without the union branches it appends."""
+def known_prefix(keys: tuple, values: dict) -> str:
+    """The dotted key of pydantic's path of keys, without the union branches that it appends."""
     dotted, depth = "", 0
-    for part in location:
-        if isinstance(values, list) and isinstance(part, int):
-            dotted, values = f"{dotted}[{part}]", values[part]
+    for key in keys:
+        if isinstance(values, list) and isinstance(key, int):
+            dotted, values = f"{dotted}[{key}]", values[key]
             continue
-        if not isinstance(values, dict) or (part not in values and depth > 1 and "[" not in dotted):
+        if not isinstance(values, dict) or (key not in values and depth > 1 and "[" not in dotted):
             break
-        dotted, depth = f"{dotted}.{part}" if dotted else str(part), depth + 1
-        values = values.get(part)
+        dotted, depth = f"{dotted}.{key}" if dotted else str(key), depth + 1
+        values = values.get(key)
     return dotted
 
 
-def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
+def location_of(dotted: str, locations: dict[str, str], path: Path) -> str:
+    """The location of a key, else of the section around it, else the file."""
+    while dotted and dotted not in locations:
+        dotted = re.sub(r"\.?[^.\[]*$|\[\d+\]$", "", dotted, count=1)
+    return locations.get(dotted, path.name)
+
+
+def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     """What would have been right, with an example to copy."""
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
-        sign = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-        limits = [f"{words} {wanted[key]:g}" for key, words in sign.items() if key in wanted]
-        return f"out of range; write a number {' and '.join(limits)}"
+        words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+        bounds = [f"{word} {limits[key]:g}" for key, word in words.items() if key in limits]
+        return f"out of range; write a number {' and '.join(bounds)}"
     if kind == "finite_number":
         return "not a finite number; write for example 2e-5"
     if kind.startswith(("int", "float")):
@@ -64,7 +68,7 @@ def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
     if kind.startswith("bool"):
         return "neither true nor false; write one of the two"
     if kind == "literal_error":
-        options = wanted["expected"].replace("'", "")
+        options = limits["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), re.split(r", | or ", options), 1)
         return f"not one of {options}" + (f"; did you mean {near[0]}?" if near else "; choose one")
     if kind == "string_pattern_mismatch":
@@ -76,6 +80,21 @@ def expectation(kind: str, wanted: dict, value: Any, dotted: str) -> str:
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
 
 
+def suggestion(dotted: str) -> str:
+    """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
+    dotted = re.sub(r"\.mixture\[\d+\]", "", dotted)
+    name = dotted.rpartition(".")[2]
+    keys = all_keys()
+    if name in OTHER_NAMES and OTHER_NAMES[name] is None:
+        return "it is derived from the batch sizes and the number of processes; remove it"
+    exact = OTHER_NAMES.get(name) or next((k for k in keys if k.endswith(f".{name}")), None)
+    near = [exact] if exact else difflib.get_close_matches(dotted, keys, 1, 0.6)
+    if not near:  # perhaps in a wrong section: by the last part alone
+        by_name = {key.rpartition(".")[2]: key for key in keys}
+        near = [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.6)]
+    return f"did you mean {near[0]}?" if near else "remove it; config.yaml lists every key"
+
+
 def all_keys() -> list[str]:
     """Every dotted key that config.yaml has."""
     return [
@@ -83,18 +102,3 @@ def all_keys() -> list[str]:
         for section, field in Config.model_fields.items()
         for key in field.annotation.model_fields
     ]
-
-
-def suggestion(dotted: str) -> str:
-    """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
-    dotted = re.sub(r"\.mixture\[\d+\]", "", dotted)
-    name = dotted.rpartition(".")[2]
-    keys = all_keys()
-    if name in FOREIGN_NAMES and FOREIGN_NAMES[name] is None:
-        return "it is derived from the batch sizes and the number of processes; remove it"
-    exact = FOREIGN_NAMES.get(name) or next((k for k in keys if k.endswith(f".{name}")), None)
-    near = [exact] if exact else difflib.get_close_matches(dotted, keys, 1, 0.6)
-    if not near:
-        last = {key.rpartition(".")[2]: key for key in keys}
-        near = [last[n] for n in difflib.get_close_matches(name, list(last), 1, 0.6)]
-    return f"did you mean {near[0]}?" if near else "remove it; config.yaml lists every key"

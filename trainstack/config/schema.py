@@ -1,4 +1,8 @@
-"""The sections of config.yaml: every setting with its type and range."""
+"""The sections of config.yaml: every setting with its type and range.
+
+Units, and why one would change a setting, are in the comments of config.yaml. A check that needs
+more than one setting raises ValueError; its text names the keys, what is wrong and the fix.
+"""
 
 import math
 from typing import Annotated, Any, Literal
@@ -10,7 +14,7 @@ from trainstack.config.batch import BatchPlan, batch_problem
 from trainstack.config.strict_yaml import Dumper
 from trainstack.storage.layout import absolute
 
-MOST_SOURCES = 32  # of a mixture
+MOST_SOURCES = 32  # data sets of a mixture
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -36,7 +40,7 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    """One data set; ``weight``: its share of the sequences, beside the weights of the others."""
+    """One data set; ``weight``: its share of the sequences, relative to the others' weights."""
 
     name: Name
     revision: Name
@@ -56,7 +60,7 @@ class SourceSection(Section):
 
     @property
     def label(self) -> str:
-        """The name that tells it from the others of a mixture."""
+        """The name that tells it from the others of a mixture: ``name@subset:split``."""
         subset = f"@{self.subset}" if self.subset else ""
         return f"{self.name}{subset}" + (f":{self.split}" if self.split != "train" else "")
 
@@ -77,9 +81,9 @@ class DataSection(SourceSection):
     def check_mixture(self) -> "DataSection":
         sources = self.sources
         labels = [source.label for source in sources]
-        twice = next((label for label in labels if labels.count(label) > 1), None)
-        if twice:
-            raise ValueError(f"data.mixture: {twice} stands twice in it; give it one larger weight")
+        repeated = next((label for label in labels if labels.count(label) > 1), None)
+        if repeated:
+            raise ValueError(f"data.mixture: {repeated} is repeated; give it one larger weight")
         for source in sources:
             same = [s for s in sources if (s.name, s.subset) == (source.name, source.subset)]
             if len({s.revision for s in same}) > 1:
@@ -94,14 +98,16 @@ class DataSection(SourceSection):
                 f"data.eval_split={both.split}: {both.name} is trained on that split too; hold out "
                 "another one, or null and an eval_fraction"
             )
-        weights = [source.weight for source in sources]
-        if None in weights and any(weights):
-            said = ", ".join(
-                f"{label}: {source.weight}" for label, source in zip(labels, sources, strict=True)
-            )
+        return self
+
+    @model_validator(mode="after")
+    def check_weights(self) -> "DataSection":
+        weights = {source.label: source.weight for source in self.sources}
+        if None in weights.values() and any(weights.values()):
+            given = ", ".join(f"{label}: {weight}" for label, weight in weights.items())
             raise ValueError(
-                f"data.weight: some data sets have one and some have none ({said}); give each of "
-                "data and data.mixture one, or write null for all: each as much as it is large"
+                f"data.weight is set for some data sets only ({given}); set it for all, or for "
+                "none (then each counts by its size)"
             )
         if self.weight and not self.mixture:
             raise ValueError(
@@ -216,7 +222,11 @@ class Config(Section):
         return math.ceil(samples / self.train.global_batch_size)
 
     def identity(self) -> dict[str, Any]:
-        """The settings that may not change when a run goes on: they decide what is learned from."""
+        """The settings that may not change when a run is resumed, by their dotted keys.
+
+        They decide what is learned from. The mixture is left out if there is none, so that a run
+        from before there were mixtures is resumed too.
+        """
         data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
         if not self.data.mixture:
             del data["data.mixture"], data["data.weight"]
