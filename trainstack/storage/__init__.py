@@ -1,1 +1,6 @@
-"""Everything that reaches a disk, and where it is."""
+"""Everything that reaches a disk, and where it is.
+
+files.py     changes that survive a crash, each announced first
+manifest.py  folders that are whole, or not there
+layout.py    where models, data sets and runs are
+"""

@@ -1,11 +1,10 @@
 """Files that survive a crash: the one thin layer through which everything durable is written.
 
+An fsync makes a file's content durable, but not its name: that takes an fsync of its folder
+(fsync(2)). A rename replaces a name at once (rename(2)). manifest.py publishes folders with these.
+
 Each change that the protocols rely on is announced before it is made (``watched_by``), so that a
 test can record a save, cut it short anywhere, and see whether what is left still resumes.
-
-The publish protocol: write into a temporary folder, fsync each file, write manifest.json last,
-fsync the folder, rename it to its final name, fsync the parent. A folder under its final name is
-therefore complete. Sources: rename(2) and fsync(2); an fsync of a file says nothing about its name.
 """
 
 import contextlib
@@ -21,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-CHUNK_BYTES = 8 << 20  # that are written at once
-READ_BYTES = 1 << 20
+CHUNK_BYTES = 8 << 20  # written at once
+READ_BYTES = 1 << 20  # read at once, to be hashed
 EIO_TRIES = 3  # a shared file system that fails over answers EIO for a moment
 # Called as (operation, path, detail) before each change: create, write (detail: the bytes), sync,
 # sync_folder, rename and link (detail: the new path), unlink, make_folder, remove_folder.
@@ -32,7 +31,7 @@ _watchers: list[Watcher] = []
 
 @contextlib.contextmanager
 def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Let ``watcher`` see every change to the disk, and raise OSError in its place."""
+    """Let ``watcher`` see every change to the disk; an OSError that it raises stops the change."""
     _watchers.append(watcher)
     try:
         yield
@@ -48,8 +47,8 @@ def _announce(operation: str, path: Path, detail: Any = None) -> None:
 class HashedFile:
     """A new file that is hashed while it is written, and synced when it is closed.
 
-    ``sha256`` and ``size`` (bytes) are valid after the ``with`` block. Raises FileExistsError:
-    nothing is ever overwritten in place.
+    ``sha256`` and ``size`` (bytes) are valid after the ``with`` block. FileExistsError if the name
+    is taken: nothing is ever overwritten.
     """
 
     def __init__(self, path: Path):
@@ -81,7 +80,7 @@ class HashedFile:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """An error of an open file does not say of which."""
+        """Give an OSError the name of the file: errors of an open file have none."""
         try:
             yield
         except OSError as error:
@@ -109,9 +108,9 @@ def write_file(path: Path, data: bytes) -> dict[str, Any]:
 def write_with(path: Path, fill: Callable[[HashedFile], None]) -> dict[str, Any]:
     """Write a new file durably, its content by ``fill``; returns its manifest entry.
 
-    After EIO the file is begun anew, since a page whose fsync failed may be gone: trying the fsync
-    alone again would succeed and lose it (Rebello et al., "Can Applications Recover from fsync
-    Failures?", 2020).
+    After EIO the whole file is written again, since a page whose fsync failed may be gone: another
+    fsync alone would succeed and lose it (Rebello et al., "Can Applications Recover from fsync
+    Failures?", 2020). Any other OSError is raised, with the name of the file.
     """
     for tried in range(1, EIO_TRIES + 1):
         try:
@@ -140,7 +139,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """Create a file with its whole content, exclusively; False where the name is taken.
+    """Create a file with its whole content, exclusively; False if the name is taken.
 
     A hard link is the one exclusive creation that NFS, Lustre and GPFS all keep atomic together
     with the content; open(O_EXCL) alone would show an empty file first.
@@ -185,7 +184,7 @@ def rename(path: Path, to: Path) -> None:
 
 
 def unlink(path: Path) -> None:
-    """Remove a file; nothing where it is gone."""
+    """Remove a file, if it is there."""
     _announce("unlink", path)
     path.unlink(missing_ok=True)
 
@@ -199,7 +198,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content durable; nothing where there is no such file."""
+    """Make a file's content durable, if there is such a file."""
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -218,10 +217,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_tree(folder: Path) -> None:
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all below it, if it is there; a link is removed, not what it leads to."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
-            _remove_tree(path)
+            remove_tree(path)
         else:
             unlink(path)
     if folder.is_dir():
@@ -231,9 +231,10 @@ def _remove_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """One process at a time; where the file system knows no locks, hope does.
+    """Let one process at a time into the block; ``waiting`` is called if another one is inside.
 
-    ``waiting`` is called where another one has to be waited for.
+    Best effort: on a file system without flock two may run at once, so whatever is done under this
+    lock must survive that.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, 0o666)
@@ -242,7 +243,7 @@ def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
     except BlockingIOError:
         waiting()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
+    except OSError:  # no flock here
         pass
     try:
         yield

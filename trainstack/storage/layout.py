@@ -1,29 +1,29 @@
-"""Where things lie below the project's folder ($SHARED_DIR/$PROJECT_NAME, here called home)."""
+"""Where everything is below ``home``, the project's folder ($SHARED_DIR/$PROJECT_NAME)."""
 
 import hashlib
 from pathlib import Path
 
-DEMO = "demo"
+DEMO = "demo"  # the name of the built-in model and data set
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 
 
 def is_local(name: str) -> bool:
-    """A model or data set name is a path where it starts like one; else it is a Hub name."""
+    """Whether the name of a model or data set is a path: it starts like one. Else the Hub's."""
     return name.startswith(LOCAL_PREFIXES)
 
 
 def absolute(name: str) -> str:
-    """The name as it means the same from every folder: a local path becomes absolute."""
+    """The name in a form that means the same in every folder: a local path becomes absolute."""
     return str(Path(name).expanduser().resolve()) if is_local(name) else name
 
 
 def model_folder(home: Path, name: str) -> Path:
-    """Where the model ``name`` lies, or will lie once it is downloaded."""
+    """Where the model is, or will be once it is fetched."""
     return home / "models" / folder_name(name)
 
 
 def dataset_folder(home: Path, name: str, subset: str | None) -> Path:
-    """Where the data set lies; each subset has a folder, since each may be fetched alone."""
+    """Where the data set is; each subset has a folder, since each may be fetched alone."""
     return home / "datasets" / (folder_name(name) + (f"@{subset}" if subset else ""))
 
 
@@ -36,4 +36,5 @@ def folder_name(name: str) -> str:
 
 
 def run_folder(home: Path, run_name: str) -> Path:
+    """Where the run keeps everything, whether it has begun or not."""
     return home / "runs" / run_name

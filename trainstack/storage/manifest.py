@@ -1,8 +1,8 @@
-"""The manifest of a folder: what is in it, hashed; a folder that has one is whole.
+"""Folders that are whole or not there: the manifest, and the protocol that publishes a folder.
 
-The publish protocol: write into a temporary folder, fsync each file, write manifest.json last,
-fsync the folder, rename it to its final name, fsync the parent. A folder under its final name is
-therefore complete. Sources: rename(2) and fsync(2); an fsync of a file says nothing about its name.
+Write into a temporary folder, hash and fsync each file (files.py), write manifest.json last, fsync
+the folder, rename it to its final name, fsync the parent. So a folder under its final name is
+complete, and its manifest has the size and the SHA-256 of every file in it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any
 
 from trainstack.storage.files import (
     READ_BYTES,
-    _remove_tree,
+    remove_tree,
     rename,
     sync_folder,
     unlink,
@@ -22,24 +22,16 @@ from trainstack.storage.files import (
 )
 
 MANIFEST = "manifest.json"
-TRUSTED_BY_SIZE = 64 << 20  # bytes; larger files are hashed only when they are read: it takes long
-
-
-def hash_file(path: Path) -> dict[str, Any]:
-    """The manifest entry of a file as it lies on disk."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-        size = file.tell()
-    return {"size": size, "sha256": digest.hexdigest()}
+# Bytes. Of a larger file that is already here only the size is compared: every submit checks all
+# files, and SHA-256 takes a second for 1 to 2 GB.
+TRUSTED_BY_SIZE = 64 << 20
 
 
 def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **facts: Any) -> None:
-    """Seal a written and synced temporary folder and give it its final name.
+    """Write the manifest of a temporary folder, whose files are synced, and give it its final name.
 
     ``entries`` maps each relative path to its manifest entry; ``facts`` are kept in the manifest
-    beside them. Raises OSError where ``final`` exists and is not empty.
+    beside them. OSError if ``final`` exists and is not empty.
     """
     write_manifest(temporary, entries, **facts)
     rename(temporary, final)
@@ -47,7 +39,7 @@ def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **fac
 
 
 def write_manifest(folder: Path, entries: dict[str, dict], **facts: Any) -> None:
-    """Write manifest.json as the last file of a folder, and sync every folder below."""
+    """Write manifest.json as the last file of a folder; sync that folder and all below it."""
     content = {**facts, "files": dict(sorted(entries.items()))}
     write_file(folder / MANIFEST, _manifest_bytes(content))
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
@@ -60,9 +52,10 @@ def _manifest_bytes(content: dict[str, Any]) -> bytes:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a published folder; raises FileNotFoundError or ValueError.
+    """The manifest of a published folder: its facts, and its entries as ``files``.
 
-    The manifest seals itself with a hash of its own content: one changed bit is a ValueError.
+    FileNotFoundError if there is none. ValueError if it is not as it was written: it carries a hash
+    of its own content, so one changed bit is found.
     """
     data = (folder / MANIFEST).read_bytes()
     content = json.loads(data)
@@ -75,9 +68,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
-    """What is wrong with a published folder, file by file; nothing where it verifies.
+    """What is wrong with a published folder, file by file; yields nothing if it verifies.
 
-    Sizes are always compared; contents of files of at most ``hash_up_to`` bytes, None for all.
+    Sizes are always compared, contents only of files of at most ``hash_up_to`` bytes (None: all).
     """
     try:
         files = read_manifest(folder)["files"]
@@ -103,9 +96,19 @@ def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
             yield f"{name}: {error.strerror}"
 
 
+def hash_file(path: Path) -> dict[str, Any]:
+    """The manifest entry of a file as it is on disk: its size in bytes, its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+        size = file.tell()
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder, its manifest first: half removed, it no longer verifies."""
+    """Remove a published folder, its manifest first: what is half removed must not verify."""
     with contextlib.suppress(OSError):  # what stays is tried again after the next save
         if folder.is_dir():
             unlink(folder / MANIFEST)
-        _remove_tree(folder)
+        remove_tree(folder)
