@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from hub_server import HubServer
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
-from trainstack.hub.fetch import HASHED_AT_ONCE, disk_problem, main
+from trainstack.hub.fetch import disk_problem, main
 from trainstack.storage import layout
-from trainstack.storage.manifest import damage, hash_file, read_manifest
+from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, hash_file, read_manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "Q7w9" * 8
@@ -616,7 +616,7 @@ def test_a_changed_local_original_is_an_error_until_it_is_meant(tmp_path, call, 
 
 def test_a_large_local_original_of_the_same_size_is_compared_when_it_was_touched(tmp_path, call):
     original = tmp_path / "large.txt"
-    original.write_bytes(b"word " * (HASHED_AT_ONCE // 5 + 1))
+    original.write_bytes(b"word " * (TRUSTED_BY_SIZE // 5 + 1))
     arguments = [f"data.name={original}"]
     assert call(*arguments).code == 0
     original.touch()

@@ -27,13 +27,18 @@ from trainstack.hub import choose
 from trainstack.hub.local import LocalFiles
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout
-from trainstack.storage.manifest import damage, read_manifest, remove_folder, write_manifest
+from trainstack.storage.manifest import (
+    TRUSTED_BY_SIZE,
+    damage,
+    read_manifest,
+    remove_folder,
+    write_manifest,
+)
 from trainstack.units import human
 
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
 
-HASHED_AT_ONCE = 64 << 20  # bytes; larger files are trusted by their size when they are here
 WAITING = "another process is bringing it; waiting"
 RETRY_SECONDS = 2.0  # before the second try; doubles with each, 30 s in all
 
@@ -175,7 +180,7 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
     is_local = manifest.get("source") == "local"
     original = LocalFiles(asset.kind, asset.name, asset.folder) if is_local else None
     is_touched = is_local and original.modified_ns != manifest["modified_ns"]
-    wrong = next(damage(asset.folder, None if is_touched else HASHED_AT_ONCE), "")
+    wrong = next(damage(asset.folder, None if is_touched else TRUSTED_BY_SIZE), "")
     if is_local and original.modified_ns.keys() != manifest["modified_ns"].keys():
         wrong = wrong or "files were added or removed"
     if is_local and wrong and not is_forced:
@@ -196,7 +201,7 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
 
 def put_back(asset: Asset) -> None:
     """Mend a swap that was killed between its two renames."""
-    if not asset.folder.exists() and next(damage(asset.aside, HASHED_AT_ONCE), None) is None:
+    if not asset.folder.exists() and next(damage(asset.aside, TRUSTED_BY_SIZE), None) is None:
         os.rename(asset.aside, asset.folder)
 
 

@@ -41,7 +41,6 @@ from trainstack.storage import files, layout, manifest
 FEW_BYTES = 4 << 20  # of a source, for which one process is enough
 MOST_PROCESSES = 16  # unless more are asked for: others use the login node too
 TOLD_SECONDS = 60  # between two lines of progress where there is no terminal
-SMALL_FILE = 64 << 20  # bytes; larger files are compared by size when nothing is to be done
 
 
 def main(arguments: list[str]) -> int:
@@ -91,7 +90,9 @@ def make_demo(home: Path, config: Config, force: bool) -> None:
     wanted = [(section.name, *demo_data) for section in config.data.sources]
     wanted.append((config.model.name, layout.model_folder(home, layout.DEMO), demo.make_model))
     for name, folder, make in wanted:
-        if name == layout.DEMO and (force or any(manifest.damage(folder, SMALL_FILE))):
+        if name == layout.DEMO and (
+            force or any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
+        ):
             make(home)
 
 
@@ -112,7 +113,7 @@ def prepare_one(
     final = store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
-        if not force and not any(manifest.damage(final, SMALL_FILE)):
+        if not force and not any(manifest.damage(final, manifest.TRUSTED_BY_SIZE)):
             # Asked of them too: models with one tokenizer share them.
             check_vocabulary(home, model_name, _read_json(final / "meta.json")["vocab_size"])
             remove(abandoned(final))
@@ -124,7 +125,7 @@ def prepare_one(
 
 def must_be_whole(name: str, folder: Path) -> None:
     """ConfigError where a model or a data set is not there, or damaged."""
-    problem = next(manifest.damage(folder, SMALL_FILE), None)
+    problem = next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None)
     if problem:
         raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
 
@@ -200,7 +201,7 @@ def write_store(
         "version": FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
-    if not force and not any(manifest.damage(final, SMALL_FILE)):
+    if not force and not any(manifest.damage(final, manifest.TRUSTED_BY_SIZE)):
         remove([temporary])  # where locks exclude nobody, another one was faster
         return
     manifest.remove_folder(final)  # damaged, or to be made anew
