@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 WEIGHTS = "model.safetensors"
-TOKENIZER_FILES = (  # patterns of what is copied beside the weights, whatever tokenizer it is
+TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokenizer it is
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -91,7 +91,7 @@ def small_files(causal_lm: torch.nn.Module, model_folder: Path) -> dict[str, byt
             causal_lm.generation_config.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             found[path.name] = path.read_bytes()
-    for pattern in TOKENIZER_FILES:
+    for pattern in TOKENIZER_PATTERNS:
         for path in model_folder.glob(pattern):
             found[path.name] = path.read_bytes()
     return found

@@ -21,7 +21,8 @@ from trainstack.storage import manifest
 from trainstack.storage.layout import dataset_folder, model_folder
 
 FORMAT_VERSION = 2
-TOKENIZER_FILES = (
+# Their hashes are in the key of a store, so another list means another key. A checkpoint copies more.
+DECIDE_TOKENS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
@@ -52,7 +53,7 @@ def made_from(model: Path, dataset: Path, settings: dict[str, Any]) -> dict[str,
     model_files = manifest.read_manifest(model)["files"]
     return {
         "format": FORMAT_VERSION,
-        "tokenizer": {n: model_files[n]["sha256"] for n in TOKENIZER_FILES if n in model_files},
+        "tokenizer": {n: model_files[n]["sha256"] for n in DECIDE_TOKENS if n in model_files},
         "source": {n: e["sha256"] for n, e in manifest.read_manifest(dataset)["files"].items()},
         "settings": settings,
     }

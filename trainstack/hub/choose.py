@@ -26,7 +26,7 @@ INDEX = f"{WEIGHTS}.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format
 SETTINGS = (".json", ".jinja", ".txt", ".model")  # of the model and its tokenizer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
-TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")
+A_TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")  # any one is enough
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # they define subsets and splits
 
 
@@ -66,7 +66,7 @@ def choose_model(source: Source, wants_weights: bool) -> list[str]:
         )
     if wants_weights and not weights:
         raise ConfigError(f"has no {WEIGHTS}; name another model, or set model.init=scratch")
-    if not any(TOKENIZER.fullmatch(name) for name in names):
+    if not any(A_TOKENIZER.fullmatch(name) for name in names):
         raise ConfigError(
             "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put one"
             " beside its config.json, or name another model"
