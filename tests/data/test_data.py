@@ -13,7 +13,7 @@ from trainstack.data.order import HASH_BITS, Permutation, StepSampler, samples_h
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore
 from trainstack.prepare.packing import plans
-from trainstack.prepare.tokenise import is_held_out, part_of, spans_of
+from trainstack.prepare.tokenise import is_held_out, spans_of, token_batch
 from trainstack.prepare.writer import TokenWriter
 
 
@@ -26,9 +26,8 @@ def test_a_permutation_maps_every_index_to_another_one(n):
 def test_a_single_index_is_mapped_as_it_is_among_others(n):
     permute = Permutation(n, seed=2**63 - 1, epoch=3)
     indices = np.unique(np.linspace(0, n - 1, 50).astype(np.int64))
-    assert [permute.one(int(index)) for index in indices] == permute(indices).tolist()
-    sampler = StepSampler(n * 8, 8, 3, 4, 7, 5, [{"after": 2, "steps": 3}])
-    assert next(iter(sampler)) == sampler.samples_at(5)[0]
+    alone = [permute(np.array([index]))[0] for index in indices]
+    assert alone == permute(indices).tolist()
 
 
 def test_every_position_is_as_likely_as_any_other():
@@ -66,12 +65,12 @@ def test_any_index_of_a_trillion_samples_is_there_at_once():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_every_world_size_consumes_the_same_samples_at_each_step(world_size):
     for step in (0, 1, 12, 13):  # 100 samples: step 12 crosses the end of an epoch
-        parts = [StepSampler(100, 8, r, world_size, 1).samples_at(step) for r in range(world_size)]
+        shares = [StepSampler(100, 8, r, world_size, 1).samples_at(step) for r in range(world_size)]
         whole = StepSampler(100, 8, 0, 1, 1).samples_at(step)
-        assert sorted(np.concatenate(parts)) == sorted(whole)
+        assert sorted(np.concatenate(shares)) == sorted(whole)
         seen_by_one = StepSampler(100, 8, 0, world_size, 1).all_samples_at(step)
         assert seen_by_one.tolist() == whole.tolist()
-        hashes = sum(samples_hash(part) for part in parts) % 2**HASH_BITS
+        hashes = sum(samples_hash(share) for share in shares) % 2**HASH_BITS
         assert hashes == samples_hash(whole)
 
 
@@ -84,11 +83,13 @@ def test_an_epoch_uses_every_sample_exactly_once_also_across_a_change_of_world_s
     assert sorted(used) == sorted([*range(104)] * 2)
 
 
-def test_it_is_a_distributed_sampler_that_a_data_loader_takes():
-    sampler = StepSampler(40, 8, rank=1, world_size=2, seed=0, first_step=3)
+def test_it_is_a_distributed_sampler_and_a_data_loader_gives_its_steps_one_after_the_other():
+    window = [{"after": 4, "steps": 3}]
+    sampler = StepSampler(40, 8, rank=1, world_size=2, seed=0, first_step=3, left_out=window)
     assert isinstance(sampler, DistributedSampler)
-    batch = next(iter(DataLoader(range(40), batch_size=4, sampler=sampler)))
-    assert batch.tolist() == sampler.samples_at(3).tolist()
+    loader = DataLoader(range(40), batch_size=4, sampler=sampler)
+    for step, batch in zip(range(3, 20), loader, strict=False):  # the loader does not end
+        assert batch.tolist() == sampler.samples_at(step).tolist()
 
 
 def test_the_hash_sees_a_repeated_a_missing_and_a_swapped_sample():
@@ -127,7 +128,7 @@ def test_every_held_out_token_is_a_target_exactly_once(tmp_path, length):
 def make_store(folder, documents, seq_len, packing=None, split=TRAIN, too_long="split"):
     """A store of documents, each ids and flags, as prepare would write it."""
     writer = TokenWriter(folder / "new", 300)
-    writer.append(split, part_of([(np.array(i), f) for i, f in documents], writer.dtype))
+    writer.append(split, token_batch([(np.array(i), f) for i, f in documents], writer.dtype))
     for name, sealed in writer.seal(seq_len).items():
         if packing:
             made = plans(sealed.stops, sealed.targets_in, seq_len, packing, too_long)
@@ -137,7 +138,7 @@ def make_store(folder, documents, seq_len, packing=None, split=TRAIN, too_long="
 
 
 def random_documents(seed, number=60, is_masked=True):
-    """Ids that tell where they are from, 5 to 45 of them, and flags of which some are set."""
+    """Documents of 5 to 45 random ids, and flags of which some are set."""
     generator = np.random.default_rng(seed)
     documents = []
     for _ in range(number):
@@ -151,7 +152,7 @@ def random_documents(seed, number=60, is_masked=True):
 def test_with_concat_a_token_is_a_target_where_its_flag_says_so(tmp_path, seed):
     documents = random_documents(seed)
     split = make_store(tmp_path, documents, 16).train
-    ids, flags = (np.concatenate(parts) for parts in zip(*documents, strict=True))
+    ids, flags = (np.concatenate(arrays) for arrays in zip(*documents, strict=True))
     inputs, labels = split.read(np.arange(split.num_samples))
     used = split.num_samples * 16
     assert inputs.reshape(-1).tolist() == ids[:used].tolist()
@@ -178,14 +179,15 @@ def test_a_packed_sample_holds_whole_documents_and_no_target_crosses_a_border(
         borders = [*np.flatnonzero(positions[row] == 0), 50]
         for first, last in itertools.pairwise(borders):
             assert positions[row, first:last].tolist() == list(range(last - first))
-            part = inputs[row, first:last].tolist(), labels[row, first:last].tolist()
-            found += [part] * (part[1] != [-100])  # all but what fills up
+            document = inputs[row, first:last].tolist(), labels[row, first:last].tolist()
+            if document[1] != [-100]:  # else it fills the sample up
+                found.append(document)
     assert sorted(found) == sorted(expected)
     assert split.row_targets.tolist() == (labels != -100).sum(axis=1).tolist()
     assert split.target_tokens(np.array([1, 0])) == (labels[:2] != -100).sum()
 
 
-def test_flags_are_kept_as_rows_of_tokens():
+def test_flags_are_kept_as_runs_of_tokens():
     flags = np.array([1, 1, 0, 1, 0, 0, 1], bool)
     assert spans_of(flags).tolist() == [[0, 2], [3, 4], [6, 7]]
     assert spans_of(np.zeros(3, bool)).tolist() == []

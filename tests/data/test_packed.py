@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from records import TEMPLATE, record
 
 import tiny
 from trainstack.data.store import TokenStore
@@ -17,34 +18,7 @@ from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
 from trainstack.storage.manifest import damage, hash_file, read_manifest, write_manifest
 
-TEMPLATE = (  # the end of the assistant's turn is learned, what a user says is not
-    "{% for m in messages %}{{ m['role'] + ' ' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + ' <|end|>' }}{% endgeneration %}"
-    "{% else %}{{ m['content'] }}{% endif %}{{ ' ' }}{% endfor %}"
-)
 PACKED = ("data.packing=best_fit", "data.name=messages")
-
-
-def counting(generator: random.Random, longest: int) -> str:
-    first = generator.randrange(10)
-    words = range(first, first + generator.randrange(2, longest))
-    return " ".join(tiny.WORDS[word % 10] for word in words)
-
-
-def record(name: str, generator: random.Random) -> dict:
-    """A record of a format: one counts, the other goes on counting."""
-    asked, said = counting(generator, 9), counting(generator, 15)
-    if name == "text":
-        return {"text": f"{asked} {said}"}
-    if name == "prompt_completion":
-        return {"prompt": asked, "completion": said}
-    if name == "alpaca":
-        return {"instruction": "count", "input": asked, "output": said}
-    if name == "sharegpt":
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": said}]
-        return {"conversations": turns * generator.randrange(1, 3)}
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    return {"messages": turns * generator.randrange(1, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +113,10 @@ def test_the_first_loss_is_the_mean_over_the_targets_of_the_step(home, reference
     loss, targets = 0.0, 0
     for sample in StepSampler(split.num_samples, 8, 0, 1, 1234).samples_at(0):
         first, last = split.rows[sample : sample + 2]
-        for start, places_ in split.pieces[first:last]:
-            ids = torch.from_numpy(split.ids[start : start + places_ + 1].astype(np.int64))
+        for start, slots in split.pieces[first:last]:
+            ids = torch.from_numpy(split.ids[start : start + slots + 1].astype(np.int64))
             labels = ids.clone()
-            positions = np.arange(start, start + places_ + 1)
+            positions = np.arange(start, start + slots + 1)
             labels[torch.from_numpy(split.targets_in(positions, positions + 1) == 0)] = -100
             logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
             loss += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()
@@ -188,7 +162,7 @@ BAD = [
 ]
 
 
-def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
+def test_bad_records_are_left_out_up_to_a_limit_and_listed(home, tmp_path):
     content = {"a.jsonl": "".join(BAD)}
     tiny.publish(layout.dataset_folder(home, "bad", None), content, kind="dataset")
     path = layout.dataset_folder(home, "bad", None) / "a.jsonl"
@@ -210,7 +184,7 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
     said = prepare(home, "data.name=bad", "data.eval_fraction=0", "data.max_bad_records=5")
     assert "3 documents (text) -> " in said
     assert "1 empty dropped" in said
-    assert "5 records set aside: " in said
+    assert "5 bad records left out: " in said
     store = store_of(home, data="bad")
     listed = (store.folder / "bad_records.jsonl").read_text().splitlines()
     assert [json.loads(line)["place"] for line in listed] == [
@@ -220,7 +194,7 @@ def test_bad_records_are_set_aside_up_to_a_limit_and_listed(home, tmp_path):
 
 
 def test_the_report_counts_and_shows_what_is_learned(home):
-    """A duplicate and a long document among others; marks where there is no terminal."""
+    """A duplicate and a long document among others; marks, for there is no terminal."""
     said = "one two three"
     turns = [{"role": "user", "content": "four five"}, {"role": "assistant", "content": said}]
     long = [{"role": "user", "content": "six " * 70}, *turns[1:]]
@@ -254,7 +228,7 @@ def test_on_a_terminal_what_is_learned_is_coloured(home):
         try:
             while part := os.read(ours, 1 << 16):
                 shown += part
-        except OSError:  # EIO: the other side is gone
+        except OSError:  # EIO: the other side has closed it
             os.close(ours)
     assert b"\033[32m" in shown
     assert b"[[" not in shown

@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from test_packed import TEMPLATE
-from test_packed import record as record_of
+from records import TEMPLATE
+from records import record as record_of
 
 import tiny
 from hub_server import HubServer
@@ -98,7 +98,7 @@ def test_a_pretrained_model_and_a_data_set_of_the_hub_train(checkout, hub, data,
     settings = ["model.name=org/tiny", "model.init=pretrained", f"data.name={data}", *more]
     fetched = user(checkout, hub, "download_data_model.sh", *settings)
     assert fetched.returncode == 0, fetched.stderr
-    assert "loads offline" in fetched.stderr
+    assert "load without a network" in fetched.stderr
     run = f"run.name=hub-{data.split('/')[1]}"
     trained = user(checkout, hub, "submit.sh", "--local", run, "train.max_steps=10", *settings)
     assert trained.returncode == 0, trained.stdout + trained.stderr
@@ -238,7 +238,7 @@ def smollm2(folder):
         ("a.csv", b'id,text\n1,"one two\n2,three\n', r"a.csv: cannot be read to its end"),
     ],
 )  # fmt: skip
-def test_bad_data_is_named_with_its_place(tmp_path, name, content, message):
+def test_bad_data_is_named_with_its_location(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_texts(tmp_path / name)
@@ -264,10 +264,10 @@ def read_texts(path):
     """The texts of a file, as prepare reads them."""
     texts = []
     for chunk in read_chunks(path):
-        for place, record in chunk.records():
+        for location, record in chunk.records():
             if isinstance(record, DataError):
                 raise record
-            texts.append(formats.to_document(place, record, "text", "text", None).text)
+            texts.append(formats.to_document(location, record, "text", "text", None).text)
     return texts
 
 

@@ -749,7 +749,7 @@ def test_the_script_fetches_tokenises_proves_and_says_what_comes_next(
     folder = tmp_path / "shared home"
     assert (folder / "models/org/tiny/manifest.json").exists()
     assert (folder / "datasets/org/text@large/manifest.json").exists()
-    assert any(line.startswith("prepare: loads offline") for line in lines), lines
+    assert any("load without a network" in line for line in lines), lines
     assert "data.name=\\'org/text\\'" in lines[-1] and "bash submit.sh" in lines[-1]
     assert str(checkout / "config.yaml") in lines[-1]
 

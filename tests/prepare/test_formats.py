@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from trainstack.config.schema import DataSection
 from trainstack.errors import DataError
-from trainstack.prepare import formats
+from trainstack.prepare import formats, tokenizer
 from trainstack.prepare.chat import Chat
 
 END = "<|im_end|>"
@@ -54,32 +56,41 @@ def chats(tmp_path_factory):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     names = [*SPECIAL, *dict.fromkeys(WORDS.split()), " ", "\n", "#", ":", ".", ","]
-    tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token=END))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
-    tokenizer.add_special_tokens(SPECIAL)
+    words_tokenizer = Tokenizer(
+        models.WordLevel({n: i for i, n in enumerate(names)}, unk_token=END)
+    )
+    words_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
+    words_tokenizer.add_special_tokens(SPECIAL)
     made = {}
     for name, template in TEMPLATES.items():
         folder = tmp_path_factory.mktemp("tokenizers") / name
         folder.mkdir()
-        tokenizer.save(str(folder / "tokenizer.json"))
+        words_tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
         )
         if template:
             (folder / "chat_template.jinja").write_text(template)
         made[name] = Chat(folder)
-    return made, tokenizer
+    return made, words_tokenizer
+
+
+def test_each_format_of_the_settings_can_be_built_and_recognised():
+    settings = get_args(DataSection.model_fields["format"].annotation)
+    assert {*settings} == {"auto", "text", *formats.BUILDERS}
+    assert formats.BUILDERS.keys() == formats.COLUMNS.keys()
 
 
 def marked(chats, template: str, record: dict, name: str | None = None) -> str:
     """The tokens of a record's document joined; learned ones between < and >, runs together."""
-    made, tokenizer = chats
+    made, words_tokenizer = chats
     name = name or formats.recognise("a.jsonl:1", record, "text")
     document = formats.to_document("a.jsonl:1", record, name, "text", made[template])
-    [(_, ids, flags)] = formats.encode(tokenizer, tokenizer.token_to_id(END), [document])
+    end_id = words_tokenizer.token_to_id(END)
+    [(_, ids, flags)] = tokenizer.encode(words_tokenizer, end_id, [document])
     flags = np.ones(len(ids), bool) if flags is None else flags
     assert len(ids) == len(flags)
-    words = [tokenizer.id_to_token(i) for i in ids]
+    words = [words_tokenizer.id_to_token(i) for i in ids]
     short = {"<|im_end|>": "END", "<|im_start|>": "START", "\n": "NL", " ": "_"}
     words = [short.get(word, word) for word in words]
     return " ".join(f"<{w}>" if f else w for w, f in zip(words, flags, strict=True))
@@ -102,9 +113,9 @@ def test_a_template_with_generation_tags_says_itself_what_is_learned(chats):
 
 
 def test_the_mask_of_a_tagged_template_is_the_one_of_transformers(chats):
-    made, tokenizer = chats
+    made, words_tokenizer = chats
     document = formats.to_document("a", {"messages": TURNS}, "messages", "text", made["tagged"])
-    [(_, ids, flags)] = formats.encode(tokenizer, 0, [document])
+    [(_, ids, flags)] = tokenizer.encode(words_tokenizer, 0, [document])
     theirs = made["tagged"]._tokenizer.apply_chat_template(
         TURNS, return_assistant_tokens_mask=True, return_dict=True
     )
@@ -137,7 +148,7 @@ def test_of_prompt_and_completion_the_completion_and_the_end_are_learned(chats):
     )
 
 
-def test_alpaca_is_a_conversation_where_there_is_a_template_else_its_own_prompt(chats):
+def test_alpaca_is_a_conversation_if_there_is_a_template_else_its_own_prompt(chats):
     record = {"instruction": "one", "input": "two", "output": "three"}
     assert marked(chats, "tagged", record) == (
         "START user NL one NL NL two END NL START assistant NL <three> <END> NL"
@@ -182,7 +193,7 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         (["one"], "the record is a list"),
     ],
 )
-def test_what_is_no_document_is_named_with_its_place_and_the_fix(chats, record, message):
+def test_what_is_no_document_is_named_with_its_location_and_the_fix(chats, record, message):
     with pytest.raises(DataError, match=f"^a.jsonl:1: .*{message}"):
         marked(chats, "smollm2", record)
 
@@ -224,23 +235,23 @@ def byte_level():
     """A byte-level BPE as GPT-2's, trained on this file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
-    return tokenizer
+    made.train_from_iterator([Path(__file__).read_text()], trainer)
+    return made
 
 
 @pytest.mark.parametrize("text", [Path(__file__).read_text(), "a  b \n\n c\n" * 900, "x" * 9000])
 def test_a_long_text_is_tokenised_in_parts_as_the_whole_would_be(monkeypatch, byte_level, text):
-    monkeypatch.setattr(formats, "LONG_TEXT", 2000)
+    monkeypatch.setattr(tokenizer, "LONG_TEXT", 2000)
     whole = byte_level.encode(text, add_special_tokens=False).ids
-    assert formats.long_ids(byte_level, text).tolist() == whole
-    is_cut = formats.safe_cut(byte_level, text, 0, 2000) is not None
+    assert tokenizer.long_ids(byte_level, text).tolist() == whole
+    is_cut = tokenizer.safe_cut(byte_level, text, 0, 2000) is not None
     assert is_cut == ("\n" in text), "a text of one word stays whole"
     document = formats.Document("a", (formats.Segment(text, None),), True)
-    [(_, ids, flags)] = formats.encode(byte_level, 7, [document])
+    [(_, ids, flags)] = tokenizer.encode(byte_level, 7, [document])
     assert ids.tolist() == [*whole, 7]
     assert flags is None

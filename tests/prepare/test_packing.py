@@ -62,8 +62,8 @@ def test_each_target_is_in_exactly_one_sample_and_only_long_documents_are_cut(ki
     stops = np.cumsum(sizes)
     made = packing.plan(stops, every_token, seq_len, kind, "split")
     seen = np.zeros(stops[-1], np.int64)
-    for first, places in made.pieces:
-        seen[first + 1 : first + 1 + places] += 1
+    for first, slots in made.pieces:
+        seen[first + 1 : first + 1 + slots] += 1
     starts = np.concatenate([[0], stops[:-1]])
     assert seen[starts].tolist() == [0] * len(starts), "no target across a border"
     seen[starts] = 1
@@ -85,14 +85,14 @@ def test_groups_of_documents_are_laid_out_one_after_the_other(monkeypatch, kind)
     made = list(packing.plans(stops, every_token, 50, kind, "split"))
     assert len(made) == 3
     seen = np.zeros(stops[-1], np.int64)
-    for first, places in np.concatenate([group.pieces for group in made]):
-        seen[first + 1 : first + 1 + places] += 1
+    for first, slots in np.concatenate([group.pieces for group in made]):
+        seen[first + 1 : first + 1 + slots] += 1
     seen[np.concatenate([[0], stops[:-1]])] += 1
     assert (seen == 1).all()
     assert sum(group.split_documents for group in made) == (sizes > 51).sum()
 
 
-def test_documents_that_are_too_long_are_dropped_and_counted_where_asked():
+def test_documents_that_are_too_long_are_dropped_and_counted_if_asked():
     stops = np.cumsum([10, 52, 51, 200])
     made = packing.plan(stops, every_token, 50, "best_fit", "drop")
     assert sorted(made.pieces.tolist()) == [[0, 9], [62, 50]]

@@ -1,4 +1,4 @@
-"""Preparation: in parallel, killed at any moment and gone on with, in memory that does not grow."""
+"""Preparation: in parallel, killed at any moment and continued, in memory that does not grow."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import time
 
 import pyarrow.parquet
 import pytest
-from test_packed import TEMPLATE
+from records import TEMPLATE
 
 import tiny
 from trainstack.errors import DataError
@@ -22,23 +22,23 @@ from trainstack.storage import layout, manifest
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
 import sys
-from trainstack import documents, prepare, prepare_tokens, prepare_writer
-documents.CHUNK_BYTES, prepare.FEW_BYTES, prepare_writer.COMMIT_SECONDS = {chunk}, 0, 0
+from trainstack.prepare import prepare, readers, tokenise, writer
+readers.CHUNK_BYTES, prepare.FEW_BYTES, writer.COMMIT_SECONDS = {chunk}, 0, 0
 {more}
 sys.exit(prepare.main(sys.argv[1:]))
 """
 SLOWLY = """
 import time
-work = prepare_tokens.Tokeniser.__call__
+work = tokenise.Tokeniser.__call__
 def slowly(self, task):
     time.sleep(0.02)
     return work(self, task)
-prepare_tokens.Tokeniser.__call__ = slowly
+tokenise.Tokeniser.__call__ = slowly
 """
 
 
 PEAK = """
-import atexit, resource  # whose own peak would count the process that began this one
+import atexit, resource  # RUSAGE_SELF would count the process that began this one
 def peak():
     own = open("/proc/self/status").read().split("VmHWM:")[1].split()[0]
     return max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -79,7 +79,7 @@ def run(home, *arguments, code: int = 0, **options) -> str:
 
 
 def stores(home) -> dict[str, dict]:
-    """The files of each store with their hashes, without what tells of the folder."""
+    """The files of each store with their hashes, without meta.json."""
     found = {}
     for folder in (home / "tokens").iterdir():
         entries = manifest.read_manifest(folder)["files"]
@@ -90,7 +90,7 @@ def stores(home) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def expected(home):
-    """What one process makes of both data sets in one go."""
+    """What one process makes of both data sets without a stop."""
     made = {}
     for name, format in (("chats", "messages"), ("texts", "text")):
         settings = [f"data.name={name}", "data.packing=best_fit"]
@@ -116,7 +116,7 @@ def test_several_processes_make_what_one_makes(home, expected, name):
     assert "; are here" in run(home, f"data.name={name}", "data.packing=best_fit")
 
 
-def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(home, expected):
+def test_killed_again_and_again_it_continues_and_ends_as_if_nothing_had_happened(home, expected):
     generator, kept = random.Random(4), []
     arguments = ["data.name=texts", "data.packing=best_fit", "--processes", "2"]
     for _ in range(5):
@@ -132,9 +132,9 @@ def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(h
         process.send_signal(signal.SIGKILL)
         said = process.communicate()[1]
         kept.append(progress(home))
-        assert not [pid for pid in workers if lives_on(pid)], "processes outlive their parent"
+        assert not [pid for pid in workers if is_left(pid)], "processes outlive their parent"
         if before > [0, 1]:
-            assert "goes on at record" in said, said
+            assert "continues at record" in said, said
     assert kept == sorted(kept) and kept[0] > [0, 1] and kept[-1] > kept[0]
     run(home, *arguments)
     assert stores(home) == expected["texts"]  # nothing else is left in the folder either
@@ -143,25 +143,25 @@ def test_killed_again_and_again_it_goes_on_and_ends_as_if_nothing_had_happened(h
 KILL = "os.kill(os.getpid(), 9)"
 MOMENTS = {
     "laying out": f"prepare.packing.plans = lambda *_: {KILL}",
-    "meta.json": f"prepare_writer.TokenWriter.publish = lambda *_: {KILL}",
-    "the rename": f"prepare.files.publish_folder = lambda *_, **__: {KILL}",
+    "meta.json": f"writer.TokenWriter.publish = lambda *_: {KILL}",
+    "the rename": f"writer.manifest.publish_folder = lambda *_, **__: {KILL}",
     "after the rename": f"prepare.describe = lambda *_: {KILL}",
-    "before the first commit": f"prepare_writer.TokenWriter._commit = lambda *_: {KILL}",
+    "before the first commit": f"writer.TokenWriter._commit = lambda *_: {KILL}",
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_other_moment_it_goes_on_too(home, expected, moment):
+def test_killed_at_any_other_moment_it_continues_too(home, expected, moment):
     arguments = ["data.name=chats", "data.packing=best_fit", "--processes", "1"]
     run(home, *arguments, code=-9, more=f"import os\n{MOMENTS[moment]}", chunk=1 << 20)
     said = run(home, *arguments)
     is_kept = moment in ("laying out", "meta.json", "the rename")
-    assert ("goes on at record" in said) == is_kept
+    assert ("continues at record" in said) == is_kept
     assert stores(home) == expected["chats"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "short", "none"])
-def test_what_cannot_be_gone_on_with_is_begun_anew(home, expected, damage):
+def test_what_cannot_be_continued_is_started_again(home, expected, damage):
     arguments = ["data.name=texts", "data.packing=best_fit", "--processes", "1"]
     run(home, *arguments, code=-9, more=f"import os\n{MOMENTS['laying out']}")
     (left,) = (home / "tokens").glob(".*")
@@ -172,11 +172,12 @@ def test_what_cannot_be_gone_on_with_is_begun_anew(home, expected, damage):
     else:
         os.truncate(left / "train.bin", 10)
     said = run(home, *arguments)
-    assert ("begun anew" in said) == (damage == "short")
+    assert ("cannot be continued" in said) == (damage == "short")
+    assert ("starting again" in said) == (damage == "short")
     assert stores(home) == expected["texts"]
 
 
-def test_a_source_without_a_piece_of_some_split_is_no_traceback(home):
+def test_a_data_set_of_which_every_document_is_too_long_is_no_traceback(home):
     settings = ["data.name=texts", "data.packing=best_fit", "data.too_long=drop", "data.seq_len=8"]
     said = run(home, *settings)
     assert "0 samples of 8 tokens" in said
@@ -195,7 +196,7 @@ def test_ctrl_c_is_one_line(home):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "prepare: stopped; run it again, it goes on where it was"
+    assert said.splitlines()[-1] == "prepare: stopped; run it again, it continues where it stopped"
     assert "Traceback" not in said
 
 
@@ -215,7 +216,8 @@ def children(pid: int) -> list[int]:
         return [int(word) for word in file.read().split()]
 
 
-def lives_on(pid: int) -> bool:
+def is_left(pid: int) -> bool:
+    """Whether a process still runs after two seconds."""
     for _ in range(100):
         try:
             with open(f"/proc/{pid}/stat") as file:
@@ -231,20 +233,20 @@ def test_a_process_that_is_killed_for_memory_is_one_line_and_costs_nothing(home,
     dying = """
 import os, signal
 if not os.path.exists(sys.argv[2] + "/died"):
-    work = prepare_tokens.Tokeniser.__call__
+    work = tokenise.Tokeniser.__call__
     def dies(self, task):
         if task[1].first > 100:
             open(sys.argv[2] + "/died", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
         return work(self, task)
-    prepare_tokens.Tokeniser.__call__ = dies
+    tokenise.Tokeniser.__call__ = dies
 """
     arguments = ["data.name=chats", "data.packing=best_fit", "--processes", "2"]
     said = run(home, *arguments, code=1, more=dying).splitlines()
     (error,) = (line for line in said if "error" in line)
     assert "was killed, most likely for lack of memory; run it again with fewer than" in error
     assert "Traceback" not in "".join(said)
-    assert "goes on at record" in run(home, *arguments)
+    assert "continues at record" in run(home, *arguments)
     assert stores(home) == expected["chats"]
 
 
@@ -287,8 +289,8 @@ def test_an_array_is_read_value_by_value_as_it_would_be_as_a_whole(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[{"a": 1},\n{"a" 2}]', "a.json:2: Expecting ':' delimiter; mend the file"),
-        ('[{"a": 1}\n\n{"a": 2}]', "a.json:3: expecting ','; mend the file"),
+        ('[{"a": 1},\n{"a" 2}]', "a.json:2: Expecting ':' delimiter; fix the file"),
+        ('[{"a": 1}\n\n{"a": 2}]', "a.json:3: expecting ','; fix the file"),
         ('[{"a": 1},\n', "a.json:2: "),
         ('[{"a": 1}]\n[2]', "a.json:2: more after the end of the array"),
         ('[{"a": 1},\n]', "a.json:2: Expecting value"),

@@ -1,6 +1,6 @@
 """The built-in demo: Python's own sources as data, a byte-level BPE trained on them, a small Llama.
 
-Needs no network: the sources of the standard library are on every machine that runs this.
+Needs no network: every machine that runs Python has the sources of its standard library.
 """
 
 import json
@@ -41,7 +41,7 @@ def make_dataset(home: Path) -> None:
 
 
 def sources() -> Iterator[tuple[str, str]]:
-    """Path and text of every source file of the standard library but its tests, in order."""
+    """Path and text of every source file of the standard library, without its tests, in order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -82,6 +82,7 @@ def make_model(home: Path) -> None:
 
 
 def _publish(final: Path, content: dict[str, bytes], **facts: Any) -> None:
+    """Replace a folder by one with these files, as a download would leave it."""
     temporary = final.with_name(f".{final.name}.{time.time_ns()}.tmp")
     temporary.mkdir(parents=True)
     entries = {name: files.write_file(temporary / name, data) for name, data in content.items()}

@@ -1,8 +1,9 @@
 """Which documents share a sample: packing without cutting, computed once from their lengths.
 
-Documents are laid out in groups, so that memory does not grow with their number. A document of L
-tokens takes L - 1 places: its last token is only a target, and its first one is none. One that is
-longer than a sample is split so that each target is kept, or dropped.
+A sample has ``seq_len`` slots: one for each input and its target. A document of L tokens takes
+L - 1 slots: its last token is only a target, and its first one is none. One that is longer than a
+sample is split so that each target is kept, or dropped. A row is a sample that is being filled.
+Documents are laid out in groups, so that memory does not grow with their number.
 """
 
 from bisect import bisect_left, insort
@@ -18,7 +19,7 @@ GROUP = 1 << 17  # documents
 class Plan:
     """The samples of a split, one after the other."""
 
-    pieces: np.ndarray  # int64 [pieces, 2]: first token, places
+    pieces: np.ndarray  # int64 [pieces, 2]: first token, slots
     rows: np.ndarray  # int64 [samples + 1]: sample i has pieces rows[i] to rows[i + 1]
     targets: np.ndarray  # int64 [samples]: tokens that carry loss
     split_documents: int
@@ -32,9 +33,11 @@ def plans(
     packing: str,
     too_long: str,
 ) -> Iterator[Plan]:
-    """Lay out documents, which end before ``stops``, in samples of ``seq_len`` places.
+    """Lay out documents in samples of ``seq_len`` slots, group by group. Deterministic.
 
-    ``targets_in(starts, stops)`` counts the tokens of ranges that carry loss. Deterministic.
+    ``stops`` int64 [documents]: the token after the last one of each. ``targets_in(starts, stops)``
+    counts the tokens of ranges that carry loss. ``packing``: best_fit or none; ``too_long``: split
+    or drop.
     """
     for first in range(0, len(stops), GROUP):
         start = int(stops[first - 1]) if first else 0
@@ -50,58 +53,58 @@ def plan(
     too_long: str,
     start: int = 0,
 ) -> Plan:
-    """One group of documents, of which the first one begins at ``start``; else as ``plans``."""
-    starts, places, is_long = cut(stops, seq_len, too_long, start)
-    targets = targets_in(starts + 1, starts + 1 + places)
+    """One group of documents, the first of which begins at ``start``; else as ``plans``."""
+    starts, slots, is_long = cut(stops, seq_len, too_long, start)
+    targets = targets_in(starts + 1, starts + 1 + slots)
     is_useful = targets > 0  # a piece of a split document may carry no loss
     if not is_useful.all():
-        starts, places, targets = starts[is_useful], places[is_useful], targets[is_useful]
+        starts, slots, targets = starts[is_useful], slots[is_useful], targets[is_useful]
     if packing == "best_fit":
-        row_of, num_rows = best_fit(places, seq_len)
+        row_of, num_rows = best_fit(slots, seq_len)
         row_of = spread(num_rows)[row_of]
         order = np.argsort(_small(row_of, num_rows), kind="stable")
-        starts, places, targets = starts[order], places[order], targets[order]
+        starts, slots, targets = starts[order], slots[order], targets[order]
         rows = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=num_rows))])
     else:
         rows = np.arange(len(starts) + 1)
-    total = np.concatenate([[0], np.cumsum(targets)])
+    targets_before = np.concatenate([[0], np.cumsum(targets)])
     long = int(is_long.sum())
-    is_split = too_long == "split"
     return Plan(
-        np.stack([starts, places], axis=1),
-        rows.astype(np.int64),
-        np.diff(total[rows]),
-        long * is_split,
-        long * (not is_split),
+        pieces=np.stack([starts, slots], axis=1),
+        rows=rows.astype(np.int64),
+        targets=np.diff(targets_before[rows]),
+        split_documents=long if too_long == "split" else 0,
+        dropped_documents=long if too_long == "drop" else 0,
     )
 
 
 def cut(
     stops: np.ndarray, seq_len: int, too_long: str, start: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First token and places of each piece in order, and which documents are too long.
+    """First token and slots of each piece, int64 [pieces]; which documents are too long, bool.
 
     Pieces of a split document overlap by a token: the last target of one is the first input of the
     next, so that each target is in exactly one.
     """
     starts = np.concatenate([np.full(1, start, np.int64), stops[:-1]])[: len(stops)]
-    places = stops - starts - 1
-    is_long = places > seq_len
+    slots = stops - starts - 1
+    is_long = slots > seq_len
     if too_long == "drop":
-        return starts[~is_long], places[~is_long], is_long
-    numbers = -(-places // seq_len)
+        return starts[~is_long], slots[~is_long], is_long
+    numbers = -(-slots // seq_len)  # of pieces, per document
     firsts = np.cumsum(numbers) - numbers
-    within = np.arange(int(numbers.sum())) - np.repeat(firsts, numbers)
-    places = np.minimum(seq_len, np.repeat(places, numbers) - within * seq_len)
-    return np.repeat(starts, numbers) + within * seq_len, places, is_long
+    within = np.arange(int(numbers.sum())) - np.repeat(firsts, numbers)  # its document's n-th piece
+    slots = np.minimum(seq_len, np.repeat(slots, numbers) - within * seq_len)
+    return np.repeat(starts, numbers) + within * seq_len, slots, is_long
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each length, and the number of rows: best-fit decreasing.
+    """The row of each length, int64 [lengths], and the number of rows: best-fit decreasing.
 
-    Each length, the longest first, goes into the fullest row that has room for it (Johnson, 1973).
-    Equal lengths are placed together: rows of equal room are kept as ranges, so that a million
-    lengths take a fraction of a second. Lengths lie between 1 and ``capacity``.
+    Each length, the longest first, goes into the fullest row that has room for it (Johnson,
+    "Near-optimal bin packing algorithms", 1973). Equal lengths are placed together, and rows of
+    equal room are kept as ranges, so that a million lengths take a fraction of a second. Lengths
+    are from 1 to ``capacity``.
     """
     order = np.argsort(_small(capacity - lengths, capacity), kind="stable")
     counts = np.bincount(lengths)
@@ -115,36 +118,37 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
 
 def _small(values: np.ndarray, largest: int) -> np.ndarray:
-    """The same in 16 bits where they suffice: numpy sorts those by radix, many times faster."""
+    """The same in 16 bits if they suffice: numpy sorts those by radix, many times faster."""
     return values.astype(np.uint16) if largest < 1 << 16 else values
 
 
 def spread(number: int) -> np.ndarray:
-    """Another place for each row, so that any first part of them has long and short documents.
+    """A new number for each row, int64 [number], so that short and long documents are mixed.
 
-    The rows come with the longest first; an evaluation may use only some. Multiples of the golden
-    ratio, modulo one, lie evenly (Weyl's sequence), and are the same everywhere.
+    Best fit makes the rows of the longest documents first, and an evaluation may use only the first
+    samples. Multiples of the golden ratio, modulo one, are evenly spread (Weyl's sequence), and the
+    same on every machine.
     """
     points = np.arange(number, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    places = np.empty(number, np.int64)
-    places[np.argsort(points, kind="stable")] = np.arange(number)
-    return places
+    numbers = np.empty(number, np.int64)
+    numbers[np.argsort(points, kind="stable")] = np.arange(number)
+    return numbers
 
 
 class _Rows:
-    """Rows being filled: ranges of them, by the room that is left in each."""
+    """Rows that are being filled: ranges of them, by the room that is left in each."""
 
     def __init__(self, capacity: int, items: int):
         self.capacity, self.total = capacity, 0
-        self.row_of = np.empty(items, np.int64)  # in the order of placement
+        self.row_of = np.empty(items, np.int64)  # of each item, in the order of placing
         self._placed = 0
         self._rooms: list[int] = []  # sorted; keys of _ranges
         self._ranges: dict[int, list[tuple[int, int]]] = {}  # room -> first row, number of rows
 
     def place(self, size: int, count: int) -> None:
-        """Place ``count`` items of one size.
+        """Place ``count`` items of one size, into the fullest rows that have room.
 
-        A row that was the fullest fitting one stays so until it has no room for another.
+        A row that is the fullest of these stays it until it has no room for another item.
         """
         while count:
             room, first, available = self._take(size, count)
@@ -161,7 +165,7 @@ class _Rows:
             self._give(room, first, available)
 
     def _take(self, size: int, count: int) -> tuple[int, int, int]:
-        """Room, first row and number of the rows that ``size`` fits best, new ones if need be."""
+        """Room, first row and number of the rows that ``size`` fits best, new ones if needed."""
         at = bisect_left(self._rooms, size)
         if at == len(self._rooms):
             new = -(-count // (self.capacity // size))
@@ -174,6 +178,7 @@ class _Rows:
         return room, first, available
 
     def _give(self, room: int, first: int, number: int) -> None:
+        """Keep rows for later items, if there are any and they have room."""
         if not room or not number:
             return
         if room not in self._ranges:

@@ -1,6 +1,6 @@
 """Records out of data files: jsonl, json, csv and txt, each plain, .gz or .zst, and parquet.
 
-A file is read as a stream of chunks, which are parsed elsewhere: by one of several workers.
+A file is read as a stream of chunks, which are parsed elsewhere: by one of several processes.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from trainstack.storage.manifest import read_manifest
 
 PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
-CHUNK_BYTES = 1 << 20  # that a worker gets at once
+CHUNK_BYTES = 1 << 20  # that a process gets at once
 CHUNK_ROWS = 10_000  # of parquet, whose sizes say little where texts are repeated
 LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, such as -Infinity
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
@@ -28,10 +28,11 @@ csv.field_size_limit(1 << 30)  # characters; the library's own limit, 131,072, i
 
 
 def split_files(folder: Path, split: str, key: str = "data.split") -> list[Path]:
-    """The files of a data set's folder that make up a split, as its manifest says; ``key`` asks.
+    """The files of a data set's folder that make up a split, as its manifest says.
 
     The download writes down the splits (the README's ``configs:``, names such as
-    train-00000-of-00002.parquet); a folder without them is one split, train. Raises DataError.
+    train-00000-of-00002.parquet); a folder without them is one split, train. DataError, which names
+    the setting ``key``, if there is no such split.
     """
     manifest = read_manifest(folder)
     whole = [name for name in manifest["files"] if name.endswith(SUFFIXES)]
@@ -46,9 +47,10 @@ def split_files(folder: Path, split: str, key: str = "data.split") -> list[Path]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Records of a file in a row, as they were read: lines, rows of parquet, or records.
+    """Consecutive records of a file as they were read: lines, rows of parquet, or records.
 
-    ``first``: the number of the first one, from 1; ``unit``: what a record is called in its place.
+    ``first``: the number of the first one, from 1; ``unit``: what a location calls a record, such
+    as line.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Chunk:
         return self.first + len(self.content)
 
     def from_record(self, number: int) -> "Chunk | None":
-        """What of it does not lie before a record; None where all does."""
+        """The same without what is before a record; None if nothing is left."""
         skipped = max(0, number - self.first)
         if skipped >= len(self.content):
             return None
@@ -71,20 +73,20 @@ class Chunk:
         return Chunk(self.name, self.unit, self.first + skipped, rest)
 
     def records(self) -> Iterator[tuple[str, Any]]:
-        """Each record with its place; one that cannot be read is a DataError in its place."""
+        """Each record with its location; one that cannot be read is a DataError instead."""
         if self.unit == "line":
             for number, line in enumerate(self.content, start=self.first):
                 if line.strip():
-                    place = f"{self.name}:{number}"
-                    yield place, _read_line(place, line)
+                    location = f"{self.name}:{number}"
+                    yield location, _read_line(location, line)
             return
         records = self.content if isinstance(self.content, list) else _rows(self.content)
         for number, record in enumerate(records, start=self.first):
-            place = f"{self.name}: {self.unit} {number}" if self.unit else self.name
+            location = f"{self.name}: {self.unit} {number}" if self.unit else self.name
             if isinstance(record, Exception) and not isinstance(record, DataError):
                 reason = str(record).splitlines()[0]
-                record = DataError(f"{place}: not readable ({reason}); mend it")
-            yield place, record
+                record = DataError(f"{location}: not readable ({reason}); fix it")
+            yield location, record
 
 
 def _rows(batch) -> Iterator[Any]:
@@ -105,7 +107,7 @@ def _rows(batch) -> Iterator[Any]:
 
 
 def read_chunks(path: Path) -> Iterator[Chunk]:
-    """The chunks of a file, always the same. DataError where the rest of it is damaged.
+    """The chunks of a file, always the same. DataError if the rest of it is damaged.
 
     What the file system says itself, such as EIO, stays an OSError: trying again may help.
     """
@@ -141,16 +143,16 @@ def _read_lines(path: Path) -> Iterator[Chunk]:
             first += len(lines)
 
 
-def _read_line(place: str, line: bytes) -> Any:
+def _read_line(location: str, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        return DataError(f"{place}: {error.msg} at column {error.colno}; mend the line")
+        return DataError(f"{location}: {error.msg} at column {error.colno}; fix the line")
     except UnicodeDecodeError as error:
         what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
-        return DataError(f"{place}: {what} at byte {error.start} of the line; convert the file")
+        return DataError(f"{location}: {what} at byte {error.start} of the line; convert the file")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested without end
-        return DataError(f"{place}: {str(error).splitlines()[0]}; mend the line")
+        return DataError(f"{location}: {str(error).splitlines()[0]}; fix the line")
 
 
 def _open(path: Path):
@@ -221,7 +223,7 @@ class JsonArray:
             raise self._problem("more after the end of the array", self.at)
 
     def _next(self) -> str:
-        """Go on to the next character that is no space, and say which; an empty text at the end."""
+        """Move to the next character that is no space, and return it; an empty text at the end."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text):
@@ -246,12 +248,12 @@ class JsonArray:
                 continue
             except (ValueError, RecursionError) as error:
                 raise self._problem(str(error).splitlines()[0], self.at) from None
-            if end < len(self.text) or not self._read_more():  # a number may go on too
+            if end < len(self.text) or not self._read_more():  # a number may continue
                 size, self.at = end - self.at, end
                 return value, size
 
     def _read_more(self) -> bool:
-        """Read on, twice as far where a value is long; whether there was anything."""
+        """Read more text, twice as much for a long value; whether there was any."""
         more = self.stream.read(max(CHUNK_BYTES, len(self.text) - self.at))
         if more:
             self.line += self.text.count("\n", 0, self.at)
@@ -260,7 +262,7 @@ class JsonArray:
 
     def _problem(self, reason: str, at: int) -> DataError:
         line = self.line + self.text.count("\n", 0, at)
-        return DataError(f"{self.name}:{line}: {reason}; mend the file")
+        return DataError(f"{self.name}:{line}: {reason}; fix the file")
 
 
 def _read_parquet(path: Path) -> Iterator[Chunk]:
@@ -268,7 +270,7 @@ def _read_parquet(path: Path) -> Iterator[Chunk]:
 
     try:
         first = 1
-        # Without the buffer for what comes next, which holds all that was read ahead.
+        # Without the buffer for the next groups, which holds all that was read ahead.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             metadata = file.metadata
             groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))

@@ -1,7 +1,8 @@
-"""Writes a token store, so that a preparation that is killed goes on from its last commit.
+"""Writes a token store, so that a preparation that is killed can be resumed at its last commit.
 
-What was committed is not written to again: the next one copies it, and hashes it while it does, so
-that two that take each other for dead never write to one file.
+A resumed preparation copies the committed part into its own folder, hashes it meanwhile, and
+continues there. Two processes therefore never write to one file, even if each believes the other
+dead.
 """
 
 import contextlib
@@ -24,19 +25,20 @@ from trainstack.prepare.packing import Plan
 from trainstack.processes import is_dead, process_start
 from trainstack.storage import files, manifest
 
-PROGRESS = "progress.json"  # of a folder in the making: what of it is committed
-BAD_RECORDS = "bad_records.jsonl"  # of a store: place and reason of what was set aside
+PROGRESS = "progress.json"  # of an unfinished folder: what of it is committed
+BAD_RECORDS = "bad_records.jsonl"  # of a store: location and reason of each record left out
 WRITE_BYTES = 1 << 20
 COMMIT_SECONDS = 10
-SILENT_SECONDS = 600  # without a commit, after which one of another host is taken for dead
+SILENT_SECONDS = 600  # without a commit: then a preparation on another host is taken for dead
 
 
 @dataclass
-class Part:
+class TokenBatch:
     """Tokens of documents of one split.
 
-    ``ids``: all in the store's dtype, one document after the other. ``lengths`` int64 [documents].
-    ``spans`` int64 [spans, 2]: first and last + 1 of those in a row that carry loss; None: all do.
+    ``ids`` [tokens] in the store's dtype, one document after the other. ``lengths`` int64
+    [documents]. ``spans`` int64 [spans, 2]: first and last + 1 of each run of tokens that carry
+    loss; None: all do.
     """
 
     ids: np.ndarray
@@ -47,7 +49,8 @@ class Part:
 class TokenWriter:
     """Appends documents to a new store in a temporary folder; ``publish`` makes it visible.
 
-    ``earlier``: the folder of one that was killed, whose committed part is taken over.
+    ``earlier``: the folder of a preparation that was killed, whose committed part is copied.
+    OSError if that cannot be read.
     """
 
     def __init__(self, temporary: Path, vocab_size: int, earlier: Path | None = None):
@@ -56,7 +59,7 @@ class TokenWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         progress = read_progress(earlier) if earlier else {}
         self.counts = Counts(**progress.get("counts", {}))
-        # Of the source: the number of the file, from 0, and of its next record, from 1.
+        # In the data files: the number of the file, from 0, and of its next record, from 1.
         self.position: list[int] = progress.get("position", [0, 1])
         temporary.mkdir(parents=True)
         names = [
@@ -64,42 +67,45 @@ class TokenWriter:
         ]
         self._columns = {name: Column(temporary / name) for name in [*names, BAD_RECORDS]}
         for name, size in progress.get("sizes", {}).items():
-            if size:  # an empty one may be gone already
+            if size:  # an empty one may have been removed
                 self._columns[name].copy(earlier / name, size)
         self._commit()
 
-    def append(self, split: str, part: Part) -> None:
+    def append(self, split: str, batch: TokenBatch) -> None:
         """Add documents, their end tokens included. All of a store have spans, or none has."""
         counts = self.counts
         first, before = (getattr(counts, f"{split}_{what}") for what in ("tokens", "target_tokens"))
-        self._columns[f"{split}.bin"].append(part.ids)
-        stops = first + np.cumsum(part.lengths)
+        self._columns[f"{split}.bin"].append(batch.ids)
+        stops = first + np.cumsum(batch.lengths)
         self._columns[f"{split}.documents"].append(stops.astype(INDEX))
-        carrying = len(part.ids)
-        if part.spans is not None:
-            sizes = part.spans[:, 1] - part.spans[:, 0]
+        carrying = len(batch.ids)
+        if batch.spans is not None:
+            sizes = batch.spans[:, 1] - batch.spans[:, 0]
             carrying = int(sizes.sum())
             earlier = before + np.cumsum(sizes) - sizes
-            spans = np.column_stack([part.spans + first, earlier])
+            spans = np.column_stack([batch.spans + first, earlier])
             self._columns[f"{split}.loss"].append(spans.astype(INDEX))
         setattr(counts, f"{split}_documents", getattr(counts, f"{split}_documents") + len(stops))
-        setattr(counts, f"{split}_tokens", first + len(part.ids))
+        setattr(counts, f"{split}_tokens", first + len(batch.ids))
         setattr(counts, f"{split}_target_tokens", before + carrying)
 
-    def set_aside(self, place: str, reason: str) -> None:
-        """List a record that is left out."""
-        line = json.dumps({"place": place, "reason": reason}) + "\n"
+    def leave_out(self, location: str, reason: str) -> None:
+        """List a bad record."""
+        line = json.dumps({"place": location, "reason": reason}) + "\n"
         self._columns[BAD_RECORDS].append(np.frombuffer(line.encode(), np.uint8))
         self.counts.bad_records += 1
 
     def reached(self, file: int, record: int) -> None:
-        """All before that record of the source is appended; now and then that is committed."""
+        """Say that all before this record is appended; commit it, if it is time to.
+
+        ``file``: its number among the data files, from 0; ``record``: in that file, from 1.
+        """
         self.position = [file, record]
         if time.monotonic() > self._committed_at + COMMIT_SECONDS:
             self._commit()
 
     def _commit(self) -> None:
-        """Make what is appended durable, then say so."""
+        """Make what is appended durable, then write down that it is."""
         for column in self._columns.values():
             column.sync()
         progress = {
@@ -114,7 +120,7 @@ class TokenWriter:
         self._committed_at = time.monotonic()
 
     def seal(self, seq_len: int) -> dict[str, Split]:
-        """No more documents: close the files; the splits as they are so far, to plan samples by."""
+        """No more documents: close the files. The splits, with no samples laid out yet."""
         for column in self._columns.values():
             column.close()
         used = {name for name, column in self._columns.items() if column.size}
@@ -127,7 +133,7 @@ class TokenWriter:
         return {s: Split(self.temporary, s, self.dtype, seq_len) for s in (TRAIN, EVAL)}
 
     def lay_out(self, name: str, split: Split, plans: Iterable[Plan]) -> None:
-        """Write down the samples of a split, which ``plans`` make of groups of its documents."""
+        """Write the samples of a split; ``plans``: those of each group of documents, in order."""
         kinds = ("pieces", "rows", "targets")
         columns = {kind: Column(self.temporary / f"{name}.{kind}") for kind in kinds}
         columns["rows"].append(np.zeros(1, INDEX))
@@ -145,7 +151,7 @@ class TokenWriter:
             self._entries[column.path.name] = column.entry()
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Put one more file beside the tokens."""
+        """Write one more file beside the tokens."""
         self._entries[name] = files.write_file(self.temporary / name, data)
 
     def publish(self, final: Path, meta: dict[str, Any]) -> None:
@@ -153,7 +159,7 @@ class TokenWriter:
         meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
         self.add_file("meta.json", json.dumps(meta, indent=1).encode())
         manifest.publish_folder(self.temporary, final, self._entries, kind="tokens")
-        files.unlink(final / PROGRESS)  # until then it can be gone on with
+        files.unlink(final / PROGRESS)  # until then the preparation can be resumed
 
 
 class Column(files.HashedFile):
@@ -181,7 +187,7 @@ class Column(files.HashedFile):
         super().sync()
 
     def copy(self, source: Path, size: int) -> None:
-        """Begin with the first ``size`` bytes of another file."""
+        """Begin with the first ``size`` bytes of another file. OSError if it has fewer."""
         with source.open("rb") as file:
             while size:
                 data = file.read(min(size, files.READ_BYTES))
@@ -195,18 +201,18 @@ class Column(files.HashedFile):
 
 
 def ids_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type of a store's token ids."""
+    """The type of a store's token ids: uint16 if they fit, else uint32, little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def temporary_folder(final: Path) -> Path:
     """Where this process makes the store ``final``."""
-    own = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"  # ids come again
+    own = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"  # pids are used again
     return final.with_name(f".{final.name}.{own}.tmp")
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What of a folder in the making is committed; nothing where that cannot be read."""
+    """What of an unfinished folder is committed; nothing if that cannot be read."""
     try:
         progress = json.loads((folder / PROGRESS).read_bytes())
     except (OSError, ValueError):
@@ -215,7 +221,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def abandoned(final: Path) -> list[Path]:
-    """What killed preparations of this store left, the furthest first."""
+    """The folders that killed preparations of this store left, the furthest first."""
     found = []
     for folder in final.parent.glob(f".{final.name}.*.tmp"):
         with contextlib.suppress(OSError):
@@ -226,7 +232,10 @@ def abandoned(final: Path) -> list[Path]:
 
 
 def _is_gone(folder: Path, progress: dict[str, Any]) -> bool:
-    """Whether who made a folder has ended; of another host, whether nothing was heard for long."""
+    """Whether the process that made a folder has ended.
+
+    On another host nobody can ask: there it has, if it committed nothing for SILENT_SECONDS.
+    """
     if progress.get("host") == socket.gethostname():
         return is_dead(progress)
     is_ours = f".{socket.gethostname()}." in folder.name
