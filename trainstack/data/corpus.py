@@ -1,6 +1,6 @@
 """What a run learns from: the token stores of its data sets as one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ from trainstack.errors import ConfigError
 
 
 def open_corpus(home: Path, config: Config) -> "Corpus":
-    """What a configuration learns from. ConfigError where a part, or its origin, is not there."""
+    """The token stores of a configuration.
+
+    ConfigError if a store is not there, or the model or data set that it was made from.
+    """
     stores = {}
     for section in config.data.sources:
         try:
@@ -27,12 +30,15 @@ def open_corpus(home: Path, config: Config) -> "Corpus":
 
 
 def corpus_key(folders: Iterable[Path]) -> str:
-    """The name of what the stores in some folders make together."""
+    """The name of the stores in some folders together, which a checkpoint keeps."""
     return "+".join(folder.name for folder in folders)
 
 
 class Corpus:
-    """What a run learns from: the token stores of its data sets, by their labels."""
+    """What a run learns from: the token stores of its data sets, by their labels.
+
+    ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all.
+    """
 
     def __init__(self, stores: dict[str, TokenStore]):
         self.stores = stores
@@ -42,7 +48,7 @@ class Corpus:
 
 
 class Joined:
-    """Splits of several stores as one: first the samples of the first, then those of the next."""
+    """Splits of several data sets as one: first the samples of the first, then of the next."""
 
     def __init__(self, splits: Sequence[Split]):
         self.splits = splits
@@ -51,28 +57,29 @@ class Joined:
         self.num_samples = sum(sizes)
         self.is_full = all(split.is_full for split in splits)
 
-    def sources_of(self, samples: np.ndarray) -> np.ndarray:
-        """The number of the split that each sample is of."""
+    def data_sets_of(self, samples: np.ndarray) -> np.ndarray:
+        """The number of the data set that each sample is of, int64 [samples]."""
         return np.searchsorted(self.firsts, samples, "right") - 1
 
     def target_tokens(self, samples: np.ndarray) -> int:
         """How many targets samples have, all together."""
-        return sum(split.target_tokens(own) for split, own, _ in self._by_split(samples))
+        return sum(split.target_tokens(own) for split, own, _ in self._by_data_set(samples))
 
     def read(self, samples: np.ndarray) -> np.ndarray:
         """Samples as Split.read gives them, in the order that is asked for."""
-        read = [(split.read(own), here) for split, own, here in self._by_split(samples)]
-        parts = np.empty((len(read[0][0]), len(samples), read[0][0].shape[2]), np.int64)
-        for found, here in read:
-            parts[:, here] = found
-        return parts
+        found = [(split.read(own), is_own) for split, own, is_own in self._by_data_set(samples)]
+        kinds, _, seq_len = found[0][0].shape
+        batch = np.empty((kinds, len(samples), seq_len), np.int64)
+        for own, is_own in found:
+            batch[:, is_own] = own
+        return batch
 
-    def _by_split(self, samples: np.ndarray):
-        """Each split with its own samples, and where they stand among all."""
-        sources = self.sources_of(samples)
-        for number in np.unique(sources):
-            here = sources == number
-            yield self.splits[number], samples[here] - self.firsts[number], here
+    def _by_data_set(self, samples: np.ndarray) -> Iterator[tuple[Split, np.ndarray, np.ndarray]]:
+        """Each split with its own samples, and which of all samples they are, bool [samples]."""
+        numbers = self.data_sets_of(samples)
+        for number in np.unique(numbers):
+            is_own = numbers == number
+            yield self.splits[number], samples[is_own] - self.firsts[number], is_own
 
 
 def joined(splits: list[Split]) -> Split | Joined:
@@ -81,7 +88,10 @@ def joined(splits: list[Split]) -> Split | Joined:
 
 
 def enough_samples(config: Config, corpus: Corpus) -> int:
-    """The samples of the training split; ConfigError where they do not fill one global batch."""
+    """How many samples the training split has.
+
+    ConfigError if a data set has none, or if all of them do not fill one global batch.
+    """
     for label, size in zip(corpus.stores, corpus.sizes, strict=True):
         if not size:
             raise ConfigError(

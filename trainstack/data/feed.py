@@ -67,7 +67,7 @@ class Feed:
         """
         if drawn is None:
             return None
-        data_sets = self.corpus.train.sources_of(self.sampler.all_samples_at(step - 1))
+        data_sets = self.corpus.train.data_sets_of(self.sampler.all_samples_at(step - 1))
         return (np.bincount(data_sets, minlength=len(drawn)) + drawn).tolist()
 
     def tokens_of(self, drawn: list[int] | None) -> dict[str, int] | None:

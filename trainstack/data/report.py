@@ -1,8 +1,8 @@
-"""A look at the data before it costs GPU hours: what a run would learn, counted and shown.
+"""Shows what a run would learn, before it costs GPU hours: counts, lengths, a few samples.
 
 Command line: ``python -m trainstack data_report [--config FILE] [--home DIR] [key=value ...]``.
 Reads the token store that download_data_model.sh or prepare made. Tokens that carry loss are
-coloured on a terminal, and stand between [[ and ]] elsewhere.
+coloured on a terminal, and between [[ and ]] elsewhere.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
 SPEAKER = "data_report"
-SHOWN_ROWS = 3
-SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a row, and of each
+SHOWN_SAMPLES = 3
+SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
 BAR_WIDTH = 40  # characters
-HASH_BYTES = 8  # of a document: two of a million are taken for one once in 40 million data sets
+HASH_BYTES = 8  # two of a million documents are taken for one once in 40 million data sets
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
@@ -51,13 +51,13 @@ def main(arguments: list[str]) -> int:
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
     model_folder = layout.model_folder(options.home, config.model.name)
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
-        for line in (*report(section, store), *rows_of(store, model_folder, marks)):
+        for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
     return 0
 
 
 def report(section: DataSection, store: TokenStore) -> Iterator[str]:
-    """What there is, how long it is, how full the samples are, and how much of it stands twice."""
+    """What there is, how long it is, how full the samples are, and how much of it is repeated."""
     counts = store.counts
     yield f"{section.label} ({store.meta['format']}) in {store.folder}"
     splits = ((TRAIN, store.train), (EVAL, store.eval))
@@ -92,6 +92,7 @@ def _hash(ids: np.ndarray) -> int:
 
 
 def documents_of(split: Split) -> Iterator[np.ndarray]:
+    """The token ids of each document, in the store's dtype."""
     start = 0
     for stop in split.stops:
         yield split.ids[start:stop]
@@ -99,7 +100,7 @@ def documents_of(split: Split) -> Iterator[np.ndarray]:
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:
-    """A line for each power of two: how many lengths lie below it, and not below half of it."""
+    """A line for each power of two: how many lengths are below it, and not below half of it."""
     if not len(lengths):
         return
     bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(np.int64))
@@ -108,13 +109,13 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
         yield f"    {1 << power >> 1:>9,} to {(1 << power) - 1:>9,} {bins[power]:>12,} {bar}"
 
 
-def rows_of(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> Iterator[str]:
+def examples(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> Iterator[str]:
     """Some samples as a model gets them, spread over the training split, decoded."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     split = store.train
-    chosen = np.unique(np.linspace(0, split.num_samples - 1, SHOWN_ROWS).astype(np.int64))
+    chosen = np.unique(np.linspace(0, split.num_samples - 1, SHOWN_SAMPLES).astype(np.int64))
     for sample in chosen if split.num_samples else ():
         pieces = split.pieces_of(sample)
         yield f"sample {sample:,}: {len(pieces)} pieces; of each the first {SHOWN_TOKENS} tokens:"
@@ -128,7 +129,7 @@ def rows_of(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> It
 def marked(
     tokenizer, ids: np.ndarray, carries: np.ndarray, marks: tuple[str, str]
 ) -> Iterator[str]:
-    """The texts of tokens in a row that carry loss, or do not; the former marked."""
+    """The text of each run of tokens that carry loss, marked, or that carry none."""
     edges = [0, *(np.flatnonzero(np.diff(carries)) + 1), len(ids)]
     for first, last in itertools.pairwise(edges):
         text = tokenizer.decode(ids[first:last].tolist())

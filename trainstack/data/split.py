@@ -1,4 +1,4 @@
-"""One split of a token store: its samples, read one by one."""
+"""One split of a token store: its documents, and its samples as batches."""
 
 import errno
 import mmap
@@ -17,12 +17,14 @@ PIECES_AT_ONCE = 1 << 16
 
 
 class Split:
-    """One split of a store, read-only: its columns are mapped, tokens of samples are read.
+    """One split of a store, read-only: its files are mapped, but tokens of samples are read.
 
-    ``ids``: the documents' tokens, one after the other. ``stops`` int64 [documents]: where each
-    ends. ``spans`` int64 [spans, 3]: first and last + 1 of tokens in a row that carry loss, and how
-    many did before; None where all do. ``pieces``, ``rows`` and ``row_targets`` as in
-    packing.Plan; None where samples are cut every ``seq_len`` tokens.
+    - ``ids`` [tokens]: token ids in the store's dtype, one document after the other
+    - ``stops`` int64 [documents]: where each document ends in ``ids``
+    - ``spans`` int64 [spans, 3]: for each run of tokens that carry loss its first token, its last
+      one + 1, and how many tokens carry loss before it; None if all tokens do
+    - ``pieces``, ``rows``, ``row_targets``: the samples, as in packing.Plan; None if samples are
+      cut every ``seq_len`` tokens
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, seq_len: int):
@@ -36,14 +38,12 @@ class Split:
         self.rows = self._mapped(folder / f"{name}.rows", INDEX)
         self.row_targets = self._mapped(folder / f"{name}.targets", INDEX)
         self.dtype = dtype
-        self._buffer = np.empty((0, 0), dtype)
-        self._rows_of_buffer: list[tuple[np.ndarray]] = []
         self._file = (folder / f"{name}.bin").open("rb", buffering=0)
         whole = max(0, len(self.ids) - 1) // seq_len
         self._is_plain = self.is_full and whole == self.num_samples
 
     def _mapped(self, path: Path, dtype: np.dtype, columns: int = 0) -> np.ndarray | None:
-        """A file as a read-only array, [rows, columns] or [rows]; None where there is none."""
+        """A file as a read-only array, [length] or [length, columns]; None if it is not there."""
         if not path.exists():
             return None
         shape = (-1, columns) if columns else (-1,)
@@ -54,7 +54,7 @@ class Split:
         return np.frombuffer(self._maps[-1], dtype).reshape(shape)
 
     def forget(self) -> None:
-        """Let go of the pages that were read, so that memory does not grow with what is read.
+        """Let go of the mapped pages, so that memory does not grow with what is read.
 
         They stay in the page cache, where the next read finds them.
         """
@@ -64,7 +64,11 @@ class Split:
 
     @property
     def num_samples(self) -> int:
-        """Whole samples; of held-out ones also the last, filled up with what carries no loss."""
+        """How many samples there are.
+
+        The end of the training documents that fills no sample is left out; of the held-out ones it
+        is a sample too, filled up with what carries no loss.
+        """
         if self.rows is not None:
             return len(self.rows) - 1
         targets = max(0, len(self.ids) - 1)
@@ -85,7 +89,7 @@ class Split:
 
     @property
     def padding_share(self) -> float:
-        """How much of the samples is there only to fill them up."""
+        """The share of all slots that only fill samples up, from 0 to 1."""
         if self.rows is None:
             return 0.0
         filled = 0
@@ -95,7 +99,7 @@ class Split:
         return 1 - filled / max(1, self.num_samples * self.seq_len)
 
     def targets_in(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """How many tokens of each range carry loss."""
+        """How many tokens of each range carry loss; all three int64 [ranges]."""
         if self.spans is None:
             return stops - starts
         return self._targets_before(stops) - self._targets_before(starts)
@@ -108,72 +112,70 @@ class Split:
         return np.where(at < 0, 0, before + np.minimum(tokens, last) - first)
 
     def read(self, samples: np.ndarray) -> np.ndarray:
-        """Samples as int64 [2 or 3, samples, seq_len]: inputs, labels, positions where packed.
+        """Samples as int64 [2 or 3, samples, seq_len]: inputs, labels, and positions if packed.
 
-        Labels are shifted already: IGNORED_LABEL, or the token after the input. Positions begin
-        anew at each document; each token that a row is filled up with is one of its own. Inputs
-        and labels may share memory.
+        A label is the token after its input, or IGNORED_LABEL. Positions begin at 0 in each
+        document; each token that fills a sample up is a document of its own. Inputs and labels may
+        share memory. Raises OSError, as the file system does.
         """
         if self._is_plain:
             return self._read_plain(samples)
         self._read += len(samples)
         if self._read > SAMPLES_KEPT:
             self.forget()
-        parts = np.zeros((2 if self.rows is None else 3, len(samples), self.seq_len), np.int64)
-        parts[1] = IGNORED_LABEL
-        for row, sample in enumerate(samples):
-            at = 0
-            for start, places in self.pieces_of(sample):
-                self._fill(parts[:, row, at : at + places], start)
-                at += places
-        return parts
+        batch = np.zeros((2 if self.rows is None else 3, len(samples), self.seq_len), np.int64)
+        batch[1] = IGNORED_LABEL
+        for number, sample in enumerate(samples):
+            slot = 0
+            for start, slots in self.pieces_of(sample):
+                self._fill(batch[:, number, slot : slot + slots], start)
+                slot += slots
+        return batch
 
     def _read_plain(self, samples: np.ndarray) -> np.ndarray:
-        """Samples of which each token has a target: labels are a view of the same memory."""
-        starts = (samples * self.seq_len).tolist()
-        found = self._tokens_at(starts, self.seq_len + 1).astype(np.int64)
-        row, item = found.strides
-        shape, strides = (2, len(samples), self.seq_len), (item, row, item)
-        return np.ndarray(shape, np.int64, found, strides=strides)  # as_strided takes longer
+        """Samples of which each token has a target; labels are a view of the same tokens.
+
+        To copy them instead costs 15% of the speed, and with it the target of benchmarks/loader.py;
+        as_strided costs a third.
+        """
+        tokens = self._tokens_at((samples * self.seq_len).tolist(), self.seq_len + 1)
+        tokens = tokens.astype(np.int64)
+        sample, token = tokens.strides  # of labels too, which begin one token later
+        shape, strides = (2, len(samples), self.seq_len), (token, sample, token)
+        return np.ndarray(shape, np.int64, tokens, strides=strides)
 
     def _tokens_at(self, starts: Sequence[int], number: int) -> np.ndarray:
-        """That many tokens from each start, [starts, number], until the next call.
+        """That many tokens from each start, [starts, number], in the store's dtype, read-only.
 
         Read, not mapped: an error of the file system is an OSError then, not the death of the
         process (SIGBUS), and no page of the file counts as this process's memory.
         """
-        file, item = self._file.fileno(), self.dtype.itemsize
-        size = number * item
-        if self._buffer.shape != (len(starts), number):
-            self._buffer = np.empty((len(starts), number), self.dtype)
-            self._rows_of_buffer = [(row,) for row in self._buffer]
-        found = 0
-        for row, start in zip(self._rows_of_buffer, starts, strict=True):
-            found += os.preadv(file, row, start * item)
-        if found != size * len(starts):
+        file, size = self._file.fileno(), number * self.dtype.itemsize
+        data = b"".join([os.pread(file, size, start * self.dtype.itemsize) for start in starts])
+        if len(data) != size * len(starts):
             raise OSError(errno.EIO, "shorter than it was", self._file.name)
-        return self._buffer
+        return np.frombuffer(data, self.dtype).reshape(len(starts), number)
 
     def pieces_of(self, sample: int) -> list[list[int]]:
-        """What a sample is made of: first token and places of each piece."""
+        """What a sample is made of: first token and number of slots of each piece."""
         if self.rows is None:
             start = int(sample) * self.seq_len
             return [[start, min(self.seq_len, len(self.ids) - 1 - start)]]
         first, last = self.rows[sample : sample + 2]
         return self.pieces[first:last].tolist()
 
-    def _fill(self, parts: np.ndarray, start: int) -> None:
-        """Write the tokens from ``start`` on into [2 or 3, places]."""
-        places = parts.shape[1]
-        window = self._tokens_at([start], places + 1)[0]
-        parts[0] = window[:-1]
-        if len(parts) == 3:
-            parts[2] = np.arange(places)
+    def _fill(self, batch: np.ndarray, start: int) -> None:
+        """Write the tokens from ``start`` on into [2 or 3, slots]."""
+        slots = batch.shape[1]
+        window = self._tokens_at([start], slots + 1)[0]
+        batch[0] = window[:-1]
+        if len(batch) == 3:
+            batch[2] = np.arange(slots)
         if self.spans is None:
-            parts[1] = window[1:]
+            batch[1] = window[1:]
             return
         first = np.searchsorted(self.spans[:, 1], start + 1, "right")
-        last = np.searchsorted(self.spans[:, 0], start + 1 + places, "left")
+        last = np.searchsorted(self.spans[:, 0], start + 1 + slots, "left")
         for begin, end, _ in self.spans[first:last].tolist():
-            begin, end = max(begin - start, 1), min(end - start, places + 1)
-            parts[1, begin - 1 : end - 1] = window[begin:end]
+            begin, end = max(begin - start, 1), min(end - start, slots + 1)
+            batch[1, begin - 1 : end - 1] = window[begin:end]

@@ -1,10 +1,14 @@
 """The token store: a data set tokenised once, then read-only.
 
-``tokens/<key>/`` holds, for the splits train and eval, .bin (token ids, little-endian uint16 or
-uint32, one document after the other), .documents (where each ends), .loss (which tokens carry
-loss, where not all do), and, where documents are packed whole, .pieces, .rows and .targets (the
-samples); meta.json (what made it), bad_records.jsonl (what was set aside) and manifest.json. The
-key is a hash of the source files, the tokenizer and the settings: another source is another store.
+``tokens/<key>/`` holds for each of the splits train and eval
+
+- .bin: token ids, little-endian uint16 or uint32, one document after the other
+- .documents: where each document ends
+- .loss: which tokens carry loss, if not all do
+- .pieces, .rows, .targets: the samples, if documents are packed whole
+
+and meta.json (what made it), bad_records.jsonl (which records were left out) and manifest.json.
+The key is a hash of the data files, the tokenizer and the settings: other data is another store.
 """
 
 import hashlib
@@ -31,7 +35,7 @@ PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
 @dataclass
 class Counts:
-    """What a preparation saw: documents and tokens per split, and what was left out."""
+    """What a preparation found: documents and tokens per split, and what was left out."""
 
     train_documents: int = 0
     train_tokens: int = 0
@@ -40,7 +44,7 @@ class Counts:
     eval_tokens: int = 0
     eval_target_tokens: int = 0
     empty_documents: int = 0
-    split_documents: int = 0  # longer than seq_len, where documents are packed whole
+    split_documents: int = 0  # longer than seq_len, if documents are packed whole
     dropped_documents: int = 0
     bad_records: int = 0
 
@@ -48,7 +52,7 @@ class Counts:
 def made_from(model: Path, dataset: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """All that decides what a store holds: hashes of the files, and settings; from manifests only.
 
-    Raises FileNotFoundError or ValueError where one of them is not there or not whole.
+    FileNotFoundError or ValueError if the model or the data set is not there or not whole.
     """
     model_files = manifest.read_manifest(model)["files"]
     return {
@@ -65,7 +69,7 @@ def store_key(inputs: dict[str, Any]) -> str:
 
 
 def store_folder(home: Path, model_name: str, section: DataSection) -> Path:
-    """Where the store of one data set lies, or will lie. Raises as ``made_from``."""
+    """Where the store of one data set is, or will be. Raises as ``made_from``."""
     model = model_folder(home, model_name)
     dataset = dataset_folder(home, section.name, section.subset)
     return home / "tokens" / store_key(made_from(model, dataset, store_settings(section)))
@@ -75,14 +79,14 @@ def store_settings(section: DataSection) -> dict[str, Any]:
     """The settings of config.yaml's data section that decide which tokens a store holds."""
     keys = ["split", "eval_split", "eval_fraction", "format", "text_field", "packing"]
     keys += ["max_bad_records"]
-    if section.packing != "concat":  # their samples are laid out once and for all
+    if section.packing != "concat":  # the samples are laid out in the store
         keys += ["seq_len", "too_long"]
     settings = {key: getattr(section, key) for key in keys}
     return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}
 
 
 class TokenStore:
-    """Read access to one store by samples of ``seq_len`` tokens; ``train`` and ``eval``: splits."""
+    """One store by samples of ``seq_len`` tokens, read-only; ``train`` and ``eval``: its splits."""
 
     def __init__(self, folder: Path, seq_len: int):
         self.folder = folder
