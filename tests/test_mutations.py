@@ -90,9 +90,9 @@ MUTATIONS = {
         (
             (
                 "trainstack/data/order.py",
-                "        return _stream(positions, self.total_samples, self.seed)\n",
+                "        return stream(positions, self.total_samples, self.seed)\n",
                 "        filled = -(-self.total_samples // self.num_replicas) * self.num_replicas\n"
-                "        return _stream(positions, filled, self.seed) % self.total_samples\n",
+                "        return stream(positions, filled, self.seed) % self.total_samples\n",
             ),
         ),
     ),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from trainstack.config.load import load
 from trainstack.data.corpus import enough_samples, open_corpus
-from trainstack.data.order import BLOCK, Mixture, Permutation, StepSampler, _stream, samples_hash
+from trainstack.data.order import BLOCK, Mixture, Permutation, StepSampler, samples_hash, stream
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
@@ -45,7 +45,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(home):
-    return open_corpus(home, load.load(home / "config.yaml", list(MIXTURE)))
+    return open_corpus(home, load(home / "config.yaml", list(MIXTURE)))
 
 
 weights = st.lists(st.floats(0.001, 1000), min_size=2, max_size=32)
@@ -68,7 +68,7 @@ def test_each_data_set_has_its_share_and_its_own_samples_follow_one_another(w, s
     first = 0
     for number, size in enumerate(sizes):
         own = samples[(samples >= first) & (samples < first + size)] - first
-        expected = _stream(np.arange(before[number], after[number]), size, seed, f"{number}/")
+        expected = stream(np.arange(before[number], after[number]), size, seed, f"{number}/")
         assert own.tolist() == expected.tolist()
         first += size
     assert ((samples >= 0) & (samples < first)).all()
@@ -90,8 +90,7 @@ def test_any_position_is_the_same_alone_and_among_others():
         Mixture([7, 1000, 30], [1, 2, 0.01], 5).at(positions[i : i + 1])[0] for i in range(300)
     ]
     assert together.tolist() == alone
-    sampler = StepSampler(1037, BATCH, 1, 2, 5, 12345, mixture=mixture)
-    assert sampler.first_sample() == sampler.samples_at(12345)[0]
+    sampler = StepSampler(1037, BATCH, 1, 2, 5, mixture=mixture)
     both = [StepSampler(1037, BATCH, r, 2, 5, mixture=mixture).samples_at(9) for r in (0, 1)]
     assert sorted(np.concatenate(both)) == sorted(sampler.all_samples_at(9))
 
@@ -109,15 +108,15 @@ def test_a_mixture_reads_each_sample_from_its_own_store(corpus):
     splits = [store.train for store in corpus.stores.values()]
     assert corpus.train.num_samples == sum(split.num_samples for split in splits)
     chosen = np.random.default_rng(2).permutation(corpus.train.num_samples)
-    parts = corpus.train.read(chosen)
+    batch = corpus.train.read(chosen)
     expected = np.concatenate([s.read(np.arange(s.num_samples)) for s in splits], axis=1)
-    assert (parts == expected[:, chosen]).all()
+    assert (batch == expected[:, chosen]).all()
     assert corpus.train.target_tokens(chosen) == (expected[1] != -100).sum()
     assert corpus.key == "+".join(store.folder.name for store in corpus.stores.values())
 
 
 def by_hand(sizes: list[int], seed: int, positions: int) -> list[int]:
-    """The samples of a mixture by the rule of doc/data.md, with Python's numbers alone."""
+    """The samples of a mixture by the rule of doc/data.md, one after the other."""
     shares = [Fraction("0.5"), Fraction("0.3"), Fraction("0.2")]
     samples, drawn = [], [0, 0, 0]
     for block in range(-(-positions // 1024)):
@@ -125,13 +124,13 @@ def by_hand(sizes: list[int], seed: int, positions: int) -> list[int]:
         counts = [int((block + 1) * 1024 * s + p) for s, p in zip(shares, points, strict=True)]
         counts[0] = (block + 1) * 1024 - counts[1] - counts[2]
         turns = [s for s in range(3) for _ in range(counts[s] - drawn[s])]
-        order = Permutation(1024, seed, f"mixture/{block}")
-        for offset in range(1024):
-            source = turns[order.one(offset)]
-            epoch, index = divmod(drawn[source], sizes[source])
-            permute = Permutation(sizes[source], seed, f"{source}/{epoch}")
-            samples.append(sum(sizes[:source]) + permute.one(index))
-            drawn[source] += 1
+        order = Permutation(1024, seed, f"mixture/{block}")(np.arange(1024))
+        for turn in order:
+            data_set = turns[turn]
+            epoch, index = divmod(drawn[data_set], sizes[data_set])
+            permute = Permutation(sizes[data_set], seed, f"{data_set}/{epoch}")
+            samples.append(sum(sizes[:data_set]) + int(permute(np.array([index]))[0]))
+            drawn[data_set] += 1
     return samples[:positions]
 
 
@@ -191,10 +190,10 @@ def test_without_weights_an_epoch_is_all_samples_of_all_data_sets_once(home, cor
         assert hashes[step] == f"{samples_hash(own):013x}"
     share = corpus.stores["two"].train.num_samples / total
     assert f"{100 * share:.1f}% from two: " in result.stdout
-    by_source = tiny.metrics(home, "natural", "source_eval_loss")[8]
+    by_data_set = tiny.metrics(home, "natural", "source_eval_loss")[8]
     counts = [store.eval for store in corpus.stores.values()]
     held_out = [(split.read(np.arange(split.num_samples))[1] != -100).sum() for split in counts]
-    whole = sum(by_source[label] * n for label, n in zip(SIZES, held_out, strict=True))
+    whole = sum(by_data_set[label] * n for label, n in zip(SIZES, held_out, strict=True))
     assert tiny.metrics(home, "natural", "eval_tokens")[8] == sum(held_out)
     assert tiny.metrics(home, "natural", "eval_loss")[8] == pytest.approx(whole / sum(held_out))
 
@@ -230,18 +229,18 @@ PROBLEMS = [
 @pytest.mark.parametrize(("overrides", "problem"), PROBLEMS, ids=lambda value: str(value)[:40])
 def test_a_wrong_mixture_is_one_clear_line(home, overrides, problem):
     with pytest.raises(ConfigError) as raised:
-        load.load(home / "config.yaml", overrides)
+        load(home / "config.yaml", overrides)
     assert problem in str(raised.value), str(raised.value)
     print(raised.value)
 
 
 def test_what_an_entry_leaves_out_is_as_in_data_and_the_kept_settings_say_it(home, tmp_path):
     overrides = [mixed("two"), "data.weight=1", "data.text_field=body", "data.subset=small"]
-    loaded = load.load(home / "config.yaml", overrides)
+    loaded = load(home / "config.yaml", overrides)
     (second,) = loaded.data.mixture
     assert (second.text_field, second.subset, second.revision) == ("body", None, "main")
     (tmp_path / "kept.yaml").write_text(loaded.to_yaml())
-    assert load.load(tmp_path / "kept.yaml", []) == loaded
+    assert load(tmp_path / "kept.yaml", []) == loaded
     assert [source.name for source in loaded.data.sources] == ["tiny", "two"]
 
 
@@ -251,6 +250,6 @@ def test_a_data_set_without_a_sample_is_named(home):
     arguments = ["--home", home, "--config", home / "config.yaml", "data.eval_fraction=0"]
     arguments += ["data.name=one", "data.mixture=[{name: short, weight: null}]"]
     tiny.run_command("prepare", *arguments)
-    loaded = load.load(home / "config.yaml", list(map(str, arguments[4:])))
+    loaded = load(home / "config.yaml", list(map(str, arguments[4:])))
     with pytest.raises(ConfigError, match="data set short has less than one sequence of 32"):
         enough_samples(loaded, open_corpus(home, loaded))

@@ -1,10 +1,10 @@
-"""Which samples a step consumes, computed from the step alone, and their batches.
+"""Which samples a step consumes, computed from the step alone.
 
 The stream of samples is infinite: position i is sample ``perm(seed, epoch)(i mod N)`` of epoch
-``i div N``; in a mixture by weight, each data set has its own such stream, and the position says
-whose turn it is. Step s (from 0) consumes positions ``[s*G, (s+1)*G)`` with G the global batch
-size; rank r of W takes every W-th of them. Nothing is stored, so any step at any world size is
-reached in microseconds and without memory.
+``i div N``, with N samples. In a mixture by weight each data set has its own such stream, and the
+position decides from which data set it takes. Step s (from 0) consumes positions
+``[s*G, (s+1)*G)`` with G the global batch size; rank r of W takes every W-th of them. Nothing is
+stored, so any step is reached at once, at any world size.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ HASH_BITS = 52  # sums of two 26-bit halves stay exact in float64
 class Permutation:
     """A keyed bijection of ``range(n)``, computed per index: O(1) memory, no list of n.
 
-    A balanced Feistel network over the smallest even number of bits that holds n, walked until the
-    value falls below n (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite
-    Domains", 2002). Fewer than four walks on average.
+    A balanced Feistel network over the smallest even number of bits that holds n. While a result
+    is n or more, the network is applied to it once more (cycle walking; Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", 2002): fewer than four times on average.
     """
 
     def __init__(self, n: int, seed: int, epoch: int | str):
@@ -35,21 +35,11 @@ class Permutation:
         self.mask = np.uint64((1 << int(self.half_bits)) - 1)
         key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
         start = int.from_bytes(key, "little")
-        self.keys = [_mix_one((start + number) % 2**64) for number in range(ROUNDS)]
-
-    def one(self, index: int) -> int:
-        """The same for a single index, without arrays: their handling takes ten times the work."""
-        half, mask = int(self.half_bits), int(self.mask)
-        while True:
-            left, right = index >> half, index & mask
-            for key in self.keys:
-                left, right = right, left ^ (_mix_one(right ^ key) & mask)
-            index = (left << half) | right
-            if index < self.n:
-                return index
+        keys = [_mix_one((start + number) % 2**64) for number in range(ROUNDS)]
+        self.keys = np.array(keys, np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Map int64 indices in ``range(n)``, of one dimension or more, to distinct ones."""
+        """Map int64 indices in ``range(n)``, of any shape, to distinct ones of the same shape."""
         values = self._encrypt(np.asarray(indices).astype(np.uint64))
         while (outside := values >= self.n).any():
             values[outside] = self._encrypt(values[outside])
@@ -58,7 +48,7 @@ class Permutation:
     def _encrypt(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self.half_bits, values & self.mask
         new, spare = np.empty_like(values), np.empty_like(values)
-        for key in np.array(self.keys, np.uint64):
+        for key in self.keys:
             _mix(np.bitwise_xor(right, key, out=new), spare)
             new &= self.mask
             new ^= left
@@ -71,7 +61,8 @@ class Permutation:
 def _mix(values: np.ndarray, spare: np.ndarray) -> None:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit depends on every bit.
 
-    In place, with a spare array of the same size: new arrays would take half of the time.
+    In place, on uint64, with a spare array of the same size: new arrays would take half of the
+    time.
     """
     values += np.uint64(0x9E3779B97F4A7C15)  # arrays of integers wrap around
     values ^= np.right_shift(values, np.uint64(30), out=spare)
@@ -82,7 +73,7 @@ def _mix(values: np.ndarray, spare: np.ndarray) -> None:
 
 
 def _mix_one(value: int) -> int:
-    """The same for an int of 64 bits."""
+    """The same for one int of 64 bits; a single number of numpy would warn when it wraps around."""
     value = (value + 0x9E3779B97F4A7C15) & (2**64 - 1)
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     value = (value ^ value >> 27) * 0x94D049BB133111EB & (2**64 - 1)
@@ -90,27 +81,30 @@ def _mix_one(value: int) -> int:
 
 
 class Mixture:
-    """Several streams of samples as one: whose turn each position is, and its which sample.
+    """Interleaves data sets by weight: for each position, which data set and which of its samples.
 
-    In every block of BLOCK positions each data set has its share, in an order drawn by a
-    permutation of the block. Over any number of blocks that is its weight's, to within one sample;
-    the largest takes what rounding leaves. So a position is computed from its block alone. Samples
-    of all data sets have numbers in a row: first those of the first data set.
+    Positions come in blocks of BLOCK. In each block every data set has as many *turns* as its
+    weight says; a permutation of the block decides at which positions. The *draw* of a position is
+    how many samples its data set gave before it: draw d is position d of that data set's own
+    stream. Both follow from the number of the block, so any position is computed by itself.
+
+    The samples of all data sets are numbered one after the other: first those of the first one.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
         """``sizes``: samples of each data set, none of them 0; ``weights``: shares, of any sum."""
         self.sizes, self.seed = list(sizes), seed
         self.firsts = np.cumsum([0, *sizes[:-1]])
-        parts = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not a binary number
-        self.shares = [part / sum(parts) for part in parts]
+        exact = [Fraction(str(weight)) for weight in weights]  # 0.1 is a tenth, not a binary number
+        self.shares = [weight / sum(exact) for weight in exact]
         self.largest = self.shares.index(max(self.shares))
 
     def drawn_before(self, block: int) -> np.ndarray:
         """How many samples each data set gives to all blocks before one, int64 [data sets].
 
-        Rounded up and down by turns, a different point for each data set: else equal weights would
-        all be rounded down together, and the largest would have to take up to a sample of each.
+        Within one sample of its share; the largest takes what rounding leaves. Each data set rounds
+        up from a fraction of its own: else equal weights would all be rounded down together, and
+        the largest would have to take up to a sample of each.
         """
         drawn = []
         for number, share in enumerate(self.shares):
@@ -120,7 +114,7 @@ class Mixture:
         return np.array(drawn, np.int64)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at positions, int64."""
+        """The samples at positions, both int64 [positions]."""
         blocks, offsets = np.divmod(positions, BLOCK)
         samples = np.empty_like(positions)
         for block in np.unique(blocks):
@@ -130,32 +124,35 @@ class Mixture:
         return samples
 
     def _turns(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each position of a block: its data set, and the how-manieth draw from it it is."""
+        """For each position of a block: the number of its data set, and its draw."""
         before = self.drawn_before(block)
-        numbers = self.drawn_before(block + 1) - before
+        counts = self.drawn_before(block + 1) - before
         order = Permutation(BLOCK, self.seed, f"mixture/{block}")(np.arange(BLOCK))
-        turns = np.repeat(np.arange(len(self.sizes)), numbers)[order]
+        turns = np.repeat(np.arange(len(self.sizes)), counts)[order]
         draws = np.empty(BLOCK, np.int64)
-        for source, number in enumerate(numbers.tolist()):
-            draws[turns == source] = before[source] + np.arange(number)
+        for number, count in enumerate(counts.tolist()):
+            draws[turns == number] = before[number] + np.arange(count)
         return turns, draws
 
     def _samples(self, turns: np.ndarray, draws: np.ndarray) -> np.ndarray:
         samples = np.empty_like(draws)
-        for source in np.unique(turns):
-            here = turns == source
-            size, name = self.sizes[source], f"{source}/"
-            samples[here] = self.firsts[source] + _stream(draws[here], size, self.seed, name)
+        for number in np.unique(turns):
+            here = turns == number
+            own = stream(draws[here], self.sizes[number], self.seed, f"{number}/")
+            samples[here] = self.firsts[number] + own
         return samples
 
 
 def mixture_of(sizes: Sequence[int], weights: Sequence[float | None], seed: int) -> Mixture | None:
-    """The mixture of data sets; None where they have no weights: then all samples are alike."""
+    """The mixture of data sets; None if they have no weights: then all samples are alike."""
     return Mixture(sizes, weights, seed) if any(weights) else None
 
 
-def _stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.ndarray:
-    """The samples at positions of the stream of one data set of ``size`` samples."""
+def stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.ndarray:
+    """The samples at positions of the stream of ``size`` samples, both int64 [positions].
+
+    ``name`` makes the streams of several data sets differ.
+    """
     epochs, offsets = np.divmod(positions, size)
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -167,10 +164,9 @@ def _stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.n
 class StepSampler(DistributedSampler):
     """A DistributedSampler whose samples are a function of the step, at any world size.
 
-    Iterating yields this rank's sample indices without end from ``first_step`` on; ``samples_at``
-    gives one step's directly, for this or any other rank. ``left_out``: windows that rollbacks
-    left out, ``{"after": step, "steps": n}``: beyond that step the data runs n steps ahead.
-    ``mixture``: of several data sets by weight; without, all samples are alike.
+    ``samples_at`` gives one step's samples, of this or any other rank. ``left_out``: windows that
+    rollbacks left out, each ``{"after": step, "steps": n}``: beyond that step the data runs n steps
+    ahead. ``mixture``: of several data sets by weight; without it, all samples are alike.
     """
 
     def __init__(
@@ -193,6 +189,11 @@ class StepSampler(DistributedSampler):
         self.mixture = mixture
         self._known = (0, np.zeros(0, np.int64))  # position, and samples from there on
 
+    def __iter__(self) -> Iterator[int]:
+        """This rank's samples, step by step from ``first_step`` on, without end."""
+        for step in itertools.count(self.first_step):
+            yield from self.samples_at(step).tolist()
+
     def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
         """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
         rank = self.rank if rank is None else rank
@@ -200,39 +201,28 @@ class StepSampler(DistributedSampler):
 
     def all_samples_at(self, step: int) -> np.ndarray:
         """Sample indices of one step (from 0) of all ranks, int64 [global_batch_size]."""
-        at, (begin, known) = self._first_position(step), self._known
-        if not begin <= at <= begin + len(known) - self.global_batch_size:
+        position, (begin, known) = self._first_position(step), self._known
+        if not begin <= position <= begin + len(known) - self.global_batch_size:
             number = max(self.global_batch_size, min(AHEAD, self.total_samples))
-            begin, known = self._known = at, self.at(np.arange(at, at + number))
-        return known[at - begin : at - begin + self.global_batch_size]
+            begin, known = self._known = position, self.at(np.arange(position, position + number))
+        return known[position - begin : position - begin + self.global_batch_size]
 
     def _first_position(self, step: int) -> int:
         ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
         return (step + ahead) * self.global_batch_size
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """The samples at positions of the infinite stream."""
+        """The samples at positions of the infinite stream, both int64 [positions]."""
         if self.mixture is not None:
             return self.mixture.at(positions)
-        return _stream(positions, self.total_samples, self.seed)
-
-    def __iter__(self) -> Iterator[int]:
-        yield self.first_sample()
-        yield from self.samples_at(self.first_step)[1:].tolist()
-        for step in itertools.count(self.first_step + 1):
-            yield from self.samples_at(step).tolist()
-
-    def first_sample(self) -> int:
-        """The first index of ``first_step``, in microseconds."""
-        position = self._first_position(self.first_step) + self.rank
-        if self.mixture is not None:
-            return int(self.mixture.at(np.array([position]))[0])
-        epoch, offset = divmod(position, self.total_samples)
-        return Permutation(self.total_samples, self.seed, epoch).one(offset)
+        return stream(positions, self.total_samples, self.seed)
 
 
 def samples_hash(samples: np.ndarray) -> int:
-    """An order-independent hash of samples; hashes of parts add up modulo 2**HASH_BITS."""
+    """An order-independent hash of samples, HASH_BITS long.
+
+    The hash of several arrays together is the sum of theirs modulo 2**HASH_BITS.
+    """
     mixed = np.asarray(samples).astype(np.uint64)
     _mix(mixed, np.empty_like(mixed))
     mixed >>= np.uint64(64 - HASH_BITS)
