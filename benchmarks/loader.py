@@ -2,14 +2,18 @@
 
 Each gives 400 batches of 32 samples of 1,024 tokens in shuffled order, as a step takes them: int64
 input_ids and labels. The clock starts after the first batch, so that no peer's start counts; CPU
-time is of all processes, start and end included. Floor: to copy the bytes of such batches. One
-thread per process, and the page cache is warm.
+time is of all processes, start and end included. The limit is "memcpy": to copy the bytes of such
+batches. One thread per process; all files are in the page cache.
 
-A peer is what its documentation calls fast, with 0 and with 2 workers, of which the better counts:
-datasets in its torch format, asked for whole batches by a BatchSampler; litdata's TokensLoader; MDS
-with a column of numpy arrays, both widened by numpy, for torch is slow with 16 bits. For
-information: "run_clm", datasets with a DataLoader that makes tensors one by one; and "by hand",
-datasets as far as we could drive it: rows of one size and 16 bits, by numpy, cut by the collator.
+A peer is what its documentation calls fast, with 0 and with 2 workers; the better one counts:
+
+- datasets in its torch format, asked for whole batches by a BatchSampler
+- litdata's TokensLoader, and MDS (mosaicml-streaming) with a column of numpy arrays; both converted
+  to 64 bits by numpy, for torch is slow with 16 bits
+
+For information: "run_clm", datasets with a DataLoader that makes tensors one by one; and "by hand",
+the fastest that we could make of datasets: rows of one size and 16 bits, by numpy, cut by the
+collator.
 """
 
 import functools
@@ -36,7 +40,7 @@ from trainstack.data.split import INDEX, Split
 
 TOKENS, SEQ_LEN, BATCH, BATCHES, ROUNDS = 100_000_000, 1024, 32, 400, 5
 ROW = SEQ_LEN + 1  # inputs and labels overlap
-PART = 5_000_000  # tokens that litdata is given at once
+SLICE = 5_000_000  # tokens that litdata is given at once
 LEAST_DATASETS, LEAST_STREAMING = 10, 3
 
 
@@ -62,7 +66,7 @@ def main() -> int:
         print(f"{loader:28} {speed / 1e6:6.1f}M tokens/s, {cpu:.3f} CPU seconds per million")
     print(f"ours: {times_faster(rounds, 'memcpy'):.2f} of memcpy, "
           f"{times_faster(rounds, 'run_clm'):.0f} times run_clm, "
-          f"{times_faster(rounds, 'by hand'):.1f} times datasets driven by hand")  # fmt: skip
+          f"{times_faster(rounds, 'by hand'):.1f} times datasets by hand")  # fmt: skip
     arrow, stream = times_faster(rounds, "datasets"), times_faster(rounds, "litdata", "MDS")
     holds = arrow >= LEAST_DATASETS and stream >= LEAST_STREAMING and not missing
     print(f"loader: target {LEAST_DATASETS} times datasets with a DataLoader, {LEAST_STREAMING} "
@@ -90,7 +94,7 @@ def measure(folder: Path, start) -> tuple[float, float]:
 
 
 def warm(folder: Path) -> None:
-    """Bring all files into the page cache: what nobody read for seconds may have left it."""
+    """Read all files, so that they are in the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -119,7 +123,7 @@ def copied():
 
 
 def with_trainstack(folder: Path, ids: np.ndarray):
-    """The path of train.py, without what it asks its other parts between two batches."""
+    """What train.py does for its batches, and nothing else of a step."""
     ids.tofile(folder / "train.bin")
     np.array([TOKENS], INDEX).tofile(folder / "train.documents")
     split = Split(folder, "train", ids.dtype, SEQ_LEN)
@@ -128,7 +132,7 @@ def with_trainstack(folder: Path, ids: np.ndarray):
         return feed.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
 
     def batches():
-        yield from batches_of(np.arange(BATCH))  # then the clock starts, our sampler's start counts
+        yield from batches_of(np.arange(BATCH))  # the clock starts here: making the sampler counts
         sampler = order.StepSampler(split.num_samples, BATCH, rank=0, world_size=1, seed=1)
         for step in itertools.count():
             yield from batches_of(sampler.samples_at(step))
@@ -167,7 +171,7 @@ def with_litdata(folder: Path, ids: np.ndarray):
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     optimize(
-        functools.partial(part_of, folder / "train.bin"), list(range(TOKENS // PART)),
+        functools.partial(slice_of, folder / "train.bin"), list(range(TOKENS // SLICE)),
         str(folder / "litdata"), chunk_bytes="64MB", item_loader=TokensLoader(), num_workers=1,
         start_method="fork", verbose=False,
     )  # fmt: skip
@@ -180,12 +184,12 @@ def with_litdata(folder: Path, ids: np.ndarray):
     return {"litdata": start}
 
 
-def part_of(path: Path, number: int):
-    yield torch.from_numpy(np.fromfile(path, np.uint16, PART, offset=number * PART * 2))
+def slice_of(path: Path, number: int):
+    yield torch.from_numpy(np.fromfile(path, np.uint16, SLICE, offset=number * SLICE * 2))
 
 
 def with_streaming(folder: Path, ids: np.ndarray):
-    """mosaicml-streaming, without its __init__, which wants torchvision for what is not used."""
+    """mosaicml-streaming, without its __init__, which needs torchvision for what is not used."""
     spec = importlib.util.find_spec("streaming")
     if spec is None:
         raise ImportError("no mosaicml-streaming")
@@ -199,7 +203,7 @@ def with_streaming(folder: Path, ids: np.ndarray):
             writer.write({"input_ids": row})
 
     def start(workers):
-        tempfile.tempdir = str(folder)  # it would leave its locks in /tmp
+        tempfile.tempdir = str(folder)  # else its locks stay in /tmp
         samples = StreamingDataset(
             local=local, shuffle=True, batch_size=BATCH, predownload=BATCH * BATCHES
         )
@@ -208,7 +212,7 @@ def with_streaming(folder: Path, ids: np.ndarray):
             yield from DataLoader(samples, BATCH, num_workers=workers, collate_fn=cut)
         finally:
             if not workers:
-                samples._iterator.exit()  # its threads would go on
+                samples._iterator.exit()  # else its threads continue
 
     return {"MDS": start}
 

@@ -1,8 +1,8 @@
 """Peak memory of preparation and of a rank's data path, from 10 MB of text to 1 GB.
 
-The text is Python's own sources over and over. Of preparation it is the largest of its processes
-that counts, of a rank a process that reads every sample of an epoch once, in the order of a run;
-with what Python and its libraries take.
+The text is Python's own sources, repeated. Of preparation the largest of its processes counts; a
+rank is a process that reads every sample of an epoch once, in the order of a run. Python and its
+libraries are included.
 """
 
 import itertools
@@ -97,14 +97,14 @@ def rank(home: str, packing: str, name: str) -> float:
     device = torch.device("cpu")
     for step in range(split.num_samples // BATCH):
         samples = sampler.samples_at(step)
-        for parts in feed.micro_batches(samples, BATCH, split.read, device):
-            assert len(parts[0]) == BATCH
+        for batch in feed.micro_batches(samples, BATCH, split.read, device):
+            assert len(batch[0]) == BATCH
         split.target_tokens(samples)
     return peak()
 
 
 def peak() -> float:
-    """Of this process alone: getrusage would count the one that began it."""
+    """Of this process alone, in MB: getrusage would count the process that started it."""
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 

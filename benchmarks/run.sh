@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 #
-# Measure, each beside its peer in the same run.
+# Measure trainstack, each benchmark beside its peer in the same run.
 #
 # Usage: bash benchmarks/run.sh [NAME ...]
 #
-# Without a name all benchmarks, one after the other; nothing else should run meanwhile. The last
-# line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold.
+# Without a name: all benchmarks, one after the other. Nothing else should run meanwhile. The last
+# line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold, 2
+# if there is no such benchmark, else 1.
 
 set -euo pipefail
 

@@ -2,8 +2,8 @@
 
 Two processes train a Llama of 40M parameters with AdamW on the CPU. In turns a step is followed by
 nothing, by torch.save on rank 0 while the other waits, and by the start of our save. Stall: how
-long the loop stood still, on the rank that stood longest. Slowdown: the steps while our save was
-under way, against the quiet ones around them.
+long the loop waited, on the rank that waited longest. Slowdown: the steps while our save was under
+way, against the quiet ones around them.
 """
 
 import os
@@ -113,12 +113,13 @@ def measure(folder: Path) -> int:
         holds = True
     dist.barrier()
     shutil.rmtree(folder / "peer.pt", ignore_errors=True)
-    (folder / "holds").touch() if world.is_main and holds else None
+    if world.is_main and holds:
+        (folder / "holds").touch()
     os._exit(0)  # torchrun would print forty lines about a benchmark that falls short
 
 
 def save_with_torch(trainer: Trainer, path: Path) -> float:
-    """Seconds for which both ranks stand still while rank 0 saves weights and optimizer."""
+    """Seconds for which both ranks wait while rank 0 saves weights and optimizer."""
     dist.barrier()
     started = time.perf_counter()
     if trainer.world.is_main:

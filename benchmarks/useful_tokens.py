@@ -1,11 +1,11 @@
 """Training on documents of many lengths: our packing beside Trainer's padding and TRL's packing.
 
 Documents of log-normal lengths from 16 to 512 tokens, as conversations have, train a Llama of 3.4M
-parameters in fp32, by one thread: forward, backward, clipping, fused AdamW. What counts is targets
-per second of steps; what fills a batch up is none. A step has about as many for all: 4 samples of
-512 tokens, packed, or 16 documents. Trainer pads to the longest of a batch; TRL packs by bfd and
-takes the 4 samples at once or one by one, of which the better counts. Floor: our step on samples
-that are full and one document each. For information: Trainer with batches of like lengths, which
+parameters in fp32, by one thread: forward, backward, clipping, fused AdamW. Targets per second of
+steps count; padding is no target. A step has about as many for all: 4 samples of 512 tokens,
+packed, or 16 documents. Trainer pads to the longest of a batch. TRL packs by bfd and takes the 4
+samples at once or one by one; the better one counts. The limit ("floor") is our step on samples
+that are full and one document each. For information: Trainer with batches of similar lengths, which
 begins with the longest.
 """
 
@@ -67,7 +67,7 @@ SETTINGS = [
 
 def main() -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all on the CPU
-    torch.set_num_threads(1)  # two wait for each other where the machine has something else to do
+    torch.set_num_threads(1)  # two wait for each other if the machine is not quiet
     disable_progress_bars()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TRAINSTACK_HOME")) as name:
@@ -97,7 +97,7 @@ def times_faster(rounds: list[dict], *peers: str) -> float:
 
 
 def with_trainstack(home: Path, config: Config, store: Split) -> dict:
-    """The parts of train.py, as it builds and uses them."""
+    """Model, optimizer and sampler, as train.py builds and uses them."""
     world, plan = distributed.start(1), config.batch_plan(1)
     causal_lm = new_llama(home)
     loss_model = CausalLMLoss(causal_lm, config.train, world.device, config.data.packing)
@@ -207,7 +207,7 @@ def make_home(home: Path) -> PreTrainedTokenizerFast:
     lengths = generator.lognormal(np.log(MEDIAN), SIGMA, DOCUMENTS).clip(SHORTEST, SEQ_LEN)
     lines = [
         json.dumps({"text": " ".join(f"w{n}" for n in generator.integers(2, VOCAB_SIZE, length))})
-        for length in lengths.astype(int) - 1  # the end token is one of it
+        for length in lengths.astype(int) - 1  # the end token is one more
     ]
     publish(layout.dataset_folder(home, "lengths", None), "dataset", {"a.jsonl": "\n".join(lines)})
     special = {"eos_token": END, "pad_token": PADDING}
