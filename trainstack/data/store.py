@@ -25,7 +25,7 @@ from trainstack.storage import manifest
 from trainstack.storage.layout import dataset_folder, model_folder
 
 FORMAT_VERSION = 2
-# Their hashes are in the key of a store, so another list means another key. A checkpoint copies more.
+# Their hashes are in the key of a store: another list means another key. A checkpoint copies more.
 DECIDE_TOKENS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "chat_template.jinja", "chat_template.json",
