@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #
-# The life of a job, from its environment to its exit code. train.slurm reads this file from the
+# What a job does, from its environment to its exit code. train.slurm reads this file from the
 # job's own copy of the code and calls run_job; nothing here is run by hand.
 #
 # A job makes attempts, one after the other. Each starts train.py on all nodes (plan_launch, in

@@ -1,4 +1,4 @@
-"""How a process ends: with its parent, or at once on Ctrl-C; and whether one lives."""
+"""How a process ends: with its parent, or at once on Ctrl-C; and whether one is alive."""
 
 import ctypes
 import os

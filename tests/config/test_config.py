@@ -12,6 +12,7 @@ from trainstack.config.load import load
 from trainstack.config.other_names import OTHER_NAMES
 from trainstack.config.problems import all_keys, suggestion
 from trainstack.errors import ConfigError
+from trainstack.run.identity import check_identity
 
 SHIPPED = (tiny.ROOT / "config.yaml").read_text()
 
@@ -154,26 +155,26 @@ def test_all_problems_are_told_at_once():
 
 @pytest.mark.parametrize("text", ["2e-5", "1e-4", "0.00002", "2.0E-5", "1"])
 def test_every_way_to_write_a_number_is_one(text):
-    loaded = load.load(tiny.ROOT / "config.yaml", [f"optim.learning_rate={text}"])
+    loaded = load(tiny.ROOT / "config.yaml", [f"optim.learning_rate={text}"])
     assert loaded.optim.learning_rate == float(text)
 
 
 def test_a_thousand_may_be_written_with_an_underscore():
-    loaded = load.load(tiny.ROOT / "config.yaml", ["train.max_steps=1_000"])
+    loaded = load(tiny.ROOT / "config.yaml", ["train.max_steps=1_000"])
     assert loaded.train.max_steps == 1000
 
 
 @pytest.mark.parametrize("name", ["1e3", "yes", "null", "08", "1_000", "demo", "a.b-c_d"])
 def test_the_resolved_file_reads_back_as_it_was(name, tmp_path):
-    loaded = load.load(tiny.ROOT / "config.yaml", [f"run.name='{name}'", "data.subset='on'"])
+    loaded = load(tiny.ROOT / "config.yaml", [f"run.name='{name}'", "data.subset='on'"])
     (tmp_path / "c.yaml").write_text(loaded.to_yaml())
-    assert load.load(tmp_path / "c.yaml", []) == loaded
+    assert load(tmp_path / "c.yaml", []) == loaded
     assert yaml.safe_load(loaded.to_yaml())["run"]["name"] is not None
 
 
 def test_a_local_path_may_hold_anything_and_becomes_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loaded = load.load(
+    loaded = load(
         tiny.ROOT / "config.yaml", ["model.name='./a $(touch canary) b'", "data.name=/x/ü"]
     )
     assert loaded.model.name == str(tmp_path / "a $(touch canary) b")
@@ -204,7 +205,7 @@ def test_the_arithmetic_of_the_batch_is_printed():
 
 def test_settings_of_another_run_are_refused_with_the_difference():
     with pytest.raises(ConfigError, match=r"run\.seed=2 \(the run has 1\); put it back") as error:
-        load.check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
+        check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
     assert error.value.code == 78
 
 
@@ -302,14 +303,14 @@ def test_the_shipped_file_has_every_key_once_with_a_comment():
         elif match := re.match(r"  (\w+): +\S", line):
             found.append(f"{section}.{match[1]}")
             assert re.search(r"  # \w", line), f"{line}: why would one change it?"
-    assert found == load.all_keys()
+    assert found == all_keys()
 
 
 @pytest.mark.parametrize("text", ["1e-4", "2e-5", "1_000"])
 def test_the_file_takes_the_numbers_that_people_write(text, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(changed("learning_rate: 4e-3", f"learning_rate: {text}"))
-    assert load.load(path, []).optim.learning_rate == float(text)
+    assert load(path, []).optim.learning_rate == float(text)
 
 
 TEXTS = [
@@ -322,17 +323,17 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text)[:20])
 def test_any_text_reads_back_as_it_was(text, tmp_path):
-    loaded = load.load(tiny.ROOT / "config.yaml", [])
+    loaded = load(tiny.ROOT / "config.yaml", [])
     asked = loaded.model_copy(
         update={"eval": loaded.eval.model_copy(update={"sample_prompt": text})}
     )
     (tmp_path / "c.yaml").write_text(asked.to_yaml(), encoding="utf-8")
-    assert load.load(tmp_path / "c.yaml", []).eval.sample_prompt == text
+    assert load(tmp_path / "c.yaml", []).eval.sample_prompt == text
 
 
 def test_the_resolved_configuration_that_is_printed_reads_back(tmp_path):
     result = check("run.name=other", "optim.learning_rate=2e-5")
     assert (result.returncode, result.stderr) == (0, "")
     (tmp_path / "c.yaml").write_text(result.stdout)
-    loaded = load.load(tmp_path / "c.yaml", [])
+    loaded = load(tmp_path / "c.yaml", [])
     assert (loaded.run.name, loaded.optim.learning_rate) == ("other", 2e-5)

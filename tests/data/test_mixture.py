@@ -150,7 +150,7 @@ def test_killed_and_moved_from_1_to_4_to_2_processes_it_uses_every_sample_once(
         assert tiny.train(home, processes, *common, *fault, check=False).returncode
     tiny.train(home, 2, *common)
     told = tiny.run_command("ledger", name, "--home", home)
-    assert f"lives: {len(kills) + 1}" in told.stdout
+    assert f"attempts: {len(kills) + 1}" in told.stdout
     assert "repeated = 0, skipped = 0" in told.stdout
 
     sizes = [store.train.num_samples for store in corpus.stores.values()]

@@ -334,7 +334,7 @@ def test_monitor_tells_where_the_time_of_a_run_went(command):
     command.runs.make("a", "DONE").add_event("submitted", job="5")
     output, errors = command("a", "--goodput").communicate(timeout=30)
     assert errors == ""
-    assert output.startswith("run a: DONE, lives: 0\n")
+    assert output.startswith("run a: DONE, attempts: 0\n")
 
 
 def test_monitor_passes_on_that_a_ledger_cannot_be_told(command):

@@ -742,7 +742,7 @@ class Job(Site):
         }  # fmt: skip
 
     def status(self, state: str, job: str = "") -> str:
-        """Bash by which the fake ranks say how they ended, in the life that they were told."""
+        """Bash by which the fake ranks say how they ended, in the attempt that they were told."""
         text = '{"state": "%s", "job": "%s", "attempt": %s, "step": 9}'
         path = shlex.quote(str(self.run_dir / "status.json"))
         return (
@@ -814,7 +814,7 @@ def test_srun_and_torchrun_get_exactly_these_arguments(job):
 
 
 def test_the_second_life_of_a_job_meets_under_its_own_name(job):
-    job.stop_file.write_text("of the life before")
+    job.stop_file.write_text("of the attempt before")
     code, errors = job.wait(SLURM_RESTART_COUNT="2")
     assert code == 0, errors
     assert job.value("--rdzv-id") == "77.3"
@@ -1015,7 +1015,7 @@ def test_attempts_that_each_bring_a_newer_checkpoint_go_on_for_ever(job):
 
 
 FAILURES = [
-    # what the rank that failed wrote -> exit code of the job, or None where another attempt follows
+    # what the rank that failed wrote -> exit code of the job, or None if another attempt follows
     ("FAILED", 1, {}, None),
     ("HANG", 81, {"position": [3, 1]}, None),
     ("DIVERGED", 79, {"is_rollback": True}, None),
@@ -1040,7 +1040,7 @@ def test_another_attempt_follows_where_it_may_help_and_only_there(job, state, co
 
 
 def test_a_shell_whose_job_was_requeued_elsewhere_leaves_the_run_to_it(job):
-    """Slurm gave up a node that lives on, and started the job anew on others."""
+    """Slurm gave up a node that still runs, and started the job again on others."""
     job.run.set_status("RUNNING", job="77", attempt=2, step=4)
     before = (job.run_dir / "status.json").read_bytes()
     holder = {"job": "77", "attempt": 2, "restarts": 1, "host": "gpu-09", "pid": 1}
@@ -1080,7 +1080,7 @@ def warn(job: Job, *signals: int) -> tuple[int, str]:
             os.kill(process.pid, number)
             until(job.stop_file.exists, "the stop file", timeout=5)
             time.sleep(0.1)
-        os.kill(int((job.folder / "pid").read_text()), 0)  # srun lives
+        os.kill(int((job.folder / "pid").read_text()), 0)  # srun is alive
         assert process.poll() is None
         assert not (job.folder / "signals").exists()
     finally:
@@ -1155,7 +1155,7 @@ def test_a_job_that_is_asked_to_end_between_two_attempts_does_not_seem_to_go_on(
 
 
 def test_an_attempt_that_fails_after_a_warning_goes_back_to_the_queue_and_not_on_in_place(job):
-    """Another life here would only load, and stop again."""
+    """Another attempt here would only load, and stop again."""
     job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
     job.commands.add("srun", hold(job, ":"))
     code, errors = warn(job, signal.SIGUSR1)
