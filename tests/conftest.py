@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny model with its tokens, and a real Slurm."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,8 +10,13 @@ from pathlib import Path
 import pytest
 
 import tiny
+from slurm_cluster import missing_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (  # groups of tests, by the minutes that they take
+    "test_faults", "cluster", "test_download", "test_train", "test_shell", "test_packed",
+    "test_ledger", "test_mixture", "test_prepare", "test_mutations",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -51,21 +57,38 @@ def own_home(home, tmp_path) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(config, items):
-    """Skip what this machine cannot run, saying why; with CI=true that is a failure instead."""
-    from slurm_cluster import missing_requirements
+def pytest_collection_modifyitems(items):
+    """Tests of a file share what is made once for it, so one worker runs them all; of the cluster,
+    all files. The files that take longest begin first, or one of them would be left over.
+    """
 
-    if not any("slurm" in item.keywords for item in items):
-        return
-    missing = missing_requirements()
-    if not missing:
-        return
-    reason = f"a real Slurm cannot run here: {'; '.join(missing)}"
-    if os.environ.get("CI") == "true":
-        pytest.exit(f"{reason}. With CI=true that is a failure.", returncode=1)
+    def longest_first(item) -> tuple[int, str]:
+        is_known = group_of(item) in LONGEST
+        return LONGEST.index(group_of(item)) if is_known else len(LONGEST), group_of(item)
+
     for item in items:
-        if "slurm" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason=reason))
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=longest_first)
+
+
+what_slurm_lacks = functools.cache(missing_requirements)
+
+
+def group_of(item) -> str:
+    return "cluster" if "slurm" in item.keywords else item.path.stem
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what this machine cannot run, saying why; with CI=true that is a failure instead."""
+    if "slurm" not in item.keywords:
+        return
+    missing = what_slurm_lacks()
+    if missing:
+        reason = f"a real Slurm cannot run here: {'; '.join(missing)}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{reason}. With CI=true that is a failure.")
+        pytest.skip(reason)
 
 
 def pytest_sessionstart():

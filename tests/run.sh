@@ -12,6 +12,8 @@ set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 ROOT="$(dirname "$HERE")"
+# Many tests wait, for Slurm or for a rank that hangs: two files at a time leave fewer cores idle.
+WORKERS="${WORKERS:-2}"
 SLURM_PACKAGES=(slurmctld slurmd slurm-client munge iproute2 faketime)
 
 log() { printf 'tests/run.sh: %s\n' "$*" >&2; }
@@ -32,7 +34,8 @@ main() {
   export PATH="$tools/bin:$PATH" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
   # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
-  exec "$TRAINSTACK_PYTHON" -m pytest "$@"
+  exec "$TRAINSTACK_PYTHON" -m pytest --numprocesses "$WORKERS" --dist loadgroup \
+    --no-loadscope-reorder "$@"
 }
 
 install_slurm() {

@@ -57,8 +57,9 @@ def test_a_job_that_exits_with_3_has_failed(cluster: SlurmCluster):
 
 def test_a_wait_in_vain_says_what_the_job_is_and_shows_the_logs(cluster: SlurmCluster):
     job_id = submit(cluster, "exit 3")
+    assert cluster.wait(job_id) == "FAILED"
     with pytest.raises(TimeoutError, match=r"(?s)is FAILED.*not TIMEOUT.*--- slurmctld\n\["):
-        cluster.wait(job_id, states={"TIMEOUT"}, timeout=2)
+        cluster.wait(job_id, states={"TIMEOUT"}, timeout=0.5)
 
 
 def test_nothing_of_our_environment_gets_in_unless_a_job_exports_it(
