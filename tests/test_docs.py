@@ -165,7 +165,7 @@ def test_the_mixture_that_is_worked_through_is_what_the_code_draws():
 
 def test_the_page_of_the_fault_matrix_is_what_the_script_writes():
     """Its rows and the line that says how they were measured are the measurement's."""
-    written = matrix_table.page([], "")
+    written = matrix_table.page([], "Measured on another day.")
     is_measured = re.compile(r"\| F\d\d[^|]*\|(?: [^|]*\|){8}|Measured on .*")
     shown = [line for line in MATRIX.splitlines() if not is_measured.fullmatch(line)]
     assert shown == [line for line in written.splitlines() if not is_measured.fullmatch(line)]

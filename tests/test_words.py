@@ -56,4 +56,4 @@ def test_a_word_that_readers_stumble_over_is_not_written(pattern):
         for location, line in lines_of_the_project()
         if word.search(line) and not any(allowed.search(line) for allowed in ALLOWED)
     ]
-    assert not found, f"write: {INSTEAD[pattern]}"
+    assert not found, "\n".join([f"write: {INSTEAD[pattern]}", *found])
