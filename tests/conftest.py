@@ -57,6 +57,7 @@ def own_home(home, tmp_path) -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
 def pytest_collection_modifyitems(items):
     """Tests of a file share what is made once for it, so one worker runs them all; of the cluster,
     all files. The files that take longest begin first, or one of them would be left over.
