@@ -1,1 +1,26 @@
-"""Train language models with PyTorch DDP on Slurm: clone, edit, submit."""
+"""Train language models with PyTorch DDP on Slurm: clone, edit, submit.
+
+Single files, below and above the rooms:
+
+errors.py       what a person is told; exit codes of mistakes
+processes.py    how a process ends, and whether it is alive
+units.py        sizes, durations and moments in words
+distributed.py  ranks, device, process group, logging
+__main__.py     python -m trainstack: all commands
+
+Rooms, in the order of imports; the docstring of each lists its files:
+
+storage/     everything that reaches a disk
+config/      what a run is
+checkpoint/  whole or not there
+run/         the folder of a run
+data/        what a step consumes
+prepare/     documents become tokens
+hub/         models and data sets arrive
+optim/       how weights change
+model/       the network, its loss, how it is spread
+resilience/  what keeps a run safe, or ends it
+train/       the parts of train.py's loop
+job/         from the command to the ranks
+monitor/     what runs do, and did
+"""

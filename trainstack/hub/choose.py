@@ -1,7 +1,6 @@
 """What to take of a repository and what to refuse: no code, no pickles, no other subset.
 
-A ``Source`` is a commit on the Hub or a local original: it knows the size in bytes of each of its
-files, and ``collect`` brings some of them into ``folder``.
+Every refusal is a ConfigError that names the fix.
 """
 
 import importlib.util
@@ -23,18 +22,21 @@ from trainstack.storage import manifest
 WEIGHTS = "model.safetensors"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 INDEX = f"{WEIGHTS}.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 SETTINGS = (".json", ".jinja", ".txt", ".model")  # of the model and its tokenizer
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 A_TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")  # any one is enough
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # they define subsets and splits
 
 
-class Source(Protocol):
-    sizes: dict[str, int]
-    folder: Path
+class Origin(Protocol):
+    """Where files come from: a commit on the Hub, or local originals."""
 
-    def collect(self, names: Iterable[str]) -> None: ...
+    sizes: dict[str, int]  # bytes of each file
+    folder: Path  # where collected files are
+
+    def collect(self, names: Iterable[str]) -> None:
+        """Bring these files into ``folder``."""
 
 
 def is_model_file(name: str) -> bool:
@@ -49,13 +51,13 @@ def is_data_file(name: str) -> bool:
     return name in CARDS or (not is_hidden and name.endswith(readers.SUFFIXES))
 
 
-def choose_model(source: Source, wants_weights: bool) -> list[str]:
-    """The files that transformers loads; ConfigError where that would not do, or would run code."""
-    names = [name for name in source.sizes if is_model_file(name)]
+def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
+    """The files that transformers loads; ConfigError if some are missing, or code would run."""
+    names = [name for name in origin.sizes if is_model_file(name)]
     if "config.json" not in names:
         raise ConfigError("has no config.json; name a model that transformers can load")
-    source.collect(["config.json"])
-    refuse_code(source.folder / "config.json")
+    origin.collect(["config.json"])
+    refuse_code(origin.folder / "config.json")
     shards = [name for name in names if SHARD.fullmatch(name)] if INDEX in names else []
     weights = [WEIGHTS] if WEIGHTS in names else shards
     pickles = [name for name in names if name.endswith(PICKLES)]
@@ -77,7 +79,7 @@ def choose_model(source: Source, wants_weights: bool) -> list[str]:
 
 
 def refuse_code(config: Path) -> None:
-    """ConfigError where the architecture is Python code that comes along with the model.
+    """ConfigError if the architecture is Python code that comes along with the model.
 
     An auto_map alone does no harm: many models kept theirs after transformers took them in.
     """
@@ -95,19 +97,22 @@ def refuse_code(config: Path) -> None:
         )
 
 
-def model_facts(source: Source, names: list[str]) -> dict[str, int | None]:
-    """What the manifest says of the collected weights; ConfigError where a shard is missing."""
+def model_facts(origin: Origin, names: list[str]) -> dict[str, int | None]:
+    """What the manifest says of the collected weights: bytes, parameters (None if there are none).
+
+    ConfigError if a shard is missing, or a file is not in the safetensors format.
+    """
     weights = [name for name in names if name.endswith(".safetensors")]
     if INDEX in names:
         try:
-            shards = set(json.loads((source.folder / INDEX).read_bytes())["weight_map"].values())
+            shards = set(json.loads((origin.folder / INDEX).read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{INDEX} names no shards; name another model") from None
         if missing := sorted(shards - set(weights)):
             raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; name another model")
     return {
-        "weight_bytes": sum(source.sizes[name] for name in weights),
-        "parameters": sum(count_parameters(source.folder / n) for n in weights) or None,
+        "weight_bytes": sum(origin.sizes[name] for name in weights),
+        "parameters": sum(count_parameters(origin.folder / n) for n in weights) or None,
     }
 
 
@@ -128,18 +133,21 @@ def count_parameters(path: Path) -> int:
         ) from None
 
 
-def choose_data(source: Source, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:
-    """The files of one subset, all its splits, and what the manifest says of them."""
+def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:
+    """The files of one subset, with all its splits, and the facts of them for the manifest.
+
+    ConfigError if it is a script, or if no file of it can be read here.
+    """
     script = f"{name.rpartition('/')[2]}.py"
-    if script in source.sizes:
+    if script in origin.sizes:
         raise ConfigError(f"is made by the script {script}, which is never run here; name another")
     readable = ", ".join(readers.SUFFIXES)
-    if not any(is_data_file(name) and name not in CARDS for name in source.sizes):
+    if not any(is_data_file(name) and name not in CARDS for name in origin.sizes):
         raise ConfigError(f"has no {readable} file; name another data set")
-    cards = [card for card in CARDS if card in source.sizes]
-    source.collect(cards)
-    texts = {card: (source.folder / card).read_bytes() for card in cards}
-    splits = resolve_splits(source.sizes, texts, subset)
+    cards = [card for card in CARDS if card in origin.sizes]
+    origin.collect(cards)
+    texts = {card: (origin.folder / card).read_bytes() for card in cards}
+    splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
     if odd := [path for path in paths if not path.endswith(readers.SUFFIXES)]:
         raise ConfigError(f"consists of files such as {odd[0]}; name one with {readable} files")
@@ -149,10 +157,11 @@ def choose_data(source: Source, name: str, subset: str | None) -> tuple[list[str
 def resolve_splits(
     names: Iterable[str], cards: dict[str, bytes], subset: str | None
 ) -> dict[str, list[str]]:
-    """The files of each split of a subset, as `datasets` finds them.
+    """The files of each split of a subset, as the library ``datasets`` finds them.
 
-    It looks at empty files of the same names, so that it sends no request and treats a local folder
-    alike. Later, offline, it could not: it wants the first subset's files when asked for another.
+    ``names``: all files; ``cards``: the content of those that define subsets. The library is given
+    empty files of these names, so that it sends no request and treats a local folder alike. It is
+    asked now, while all names are known: asked for one subset, it wants the files of the first too.
     """
     import datasets
 

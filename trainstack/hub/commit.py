@@ -1,8 +1,8 @@
 """A commit of a Hub repository: fetched through faults that pass, every byte checked against it.
 
 huggingface_hub gives up at once on a 5xx answer to a file, on a reset connection and on a busy
-Hub's first answer, and it compares sizes, not contents; both gaps are closed here. Reads its
-environment (HF_TOKEN, HF_ENDPOINT, the cache) when it is imported: set that before.
+Hub's first answer, and it compares sizes, not contents; both gaps are closed here. That library
+reads the environment (HF_TOKEN, HF_ENDPOINT, the caches) when this file is imported: set it before.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from huggingface_hub.utils import httpx, logging
 from trainstack.errors import ConfigError
 from trainstack.storage import files
 
-TRIES = 5
+TRIES = 5  # of a request, the first one included
 WORKERS = 8  # files that arrive at a time, as in snapshot_download
-ANSWER_SECONDS = 20
+ANSWER_SECONDS = 20  # for the Hub to say what a revision means now
 FAULTS = (httpx.HTTPError, OSError, ValueError, RuntimeError)  # the last: from hf_xet
 
 Answer = TypeVar("Answer")
@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Not enough free disk space")
 
 
 class HubCommit:
-    """What a revision of ``name`` means now, and the files of it that have arrived in ``folder``.
+    """An origin: what a revision of ``name`` means now, and which of its files are in ``folder``.
 
     ``kind`` is model or dataset; ``sizes`` has the bytes of every file of the commit. ``folder``
     is ``parent/.LAST_NAME.COMMIT.partial``: a call after an interrupted one finds the whole files.
@@ -40,7 +40,8 @@ class HubCommit:
     the disk is raised as it is.
     """
 
-    verb, facts = "fetching", {"source": "hub"}
+    doing, done = "fetching", "fetched"
+    facts = {"source": "hub"}  # for the manifest
 
     def __init__(
         self,
@@ -91,11 +92,12 @@ class HubCommit:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for no large file
 
     def _fetch(self, name: str) -> dict[str, Any]:
+        """Bring one file; its manifest entry. A file with other bytes is fetched once more."""
         for is_second in (False, True):
             path = self._persist(
                 name,
-                lambda fresh=is_second: hf_hub_download(
-                    filename=name, force_download=fresh, **self._repo
+                lambda is_fresh=is_second: hf_hub_download(
+                    filename=name, force_download=is_fresh, **self._repo
                 ),
             )
             if entry := verified_entry(Path(path), self._files[name]):
@@ -132,8 +134,8 @@ class HubCommit:
 
     def _explain(self, error: Exception) -> str:
         """One line on a fault that stays: what it is and what to do."""
-        page = f"{constants.ENDPOINT}/{'datasets/' * (self.kind == 'dataset')}{self.name}"
-        key = "data" if self.kind == "dataset" else "model"
+        key, kind = ("data", "datasets/") if self.kind == "dataset" else ("model", "")
+        page = f"{constants.ENDPOINT}/{kind}{self.name}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.GatedRepoError):
             return f"gated; accept its licence at {page}, then set HF_TOKEN to your token"
@@ -157,7 +159,7 @@ class HubCommit:
 
 
 def verified_entry(path: Path, expected: RepoFile) -> dict[str, Any] | None:
-    """The manifest entry of an arrived file, synced; None where it is not the commit's file.
+    """The manifest entry of a file that arrived, synced; None if it is not the commit's file.
 
     Git LFS names a content by its sha256; git by the sha1 of "blob SIZE\\0" and the content.
     """
@@ -194,7 +196,7 @@ def is_of_disk(error: Exception) -> bool:
 
 
 def retry_after(error: Exception) -> float:
-    """Seconds that the Hub asks to wait, at most a minute; 0 where it does not ask."""
+    """Seconds that the Hub asks to wait, at most a minute; 0.0 if it does not ask."""
     response = getattr(error, "response", None)
     text = response.headers.get("Retry-After", "") if response is not None else ""
     return min(float(text), 60.0) if text.isdigit() else 0.0

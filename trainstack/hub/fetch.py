@@ -1,8 +1,8 @@
-"""Bring the model and the data set of a configuration here: verified, complete, or not at all.
+"""``python -m trainstack hub``: brings what a configuration names here, whole or not at all.
 
-Command line: ``python -m trainstack hub --home DIR [--config FILE] [--force] [key=value ...]``.
-Runs where the Hub can be reached; nothing that it leaves needs a network. A folder under its final
-name is whole: files arrive in a hidden folder beside it, which then takes its place. Two renames do
+Usage: ``python -m trainstack hub --home DIR [--config FILE] [--force] [key=value ...]``. It runs
+where the Hub can be reached; nothing that it leaves needs a network. A folder under its final name
+is whole: files arrive in a hidden folder beside it, which then takes its place. Two renames do
 that, not a symbolic link, so that a folder stays something that people can copy and remove; a job
 that has the old files open keeps them. Imports neither torch nor transformers.
 """
@@ -15,15 +15,15 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainstack.config.load import load
-from trainstack.config.schema import Config
 from trainstack.errors import USAGE_ERROR, ConfigError
 from trainstack.hub import choose
+from trainstack.hub.asset import Asset, named_assets
 from trainstack.hub.local import LocalFiles
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout
@@ -39,49 +39,20 @@ from trainstack.units import human
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
 
-WAITING = "another process is bringing it; waiting"
 RETRY_SECONDS = 2.0  # before the second try; doubles with each, 30 s in all
 
 
-@dataclass(frozen=True)
-class Asset:
-    """A model or a data set that a configuration names, and where it lies."""
-
-    kind: str  # model or dataset, the Hub's words
-    name: str
-    revision: str
-    folder: Path
-    lock: Path
-    needs_weights: bool = False
-    subset: str | None = None
-    splits: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{'model' if self.kind == 'model' else 'data set'} {self.name}"
-
-    @property
-    def aside(self) -> Path:
-        """Where the old folder is while a new one takes its place."""
-        return self.folder.with_name(f".{self.folder.name}.old")
-
-
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack hub", description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="fetch anew what is here")
-    parser.add_argument("--retry-delay", type=float, default=RETRY_SECONDS, metavar="SECONDS")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse(arguments)
     try:
         config = load(options.config, options.overrides)
     except ConfigError as error:
         print(redacted(error.report("hub")), file=sys.stderr)
         return USAGE_ERROR
     home = options.home.expanduser().absolute()
-    prepare_environment(home)
+    configure_libraries(home)
+    end_on_interrupt("hub: stopped; what has arrived is kept, run it again to continue")
     exit_code = 0
-    end_on_interrupt("hub: stopped; what has arrived is kept, run it again to go on")
     for asset in named_assets(config, home):
         try:
             provide(asset, options.force, options.retry_delay)
@@ -91,8 +62,18 @@ def main(arguments: list[str]) -> int:
     return exit_code
 
 
-def prepare_environment(home: Path) -> None:
-    """What the libraries of the Hub read when they are imported; the user's settings win.
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainstack hub", description=__doc__)
+    parser.add_argument("--home", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="fetch what is here again")
+    parser.add_argument("--retry-delay", type=float, default=RETRY_SECONDS, metavar="SECONDS")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(arguments)
+
+
+def configure_libraries(home: Path) -> None:
+    """Set what the Hub's libraries read from the environment on import; the user's values win.
 
     Only the caches move, so that the token of ``hf auth login`` is still found.
     """
@@ -106,53 +87,16 @@ def prepare_environment(home: Path) -> None:
         os.environ.setdefault(key, value)
 
 
-def named_assets(config: Config, home: Path) -> list[Asset]:
-    """What the configuration names, less the demo, which is made here."""
-    model = config.model
-    folder = layout.model_folder(home, model.name)
-    named = [
-        Asset(
-            kind="model",
-            name=model.name,
-            revision=model.revision,
-            folder=folder,
-            lock=lock_path(home, folder),
-            needs_weights=model.init == "pretrained",
-        )
-    ]
-    splits: dict[tuple[str, str | None, str], list[str]] = {}
-    for data in config.data.sources:
-        wanted = splits.setdefault((data.name, data.subset, data.revision), [])
-        wanted += [s for s in (data.split, data.eval_split) if s and s not in wanted]
-    for (name, subset, revision), wanted in splits.items():
-        folder = layout.dataset_folder(home, name, subset)
-        named.append(
-            Asset(
-                kind="dataset",
-                name=name,
-                revision=revision,
-                folder=folder,
-                lock=lock_path(home, folder),
-                subset=subset,
-                splits=tuple(wanted),
-            )
-        )
-    return [asset for asset in named if asset.name != layout.DEMO]
-
-
-def lock_path(home: Path, folder: Path) -> Path:
-    return home / "cache" / "locks" / str(folder.relative_to(home)).replace("/", "--")
-
-
 def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
     """Leave the asset whole in its folder; ConfigError says why not, and then the old one stays."""
     manifest, problem = {}, "absent"
     try:
         manifest, problem = inspect(asset, is_forced)
         if problem or is_forced:
-            with files.only_one(asset.lock, lambda: say(f"{asset}: {WAITING}")):
+            waiting = f"{asset}: another process is bringing it; waiting"
+            with files.only_one(asset.lock, lambda: say(waiting)):
                 put_back(asset)
-                manifest, problem = inspect(asset, is_forced)
+                manifest, problem = inspect(asset, is_forced)  # another may have brought it
                 if problem or is_forced:
                     obtain(asset, manifest, problem, is_forced, retry_delay)
                     return
@@ -167,22 +111,21 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
 
 
 def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
-    """The manifest of what is here, and why that does not do; an empty text where it does.
+    """What is in the asset's folder: its manifest, and its problem, an empty text if it has none.
 
-    Raises ConfigError where local originals changed, unless that is meant: ``is_forced``.
+    ConfigError if local originals changed, unless that is meant: ``is_forced``.
     """
     if not asset.folder.exists():
         return {}, "absent"
     try:
         manifest = read_manifest(asset.folder)
     except (OSError, ValueError):
-        manifest = {}
+        manifest = {}  # the problem will say why
     is_local = manifest.get("source") == "local"
-    original = LocalFiles(asset.kind, asset.name, asset.folder) if is_local else None
-    is_touched = is_local and original.modified_ns != manifest["modified_ns"]
-    wrong = next(damage(asset.folder, None if is_touched else TRUSTED_BY_SIZE), "")
-    if is_local and original.modified_ns.keys() != manifest["modified_ns"].keys():
-        wrong = wrong or "files were added or removed"
+    if is_local:
+        wrong = change_of_originals(asset, manifest)
+    else:
+        wrong = next(damage(asset.folder, TRUSTED_BY_SIZE), "")
     if is_local and wrong and not is_forced:
         raise ConfigError(
             f"changed since {manifest['fetched_at']} ({wrong}); if that is meant, run this again"
@@ -199,8 +142,18 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
     return manifest, ""
 
 
+def change_of_originals(asset: Asset, manifest: dict[str, Any]) -> str:
+    """How linked originals differ from what was linked; an empty text if they do not."""
+    modified_ns = LocalFiles(asset.kind, asset.name, asset.folder).modified_ns
+    is_touched = modified_ns != manifest["modified_ns"]
+    wrong = next(damage(asset.folder, None if is_touched else TRUSTED_BY_SIZE), "")
+    if not wrong and modified_ns.keys() != manifest["modified_ns"].keys():
+        return "files were added or removed"
+    return wrong
+
+
 def put_back(asset: Asset) -> None:
-    """Mend a swap that was killed between its two renames."""
+    """Undo a swap that was killed between its two renames: the old folder gets its name back."""
     if not asset.folder.exists() and next(damage(asset.aside, TRUSTED_BY_SIZE), None) is None:
         os.rename(asset.aside, asset.folder)
 
@@ -208,26 +161,27 @@ def put_back(asset: Asset) -> None:
 def obtain(
     asset: Asset, manifest: dict[str, Any], problem: str, is_forced: bool, retry_delay: float
 ) -> None:
-    """Fetch or link the asset beside its folder, then swap."""
+    """Fetch or link the asset beside its folder, then swap. ``manifest``: of what is here."""
     started = time.monotonic()
-    source = open_source(asset, is_forced, retry_delay)
+    origin = open_origin(asset, is_forced, retry_delay)
     if asset.folder.exists() and problem:
-        say(f"{asset} is {problem}; {source.verb} it anew")
-    remove_partials(asset, but=source.folder)
+        say(f"{asset} is {problem}; {origin.doing} it again")
+    remove_partials(asset, keep=origin.folder)
     try:
-        facts = gather(asset, source, bool(manifest.get("weight_bytes")))
-        publish(asset, source, facts)
+        facts = collect_needed(asset, origin, bool(manifest.get("weight_bytes")))
+        swap_in(asset, origin, facts)
     except (ConfigError, OSError):
-        if not source.is_resumable:
+        if not origin.is_resumable:
             remove_partials(asset)
         raise
-    size = human(sum(entry["size"] for entry in source.entries.values()))
-    origin = "linked" if layout.is_local(asset.name) else f"commit {source.commit[:7]}"
+    size = human(sum(entry["size"] for entry in origin.entries.values()))
+    how = "linked" if layout.is_local(asset.name) else f"commit {origin.commit[:7]}"
     seconds = f"{time.monotonic() - started:.0f} s"
-    say(f"{asset}: {origin}, {len(source.entries)} files verified, {size}, {seconds}")
+    say(f"{asset}: {how}, {count_files(origin.entries)} verified, {size}, {seconds}")
 
 
-def open_source(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit | LocalFiles":
+def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit | LocalFiles":
+    """Where the asset comes from: a commit on the Hub, or local files."""
     if layout.is_local(asset.name):
         return LocalFiles(asset.kind, asset.name, asset.folder)
     from trainstack.hub.commit import HubCommit
@@ -243,19 +197,28 @@ def open_source(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit
     )
 
 
-def gather(asset: Asset, source: "HubCommit | LocalFiles", had_weights: bool) -> dict[str, Any]:
-    """Collect what is needed and nothing else; returns the facts for the manifest."""
+def collect_needed(
+    asset: Asset, origin: "HubCommit | LocalFiles", had_weights: bool
+) -> dict[str, Any]:
+    """Collect what is needed and nothing else; returns the facts for the manifest.
+
+    ConfigError if a split is not there, if it does not fit on the disk, or as choose.py refuses.
+    """
+    facts = {}
     if asset.kind == "model":
-        wanted = choose.choose_model(source, asset.needs_weights or had_weights)
+        # Weights that were here may be those of another run.
+        wanted = choose.choose_model(origin, asset.needs_weights or had_weights)
     else:
-        wanted, facts = choose.choose_data(source, asset.name, asset.subset)
+        wanted, facts = choose.choose_data(origin, asset.name, asset.subset)
         check_splits(asset, facts)
-        spare = [n for n in source.sizes if choose.is_data_file(n) and n not in wanted]
-        if spare and not asset.subset:
-            say(f"{asset}: left out as of no split: {len(spare)} files, such as {spare[0]}")
-    announce(asset, source, wanted)
-    source.collect(wanted)
-    return choose.model_facts(source, wanted) if asset.kind == "model" else facts
+        unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
+        if unused and not asset.subset:
+            say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
+    check_space(asset, origin.missing_bytes(wanted))
+    size = human(sum(origin.sizes[name] for name in wanted))
+    say(f"{asset}: {origin.doing} {count_files(wanted)}, {size}")
+    origin.collect(wanted)
+    return choose.model_facts(origin, wanted) if asset.kind == "model" else facts
 
 
 def check_splits(asset: Asset, facts: dict[str, Any]) -> None:
@@ -265,71 +228,80 @@ def check_splits(asset: Asset, facts: dict[str, Any]) -> None:
             raise ConfigError(f"has no split {split}; set data.split to one of: {known}")
 
 
-def announce(asset: Asset, source: "HubCommit | LocalFiles", names: list[str]) -> None:
-    """Say what is about to arrive; ConfigError where it does not fit on the disk."""
-    need, free = source.missing_bytes(names), files.free_bytes(asset.folder.parent)
-    if need > free:
+def check_space(asset: Asset, needed_bytes: int) -> None:
+    free = files.free_bytes(asset.folder.parent)
+    if needed_bytes > free:
         raise ConfigError(
-            f"needs {human(need)}, and {human(free)} are free at {asset.folder.parent}; free some"
-            " space or move SHARED_DIR"
+            f"needs {human(needed_bytes)}, and {human(free)} are free at {asset.folder.parent};"
+            " free some space or move SHARED_DIR"
         )
-    size = human(sum(source.sizes[name] for name in names))
-    say(f"{asset}: {source.verb} {len(names)} files, {size}")
 
 
-def publish(asset: Asset, source: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:
-    """Seal the files that arrived and swap them in for the old ones."""
-    for path in sorted(source.folder.rglob("*"), reverse=True):
+def swap_in(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:
+    """Write the manifest of the files that arrived, and swap them in for the old ones."""
+    for path in sorted(origin.folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):  # not empty: it holds files that are wanted
                 path.rmdir()
-        elif str(path.relative_to(source.folder)) not in source.entries:
+        elif str(path.relative_to(origin.folder)) not in origin.entries:
             path.unlink()
     write_manifest(
-        source.folder,
-        source.entries,
+        origin.folder,
+        origin.entries,
         kind=asset.kind,
         name=asset.name,
         revision=None if layout.is_local(asset.name) else asset.revision,
-        commit=source.commit,
+        commit=origin.commit,
         fetched_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        **source.facts,
+        **origin.facts,
         **facts,
     )
     remove_folder(asset.aside)
     if asset.folder.exists():
         os.rename(asset.folder, asset.aside)
-    os.rename(source.folder, asset.folder)
+    os.rename(origin.folder, asset.folder)
     files.sync_folder(asset.folder.parent)
     remove_folder(asset.aside)
 
 
-def remove_partials(asset: Asset, but: Path | None = None) -> None:
-    """Remove what interrupted calls left, and the folders that this leaves empty."""
+def remove_partials(asset: Asset, keep: Path | None = None) -> None:
+    """Remove what interrupted calls left, but for ``keep``, and a parent that is then empty."""
     parent = asset.folder.parent
     pattern = re.compile(rf"\.{re.escape(asset.folder.name)}\.([0-9a-f]{{12}}|local)\.partial")
     for path in [*parent.iterdir()] if parent.exists() else []:
-        if pattern.fullmatch(path.name) and path != but:
+        if pattern.fullmatch(path.name) and path != keep:
             shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         parent.rmdir()
 
 
 def summary(manifest: dict[str, Any]) -> str:
+    """What is here, in a few words: which commit, or since when it is linked, and its size."""
     size = human(sum(entry["size"] for entry in manifest["files"].values()))
     if manifest["source"] == "local":
         return f"linked {manifest['fetched_at']}, {size}"
     return f"commit {manifest['commit'][:7]}, {size}"
 
 
+def count_files(names: Collection[str]) -> str:
+    return "1 file" if len(names) == 1 else f"{len(names)} files"
+
+
+def belong_to_no_split(names: list[str]) -> str:
+    """For one file or several, with the first one as an example."""
+    if len(names) == 1:
+        return f"1 file belongs to no split ({names[0]})"
+    return f"{len(names)} files belong to no split (such as {names[0]})"
+
+
 def disk_problem(error: OSError) -> str:
     """One line on what the file system refused, and what to do."""
-    where = f" at {error.filename}" if error.filename else ""
+    location = f" at {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk or your quota is full{where}; free some space or move SHARED_DIR"
+        return f"the disk or your quota is full{location}; free some space or move SHARED_DIR"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write{where}; ask its owner, or move SHARED_DIR"
-    return f"{error.strerror or error}{where}; check SHARED_DIR"
+        return f"no permission to write{location}; ask its owner, or move SHARED_DIR"
+    return f"{error.strerror or error}{location}; check SHARED_DIR"
 
 
 def say(text: str) -> None:

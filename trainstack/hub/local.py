@@ -1,4 +1,4 @@
-"""A model or data set that lies on this machine: linked and hashed, so that a change is noticed."""
+"""A model or data set of this machine: linked and hashed, so that a change is noticed."""
 
 import hashlib
 import json
@@ -13,13 +13,14 @@ from trainstack.storage import manifest
 
 
 class LocalFiles:
-    """A local original, to which links are made and whose hashes are kept; it is not copied.
+    """An origin: a local original, to which links are made and whose hashes are kept.
 
-    ``sizes`` and ``modified_ns`` cover the files that can matter, used or not.
+    It is not copied. ``sizes`` (bytes) and ``modified_ns`` (since 1970) cover the files that can
+    matter, used or not. ConfigError if it is not there, or not a folder if it is a model.
     """
 
-    verb = "linking"
-    is_resumable = False
+    doing, done = "linking", "linked"
+    is_resumable = False  # links are made again in no time
 
     def __init__(self, kind: str, name: str, final: Path):
         original, is_model = Path(name), kind == "model"
@@ -43,10 +44,11 @@ class LocalFiles:
 
     @property
     def commit(self) -> str:
-        """A name for the content, as the Hub's commit is one: 40 digits of a hash of the hashes."""
+        """A name of the content, as a commit of the Hub is: 40 digits of a hash of the hashes."""
         return hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()[:40]
 
     def missing_bytes(self, names: Iterable[str]) -> int:
+        """What these files take on the disk: links take nothing."""
         return 0
 
     def collect(self, names: Iterable[str]) -> None:

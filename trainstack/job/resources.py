@@ -1,6 +1,5 @@
 """What the job asks of Slurm, read from train.slurm and the command line."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +72,11 @@ def _number(text: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-def check_batch(config: Config, resources: Resources, is_local: bool) -> None:
-    """ConfigError if the global batch cannot be spread over the job's processes."""
-    processes = os.environ.get("NPROC_PER_NODE", "")
+def check_batch(config: Config, resources: Resources, is_local: bool, processes: str) -> None:
+    """ConfigError if the global batch cannot be spread over the job's processes.
+
+    ``processes``: NPROC_PER_NODE of the environment, as text; empty if it is not set.
+    """
     if processes and not (processes.isdigit() and int(processes)):
         raise ConfigError(
             f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"

@@ -93,7 +93,8 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     home, config_file, overrides = request.home, request.config_file, request.overrides
     run = RunFolder(layout.run_folder(home, config.run.name))
     resources = read_resources(request.repository / "train.slurm", request.sbatch_options)
-    check_batch(config, resources, request.is_local)
+    processes = os.environ.get("NPROC_PER_NODE", "")
+    check_batch(config, resources, request.is_local, processes)
     wanted = os.environ.get("TRAINSTACK_FAULT", "")
     if faults.parse(wanted):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")

@@ -123,10 +123,10 @@ class TokenWriter:
         """No more documents: close the files. The splits, with no samples laid out yet."""
         for column in self._columns.values():
             column.close()
-        used = {name for name, column in self._columns.items() if column.size}
-        has_spans = any(name.endswith(".loss") for name in used)
+        has_spans = any(self._columns[f"{split}.loss"].size for split in (TRAIN, EVAL))
+        unused = {BAD_RECORDS} if has_spans else {BAD_RECORDS, f"{TRAIN}.loss", f"{EVAL}.loss"}
         for name, column in self._columns.items():
-            if name in used or (has_spans if name.endswith(".loss") else name != BAD_RECORDS):
+            if column.size or name not in unused:  # other empty files are part of every store
                 self._entries[name] = column.entry()
             else:
                 column.path.unlink()
@@ -150,14 +150,11 @@ class TokenWriter:
             column.close()
             self._entries[column.path.name] = column.entry()
 
-    def add_file(self, name: str, data: bytes) -> None:
-        """Write one more file beside the tokens."""
-        self._entries[name] = files.write_file(self.temporary / name, data)
-
     def publish(self, final: Path, meta: dict[str, Any]) -> None:
         """Put the sealed store under its final name."""
         meta = {**meta, "dtype": self.dtype.str, "counts": asdict(self.counts)}
-        self.add_file("meta.json", json.dumps(meta, indent=1).encode())
+        data = json.dumps(meta, indent=1).encode()
+        self._entries["meta.json"] = files.write_file(self.temporary / "meta.json", data)
         manifest.publish_folder(self.temporary, final, self._entries, kind="tokens")
         files.unlink(final / PROGRESS)  # until then the preparation can be resumed
 

@@ -57,7 +57,7 @@ class Watchdog:
 
     ``report(phase, seconds)`` is called once, before the process ends: by that record the rank that
     holds up the others is found. A thread of Python cannot run while another one holds the
-    interpreter's lock, so faulthandler's own thread, in C, stands behind this one.
+    interpreter's lock, so faulthandler's own thread, in C, watches this one.
     """
 
     def __init__(
