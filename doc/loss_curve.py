@@ -15,8 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 836, 76, 340  # of the plot within it
 ENDS = ("failed", "hang", "paused", "node_lost")  # events by which an attempt ends early
 STYLE = """<style>
   text { font: 13px sans-serif; fill: #1f2328 } .title { font: bold 16px sans-serif }
-  .middle { text-anchor: middle } .end { text-anchor: end }
-  .paper { fill: #ffffff } .grid { stroke: #d0d7de } .again { fill: #bc4c00; opacity: 0.15 }
+  .middle { text-anchor: middle } .end { text-anchor: end } .again { fill: #bc4c00; opacity: 0.15 }
+  .paper { fill: #ffffff } .grid { stroke: #d0d7de; stroke-width: 0.7 }
   .loss { fill: none; stroke: #0969da; stroke-width: 2 } .held-out { fill: #1a7f37 }
   line.restart { stroke: #bc4c00 } text.restart { fill: #bc4c00 }
   @media (prefers-color-scheme: dark) {
@@ -25,12 +25,9 @@ STYLE = """<style>
     line.restart { stroke: #f0883e } text.restart { fill: #f0883e }
   }
 </style>"""
-LEGEND = """
-<line class="loss" x1="480" y1="24" x2="500" y2="24"/> <text x="508" y="28">training</text>
-<rect class="held-out" x="578" y="19" width="10" height="10" rx="5"/>
-<text x="596" y="28">held-out data</text>
-<rect class="again" x="700" y="17" width="14" height="14"/>
-<text x="722" y="28">done twice</text>"""
+LEGEND = """<path class="loss" d="M514 24h22"/> <text x="544" y="28">training</text>
+<circle class="held-out" cx="620" cy="24" r="5"/> <text x="632" y="28">held-out data</text>
+<path class="again" d="M742 17h14v14h-14z"/> <text x="763" y="28">done twice</text>"""
 
 
 def main(run: Path, picture: Path) -> None:
@@ -65,11 +62,11 @@ def plot(name: str, metrics: list[dict], events: list[dict]) -> list[str]:
     shapes += [text(LEFT - 8, y(loss) + 4, f"{loss:g}", "end") for loss in loss_ticks]
     shapes += [line(LEFT, y(loss), RIGHT, y(loss), "grid") for loss in loss_ticks]
     for number, (first, last, cause) in enumerate(restarts(events)):
-        label = TOP + 14 + 48 * (number % 3)  # neighbours do not write over each other
+        label = TOP + 18 + 46 * (number % 3)  # neighbours must not touch
+        at, side = (x(first) - 7, "restart end") if x(first) > 240 else (x(last) + 7, "restart")
         shapes += [box(x(first), TOP, x(last) - x(first), BOTTOM - TOP, "again")]
-        shapes += [line(x(first), TOP, x(first), BOTTOM, "restart")]
-        shapes += [text(x(last) + 6, label, cause, "restart")]
-        shapes += [text(x(last) + 6, label + 17, f"resumed from step {first}", "restart")]
+        shapes += [line(x(first), TOP, x(first), BOTTOM, "restart"), text(at, label, cause, side)]
+        shapes += [text(at, label + 17, f"resumed from step {first}", side)]
     points = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in losses)
     shapes += [f'<polyline class="loss" points="{points}"/>']
     return shapes + [box(x(s) - 5, y(loss) - 5, 10, 10, "held-out", 5) for s, loss in evaluations]
@@ -84,13 +81,15 @@ def ticks(lowest: float, highest: float) -> list[float]:
 
 def restarts(events: list[dict]) -> list[tuple[int, int, str]]:
     """Of each restart: the step it resumed from, the last step known before it, and its cause."""
-    found, end = [], None
+    found, end = [], {}
     for event in events:
         if event["event"] in ENDS:
             end = event
-        elif event["event"] == "training" and end is not None:
-            cause = re.sub(r" on [^:]+:|\(.*", "", end.get("cause", "node lost")).strip()
-            found.append((event["step"], end.get("step", event["step"]), cause))
+        elif event["event"] == "training":
+            if end:
+                cause = re.sub(r" on [^:]+:|\(.*", "", end.get("cause", "node lost")).strip()
+                found.append((event["step"], max(event["step"], end.get("step", 0)), cause))
+            end = {"cause": "ended unseen"}  # until an event says how
     return found
 
 
