@@ -37,8 +37,7 @@ from trainstack.resilience.stop import Stop
 from trainstack.resilience.watchdog import Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
-from trainstack.run.lease import Owner
-from trainstack.run.states import EXIT_CODES, RUNNING, Phase
+from trainstack.run.states import EXIT_CODES, Phase
 from trainstack.run.waits import SAVE_SECONDS, START_SECONDS
 from trainstack.storage import layout
 from trainstack.train import ending, startup
@@ -49,20 +48,17 @@ from trainstack.train.numbers import Pace, StepNumbers, is_due
 from trainstack.train.report import Report
 from trainstack.train.requests import Requested, Requests
 
-log = logging.getLogger("trainstack")
-
 
 def main(options: argparse.Namespace, config: Config) -> str:
     """Own the run, build everything, train; returns the state in which the run was left."""
     world = distributed.start(options.expect_world_size)
     plan = config.batch_plan(world.world_size)
-    run = RunFolder(layout.run_folder(options.home, config.run.name))
     corpus = open_corpus(options.home, config)
-    # Owned before anything slow: two jobs must never both train into one folder.
+    run = RunFolder(layout.run_folder(options.home, config.run.name))
     same = identity(config, corpus.key)  # what may not change between attempts
-    by_hand = f"local-{os.uname().nodename}-{os.getpid()}"  # rank 0's process names it for all
-    job_name = options.job or distributed.from_main(by_hand)
-    owner = Owner(job_name, options.attempt, options.restarts)
+
+    # Owned before anything slow: two jobs must never both train into one folder.
+    owner = startup.name_owner(options.job, options.attempt, options.restarts)
     lease = startup.own_run_folder(run, config, same, owner, options.gone, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if distributed.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
@@ -71,28 +67,27 @@ def main(options: argparse.Namespace, config: Config) -> str:
     faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
     max_steps = config.steps_for(enough_samples(config, corpus))
     job = Job(config, world, plan, run, lease, owner, max_steps)
+
+    # The weights: from the newest checkpoint, else as model.init says.
     newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, same))
     model_folder = layout.model_folder(options.home, config.model.name)
     strategy = build_strategy(job, newest, model_folder, faults)
     guard = Guard(config.guard, world.device, strategy.scaler.is_enabled())
+
     # Where the run is. Data and learning rate follow from that: they are functions of the step.
     left_out = distributed.main_decides(world, lambda: startup.left_out(run, newest))
     at_start = TrainState.at_start(same, config.model_dump(), left_out, len(corpus.stores))
     state = startup.restore(newest, strategy, guard, at_start)
     feed = Feed(config, corpus, plan, world, state.left_out)
     rate_at = build_schedule(config.optim, max_steps)
-    saver = Saver(
-        run.checkpoints, world, config.checkpoint.save_total_limit, job.attempt, lease.check
-    )
-    if world.is_main:
-        lease.check()  # loading takes a while
-        parameters = count_parameters(strategy.causal_lm)
-        stop.save_seconds = startup.expected_save_seconds(run, parameters)
-        run.set_status(RUNNING, step=state.step, max_steps=max_steps)
+
+    startup.tell_running(job, state.step, stop, count_parameters(strategy.causal_lm))
     announce(job, feed, strategy, newest)
     loop = Loop(
         job=job, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
-        requests=Requests(stop, startup.build_interval(job, stop.save_seconds)), saver=saver,
+        requests=Requests(stop, startup.build_interval(job, stop.save_seconds)),
+        saver=Saver(job.run.checkpoints, world, config.checkpoint.save_total_limit, job.attempt,
+                    lease.check),
         small_files=small_files(strategy.causal_lm, model_folder), watch=watch, faults=faults,
         report=Report(job, rate_at, feed.sampler.total_samples, state.step),
     )  # fmt: skip

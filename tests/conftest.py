@@ -57,26 +57,34 @@ def own_home(home, tmp_path) -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def group_of(nodeid: str) -> str:
+    """The tests that one worker runs: those of a file, or of the cluster, share what is made once."""
+    file = nodeid.partition("::")[0]
+    return "cluster" if file.startswith("tests/cluster/") else Path(file).stem
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of a file share what is made once for it, so one worker runs them all; of the cluster,
-    all files. The files that take longest begin first, or one of them would be left over.
-    """
+    """The groups that take longest begin first, or one of them would be left over at the end."""
 
-    def longest_first(item) -> tuple[int, str]:
-        is_known = group_of(item) in LONGEST
-        return LONGEST.index(group_of(item)) if is_known else len(LONGEST), group_of(item)
+    def place(item) -> int:
+        group = group_of(item.nodeid)
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=longest_first)
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)  # with a single worker nobody asks
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 what_slurm_lacks = functools.cache(missing_requirements)
-
-
-def group_of(item) -> str:
-    return "cluster" if "slurm" in item.keywords else item.path.stem
 
 
 @pytest.hookimpl(tryfirst=True)

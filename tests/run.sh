@@ -34,8 +34,7 @@ main() {
   export PATH="$tools/bin:$PATH" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
   # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
-  exec "$TRAINSTACK_PYTHON" -m pytest --numprocesses "$WORKERS" --dist loadgroup \
-    --no-loadscope-reorder "$@"
+  exec "$TRAINSTACK_PYTHON" -m pytest --numprocesses "$WORKERS" --no-loadscope-reorder "$@"
 }
 
 install_slurm() {

@@ -29,6 +29,12 @@ log = logging.getLogger("trainstack")
 FIRST_SAVE_RATE = 200e6  # bytes per second
 
 
+def name_owner(job: str | None, attempt: int, restarts: int) -> Owner:
+    """Who this attempt is; without a job id rank 0's process names it. Collective."""
+    by_hand = f"local-{os.uname().nodename}-{os.getpid()}"
+    return Owner(job or distributed.from_main(by_hand), attempt, restarts)
+
+
 def own_run_folder(
     run: RunFolder,
     config: Config,
@@ -131,6 +137,17 @@ def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: W
         lease.release()
         log.info("%s: PAUSED (%s); nothing was lost; %s", run.path.name, cause, CONTINUES)
     return "PAUSED"
+
+
+def tell_running(job: Job, step: int, stop: Stop, parameters: int) -> None:
+    """Everything is loaded, and this attempt still owns the run: its status says RUNNING.
+
+    ``stop`` learns how long a save is expected to take. Rank 0 only.
+    """
+    if job.world.is_main:
+        job.lease.check()  # loading takes a while
+        stop.save_seconds = expected_save_seconds(job.run, parameters)
+        job.run.set_status(RUNNING, step=step, max_steps=job.max_steps)
 
 
 def expected_save_seconds(run: RunFolder, parameters: int) -> float:
