@@ -58,7 +58,7 @@ def own_home(home, tmp_path) -> Path:
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that one worker runs: those of a file, or of the cluster, share what is made once."""
+    """One worker runs a group: the tests of a file, or of the cluster, share what is made once."""
     file = nodeid.partition("::")[0]
     return "cluster" if file.startswith("tests/cluster/") else Path(file).stem
 
