@@ -109,7 +109,7 @@ class Trace:
         return same_losses and self.weights_hash() == reference.weights_hash()
 
     def record(self, row: str, fault: str, reference: "Trace", message: str, code: int = 0):
-        """Check the promises, and leave the row's measured figures for doc/reliability.md."""
+        """Check the promises, and leave the row's measured figures for doc/fault-matrix.md."""
         is_equal = self.equals(reference)
         assert is_equal, f"{row}: losses or weights differ from those of a run left alone"
         self.ledger()
