@@ -58,7 +58,7 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
 
 HANGS = [
     ("F11", "gil:rank=1,step=15,attempt=1", "rank 1 on HOST: stopped answering while the others"),
-    ("F11", "sleep:rank=0,step=25,attempt=2", "rank 0 on HOST: no progress for 3 s at step 25, s"),
+    ("F11", "sleep:rank=0,step=25,attempt=2", r"rank 0 on HOST: no progress for \d+ s at step 25, s"),
     ("F10", "stop:rank=1,step=35,attempt=3", "rank 1 on HOST: stopped answering while the others"),
 ]
 
@@ -69,7 +69,7 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     hung = trace.events("hang")
     assert len(hung) == len(HANGS), trace.events("failed", "hang")
     for event, (row, _, blame) in zip(hung, HANGS, strict=True):
-        assert event["cause"].startswith(blame.replace("HOST", HOST)), (row, event["cause"])
+        assert re.match(blame.replace("HOST", HOST), event["cause"]), (row, event["cause"])
     job = hung[0]["job"]
     stacks = {n: (trace.run.logs / f"{job}.{n[0]}.rank{n[1]}.stacks").read_text()
               for n in [(1, 0), (1, 1), (2, 0)]}  # fmt: skip
