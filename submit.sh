@@ -15,7 +15,7 @@
 #
 # Prints the job id alone on stdout, of a chain that of its first job. A run.name that exists is
 # resumed. The job uses a copy of code and settings, so editing them while it waits changes nothing.
-# TRAINSTACK_FAULT="kill:rank=1,step=25" breaks the run on purpose: see trainstack/resilience/faults.py.
+# TRAINSTACK_FAULT="kill:rank=1,step=25" breaks the run on purpose: see resilience/faults.py.
 # Exit: 0 done, 1 could not, 2 asked wrongly, 78 the run belongs to another job or experiment.
 
 set -euo pipefail

@@ -10,7 +10,8 @@ from trainstack.__main__ import COMMANDS
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
-    return tiny.run_module("trainstack", *arguments, check=False)
+    command = [sys.executable, "-m", "trainstack", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

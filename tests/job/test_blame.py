@@ -5,6 +5,7 @@ import pytest
 from trainstack.job.blame import blame, unreported
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import Phase
+from trainstack.units import time_of
 
 
 @pytest.fixture
@@ -120,8 +121,8 @@ def test_an_abort_alone_is_the_cause(run):
 
 
 def test_victims_alone_blame_the_first_of_them(run):
-    for rank in (1, 0, 2, 3):
-        report(run, rank, victim=True)
+    for second, rank in enumerate((1, 0, 2, 3)):
+        report(run, rank, victim=True, at=time_of(1e9 + second))
     assert blamed(run) == (1, "FAILED")
 
 

@@ -58,7 +58,11 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
 
 HANGS = [
     ("F11", "gil:rank=1,step=15,attempt=1", "rank 1 on HOST: stopped answering while the others"),
-    ("F11", "sleep:rank=0,step=25,attempt=2", r"rank 0 on HOST: no progress for \d+ s at step 25, s"),
+    (
+        "F11",
+        "sleep:rank=0,step=25,attempt=2",
+        r"rank 0 on HOST: no progress for \d+ s at step 25, s",
+    ),
     ("F10", "stop:rank=1,step=35,attempt=3", "rank 1 on HOST: stopped answering while the others"),
 ]
 
