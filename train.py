@@ -1,4 +1,4 @@
-"""Train a language model: config -> process group -> DDP model, sampler, checkpoints -> the loop.
+"""Train a language model: config -> process group -> Strategy (DDP), Feed, checkpoints -> the loop.
 
 Started once per GPU by torchrun (see train.slurm); ``python train.py --config config.yaml`` is a
 world of one. Everything durable goes to the run folder; the same command again continues the run.
@@ -111,7 +111,7 @@ def build_strategy(job: Job, newest: Path | None, model_folder: Path, faults: Fa
 
 @dataclass(kw_only=True)
 class Loop:
-    """The loop, and what it works with. Every method is collective: every rank must call it."""
+    """The loop, and what it works with. Every rank calls its methods in the same order."""
 
     job: Job  # what this attempt was asked to do, and for which run
     feed: Feed  # what a step consumes
@@ -139,7 +139,7 @@ class Loop:
         """From the step where the run is to max_steps, or to a stop; returns DONE or PAUSED."""
         with settled(self):
             self.train()
-            if self.state.step > self.first_step:  # without its last save the end is not durable
+            if self.state.step > self.first_step:  # else nothing was saved here
                 self.finish_save()
             self.report.close()
             if self.state.step < self.job.max_steps or not self.state.is_evaluated:
@@ -149,7 +149,7 @@ class Loop:
             return ending.complete(self.job, self.state.step, time.monotonic() - self.started)
 
     def train(self) -> None:
-        """The loop itself."""
+        """Step, evaluate, save, until max_steps or a stop."""
         config, state, max_steps = self.job.config, self.state, self.job.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
@@ -163,13 +163,13 @@ class Loop:
         self.pace.restart()
         while state.step < max_steps and not is_stopping:
             state.step += 1
-            # As of the step before: numbers travel one step late.
+            # What any rank requested while the step before ran: its numbers have arrived now.
             is_stopping, is_saving = self.step(state.step)
             is_saving |= is_due(state.step, config.checkpoint.save_steps, max_steps)
             is_evaluating = is_due(state.step, config.eval.eval_steps, max_steps)
             if is_evaluating or is_saving or is_stopping:
-                # What follows comes after this step's line. A stop requested in it is heard now; a
-                # save is not, since one is due here or will be requested again.
+                # Read this step's numbers at once, so that its log line comes first. A stop in them
+                # counts. A save request is dropped: either we save here anyway, or it comes again.
                 is_stopping |= self.read_numbers().stop
             if is_evaluating:
                 self.evaluate()
@@ -181,10 +181,10 @@ class Loop:
     def step(self, step: int) -> Requested:
         """One optimizer update; returns what ranks requested as of the step before.
 
-        Numbers travel one step late, so that nothing here waits for the GPU. The order of the last
-        four calls is a protocol; do not change it.
+        Numbers travel one step late, so the host never waits for this step's. All ranks make calls
+        1 to 4 in this order: 1 before 3 for its verdict, 2 before 3 for the copy, and 4 last.
         """
-        self.job.lease.must_own()  # a node that Slurm lost may still run: it must not write
+        self.job.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)
         self.faults.before(step)
         distributed.seed_step(self.job.config.run.seed, step, self.job.world.rank)
@@ -194,7 +194,9 @@ class Loop:
         loss_sum, grad_norm = self.strategy.gradients(self.watched(data, step), data.target_tokens)
         # The numbers of the step before have arrived meanwhile: log them, or raise Diverged.
         requested_before = self.read_numbers()
-        self.state.drawn = self.feed.drawn_after(step, self.state.drawn)  # after that line
+        self.state.drawn = self.feed.drawn_after(
+            step, self.state.drawn
+        )  # not in the line of the step before
         # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
         is_bad = self.numbers.send(
             step, data, loss_sum, grad_norm, self.requests_now(), self.guard.judge

@@ -68,12 +68,12 @@ MUTATIONS = {
         (
             (
                 "trainstack/checkpoint/publish.py",
-                "        self.must_own()  # first:",
+                "        self.check_owner()  # first:",
                 "        # first:",
             ),
             (
                 "trainstack/checkpoint/publish.py",
-                "        self.must_own()  # the last",
+                "        self.check_owner()  # the last",
                 "        #",
             ),
         ),
@@ -82,7 +82,7 @@ MUTATIONS = {
         "tests/checkpoint/test_checkpoint.py::"
         "test_who_loses_the_run_folder_during_a_save_takes_nothing_from_the_new_owner",
         "DID NOT RAISE",
-        (("trainstack/checkpoint/publish.py", "self.must_own()  # the last", "#"),),
+        (("trainstack/checkpoint/publish.py", "self.check_owner()  # the last", "#"),),
     ),
     "an epoch filled up as DistributedSampler does by default": Mutation(
         "tests/data/test_data.py::test_every_world_size_consumes_the_same_samples_at_each_step",

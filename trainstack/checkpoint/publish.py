@@ -31,7 +31,7 @@ class Publisher:
     world: World
     group: dist.ProcessGroup  # of its own: never the loop's
     keep: int  # newest checkpoints that stay, at least two
-    must_own: Callable[[], None]  # raises Refused if another attempt owns the run now
+    check_owner: Callable[[], None]  # raises Refused if another attempt owns the run now
     pause: Callable[[float], None]  # called after so many seconds of writing
 
     def publish(self, snapshot: Snapshot, share: Share) -> int:
@@ -62,7 +62,7 @@ class Publisher:
         return sum(entry["size"] for entry in whole.values())
 
     def _prepare(self, temporary: Path) -> None:
-        self.must_own()  # first: the leftovers may be the unfinished save of a newer attempt
+        self.check_owner()  # first: the leftovers may be the unfinished save of a newer attempt
         for leftover in self.folder.glob(".checkpoint-*.tmp"):  # of attempts killed while saving
             manifest.remove_folder(leftover)
         files.make_folder(temporary / "training")
@@ -93,7 +93,7 @@ class Publisher:
 
     def _seal(self, temporary: Path, final: Path, entries: Entries, step: int) -> None:
         manifest.write_manifest(temporary, entries, kind="checkpoint", step=step)
-        self.must_own()  # the last look before the name: writing may have taken minutes
+        self.check_owner()  # the last look before the name: writing may have taken minutes
         if final.exists():  # damaged, and trained again since
             set_aside(final)
         files.rename(temporary, final)

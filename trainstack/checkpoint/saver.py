@@ -38,7 +38,7 @@ class Saver:
     """
 
     def __init__(
-        self, folder: Path, world: World, keep: int, attempt: str, must_own: Callable[[], None]
+        self, folder: Path, world: World, keep: int, attempt: str, check_owner: Callable[[], None]
     ):
         self.folder, self.world = folder, world
         try:
@@ -48,7 +48,7 @@ class Saver:
                 f"the ranks cannot reach each other over gloo ({str(error)[:200]}); set "
                 "GLOO_SOCKET_IFNAME in train.slurm to the network between the nodes"
             ) from None
-        self.publisher = Publisher(folder, attempt, world, group, keep, must_own, self._pause)
+        self.publisher = Publisher(folder, attempt, world, group, keep, check_owner, self._pause)
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
         self._thread: threading.Thread | None = None

@@ -19,7 +19,7 @@ Batch = tuple[torch.Tensor, ...]
 
 @dataclass
 class StepData:
-    """One step's data."""
+    """What one rank consumes in one step."""
 
     samples: np.ndarray  # this rank's, int64 [global_batch_size / world_size]
     batches: Iterator[Batch]  # of these samples, one for each micro step; read when asked for

@@ -24,7 +24,7 @@ from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.storage import manifest
 from trainstack.storage.layout import dataset_folder, model_folder
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 2  # higher whenever the same files would give other tokens, as by formats.py
 # Their hashes are in the key of a store: another list means another key. A checkpoint copies more.
 DECIDE_TOKENS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",

@@ -102,7 +102,7 @@ def decide_failed(
     lines = (failed, *(f"  {line}" for line in failure.get("traceback") or []))
     event, rank = state.lower(), failure["rank"]
     facts = {"job": owner.job, "attempt": owner.attempt, "cause": cause, "step": step, "rank": rank}
-    # The same failure at the same step again and again: a restart would not help.
+    # Three attempts without a newer checkpoint, for whatever reasons: a restart would not help.
     if is_stuck(run, owner.job):
         state, code = "NO_PROGRESS", EXIT_CODES["NO_PROGRESS"]
         cause = f"{STUCK}; the last one: {cause}"

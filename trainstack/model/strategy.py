@@ -18,7 +18,9 @@ class Strategy(ABC):
     """The model, its optimizer, and what the loop asks of them.
 
     Collective, each method: every rank must call it. Another strategy (a sharded one) is another
-    file beside ddp.py, and a line in train.py.
+    file beside ddp.py, chosen in train.py's build_strategy. Three more places count on each rank
+    having whole weights: loss.py (the head's), checkpoint/publish.py (one file of weights) and
+    train/ending.py (rank 0 alone makes the sample).
     """
 
     causal_lm: nn.Module  # of transformers; generates text

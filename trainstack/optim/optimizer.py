@@ -18,7 +18,8 @@ class Optimizer(Protocol):
     def withhold(self, is_bad: torch.Tensor) -> None:
         """Let the next step() change neither weights nor state if the scalar ``is_bad`` is 1.0.
 
-        Decided on the device: no host waits for the value.
+        Decided on the device: no host waits for the value (resilience/guard.py judges). With fp16
+        the GradScaler puts its own flag in the place of this one.
         """
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
@@ -36,7 +37,7 @@ class Optimizer(Protocol):
         """
 
 
-OPTIMIZERS = {"adamw": AdamW}
+OPTIMIZERS = {"adamw": AdamW}  # a second one also needs a setting, which ddp.py passes as name
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, name: str = "adamw") -> Optimizer:

@@ -22,7 +22,7 @@ class Guard:
     """
 
     def __init__(self, section: GuardSection, device: torch.device, is_scaled: bool):
-        # With fp16 the GradScaler alone decides: it skips what is not finite.
+        # With fp16 the GradScaler alone skips what is not finite: in step() its flag replaces ours.
         self.is_spike_test = section.on_divergence != "stop" and not is_scaled
         self.spike_sigma = section.spike_sigma
         self.recent = torch.zeros((WINDOW, 2), dtype=torch.float64, device=device)

@@ -101,7 +101,7 @@ class Lease:
             _, holder = self.holder()
             raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
 
-    def must_own(self) -> None:
+    def check_often(self) -> None:
         """``check``, at most once in OWNED_SECONDS; nothing on a rank that did not take the lease.
 
         Asked before anything is written.

@@ -31,7 +31,7 @@ class Report:
             log.info("%s", HEADER)
 
     def begins(self, step: int) -> None:
-        """The loop is about to begin."""
+        """Put the first step of this attempt on record: goodput counts from here."""
         if self.metrics:
             self.job.run.add_event("training", step=step)
 
@@ -58,7 +58,7 @@ class Report:
         """A line for a logged step; ``source_tokens``: what each data set of a mixture gave."""
         if self.metrics is None:
             return
-        self.job.lease.must_own()
+        self.job.lease.check_often()
         plan = self.job.plan
         samples_seen = result.step * plan.global_batch_size
         values = {
@@ -85,7 +85,7 @@ class Report:
     def evaluation(self, step: int, results: dict[str, tuple[float, int]], seconds: float) -> None:
         """``results``: of each data set, the mean loss and the number of its held-out targets."""
         if self.metrics:
-            self.job.lease.must_own()
+            self.job.lease.check_often()
             is_mixture = len(self.job.config.data.sources) > 1
             self.metrics.log_evaluation(step, results, is_mixture)
             self.job.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
@@ -93,14 +93,14 @@ class Report:
     def save_begins(self) -> None:
         """The hashes of the steps it will contain reach the disk before it."""
         if self.metrics:
-            self.job.lease.must_own()
+            self.job.lease.check_often()
             self.metrics.flush()
 
     def save_ended(self, saved: Saved, stall_seconds: float) -> None:
         """``stall_seconds``: for which the loop stood still because of it."""
         if self.metrics is None:
             return
-        self.job.lease.must_own()
+        self.job.lease.check_often()
         stall = round(stall_seconds, 3)
         if saved.problem is not None:
             step = f"{saved.step:,}"
@@ -119,6 +119,6 @@ class Report:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Everything is written."""
+        """Write what is still in memory."""
         if self.metrics:
             self.metrics.close()
