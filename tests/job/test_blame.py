@@ -102,9 +102,9 @@ def test_ranks_that_only_lost_a_peer_point_at_the_one_that_did_not_report(run):
 
 
 def test_the_first_that_was_not_a_victim_is_the_cause(run):
-    report(run, 0, victim=True)
-    report(run, 2)
-    report(run, 1)
+    report(run, 0, victim=True, at=time_of(1e9 + 0))
+    report(run, 2, at=time_of(1e9 + 1))
+    report(run, 1, at=time_of(1e9 + 2))
     assert blamed(run) == (2, "FAILED")
 
 
