@@ -57,7 +57,11 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
 
 
 HANGS = [
-    ("F11", "gil:rank=1,step=15,attempt=1", "rank 1 on HOST: stopped answering while the others"),
+    (  # slow: the watchdog has to look once after the first steps, which may take 15 minutes
+        "F11",
+        "slow:rank=1,step=2,attempt=1;gil:rank=1,step=15,attempt=1",
+        "rank 1 on HOST: stopped answering while the others",
+    ),
     (
         "F11",
         "sleep:rank=0,step=25,attempt=2",

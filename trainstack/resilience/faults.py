@@ -20,7 +20,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import re
 import signal
 import time
 from dataclasses import dataclass
@@ -106,7 +105,11 @@ class Faults:
         elif action == "sleep":
             time.sleep(3600)
         elif action == "gil":
-            re.match(r"(a+)+$", "a" * 64 + "b")  # backtracks for ever, within one C call
+            # A deadlock in C. PyDLL keeps the interpreter's lock, and no signal ends this wait: a
+            # call that looks for signals would let other threads run whenever one arrives.
+            mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+            library.pthread_mutex_lock(mutex)
+            library.pthread_mutex_lock(mutex)
         elif action == "oom":
             taken = []
             while True:
