@@ -12,6 +12,7 @@ import test_layers
 import yaml
 
 import tiny
+from trainstack import waits
 from trainstack.config.load import load
 from trainstack.config.problems import all_keys
 from trainstack.data.order import Mixture
@@ -146,12 +147,10 @@ def section(text: str, title: str) -> str:
 
 
 def test_the_table_of_waits_is_that_of_the_code():
-    waits = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([\d.]+) \|", section(PROTOCOLS, "Waits"))
-    assert waits
-    code = "\n".join(path.read_text() for path in (ROOT / "trainstack").rglob("*.py"))
-    for name, seconds in waits:
-        values = re.findall(rf"(?m)^{name} = ([\d.]+)", code)
-        assert [float(value) for value in values] == [float(seconds)], name
+    shown = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([\d.]+) \|", section(PROTOCOLS, "Waits"))
+    values = {name: float(value) for name, value in vars(waits).items() if name.isupper()}
+    assert {name: float(seconds) for name, seconds in shown} == values
+    assert [name for name, _ in shown] == [*values], "in the order of waits.py"
 
 
 def test_the_mixture_that_is_worked_through_is_what_the_code_draws():

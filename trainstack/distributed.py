@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from trainstack import processes
 from trainstack.errors import ConfigError
+from trainstack.waits import COLLECTIVE_SECONDS
 
 log = logging.getLogger("trainstack")
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)  # NCCL's own default; gloo's is 30
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ def start(promised_world_size: int | None) -> World:
         )
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    arguments = {"backend": world.backend, "timeout": COLLECTIVE_TIMEOUT}
+    arguments = {
+        "backend": world.backend,
+        "timeout": datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+    }
     if world.device.type == "cuda":
         arguments["device_id"] = world.device  # connects now, not in the first step
     if "RANK" in os.environ:

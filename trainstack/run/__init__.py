@@ -3,7 +3,6 @@
 states.py       states, exit codes, phases of the loop
 folder.py       status, history, failure reports, left-out data
 lease.py        one owner: an attempt of a job
-waits.py        who waits how long for whom
 identity.py     which settings may change, which not
 environment.py  code, packages and machine of a run
 """

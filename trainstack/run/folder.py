@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.run.states import CONTINUES, EXIT_CODES
-from trainstack.run.waits import VISIBLE_SECONDS
 from trainstack.storage import files
 from trainstack.units import now
+from trainstack.waits import VISIBLE_SECONDS
 
 # How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
 # that the job shall end; this one may only say that srun ended the other nodes, since one failed.
@@ -145,10 +145,10 @@ class RunFolder:
 
     # --- Whether all nodes see one folder
 
-    def has_lease(self, epoch: int) -> bool:
+    def has_lease(self, number: int) -> bool:
         """Whether the lease that rank 0 took shows up here, waiting out a slow file system."""
         deadline = time.monotonic() + VISIBLE_SECONDS
-        while not (self.path / "lease" / f"{epoch}.json").exists():
+        while not (self.path / "lease" / f"{number}.json").exists():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)

@@ -11,9 +11,9 @@ from typing import Any
 
 from trainstack.errors import Refused
 from trainstack.processes import is_dead, process_start
-from trainstack.run.waits import OWNED_SECONDS, TAKEOVER_SECONDS
 from trainstack.storage import files
 from trainstack.units import now
+from trainstack.waits import OWNED_SECONDS, TAKEOVER_SECONDS
 
 
 class LeaseHeld(Refused):
@@ -44,16 +44,16 @@ def order_of(holder: dict[str, Any]) -> tuple[int, int]:
 
 
 class Lease:
-    """Ownership of a run folder: files ``lease/<epoch>.json``, the highest epoch owns.
+    """Ownership of a run folder: files ``lease/<number>.json``, the highest number owns.
 
     Taken by exclusive creation, not flock: run folders are on shared file systems, where flock may
-    exclude nobody. A holder that sees a higher epoch than its own has been replaced and must not
+    exclude nobody. A holder that sees a higher number than its own has been replaced and must not
     publish (the fencing of Kleppmann, "How to do distributed locking", 2016).
     """
 
     def __init__(self, folder: Path):
         self.folder = folder / "lease"
-        self.epoch = 0
+        self.number = 0
         self._checked_at = 0.0
 
     def take(self, owner: Owner, gone: str | None = None) -> None:
@@ -62,14 +62,14 @@ class Lease:
         Replaced are: one that gave it back, an earlier attempt of the same job, the job ``gone``
         (which Slurm no longer knows), and a process of this host that has ended.
         """
-        epoch, holder = self.holder()
+        number, holder = self.holder()
         if holder and holder.get("released"):
             holder = None
         if holder and not may_replace(holder, owner, gone):
             raise LeaseHeld(
                 f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
                 f"{self.folder.parent}; wait for it or end it, or, if it surely has ended, remove "
-                f"{self._file(epoch)}"
+                f"{self._file(number)}"
             )
         self.record = {
             **asdict(owner),
@@ -78,13 +78,13 @@ class Lease:
             "process_started": process_start(os.getpid()),
             "taken_at": now(),
         }
-        if not files.create_file(self._file(epoch + 1), json.dumps(self.record).encode()):
+        if not files.create_file(self._file(number + 1), json.dumps(self.record).encode()):
             raise LeaseHeld(f"another job took {self.folder.parent} at this moment; try again")
-        self.epoch = epoch + 1
+        self.number = number + 1
         if holder and may_still_run(holder, owner):
             time.sleep(TAKEOVER_SECONDS)  # it writes until it looks at the lease again
-        for old in self._epochs():
-            if old < self.epoch:
+        for old in self._numbers():
+            if old < self.number:
                 files.unlink(self._file(old))
 
     def check(self) -> None:
@@ -97,7 +97,7 @@ class Lease:
         with contextlib.suppress(OSError):  # a full disk is no reason to stop
             probe.touch()
             probe.unlink(missing_ok=True)
-        if max(self._epochs(), default=0) != self.epoch:
+        if max(self._numbers(), default=0) != self.number:
             _, holder = self.holder()
             raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
 
@@ -106,34 +106,34 @@ class Lease:
 
         Asked before anything is written.
         """
-        if self.epoch and time.monotonic() > self._checked_at + OWNED_SECONDS:
+        if self.number and time.monotonic() > self._checked_at + OWNED_SECONDS:
             self.check()
             self._checked_at = time.monotonic()
 
     def release(self) -> None:
         """Let the next job take over without asking; does nothing if another already did."""
-        if self.epoch and self.holder()[0] == self.epoch:
+        if self.number and self.holder()[0] == self.number:
             record = {**self.record, "released": True}
-            files.replace_file(self._file(self.epoch), json.dumps(record).encode())
+            files.replace_file(self._file(self.number), json.dumps(record).encode())
 
     def holder(self) -> tuple[int, dict[str, Any] | None]:
-        """The highest epoch and its record; (0, None) if nobody ever took it."""
-        epochs = self._epochs()
-        for epoch in sorted(epochs, reverse=True):
+        """The highest number and its record; (0, None) if nobody ever took it."""
+        numbers = self._numbers()
+        for number in sorted(numbers, reverse=True):
             with contextlib.suppress(OSError, ValueError):
-                return epoch, json.loads(self._file(epoch).read_bytes())
-        return max(epochs, default=0), None
+                return number, json.loads(self._file(number).read_bytes())
+        return max(numbers, default=0), None
 
     def unreleased(self) -> dict[str, Any] | None:
         """The record of who took the folder last, if it was not given back."""
         _, holder = self.holder()
         return None if holder and holder.get("released") else holder
 
-    def _epochs(self) -> list[int]:
+    def _numbers(self) -> list[int]:
         return [int(p.stem) for p in self.folder.glob("[0-9]*.json") if p.stem.isdigit()]
 
-    def _file(self, epoch: int) -> Path:
-        return self.folder / f"{epoch}.json"
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number}.json"
 
 
 def may_replace(holder: dict[str, Any], owner: Owner, gone: str | None) -> bool:

@@ -3,9 +3,8 @@
 from torch.distributed.run import get_args_parser
 
 import tiny
+from trainstack import waits
 from trainstack.config.load import load
-from trainstack.distributed import COLLECTIVE_TIMEOUT
-from trainstack.run import waits
 
 TORCHRUN_KILLS_SECONDS = 30  # torch.distributed.elastic.multiprocessing.api, PContext.close
 
@@ -39,4 +38,4 @@ def test_a_new_owner_waits_until_the_former_one_has_looked_at_the_lease():
 def test_a_hang_is_found_and_blamed_before_the_collectives_give_up():
     """Otherwise the ranks that wait would all be victims of a timeout, and none would hang."""
     shipped = load(tiny.ROOT / "config.yaml", [])
-    assert shipped.guard.hang_seconds < COLLECTIVE_TIMEOUT.total_seconds()
+    assert shipped.guard.hang_seconds < waits.COLLECTIVE_SECONDS

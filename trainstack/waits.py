@@ -1,6 +1,6 @@
 """The waits that depend on each other: who waits for what, and why as long as that.
 
-All in seconds. tests/run/test_waits.py holds the relations.
+All in seconds. tests/test_waits.py holds the relations.
 """
 
 # A rank fails, and its peers fail with it. The first to end is taken for the cause, so the others
@@ -15,6 +15,10 @@ SHUTDOWN_SECONDS = 8  # launch.py, from that report until it kills its ranks: th
 TICKS_SECONDS = 1.0  # a watchdog, between two looks at its loop
 LOCKED_SECONDS = 5.0  # faulthandler, beyond the limit of the watchdog
 STOPPED_SECONDS = 5.0  # a watchdog that wakes up later than this: its whole process was stopped
+
+# A rank does not answer in a collective. Its watchdog, and those of its peers, should tell first.
+COLLECTIVE_SECONDS = 600  # of the loop: NCCL's own default; gloo's is 1,800
+SAVE_COLLECTIVE_SECONDS = 7200  # of a save: a peer may write that long, to a slow file system
 
 # What a phase of the loop may take beyond a step.
 START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
