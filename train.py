@@ -38,15 +38,15 @@ from trainstack.resilience.watchdog import Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.run.states import EXIT_CODES, Phase
-from trainstack.run.waits import SAVE_SECONDS, START_SECONDS
 from trainstack.storage import layout
 from trainstack.train import ending, startup
 from trainstack.train.announce import announce
+from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
-from trainstack.train.job import Job
 from trainstack.train.numbers import Pace, StepNumbers, is_due
 from trainstack.train.report import Report
 from trainstack.train.requests import Requested, Requests
+from trainstack.waits import SAVE_SECONDS, START_SECONDS
 
 
 def main(options: argparse.Namespace, config: Config) -> str:
@@ -66,12 +66,12 @@ def main(options: argparse.Namespace, config: Config) -> str:
     watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
     faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
     max_steps = config.steps_for(enough_samples(config, corpus))
-    job = Job(config, world, plan, run, lease, owner, max_steps)
+    attempt = Attempt(config, world, plan, run, lease, owner, max_steps)
 
     # The weights: from the newest checkpoint, else as model.init says.
     newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, same))
     model_folder = layout.model_folder(options.home, config.model.name)
-    strategy = build_strategy(job, newest, model_folder, faults)
+    strategy = build_strategy(attempt, newest, model_folder, faults)
     guard = Guard(config.guard, world.device, strategy.scaler.is_enabled())
 
     # Where the run is. Data and learning rate follow from that: they are functions of the step.
@@ -81,39 +81,43 @@ def main(options: argparse.Namespace, config: Config) -> str:
     feed = Feed(config, corpus, plan, world, state.left_out)
     rate_at = build_schedule(config.optim, max_steps)
 
-    startup.tell_running(job, state.step, stop, count_parameters(strategy.causal_lm))
-    announce(job, feed, strategy, newest)
+    startup.tell_running(attempt, state.step, stop, count_parameters(strategy.causal_lm))
+    announce(attempt, feed, strategy, newest)
     loop = Loop(
-        job=job, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
-        requests=Requests(stop, startup.build_interval(job, stop.save_seconds)),
-        saver=Saver(job.run.checkpoints, world, config.checkpoint.save_total_limit, job.attempt,
+        attempt=attempt, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
+        requests=Requests(stop, startup.build_interval(attempt, stop.save_seconds)),
+        saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
         small_files=small_files(strategy.causal_lm, model_folder), watch=watch, faults=faults,
-        report=Report(job, rate_at, feed.sampler.total_samples, state.step),
+        report=Report(attempt, rate_at, feed.sampler.total_samples, state.step),
     )  # fmt: skip
     return loop.run()
 
 
-def build_strategy(job: Job, newest: Path | None, model_folder: Path, faults: Faults) -> Strategy:
+def build_strategy(
+    attempt: Attempt, newest: Path | None, model_folder: Path, faults: Faults
+) -> Strategy:
     """The model and its loss, spread over the ranks, with its optimizer.
 
     Weights come from the newest checkpoint, else as model.init says. Collective.
     """
-    config = job.config
+    config = attempt.config
     init = "pretrained" if newest else config.model.init
     causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
-    loss_model = CausalLMLoss(causal_lm, config.train, job.world.device, config.data.packing)
+    loss_model = CausalLMLoss(causal_lm, config.train, attempt.world.device, config.data.packing)
     faults.attach(loss_model)
-    return DataParallel(loss_model, config.optim, config.train.precision, job.plan, job.world)
+    return DataParallel(
+        loss_model, config.optim, config.train.precision, attempt.plan, attempt.world
+    )
 
 
 @dataclass(kw_only=True)
 class Loop:
     """The loop, and what it works with. Every rank calls its methods in the same order."""
 
-    job: Job  # what this attempt was asked to do, and for which run
+    attempt: Attempt  # what this attempt was asked to do, and for which run
     feed: Feed  # what a step consumes
     strategy: Strategy  # the model as it is spread over ranks, and its optimizer
     guard: Guard  # is this update good?
@@ -127,10 +131,10 @@ class Loop:
     report: Report  # log lines, files, status
 
     def __post_init__(self):
-        job = self.job
-        self.numbers, self.pace = StepNumbers(job.world.device), Pace()
+        attempt = self.attempt
+        self.numbers, self.pace = StepNumbers(attempt.world.device), Pace()
         is_scaled = self.strategy.scaler.is_enabled()
-        self.policy = Policy(job.config.guard, job.config.optim.learning_rate, is_scaled)
+        self.policy = Policy(attempt.config.guard, attempt.config.optim.learning_rate, is_scaled)
         self.first_step = self.state.step  # from which this attempt trains
         self.stall_seconds = 0.0  # for which the loop stood still since the last save ended
         self.started = time.monotonic()
@@ -142,20 +146,20 @@ class Loop:
             if self.state.step > self.first_step:  # else nothing was saved here
                 self.finish_save()
             self.report.close()
-            if self.state.step < self.job.max_steps or not self.state.is_evaluated:
-                return ending.pause(self.job, self.state.step, self.requests.stop.reason)
+            if self.state.step < self.attempt.max_steps or not self.state.is_evaluated:
+                return ending.pause(self.attempt, self.state.step, self.requests.stop.reason)
             self.watch.at(self.state.step, Phase.END, START_SECONDS)
-            ending.show_sample(self.job, self.strategy)
-            return ending.complete(self.job, self.state.step, time.monotonic() - self.started)
+            ending.show_sample(self.attempt, self.strategy)
+            return ending.complete(self.attempt, self.state.step, time.monotonic() - self.started)
 
     def train(self) -> None:
         """Step, evaluate, save, until max_steps or a stop."""
-        config, state, max_steps = self.job.config, self.state, self.job.max_steps
+        config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
-        is_stopping = distributed.is_agreed(self.requests.stop.is_wanted(0), self.job.world)
+        is_stopping = distributed.is_agreed(self.requests.stop.is_wanted(0), self.attempt.world)
         if not state.is_evaluated and not is_stopping:
             self.evaluate()
         is_stopping |= not state.is_evaluated
@@ -184,19 +188,18 @@ class Loop:
         Numbers travel one step late, so the host never waits for this step's. All ranks make calls
         1 to 4 in this order: 1 before 3 for its verdict, 2 before 3 for the copy, and 4 last.
         """
-        self.job.lease.check_often()  # a node that Slurm lost may still run: it must not write
+        self.attempt.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)
         self.faults.before(step)
-        distributed.seed_step(self.job.config.run.seed, step, self.job.world.rank)
+        distributed.seed_step(self.attempt.config.run.seed, step, self.attempt.world.rank)
         self.strategy.optimizer.set_learning_rate(self.rate_at(step))
         data = self.feed.at(step)
         # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.
         loss_sum, grad_norm = self.strategy.gradients(self.watched(data, step), data.target_tokens)
         # The numbers of the step before have arrived meanwhile: log them, or raise Diverged.
         requested_before = self.read_numbers()
-        self.state.drawn = self.feed.drawn_after(
-            step, self.state.drawn
-        )  # not in the line of the step before
+        # Only now: the line of the step before, just logged, is about what was drawn until then.
+        self.state.drawn = self.feed.drawn_after(step, self.state.drawn)
         # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
         is_bad = self.numbers.send(
             step, data, loss_sum, grad_norm, self.requests_now(), self.guard.judge
@@ -205,7 +208,7 @@ class Loop:
         # 2. A snapshot that is being copied needs the weights as they were before this update.
         self.stall_seconds += self.saver.before_update()
         # 3. Clips and updates; on all ranks alike nothing happens if the verdict is bad.
-        self.strategy.update(is_bad, grad_norm, self.job.config.optim.max_grad_norm)
+        self.strategy.update(is_bad, grad_norm, self.attempt.config.optim.max_grad_norm)
         # 4. A save that ended meanwhile is told; its thread is never waited for here.
         self.save_ended(self.saver.poll())
         return requested_before
@@ -223,7 +226,7 @@ class Loop:
 
     def requests_now(self) -> Requested:
         """This rank's requests; a stop has to leave time for a step and the saves it waits for."""
-        step_seconds = max(self.pace.step_seconds, self.watch.dog.median_seconds())
+        step_seconds = max(self.pace.step_seconds, self.watch.median_seconds())
         return self.requests.now(step_seconds, self.saver.saves_until_stop)
 
     def read_numbers(self) -> Requested:
@@ -235,7 +238,7 @@ class Loop:
         if result is None:
             return Requested(False, False)
         self.pace.note(result.sent_at)
-        self.watch.dog.note_step(self.pace.step_seconds)
+        self.watch.note_step(self.pace.step_seconds)
         skips = self.policy.skips_after(
             result.step, result.loss, result.grad_norm, result.is_withheld,
             self.state.skips_in_a_row,
@@ -245,7 +248,7 @@ class Loop:
             self.report.skipped(result, skips)
         self.report.consumed(result)
         if result.step == 1 or is_due(
-            result.step, self.job.config.log.logging_steps, self.job.max_steps
+            result.step, self.attempt.config.log.logging_steps, self.attempt.max_steps
         ):
             source_tokens = self.feed.tokens_of(self.state.drawn)
             self.report.step(result, *self.pace.read(), source_tokens)
@@ -262,7 +265,7 @@ class Loop:
             self.watch.at(step, Phase.EVALUATION)
             return self.requests.stop.is_wanted(0, self.saver.saves_until_stop)
 
-        most = self.job.config.eval.eval_samples
+        most = self.attempt.config.eval.eval_samples
         results = evaluate_all(self.feed, most, self.strategy.loss_model, wants_stop)
         self.state.is_evaluated = results is not None
         if results:
@@ -272,7 +275,7 @@ class Loop:
 
     def save(self) -> None:
         """Begin to publish checkpoint-<step>; it is written while the next steps run."""
-        started, state, plan = time.monotonic(), self.state, self.job.plan
+        started, state, plan = time.monotonic(), self.state, self.attempt.plan
         self.watch.at(state.step, Phase.SAVE, SAVE_SECONDS)
         self.finish_save()  # of the checkpoint before: one at a time
         self.report.save_begins()
@@ -282,14 +285,14 @@ class Loop:
         state.tokens_seen = state.step * plan.tokens_per_step
         state.scaler = self.strategy.scaler.state_dict()
         state.guard = self.guard.state()
-        state.world_size, state.torch = self.job.world.world_size, torch.__version__
+        state.world_size, state.torch = self.attempt.world.world_size, torch.__version__
         self.saver.start(
             Snapshot(
                 state.step,
                 self.strategy.share(),
                 state.to_json(),
                 self.small_files,
-                synced_first=[self.job.run.path / "samples.jsonl"],  # the ledger's evidence
+                synced_first=[self.attempt.run.path / "samples.jsonl"],  # the ledger's evidence
             )
         )
         self.stall_seconds += time.monotonic() - started
@@ -323,11 +326,11 @@ def settled(loop: Loop):
     except Diverged as error:
         loop.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
         loop.saver.wait()
-        if loop.job.world.is_main:
-            loop.job.lease.check()  # a rollback is about to be recorded
+        if loop.attempt.world.is_main:
+            loop.attempt.lease.check()  # a rollback is about to be recorded
         raise
     finally:
-        loop.watch.dog.close()
+        loop.watch.close()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -352,7 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def guarded_main() -> None:
+def run_and_explain() -> None:
     """Run main; what goes wrong becomes a record, a line and an exit code, never a hang."""
     options = parse_arguments()
     distributed.die_with_parent()
@@ -373,4 +376,4 @@ def guarded_main() -> None:
 
 
 if __name__ == "__main__":
-    guarded_main()
+    run_and_explain()

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
-    "errors", "processes", "units", "storage", "distributed", "config", "checkpoint", "run", "data",
-    "prepare", "hub", "optim", "model", "resilience", "train", "job", "monitor",
+    "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
+    "run", "data", "prepare", "hub", "optim", "model", "resilience", "train", "job", "monitor",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them
 BEYOND_TRAINING = ("prepare", "hub", "job", "monitor")  # which train.py and its room do without

@@ -213,7 +213,7 @@ def run_rank(arguments: list[str], variables: dict[str, str], output: str) -> No
     sys.argv = ["train.py", *arguments]
     import train
 
-    train.guarded_main()
+    train.run_and_explain()
 
 
 def wait_for_all(ranks: list, seconds: float) -> list[int]:

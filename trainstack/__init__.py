@@ -5,6 +5,7 @@ Single files, below and above the rooms:
 errors.py       what a person is told; exit codes of mistakes
 processes.py    how a process ends, and whether it is alive
 units.py        sizes, durations and moments in words
+waits.py        who waits how long for whom
 distributed.py  ranks, device, process group, logging
 __main__.py     python -m trainstack: all commands
 

@@ -16,8 +16,10 @@ def time_of(seconds: float) -> str:
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
 
 
-def duration(seconds: float) -> str:
-    """``MM:SS`` below an hour, ``HH:MM:SS`` below a day, else days as well."""
+def duration(seconds: float | None) -> str:
+    """``MM:SS`` below an hour, ``HH:MM:SS`` below a day, else days as well; NOTHING of None."""
+    if seconds is None:
+        return NOTHING
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -26,7 +28,7 @@ def duration(seconds: float) -> str:
     return f"{hours:02d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
-def human(size: float) -> str:
+def bytes_text(size: float) -> str:
     """Bytes as people read them: 269 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -35,17 +37,9 @@ def human(size: float) -> str:
     return f"{size:.1f} TB"
 
 
-def ago(seconds: float) -> str:
-    """A duration in its largest unit."""
+def age(seconds: float) -> str:
+    """A duration in its largest unit: 3 min."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{max(0, seconds):.0f} s"
-
-
-def clock(seconds: float | None) -> str:
-    """HH:MM:SS, or nothing."""
-    if seconds is None:
-        return NOTHING
-    whole = round(seconds)
-    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"

@@ -20,8 +20,8 @@ from trainstack.checkpoint.publish import Publisher
 from trainstack.checkpoint.snapshot import Saved, SaveError, Share, Snapshot
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused
+from trainstack.waits import SAVE_COLLECTIVE_SECONDS
 
-SAVE_TIMEOUT = datetime.timedelta(hours=2)  # a peer may write that long, to a slow file system
 WRITER_NICENESS = 10
 # Seconds of rest for each second of writing, if training needs the same cores: the writer then
 # takes a tenth of one. Steps meanwhile took 1.06 times as long (benchmarks/save_stall.py).
@@ -42,7 +42,8 @@ class Saver:
     ):
         self.folder, self.world = folder, world
         try:
-            group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+            wait = datetime.timedelta(seconds=SAVE_COLLECTIVE_SECONDS)
+            group = dist.new_group(backend="gloo", timeout=wait)
         except RuntimeError as error:
             raise ConfigError(
                 f"the ranks cannot reach each other over gloo ({str(error)[:200]}); set "

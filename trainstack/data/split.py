@@ -135,8 +135,7 @@ class Split:
     def _read_plain(self, samples: np.ndarray) -> np.ndarray:
         """Samples of which each token has a target; labels are a view of the same tokens.
 
-        To copy them instead costs 15% of the speed, and with it the target of benchmarks/loader.py;
-        as_strided costs a third.
+        To copy them instead costs 8 to 14% of the speed (benchmarks/loader.py), as_strided a third.
         """
         tokens = self._tokens_at((samples * self.seq_len).tolist(), self.seq_len + 1)
         tokens = tokens.astype(np.int64)

@@ -34,7 +34,7 @@ from trainstack.storage.manifest import (
     remove_folder,
     write_manifest,
 )
-from trainstack.units import human
+from trainstack.units import bytes_text
 
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
@@ -174,7 +174,7 @@ def obtain(
         if not origin.is_resumable:
             remove_partials(asset)
         raise
-    size = human(sum(entry["size"] for entry in origin.entries.values()))
+    size = bytes_text(sum(entry["size"] for entry in origin.entries.values()))
     how = "linked" if layout.is_local(asset.name) else f"commit {origin.commit[:7]}"
     seconds = f"{time.monotonic() - started:.0f} s"
     say(f"{asset}: {how}, {count_files(origin.entries)} verified, {size}, {seconds}")
@@ -215,7 +215,7 @@ def collect_needed(
         if unused and not asset.subset:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
     check_space(asset, origin.missing_bytes(wanted))
-    size = human(sum(origin.sizes[name] for name in wanted))
+    size = bytes_text(sum(origin.sizes[name] for name in wanted))
     say(f"{asset}: {origin.doing} {count_files(wanted)}, {size}")
     origin.collect(wanted)
     return choose.model_facts(origin, wanted) if asset.kind == "model" else facts
@@ -232,8 +232,8 @@ def check_space(asset: Asset, needed_bytes: int) -> None:
     free = files.free_bytes(asset.folder.parent)
     if needed_bytes > free:
         raise ConfigError(
-            f"needs {human(needed_bytes)}, and {human(free)} are free at {asset.folder.parent};"
-            " free some space or move SHARED_DIR"
+            f"needs {bytes_text(needed_bytes)}, and {bytes_text(free)} are free at "
+            f"{asset.folder.parent}; free some space or move SHARED_DIR"
         )
 
 
@@ -277,7 +277,7 @@ def remove_partials(asset: Asset, keep: Path | None = None) -> None:
 
 def summary(manifest: dict[str, Any]) -> str:
     """What is here, in a few words: which commit, or since when it is linked, and its size."""
-    size = human(sum(entry["size"] for entry in manifest["files"].values()))
+    size = bytes_text(sum(entry["size"] for entry in manifest["files"].values()))
     if manifest["source"] == "local":
         return f"linked {manifest['fetched_at']}, {size}"
     return f"commit {manifest['commit'][:7]}, {size}"

@@ -26,9 +26,9 @@ from trainstack.errors import USAGE_ERROR
 from trainstack.job.preflight import preflight
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
-from trainstack.run.waits import LOOK_SECONDS, SHUTDOWN_SECONDS
 from trainstack.storage import files
 from trainstack.units import time_of
+from trainstack.waits import LOOK_SECONDS, SHUTDOWN_SECONDS
 
 
 def main(arguments: list[str]) -> int:

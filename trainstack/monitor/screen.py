@@ -17,7 +17,7 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, RUNNING
 from trainstack.storage import layout
-from trainstack.units import NOTHING, ago, clock
+from trainstack.units import NOTHING, age, duration
 
 COLUMNS = (
     "RUN", "JOB", "SLURM", "STATE", "STEP", "LOSS", "TOK/S", "JOB LEFT", "RUN ETA", "CHECKPOINT",
@@ -31,7 +31,7 @@ SHOWN_EVENTS = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """One line of squeue."""
 
     state: str
@@ -39,7 +39,7 @@ class Job:
     reason: str
 
 
-NO_JOB = Job("", "", "")
+NO_JOB = SlurmJob("", "", "")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class View:
     events: list[dict[str, Any]]
     state: str  # that holds now, which may differ from the one in status
     job_id: str | None
-    job: Job
+    job: SlurmJob
     measured: dict[str, Any]  # the last logged step; empty if there is none
     evaluated: dict[str, Any]  # the last evaluation; empty if there is none
     checkpoint: tuple[int, Path] | None
@@ -105,13 +105,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_queue(text: str) -> dict[str, Job]:
+def read_queue(text: str) -> dict[str, SlurmJob]:
     """Jobs by id from squeue's lines ``id|state|time left|reason``."""
     lines = (line.split("|") for line in text.splitlines())
-    return {line[0]: Job(line[1], line[2], line[3]) for line in lines if len(line) == 4}
+    return {line[0]: SlurmJob(line[1], line[2], line[3]) for line in lines if len(line) == 4}
 
 
-def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
+def view_of(run: RunFolder, jobs: dict[str, SlurmJob] | None) -> View:
     """Read one run's folder; ``jobs``: those that Slurm has, None without Slurm."""
     status, newest = run.status(), names.checkpoints(run.checkpoints)
     events = run.events()
@@ -132,7 +132,9 @@ def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
     )
 
 
-def true_state(status: dict[str, Any], job: Job | None, jobs: dict[str, Job] | None) -> str:
+def true_state(
+    status: dict[str, Any], job: SlurmJob | None, jobs: dict[str, SlurmJob] | None
+) -> str:
     """The state that holds now: a job that was killed could not write that it ended."""
     state = status.get("state", "UNKNOWN")
     if state in EXIT_CODES:
@@ -193,7 +195,7 @@ def cells_of(view: View) -> list[str]:
         "LOSS": loss,
         "TOK/S": speed if view.state == RUNNING else NOTHING,
         "JOB LEFT": view.job.left or NOTHING,
-        "RUN ETA": clock(view.seconds_left),
+        "RUN ETA": duration(view.seconds_left),
         "CHECKPOINT": newest_checkpoint(view),
     }
     return [cells[column] for column in COLUMNS]
@@ -208,7 +210,7 @@ def newest_checkpoint(view: View) -> str:
     if view.checkpoint is None:
         return NOTHING
     step, path = view.checkpoint
-    return f"step {step:,}, {ago(time.time() - path.stat().st_mtime)} old"
+    return f"step {step:,}, {age(time.time() - path.stat().st_mtime)} old"
 
 
 def show_run(view: View) -> None:
@@ -261,7 +263,7 @@ def learning(view: View) -> Iterator[tuple[str, str]]:
         perplexity = f"perplexity {evaluated['eval_perplexity']:.2f} at step {evaluated['step']:,}"
         yield "held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"
     if view.seconds_left is not None:
-        yield "run ETA", clock(view.seconds_left)
+        yield "run ETA", duration(view.seconds_left)
 
 
 def where_to_look(view: View) -> Iterator[tuple[str, str]]:

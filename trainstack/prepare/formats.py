@@ -35,7 +35,8 @@ ALPACA_WITHOUT_INPUT = (
 NOTHING_LEARNED = (
     "no token of it carries loss, for no assistant says anything; fix it, or leave it out"
 )
-STRINGS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
+# Named by a format itself; any other column that is read is data.text_field.
+FIXED_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _text(location: str, record: dict, column: str, is_optional: bool = False) -
     if column in record:
         kind = "null" if value is None else type(value).__name__
         what, found = "no string", f" but {kind}"
-    setting = column if column in STRINGS else f"data.text_field={column}"
+    setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
     raise DataError(f"{location}: {what} in {setting}{found}; {_has(record)}")
 
 

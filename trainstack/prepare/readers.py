@@ -18,8 +18,8 @@ from typing import Any
 from trainstack.errors import DataError
 from trainstack.storage.manifest import read_manifest
 
-PACKED = ("", ".gz", ".zst")
-SUFFIXES = (*(f".{s}{p}" for s in ("jsonl", "json", "csv", "txt") for p in PACKED), ".parquet")
+COMPRESSED = ("", ".gz", ".zst")
+SUFFIXES = (*(f".{s}{c}" for s in ("jsonl", "json", "csv", "txt") for c in COMPRESSED), ".parquet")
 CHUNK_BYTES = 1 << 20  # that a process gets at once
 CHUNK_ROWS = 10_000  # of parquet, whose sizes say little where texts are repeated
 LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, such as -Infinity

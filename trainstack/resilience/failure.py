@@ -12,7 +12,7 @@ from trainstack.errors import ConfigError
 from trainstack.resilience.guard import Diverged
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES
-from trainstack.run.waits import PEER_LOST_SECONDS
+from trainstack.waits import PEER_LOST_SECONDS
 
 log = logging.getLogger("trainstack")
 STATES = {code: state for state, code in EXIT_CODES.items()}

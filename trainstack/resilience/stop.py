@@ -4,7 +4,7 @@ import signal
 import time
 from pathlib import Path
 
-from trainstack.run.waits import MARGIN_SECONDS
+from trainstack.waits import MARGIN_SECONDS
 
 
 class Stop:

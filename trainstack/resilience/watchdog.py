@@ -13,43 +13,12 @@ from pathlib import Path
 
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES, Phase
-from trainstack.run.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TICKS_SECONDS
+from trainstack.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TICKS_SECONDS
 
 log = logging.getLogger("trainstack")
 MEDIANS = 10  # a step may take this many times the median step
 RECENT = 64  # steps the median is taken over
 MAY_COMPILE = 2  # the first steps of an attempt in each phase, which take as long as they need
-
-
-class Watch:
-    """The watchdog as the loop uses it: told the step and its phase, it reports a hang."""
-
-    def __init__(
-        self, run: RunFolder, job: str | None, attempt: int, rank: int, seconds: float | None
-    ):
-        self.position = [0, Phase.START.number]
-        self._first_steps: dict[Phase, set[int]] = {}  # of this attempt
-
-        def report(phase: str, stalled: float) -> None:
-            cause = f"no progress for {stalled:.0f} s at {phase}"
-            log.error("HANG    %s; stacks: %s", cause, stacks)
-            run.add_failure(
-                job, attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
-                position=self.position,
-            )  # fmt: skip
-
-        stacks = run.stacks_file(job, attempt, rank)
-        self.dog = Watchdog(seconds, stacks, report, EXIT_CODES["HANG"])
-
-    def at(self, step: int, phase: Phase, extra_seconds: float = 0) -> None:
-        """Say where the loop is; ``extra_seconds``: what this phase may take beyond a step."""
-        steps = self._first_steps.setdefault(phase, {step})
-        if len(steps) <= MAY_COMPILE:  # one more step than that is enough to know
-            steps.add(step)
-        if len(steps) <= MAY_COMPILE:
-            extra_seconds = max(extra_seconds, START_SECONDS)
-        self.position = [step, phase.number]
-        self.dog.at(f"step {step:,}, {phase.value}", extra_seconds)
 
 
 class Watchdog:
@@ -77,7 +46,7 @@ class Watchdog:
         self._file = stacks.open("w")
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def at(self, phase: str, extra_seconds: float = 0) -> None:
+    def moved_to(self, phase: str, extra_seconds: float = 0) -> None:
         """Say where the loop is now, in words for people."""
         self._phase, self._extra, self._at = phase, extra_seconds, time.monotonic()
 
@@ -119,3 +88,34 @@ class Watchdog:
         with contextlib.suppress(Exception):
             self.report(phase, seconds)
         os._exit(self.code)
+
+
+class Watch(Watchdog):
+    """The watchdog as the loop uses it: told the step and its phase, it reports a hang."""
+
+    def __init__(
+        self, run: RunFolder, job: str | None, attempt: int, rank: int, seconds: float | None
+    ):
+        self.position = [0, Phase.START.number]
+        self._first_steps: dict[Phase, set[int]] = {}  # of this attempt
+
+        def report(phase: str, stalled: float) -> None:
+            cause = f"no progress for {stalled:.0f} s at {phase}"
+            log.error("HANG    %s; stacks: %s", cause, stacks)
+            run.add_failure(
+                job, attempt, rank, "HANG", EXIT_CODES["HANG"], cause, False,
+                position=self.position,
+            )  # fmt: skip
+
+        stacks = run.stacks_file(job, attempt, rank)
+        super().__init__(seconds, stacks, report, EXIT_CODES["HANG"])
+
+    def at(self, step: int, phase: Phase, extra_seconds: float = 0) -> None:
+        """Say where the loop is; ``extra_seconds``: what this phase may take beyond a step."""
+        steps = self._first_steps.setdefault(phase, {step})
+        if len(steps) <= MAY_COMPILE:  # one more step than that is enough to know
+            steps.add(step)
+        if len(steps) <= MAY_COMPILE:
+            extra_seconds = max(extra_seconds, START_SECONDS)
+        self.position = [step, phase.number]
+        self.moved_to(f"step {step:,}, {phase.value}", extra_seconds)

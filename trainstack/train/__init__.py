@@ -1,6 +1,6 @@
 """The parts of train.py's loop.
 
-job.py       what this attempt was asked to do
+attempt.py   what this attempt was asked to do
 startup.py   before the first step: ownership, checkpoint, state
 announce.py  every number that decides the run, said first
 numbers.py   a step's numbers, read one step late

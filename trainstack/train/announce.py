@@ -8,16 +8,16 @@ from trainstack.data.feed import Feed
 from trainstack.model.causal_lm import describe
 from trainstack.model.strategy import Strategy
 from trainstack.run.identity import changed_settings
-from trainstack.train.job import Job
+from trainstack.train.attempt import Attempt
 
 log = logging.getLogger("trainstack")
 
 
-def announce(job: Job, feed: Feed, strategy: Strategy, newest: Path | None) -> None:
+def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | None) -> None:
     """Say what is about to happen, and from which checkpoint; rank 0 only."""
-    if not job.world.is_main:
+    if not attempt.world.is_main:
         return
-    config, plan, world = job.config, job.plan, job.world
+    config, plan, world = attempt.config, attempt.plan, attempt.world
     name, indent = config.run.name, " " * len(config.run.name)
     hosts = world.world_size // world.local_world_size
     log.info(
@@ -26,24 +26,24 @@ def announce(job: Job, feed: Feed, strategy: Strategy, newest: Path | None) -> N
         "1 host" if hosts == 1 else f"{hosts} hosts", world.local_world_size, world.backend,
         config.train.precision, plan.seq_len,
     )  # fmt: skip
-    epochs = job.max_steps * plan.global_batch_size / feed.sampler.total_samples
+    epochs = attempt.max_steps * plan.global_batch_size / feed.sampler.total_samples
     log.info("%s  %s", indent, plan)
-    log.info("%s  %s steps = %.2f epochs", indent, f"{job.max_steps:,}", epochs)
+    log.info("%s  %s steps = %.2f epochs", indent, f"{attempt.max_steps:,}", epochs)
     if len(config.data.sources) > 1:
-        announce_mixture(job, feed, indent)
-    for line in not_used(job, feed):
+        announce_mixture(attempt, feed, indent)
+    for line in not_used(attempt, feed):
         log.info("%s  %s", indent, line)
     for window in feed.sampler.left_out:
         log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,
                  f"{window['steps']:,}", f"{window['after']:,}")  # fmt: skip
     if newest:
-        announce_resume(job, newest)
+        announce_resume(attempt, newest)
 
 
-def announce_mixture(job: Job, feed: Feed, indent: str) -> None:
+def announce_mixture(attempt: Attempt, feed: Feed, indent: str) -> None:
     """Of each data set of a mixture, how much of what is learned comes from it."""
-    sections, sizes = job.config.data.sources, feed.corpus.sizes
-    drawn = job.max_steps * job.plan.global_batch_size
+    sections, sizes = attempt.config.data.sources, feed.corpus.sizes
+    drawn = attempt.max_steps * attempt.plan.global_batch_size
     weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
     for section, size, weight in zip(sections, sizes, weights, strict=True):
         share = weight / sum(weights)
@@ -53,9 +53,9 @@ def announce_mixture(job: Job, feed: Feed, indent: str) -> None:
                  "" if is_held else "; none of it is held out")  # fmt: skip
 
 
-def not_used(job: Job, feed: Feed) -> list[str]:
+def not_used(attempt: Attempt, feed: Feed) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
-    config, lines = job.config, []
+    config, lines = attempt.config, []
     if config.train.max_steps is not None:
         lines.append("train.num_train_epochs is not used: max_steps decides")
     if not any(store.eval.num_samples for store in feed.corpus.stores.values()):
@@ -67,14 +67,14 @@ def not_used(job: Job, feed: Feed) -> list[str]:
     return lines
 
 
-def announce_resume(job: Job, newest: Path) -> None:
+def announce_resume(attempt: Attempt, newest: Path) -> None:
     """From where, and what changed since: in the log and in the run's history."""
     log.info("resume  attempt %d from %s: the same samples follow, none repeated, none skipped",
-             job.owner.attempt, newest.name)  # fmt: skip
+             attempt.owner.attempt, newest.name)  # fmt: skip
     saved = read_state(newest)
-    changes = changed_settings(saved.settings, job.config.model_dump())
-    if saved.world_size != job.world.world_size:
-        changes.append(f"processes: {saved.world_size} -> {job.world.world_size}")
+    changes = changed_settings(saved.settings, attempt.config.model_dump())
+    if saved.world_size != attempt.world.world_size:
+        changes.append(f"processes: {saved.world_size} -> {attempt.world.world_size}")
     for change in changes:
         log.info("resume  %s", change)
-    job.run.add_event("resume", step=saved.step, checkpoint=newest.name, changes=changes)
+    attempt.run.add_event("resume", step=saved.step, checkpoint=newest.name, changes=changes)

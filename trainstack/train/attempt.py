@@ -1,4 +1,4 @@
-"""Job: what this attempt was asked to do, and for which run."""
+"""Attempt: what this attempt was asked to do, and for which run."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from trainstack.run.lease import Lease, Owner
 
 
 @dataclass(frozen=True)
-class Job:
+class Attempt:
     """The same from the start of an attempt to its end."""
 
     config: Config
@@ -22,6 +22,6 @@ class Job:
     max_steps: int
 
     @property
-    def attempt(self) -> str:
+    def id(self) -> str:
         """JOB.N, as records and file names have it."""
         return f"{self.owner.job}.{self.owner.attempt}"

@@ -5,43 +5,43 @@ import logging
 from trainstack.checkpoint.names import newest_checkpoint
 from trainstack.model.strategy import Strategy
 from trainstack.run.states import CONTINUES, EXIT_CODES
+from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import generate_text
-from trainstack.train.job import Job
 from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 
 
-def pause(job: Job, step: int, reason: str | None) -> str:
+def pause(attempt: Attempt, step: int, reason: str | None) -> str:
     """Everything is saved; ``reason``: why this rank stopped, None if another one asked for it."""
-    if job.world.is_main:
-        cause, name = reason or "another rank was asked to stop", job.run.path.name
-        job.run.pause(job.owner.job, job.owner.attempt, cause, step=step)
+    if attempt.world.is_main:
+        cause, name = reason or "another rank was asked to stop", attempt.run.path.name
+        attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, step=step)
         log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
-        job.lease.release()
+        attempt.lease.release()
     return "PAUSED"
 
 
-def complete(job: Job, step: int, seconds: float) -> str:
+def complete(attempt: Attempt, step: int, seconds: float) -> str:
     """The last step is on disk, ``seconds`` after the loop began."""
-    if job.world.is_main:
-        run, name = job.run, job.run.path.name
+    if attempt.world.is_main:
+        run, name = attempt.run, attempt.run.path.name
         _, newest = newest_checkpoint(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(seconds)
         code = EXIT_CODES["DONE"]
         run.set_status("DONE", step=step, exit_code=code, cause=None, next_action=look)
-        run.add_event("done", step=step, job=job.owner.job, attempt=job.owner.attempt)
+        run.add_event("done", step=step, job=attempt.owner.job, attempt=attempt.owner.attempt)
         log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
         log.info("      look: %s", look)
         log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
-        job.lease.release()
+        attempt.lease.release()
     return "DONE"
 
 
-def show_sample(job: Job, strategy: Strategy) -> None:
+def show_sample(attempt: Attempt, strategy: Strategy) -> None:
     """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
-    section, run = job.config.eval, job.run
-    if not job.world.is_main or section.sample_prompt is None:
+    section, run = attempt.config.eval, attempt.run
+    if not attempt.world.is_main or section.sample_prompt is None:
         return
     try:
         from transformers import AutoTokenizer
@@ -50,7 +50,7 @@ def show_sample(job: Job, strategy: Strategy) -> None:
         tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
         text = generate_text(
             strategy.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
-            job.config.run.seed,
+            attempt.config.run.seed,
         )  # fmt: skip
         log.info("sample  %s", text.replace("\n", "\\n"))
         (run.path / "sample.txt").write_text(text + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from trainstack.checkpoint.snapshot import Saved
 from trainstack.resilience.guard import describe_bad
 from trainstack.run.states import RUNNING
-from trainstack.train.job import Job
+from trainstack.train.attempt import Attempt
 from trainstack.train.metrics import HEADER, Metrics
 from trainstack.train.numbers import StepResult, peak_memory_gb
 
@@ -21,19 +21,23 @@ class Report:
     Before it writes it makes sure that this attempt still owns the run (LeaseHeld if not).
     """
 
-    def __init__(self, job: Job, rate_at: Callable[[int], float], samples: int, first_step: int):
+    def __init__(
+        self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int
+    ):
         """``samples``: of an epoch. ``first_step``: the step from which this attempt trains."""
-        self.job, self.rate_at, self.samples = job, rate_at, samples
+        self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
         self._status_at, self._saved_at = 0.0, time.monotonic()
         self.metrics = None
-        if job.world.is_main:
-            self.metrics = Metrics(job.run.path, job.config.log.report_to, first_step, job.attempt)
+        if attempt.world.is_main:
+            self.metrics = Metrics(
+                attempt.run.path, attempt.config.log.report_to, first_step, attempt.id
+            )
             log.info("%s", HEADER)
 
     def begins(self, step: int) -> None:
         """Put the first step of this attempt on record: goodput counts from here."""
         if self.metrics:
-            self.job.run.add_event("training", step=step)
+            self.attempt.run.add_event("training", step=step)
 
     def consumed(self, result: StepResult) -> None:
         """A step's samples were used, for the ledger; written with the next line or save."""
@@ -45,8 +49,8 @@ class Report:
         if self.metrics:
             text = describe_bad(result.step, result.loss, result.grad_norm)
             log.warning("skip    %s; its update was left out (%d in a row, at most %d)",
-                        text, skips_in_a_row, self.job.config.guard.max_skips)  # fmt: skip
-            self.job.run.add_event("skip", step=result.step, cause=text)
+                        text, skips_in_a_row, self.attempt.config.guard.max_skips)  # fmt: skip
+            self.attempt.run.add_event("skip", step=result.step, cause=text)
 
     def step(
         self,
@@ -58,8 +62,8 @@ class Report:
         """A line for a logged step; ``source_tokens``: what each data set of a mixture gave."""
         if self.metrics is None:
             return
-        self.job.lease.check_often()
-        plan = self.job.plan
+        self.attempt.lease.check_often()
+        plan = self.attempt.plan
         samples_seen = result.step * plan.global_batch_size
         values = {
             "step": result.step,
@@ -76,44 +80,44 @@ class Report:
         }
         if source_tokens is not None:
             values["source_tokens"] = source_tokens
-        memory_gb = peak_memory_gb(self.job.world.device)
-        self.metrics.log_step(values, self.job.max_steps, memory_gb)
+        memory_gb = peak_memory_gb(self.attempt.world.device)
+        self.metrics.log_step(values, self.attempt.max_steps, memory_gb)
         if time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
-            self.job.run.set_status(RUNNING, step=result.step)
+            self.attempt.run.set_status(RUNNING, step=result.step)
 
     def evaluation(self, step: int, results: dict[str, tuple[float, int]], seconds: float) -> None:
         """``results``: of each data set, the mean loss and the number of its held-out targets."""
         if self.metrics:
-            self.job.lease.check_often()
-            is_mixture = len(self.job.config.data.sources) > 1
+            self.attempt.lease.check_often()
+            is_mixture = len(self.attempt.config.data.sources) > 1
             self.metrics.log_evaluation(step, results, is_mixture)
-            self.job.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
+            self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def save_begins(self) -> None:
         """The hashes of the steps it will contain reach the disk before it."""
         if self.metrics:
-            self.job.lease.check_often()
+            self.attempt.lease.check_often()
             self.metrics.flush()
 
     def save_ended(self, saved: Saved, stall_seconds: float) -> None:
         """``stall_seconds``: for which the loop stood still because of it."""
         if self.metrics is None:
             return
-        self.job.lease.check_often()
+        self.attempt.lease.check_often()
         stall = round(stall_seconds, 3)
         if saved.problem is not None:
             step = f"{saved.step:,}"
             log.error("save    step %s failed: %s; the next one is tried", step, saved.problem)
-            self.job.run.add_event(
+            self.attempt.run.add_event(
                 "save_failed", step=saved.step, cause=saved.problem, stall_seconds=stall
             )
             return
         log.info("saved   %s (%.2f GB in %.1f s; training waited %.2f s)", saved.path.name,
                  saved.size / 1e9, saved.seconds, stall_seconds)  # fmt: skip
         hours, self._saved_at = (time.monotonic() - self._saved_at) / 3600, time.monotonic()
-        self.job.run.set_status(RUNNING, checkpoint=saved.path.name, checkpoint_at=time.time())
-        self.job.run.add_event(
+        self.attempt.run.set_status(RUNNING, checkpoint=saved.path.name, checkpoint_at=time.time())
+        self.attempt.run.add_event(
             "checkpoint", step=saved.step, save_seconds=round(saved.seconds, 3),
             stall_seconds=stall, train_hours=round(hours, 6),
         )  # fmt: skip

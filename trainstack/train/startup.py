@@ -23,7 +23,7 @@ from trainstack.run.identity import check_identity
 from trainstack.run.lease import Lease, Owner
 from trainstack.run.states import CONTINUES, RUNNING
 from trainstack.storage import files
-from trainstack.train.job import Job
+from trainstack.train.attempt import Attempt
 
 log = logging.getLogger("trainstack")
 FIRST_SAVE_RATE = 200e6  # bytes per second
@@ -59,7 +59,7 @@ def own_run_folder(
         path = run.path / "config.yaml"
         if not path.exists() or path.read_text() != config.to_yaml():
             files.replace_file(path, config.to_yaml().encode())
-        return lease.epoch
+        return lease.number
 
     epoch = distributed.main_decides(world, take)
     hosts, lines = meet(run, epoch, world)
@@ -75,12 +75,12 @@ def own_run_folder(
     return lease
 
 
-def meet(run: RunFolder, epoch: int, world: World) -> tuple[list[str], list[str]]:
+def meet(run: RunFolder, number: int, world: World) -> tuple[list[str], list[str]]:
     """All hosts by name, and a line of introduction from each rank.
 
-    ConfigError if a host does not see the lease ``epoch``, so not the run folder. Collective.
+    ConfigError if a host does not see that lease, so not the run folder. Collective.
     """
-    seen = distributed.gather((run.has_lease(epoch), *distributed.introduce(world)))
+    seen = distributed.gather((run.has_lease(number), *distributed.introduce(world)))
     blind = sorted({host for is_visible, host, _ in seen if not is_visible})
     if blind:
         raise ConfigError(
@@ -139,15 +139,15 @@ def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: W
     return "PAUSED"
 
 
-def tell_running(job: Job, step: int, stop: Stop, parameters: int) -> None:
+def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> None:
     """Everything is loaded, and this attempt still owns the run: its status says RUNNING.
 
     ``stop`` learns how long a save is expected to take. Rank 0 only.
     """
-    if job.world.is_main:
-        job.lease.check()  # loading takes a while
-        stop.save_seconds = expected_save_seconds(job.run, parameters)
-        job.run.set_status(RUNNING, step=step, max_steps=job.max_steps)
+    if attempt.world.is_main:
+        attempt.lease.check()  # loading takes a while
+        stop.save_seconds = expected_save_seconds(attempt.run, parameters)
+        attempt.run.set_status(RUNNING, step=step, max_steps=attempt.max_steps)
 
 
 def expected_save_seconds(run: RunFolder, parameters: int) -> float:
@@ -156,12 +156,12 @@ def expected_save_seconds(run: RunFolder, parameters: int) -> float:
     return saved[-1] if saved else 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
 
 
-def build_interval(job: Job, save_seconds: float) -> Interval | None:
+def build_interval(attempt: Attempt, save_seconds: float) -> Interval | None:
     """Decides when to save if checkpoint.save_steps is auto; None if not, and on ranks beyond 0.
 
     ``save_seconds``: what a save is expected to take.
     """
-    section = job.config.checkpoint
-    if not job.world.is_main or section.save_steps != "auto":
+    section = attempt.config.checkpoint
+    if not attempt.world.is_main or section.save_steps != "auto":
         return None
-    return Interval(section.failure_hours, job.run.events(), save_seconds, time.monotonic())
+    return Interval(section.failure_hours, attempt.run.events(), save_seconds, time.monotonic())
