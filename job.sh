@@ -70,7 +70,7 @@ load_modules() {
 
 # One attempt, from the start of its ranks to their end. A rank that dies ends the others; the next
 # attempt starts from the newest checkpoint, here and without a new wait in the queue.
-# Sets: ATTEMPT ENDS_AT FORMER_HOLDER
+# Sets: ATTEMPT ENDS_AT GONE_HOLDER
 # shellcheck disable=SC2034 # plan_launch, in train.slurm, reads the last two
 run_attempt() {
   local code=0
@@ -82,7 +82,7 @@ run_attempt() {
   count_processes
   [[ -n "${TRAINSTACK_LOCAL:-}" ]] || choose_meeting_point
   ENDS_AT="$(end_of_job)"
-  FORMER_HOLDER="$(former_holder)"
+  GONE_HOLDER="$(gone_holder)"
   plan_launch
   "${LAUNCH[@]}" &
   wait_for "$!" || code=$?
@@ -154,7 +154,7 @@ end_of_job() {
 
 # The job that still holds the run folder though it has ended, as Slurm knows: a job that was killed
 # could not give the folder back. Empty if there is none.
-former_holder() {
+gone_holder() {
   local holder queue
   [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 0
   holder="$("$PYTHON" -m trainstack.job.attempts holder "$RUN_DIR")" || return

@@ -55,11 +55,11 @@ def main(options: argparse.Namespace, config: Config) -> str:
     plan = config.batch_plan(world.world_size)
     corpus = open_corpus(options.home, config)
     run = RunFolder(layout.run_folder(options.home, config.run.name))
-    same = identity(config, corpus.key)  # what may not change between attempts
+    fixed = identity(config, corpus.key)  # settings that may not change between attempts
 
     # Owned before anything slow: two jobs must never both train into one folder.
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
-    lease = startup.own_run_folder(run, config, same, owner, options.gone, world)
+    lease = startup.own_run_folder(run, config, fixed, owner, options.gone, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if distributed.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
         return startup.pause_early(run, owner, lease, stop, world)
@@ -69,14 +69,14 @@ def main(options: argparse.Namespace, config: Config) -> str:
     attempt = Attempt(config, world, plan, run, lease, owner, max_steps)
 
     # The weights: from the newest checkpoint, else as model.init says.
-    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, same))
+    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, fixed))
     model_folder = layout.model_folder(options.home, config.model.name)
     strategy = build_strategy(attempt, newest, model_folder, faults)
     guard = Guard(config.guard, world.device, strategy.scaler.is_enabled())
 
     # Where the run is. Data and learning rate follow from that: they are functions of the step.
     left_out = distributed.main_decides(world, lambda: startup.left_out(run, newest))
-    at_start = TrainState.at_start(same, config.model_dump(), left_out, len(corpus.stores))
+    at_start = TrainState.at_start(fixed, config.model_dump(), left_out, len(corpus.stores))
     state = startup.restore(newest, strategy, guard, at_start)
     feed = Feed(config, corpus, plan, world, state.left_out)
     rate_at = build_schedule(config.optim, max_steps)
@@ -185,8 +185,8 @@ class Loop:
     def step(self, step: int) -> Requested:
         """One optimizer update; returns what ranks requested as of the step before.
 
-        Numbers travel one step late, so the host never waits for this step's. All ranks make calls
-        1 to 4 in this order: 1 before 3 for its verdict, 2 before 3 for the copy, and 4 last.
+        Numbers travel one step late, so the host never waits for this step's. Call 1 is collective;
+        1 and 2 come before 3, for verdict and copy; 4 comes when the device has all its work.
         """
         self.attempt.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)
@@ -367,6 +367,7 @@ def run_and_explain() -> None:
         # All leave together, and at once: taking a process group apart while a peer is already
         # gone aborts now and then (seen with gloo, torch 2.13).
         distributed.gather(None)
+        # In a job, torchrun takes any other code for a failure; job.sh reads status.json instead.
         code = EXIT_CODES[state] if options.job is None else 0
     except BaseException as error:
         code = explain(error, run, options.job, options.attempt)

@@ -1,6 +1,6 @@
 """Train language models with PyTorch DDP on Slurm: clone, edit, submit.
 
-Single files, below and above the rooms:
+A room is a package of this folder. Single files, below and above the rooms:
 
 errors.py       what a person is told; exit codes of mistakes
 processes.py    how a process ends, and whether it is alive

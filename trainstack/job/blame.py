@@ -34,7 +34,7 @@ def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
         for report in hung:  # 1
             if list(Phase)[report["position"][1]] is Phase.SAMPLES:
                 return report
-        if silent:  # 2: stopped, in the kernel, or holding the interpreter's lock
+        if silent:  # 2: stopped, in the kernel, holding the interpreter's lock, cut off
             cause = f"stopped answering while the others waited for it ({hung[0]['cause']})"
             return {**hung[0], **silent, "cause": cause}
         return min(hung, key=lambda report: report["position"])  # 3

@@ -18,9 +18,8 @@ class Strategy(ABC):
     """The model, its optimizer, and what the loop asks of them.
 
     Collective, each method: every rank must call it. Another strategy (a sharded one) is another
-    file beside ddp.py, chosen in train.py's build_strategy. Three more places count on each rank
-    having whole weights: loss.py (the head's), checkpoint/publish.py (one file of weights) and
-    train/ending.py (rank 0 alone makes the sample).
+    file beside ddp.py, chosen in train.py's build_strategy. doc/extending.md lists the places that
+    count on whole weights on each rank.
     """
 
     causal_lm: nn.Module  # of transformers; generates text

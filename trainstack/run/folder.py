@@ -85,7 +85,10 @@ class RunFolder:
         is_victim: bool,
         **facts: Any,
     ) -> None:
-        """Leave one rank's failure report; ``is_victim``: it only lost a peer."""
+        """Leave one rank's failure report.
+
+        ``is_victim``: it only lost a peer, or fails as all do and rank 0 tells.
+        """
         record = {
             "at": now(),
             **facts,
