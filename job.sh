@@ -9,6 +9,7 @@
 #
 # A name in capitals belongs to the whole job; a function that changes one says so above it.
 
+# By the name of what people edit and start.
 log() { printf 'train.slurm: %s\n' "$*" >&2; }
 
 # Sets: HOME_DIR PYTHON IS_ENDING

@@ -59,7 +59,9 @@ def test_of_ranks_that_hang_the_silent_one_holds_up_the_others(run):
     assert blamed(run) == (3, "HANG")
     failure = blame(run, "7", 1)
     assert failure["host"] == "node1"
-    assert failure["cause"] == "stopped answering while the others waited for it (report of 0)"
+    assert (
+        failure["cause"] == "stopped answering while the others waited for it (rank 0: report of 0)"
+    )
 
 
 # --- Rule 3: the least advanced

@@ -19,8 +19,8 @@ import pytest
 import tiny
 from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
+from trainstack.job.freeze import copy_code
 from trainstack.job.resources import read_resources
-from trainstack.job.snapshot import copy_code
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.run.lease import Lease, Owner

@@ -3,7 +3,7 @@
 submit.py     all checks before the queue
 resources.py  what the job asks of Slurm
 inputs.py     model, data, tokens and space
-snapshot.py   the copy that a job runs
+freeze.py     the copy that a job runs
 attempts.py   begins and ends an attempt
 verdict.py    what follows the end of an attempt
 blame.py      which rank is to blame

@@ -14,7 +14,7 @@ def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
     """The failure report of the rank that ended an attempt; None if there is no report at all.
 
     The first of these rules that names a rank decides. If ranks hung, and every other one that
-    reported is a victim:
+    reported by itself is a victim:
 
     1. A rank that hung over its own samples: it waited for nobody.
     2. The silent rank, which did not report: the ones that hung waited for it.
@@ -35,7 +35,8 @@ def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
             if list(Phase)[report["position"][1]] is Phase.SAMPLES:
                 return report
         if silent:  # 2: stopped, in the kernel, holding the interpreter's lock, cut off
-            cause = f"stopped answering while the others waited for it ({hung[0]['cause']})"
+            told = f"rank {hung[0]['rank']}: {hung[0]['cause']}"
+            cause = f"stopped answering while the others waited for it ({told})"
             return {**hung[0], **silent, "cause": cause}
         return min(hung, key=lambda report: report["position"])  # 3
     if silent and all(report["is_victim"] for report in reports):  # 4

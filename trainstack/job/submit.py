@@ -14,6 +14,7 @@ from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, Failed, Refused
+from trainstack.job.freeze import make_run_folder
 from trainstack.job.inputs import (
     check_inputs,
     check_progress,
@@ -22,7 +23,6 @@ from trainstack.job.inputs import (
     prepare_demo,
 )
 from trainstack.job.resources import check_batch, read_resources
-from trainstack.job.snapshot import make_run_folder
 from trainstack.processes import is_dead
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder

@@ -112,10 +112,10 @@ class Watch(Watchdog):
 
     def at(self, step: int, phase: Phase, extra_seconds: float = 0) -> None:
         """Say where the loop is; ``extra_seconds``: what this phase may take beyond a step."""
-        steps = self._first_steps.setdefault(phase, {step})
-        if len(steps) <= MAY_COMPILE:  # one more step than that is enough to know
-            steps.add(step)
-        if len(steps) <= MAY_COMPILE:
+        first_steps = self._first_steps.setdefault(phase, set())
+        if len(first_steps) < MAY_COMPILE:
+            first_steps.add(step)
+        if step in first_steps:
             extra_seconds = max(extra_seconds, START_SECONDS)
         self.position = [step, phase.number]
         self.moved_to(f"step {step:,}, {phase.value}", extra_seconds)
