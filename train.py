@@ -1,7 +1,8 @@
 """Train a language model: config -> process group -> Strategy (DDP), Feed, checkpoints -> the loop.
 
-Started once per GPU by torchrun (see train.slurm); ``python train.py --config config.yaml`` is a
-world of one. Everything durable goes to the run folder; the same command again continues the run.
+Started once per GPU by torchrun, within job/launch.py. By hand, after ``source env.sh``, it is a
+world of one: ``"$TRAINSTACK_PYTHON" train.py --config config.yaml``. Everything durable goes to the
+run folder; the same command again continues the run.
 """
 
 import argparse
@@ -185,8 +186,8 @@ class Loop:
     def step(self, step: int) -> Requested:
         """One optimizer update; returns what ranks requested as of the step before.
 
-        Numbers travel one step late, so the host never waits for this step's. Call 1 is collective;
-        1 and 2 come before 3, for verdict and copy; 4 comes when the device has all its work.
+        Numbers travel one step late, so the host never waits for this step's. Numbered calls: 1 is
+        collective; 1 and 2 are before 3 for verdict and copy; 4 comes when the device has its work.
         """
         self.attempt.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)

@@ -30,7 +30,7 @@ RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchru
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 MOST_FILES = 10  # of a folder: what a reader takes in at once
 LONGEST_FILE = 340  # lines; 300 is the aim
-LONGEST_ENTRY = 380  # of train.py, which imports what it is the table of contents of
+LONGEST_ENTRY = 385  # of train.py, which imports what it is the table of contents of
 LONGEST_FUNCTION = 45  # lines; 40 is the aim
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

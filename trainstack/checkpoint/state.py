@@ -18,7 +18,7 @@ class TrainState:
     """
 
     step: int  # updates that were due so far, from 0
-    updates: int  # that the optimizer made: fewer than steps if fp16 skipped some
+    updates: int  # that the optimizer made: fewer than steps if some were skipped
     samples_seen: int  # over all ranks
     tokens_seen: int
     is_evaluated: bool  # False: a stop came before the evaluation that was due at this step

@@ -1,4 +1,4 @@
-"""Strategy: how the model is spread over the ranks, the one place that knows."""
+"""Strategy: how the model is spread over the ranks, and what the loop asks of that."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable

@@ -113,9 +113,12 @@ def read_chunks(path: Path) -> Iterator[Chunk]:
     """
     name = path.name
     kind = name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
-    readers = {"parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json}
+    readers = {
+        "parquet": _read_parquet, "txt": _read_text, "csv": _read_csv, "json": _read_json,
+        "jsonl": _read_lines,
+    }  # fmt: skip
     try:
-        yield from readers.get(kind, _read_lines)(path)
+        yield from readers[kind](path)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
     except (EOFError, OSError, zlib.error, csv.Error) as error:
