@@ -62,7 +62,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
     lease = startup.own_run_folder(run, config, fixed, owner, options.gone, world)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
-    if distributed.is_agreed(stop.is_wanted(0), world):  # loading may take longer than is left
+    if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
         return startup.pause_early(run, owner, lease, stop, world)
     watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
     faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
@@ -160,7 +160,7 @@ class Loop:
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
-        is_stopping = distributed.is_agreed(self.requests.stop.is_wanted(0), self.attempt.world)
+        is_stopping = distributed.any_rank(self.requests.stop.is_wanted(0), self.attempt.world)
         if not state.is_evaluated and not is_stopping:
             self.evaluate()
         is_stopping |= not state.is_evaluated

@@ -134,7 +134,7 @@ def save_with_torch(trainer: Trainer, path: Path) -> float:
 
 def is_over(saver: Saver, world: distributed.World) -> bool:
     """Whether the save has ended on both ranks."""
-    return not distributed.is_agreed(saver._thread.is_alive(), world)
+    return not distributed.any_rank(saver._thread.is_alive(), world)
 
 
 def longest(seconds: float) -> float:

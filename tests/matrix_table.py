@@ -58,7 +58,7 @@ python3 tests/matrix_table.py /tmp/rows.jsonl doc/fault-matrix.md
 - NCCL and GPUs: none was there.
 - A quota and a broken disk are injected at the one layer through which files are written. A full
   disk is a real one.
-- DataLoader workers (F06) do not exist here: each rank reads its tokens itself, with pread.
+- DataLoader workers do not exist here: each rank reads its tokens itself, with pread.
 """
 HELD = [  # row, what, files of tests or names of tests
     ("F17", "a crash at any point of a save: 3,639 states, see [reliability.md](reliability.md)",

@@ -169,7 +169,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(int(mixed))
 
 
-def is_agreed(is_wanted: bool, world: World) -> bool:
+def any_rank(is_wanted: bool, world: World) -> bool:
     """Whether it is true on any rank. Collective: every rank must call this."""
     number = torch.tensor(float(is_wanted), device=world.device)
     dist.all_reduce(number)

@@ -17,9 +17,9 @@ from trainstack.optim.optimizer import Optimizer
 class Strategy(ABC):
     """The model, its optimizer, and what the loop asks of them.
 
-    Collective, each method: every rank must call it. Another strategy (a sharded one) is another
-    file beside ddp.py, chosen in train.py's build_strategy. doc/extending.md lists the places that
-    count on whole weights on each rank.
+    Every rank has to call each method at the same point: any of them may be collective. Another
+    strategy (a sharded one) is another file beside ddp.py, chosen in train.py's build_strategy.
+    doc/extending.md lists places that count on whole weights on each rank.
     """
 
     causal_lm: nn.Module  # of transformers; generates text

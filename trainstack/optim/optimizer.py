@@ -37,7 +37,7 @@ class Optimizer(Protocol):
         """
 
 
-OPTIMIZERS = {"adamw": AdamW}  # a second one also needs a setting, which ddp.py passes as name
+OPTIMIZERS = {"adamw": AdamW}  # what a second one needs beside this: doc/extending.md
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, name: str = "adamw") -> Optimizer:

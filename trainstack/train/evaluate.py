@@ -9,7 +9,7 @@ from torch import nn
 
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.data.feed import Batch, Feed
-from trainstack.distributed import World, is_agreed
+from trainstack.distributed import World, any_rank
 
 
 def evaluate_all(
@@ -48,7 +48,7 @@ def evaluate(
     batches = iter(batches)
     try:
         for _ in range(rounds):
-            if is_agreed(wants_stop(), world):
+            if any_rank(wants_stop(), world):
                 return None
             for batch in itertools.islice(batches, 1):
                 sums[0] += loss_model(*batch)
