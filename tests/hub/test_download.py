@@ -271,7 +271,7 @@ def read_texts(path):
     return texts
 
 
-def test_every_format_gives_the_same_documents(tmp_path):
+def test_every_file_type_gives_the_same_documents(tmp_path):
     texts = ["one two", "drei\u2028vier", 'quote " and, comma']
     lines = "".join(json.dumps({"text": text}) + "\r\n" for text in texts).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)

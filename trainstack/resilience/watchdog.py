@@ -1,4 +1,4 @@
-"""A step that never ends is an error: the stacks of all threads, a failure report, the end."""
+"""A phase of the loop that never ends is an error: all stacks, a failure report, the end."""
 
 import contextlib
 import faulthandler

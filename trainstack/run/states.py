@@ -17,7 +17,7 @@ CONTINUES = "the same command continues it"
 
 
 class Phase(enum.Enum):
-    """Where the loop is, in the order in which a run passes through them.
+    """Where the loop is; within a step they follow in this order.
 
     Of the host: on a GPU it also waits in ``gradients`` for what it queued in the step before.
     """
