@@ -18,7 +18,7 @@ from trainstack.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TIC
 log = logging.getLogger("trainstack")
 MEDIANS = 10  # a step may take this many times the median step
 RECENT = 64  # steps the median is taken over
-MAY_COMPILE = 2  # the first steps of an attempt in each phase, which take as long as they need
+MAY_COMPILE = 2  # the first steps of an attempt in each phase, which may take START_SECONDS more
 
 
 class Watchdog:
