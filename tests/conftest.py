@@ -14,8 +14,8 @@ from slurm_cluster import missing_requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = (  # groups of tests, by the minutes that they take
-    "test_faults", "cluster", "test_download", "test_train", "test_shell", "test_packed",
-    "test_ledger", "test_mixture", "test_prepare", "test_mutations",
+    "test_faults", "cluster", "test_download", "test_train", "test_job_shell", "test_submit",
+    "test_packed", "test_ledger", "test_mixture", "test_prepare", "test_mutations",
 )  # fmt: skip
 
 

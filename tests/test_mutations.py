@@ -108,7 +108,7 @@ MUTATIONS = {
         ),
     ),
     "srun in the foreground": Mutation(
-        "tests/shell/test_shell.py::test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself",
+        "tests/shell/test_job_shell.py::test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself",
         "the stop file did not happen",
         (
             (

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_shell import BASH, HOSTILE, Commands, complaint, end_group
+from fake_site import BASH, HOSTILE, Commands, complaint, end_group
 
 import tiny
 from trainstack.run.folder import RunFolder

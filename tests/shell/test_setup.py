@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_shell import BASH, HOSTILE, Commands, complaint, end_group, until
+from fake_site import BASH, HOSTILE, Commands, complaint, end_group, until
 
 import tiny
 

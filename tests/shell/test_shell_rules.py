@@ -1,18 +1,44 @@
 """How the shell scripts are written: short lines, and no function that changes a name unsaid."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_shell import lint, scripts
+from fake_site import BASH, SCRIPTS, complaint
+
+import tiny
 
 LONGEST_LINE = 100  # columns
 DECLARED = {"local", "declare", "typeset"}
 ASSIGNING = {"=", "+=", "-=", "*=", "/=", "%=", "++", "--"}
 ARITHMETIC = {"ArithmCmd", "ArithmExp", "BinaryArithm", "ParenArithm", "UnaryArithm"}
 NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+def scripts() -> list[Path]:
+    """Every shell script of the project; env.sh is the user's."""
+    found = [path for path in tiny.ROOT.rglob("*.sh") if path.name != "env.sh"]
+    return [*sorted(found), tiny.ROOT / "train.slurm", tiny.ROOT / ".ci" / "run"]
+
+
+def lint(*command, stdin: str = "") -> str:
+    """Run a checker, from beside this Python or from the PATH; what it printed."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    found = shutil.which(command[0], path=path)
+    assert found, f"{command[0]} is not installed; see tests/requirements.txt"
+    result = subprocess.run(
+        [found, *map(str, command[1:])], input=stdin, capture_output=True, text=True, cwd=tiny.ROOT
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 every_script = pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
 
 
@@ -122,3 +148,42 @@ def test_these_rules_see_what_they_forbid(tmp_path):
     }  # fmt: skip
     assert (f.declared, f.said) == ({"own"}, {"SAID", "STALE"})
     assert (g.used, g.said) == ({"own", "UPPER", "count"}, set())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_the_header_of_the_script(script):
+    result = subprocess.run(
+        [BASH, tiny.ROOT / script, "--help"], capture_output=True, text=True, cwd="/", timeout=20
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
+    header = re.match(r"#!.*\n#\n((?:#.*\n)+)\n", (tiny.ROOT / script).read_text())[1]
+    assert result.stdout.strip() == re.sub(r"^# ?", "", header, flags=re.MULTILINE).strip()
+    assert f"Usage: bash {script}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "script", ["setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh"]
+)
+def test_an_option_that_is_not_known_is_refused_with_the_way_to_the_help(site, script):
+    line = complaint(site.run(script, "--nonsense"), 2, script)
+    assert "--nonsense is not an option" in line
+    assert "--help" in line
+
+
+def test_shellcheck_finds_nothing():
+    lint("shellcheck", "--external-sources", *scripts())
+
+
+def test_shfmt_would_change_nothing():
+    lint("shfmt", "-i", "2", "-ci", "-d", *scripts())
+
+
+def test_bash_parses_every_script():
+    for path in scripts():
+        lint("bash", "-n", path)
+
+
+def test_ruff_finds_nothing_and_would_format_nothing():
+    lint("ruff", "check", "--no-cache", ".")
+    lint("ruff", "format", "--no-cache", "--check", ".")

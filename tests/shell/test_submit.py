@@ -1,0 +1,646 @@
+"""submit.sh against fake Slurm commands: golden command lines, hostile paths, no secret told."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_site import BASH, Site, complaint
+
+import tiny
+from trainstack.config.load import load
+from trainstack.job.resources import read_resources
+from trainstack.run.folder import RunFolder
+from trainstack.run.lease import Lease, Owner
+
+
+def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
+    result = site.submit()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "4711\n"
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("submit.sh: ") for line in lines)
+    assert "config.yaml ok | model and tokens present and verified | " in lines[0]
+    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[1]
+    assert "run first is queued; look: bash monitor.sh first" in lines[2]
+    run = RunFolder(site.run_dir)
+    assert run.status()["state"] == "QUEUED"
+    assert [(event["event"], event["job"]) for event in run.events()] == [("submitted", "4711")]
+
+
+def golden(site: Site, *sbatch_options: str) -> list[str]:
+    """The arguments of sbatch but for --export, whose names come in any order."""
+    return [
+        "--parsable", "--job-name=first", f"--output={site.run_dir}/logs/%j.out",
+        f"--chdir={site.run_dir}", *sbatch_options, f"{site.run_dir}/code/train.slurm",
+        str(site.run_dir),
+    ]  # fmt: skip
+
+
+def without_export(call: list[str]) -> list[str]:
+    return [word for word in call if not word.startswith("--export=")]
+
+
+def exported(call: list[str]) -> set[str]:
+    """The names of the variables that a job gets."""
+    (names,) = [word.partition("=")[2] for word in call if word.startswith("--export=")]
+    return set(names.split(","))
+
+
+def test_sbatch_gets_exactly_these_arguments_also_where_paths_are_hostile(site):
+    options = ["--nodes=4", "--gpus-per-node=1", "--comment=two words; $(touch canary)"]
+    assert site.submit("--", *options).returncode == 0
+    (call,) = site.commands.calls("sbatch")
+    assert without_export(call) == golden(site, *options)
+
+
+def test_a_job_sees_the_names_on_the_list_and_never_a_secret(site):
+    fault = "kill:rank=1,step=25;nan:step=30"
+    result = site.submit(
+        NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x", TRAINSTACK_FAULT=fault
+    )
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("sbatch")
+    usual = {"HOME", "LANG", "MODULES", "NCCL_DEBUG", "OMP_PLACES", "PATH"}
+    assert exported(call) == {*usual, "TRAINSTACK_FAULT"}
+    assert site.commands.environment("sbatch")["TRAINSTACK_FAULT"] == fault
+
+
+def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
+    site.run("setup.sh", "--check")
+    before = site.files()
+    result = site.submit("--dry-run", "--", "--time=5")
+    assert result.returncode == 0, result.stderr
+    assert site.files() == before
+    assert site.commands.calls("sbatch") == []
+    words = words_of(result.stdout)
+    assert words[0] == "sbatch"
+    assert without_export(words[1:]) == golden(site, "--time=5")
+
+
+def words_of(line: str) -> list[str]:
+    """What bash makes of a line that a person would paste."""
+    parse = ["bash", "-c", f"printf '%s\\0' {line}"]
+    return subprocess.run(parse, capture_output=True, text=True).stdout.split("\0")[:-1]
+
+
+def test_a_dry_run_on_this_machine_prints_its_command_too(site):
+    result = site.submit("--dry-run", "--local")
+    assert result.returncode == 0, result.stderr
+    assert "code/train.slurm" in result.stdout
+    assert not site.run_dir.exists()
+
+
+def golden_chain(site: Site, *sbatch_options: str) -> list[str]:
+    """The arguments of each sbatch of a chain, but for --export."""
+    digest = hashlib.sha256(f"{site.run_dir}\n".encode()).hexdigest()[:8]
+    words = golden(site, *sbatch_options, "--no-requeue", "--dependency=singleton")
+    return ["--parsable", f"--job-name=first-{digest}", *words[2:]]
+
+
+NUMBERED = """n="$(cat ids 2>/dev/null || echo 4710)"; echo "$((n + 1))" >ids; cat ids"""
+
+
+def test_a_chain_is_jobs_of_one_name_of_which_each_waits_for_the_one_before(site):
+    site.commands.add("sbatch", NUMBERED)
+    result = site.submit("--chain", "3", "--", "--time=1:00:00")
+    assert (result.returncode, result.stdout) == (0, "4711\n"), result.stderr
+    calls = site.commands.calls("sbatch")
+    assert [without_export(call) for call in calls] == [golden_chain(site, "--time=1:00:00")] * 3
+    assert all("TRAINSTACK_CHAIN" in exported(call) for call in calls)
+    assert site.commands.environment("sbatch")["TRAINSTACK_CHAIN"] == "1"
+    name = calls[0][1].partition("=")[2]
+    last = result.stderr.splitlines()[-1]
+    assert f"then follow, one after the other: 4712 4713; to end all: scancel --name={name}" in last
+    events = [(event["event"], event["job"]) for event in RunFolder(site.run_dir).events()]
+    assert events == [("submitted", "4711"), ("submitted", "4712"), ("submitted", "4713")]
+    assert RunFolder(site.run_dir).status()["state"] == "QUEUED"
+
+
+def test_the_chains_of_two_projects_with_one_run_name_do_not_wait_for_each_other(site):
+    other = {"PROJECT_NAME": "other"}
+    shutil.copytree(site.home, site.shared / "other", ignore=shutil.ignore_patterns("runs"))
+    for names in ({}, {}, other):
+        result = site.submit("--chain=2", **names)
+        assert result.returncode == 0, result.stderr
+    names = [call[1] for call in site.commands.calls("sbatch")]
+    assert names[0] == names[1] == names[2] == names[3] != names[4] == names[5]
+    assert all(re.fullmatch(r"--job-name=first-[0-9a-f]{8}", name) for name in names)
+
+
+def test_without_chain_no_job_believes_that_others_wait_behind_it(site):
+    assert site.submit(TRAINSTACK_CHAIN="1").returncode == 0
+    (call,) = site.commands.calls("sbatch")
+    assert "TRAINSTACK_CHAIN" not in exported(call)
+
+
+def test_a_dry_run_of_a_chain_prints_every_command_and_submits_nothing(site):
+    result = site.submit("--dry-run", "--chain", "2", "--", "--time=5")
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second
+    assert words_of(first)[:2] == ["TRAINSTACK_CHAIN=1", "sbatch"]
+    assert without_export(words_of(first)[2:]) == golden_chain(site, "--time=5")
+    assert site.commands.calls("sbatch") == []
+    assert not site.run_dir.exists()
+
+
+def test_a_second_submit_is_refused_while_any_job_of_a_chain_waits(site):
+    site.commands.add("sbatch", NUMBERED)
+    assert site.submit("--chain", "3").returncode == 0
+    for alive, named in (
+        (
+            "4711 RUNNING\\n4712 PENDING\\n4713 PENDING",
+            "4711 (RUNNING), 4712 (PENDING), 4713 (PEND",
+        ),
+        ("4713 PENDING", "4713 (PENDING)"),
+        ("4712 RUNNING", "4712 (RUNNING)"),
+    ):
+        site.commands.add("squeue", f"printf '12 RUNNING\\n{alive}\\n'")
+        for arguments in ([], ["--chain", "2"]):
+            line = complaint(site.submit(*arguments), 78)
+            assert f"run first has job {named}" in line
+            assert line.endswith("scancel " + " ".join(re.findall(r"471\d", alive)))
+    assert len(site.commands.calls("sbatch")) == 3
+    site.commands.add("squeue", "echo 12 RUNNING")
+    assert site.submit().stdout == "4714\n"
+
+
+def test_a_chain_that_sbatch_breaks_off_says_which_jobs_there_are(site):
+    refusal = "echo 'sbatch: error: job submit limit' >&2; exit 3"
+    site.commands.add(
+        "sbatch", f"[[ ! -e ids || $(<ids) != 4712 ]] || {{ {refusal}; }}; {NUMBERED}"
+    )
+    result = site.submit("--chain", "4")
+    assert (result.returncode, result.stdout) == (3, "4711\n")
+    last = result.stderr.splitlines()[-1]
+    assert "error: sbatch refused job 3 of 4: sbatch: error: job submit limit" in last
+    assert "; in the queue are already 4711 4712; to end them: scancel --name=first-" in last
+    run = RunFolder(site.run_dir)
+    assert [event["job"] for event in run.events()] == ["4711", "4712"]
+    assert run.status()["state"] == "QUEUED"
+
+
+def test_a_chain_that_sbatch_refuses_at_once_leaves_nothing_behind(site):
+    site.commands.add("sbatch", "exit 3")
+    result = site.submit("--chain", "4")
+    assert (result.returncode, result.stdout) == (3, "")
+    assert "sbatch refused job 1 of 4" in result.stderr
+    assert "in the queue" not in result.stderr
+    assert RunFolder(site.run_dir).status() == {}
+
+
+def test_the_cluster_that_sbatch_names_is_no_part_of_the_job_id(site):
+    site.commands.add("sbatch", "echo '4711;east'")
+    assert site.submit().stdout == "4711\n"
+    assert [event["job"] for event in RunFolder(site.run_dir).events()] == ["4711"]
+
+
+REFUSALS = {
+    "Batch job submission failed: Invalid partition name specified": "sinfo -s lists the",
+    "Invalid account or account/partition combination specified": "#SBATCH --account=NAME",
+    "Requested time limit is invalid (missing or exceeds some limit)": "#SBATCH --time",
+    "Requested node configuration is not available": "fewer nodes, GPUs or cores",
+    "Invalid generic resource (gres) specification": "no such GPUs here",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_a_refusal_of_sbatch_gets_a_hint(site, reason):
+    script = ["-c", 'source "$1"; hint "$2"', "bash", site.checkout / "submit.sh", reason]
+    result = subprocess.run(
+        [BASH, *script], capture_output=True, text=True, env=site.environment, cwd=site.cwd
+    )  # without USER, as in many containers
+    assert result.stderr == ""
+    assert REFUSALS[reason] in result.stdout
+
+
+def test_what_sbatch_refuses_is_one_line_with_its_reason_and_a_hint(site):
+    reason = "sbatch: error: invalid partition specified: x\\nsbatch: error: and more"
+    site.commands.add("sbatch", f"printf '{reason}\\n' >&2; exit 3")
+    result = site.submit()
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr.count("error: sbatch refused") == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("submit.sh: error: sbatch refused the job: sbatch: error: invalid part")
+    assert "and more" in last
+    assert "(sinfo -s lists the partitions; put yours into train.slurm)" in last
+
+
+def test_a_refused_job_leaves_the_status_of_before(site):
+    site.commands.add("sbatch", "exit 3")
+    assert site.submit().returncode == 3
+    assert RunFolder(site.run_dir).status() == {}
+    RunFolder(site.run_dir).set_status("PAUSED", step=7, job="12")
+    before = (site.run_dir / "status.json").read_text()
+    assert site.submit().returncode == 3
+    assert json.loads((site.run_dir / "status.json").read_text()) == json.loads(before)
+    assert RunFolder(site.run_dir).events() == []
+
+
+def test_without_sbatch_the_way_out_is_named(site):
+    site.commands.remove("sbatch")
+    assert "no sbatch here; log in to the cluster, or use --local" in complaint(site.submit(), 1)
+
+
+def test_a_slurm_that_does_not_answer_is_quoted_on_one_line(site):
+    site.commands.add("squeue", "printf 'slurm_load_jobs error: no contact\\nmore\\n' >&2; exit 1")
+    line = complaint(site.submit(), 1)
+    assert "Slurm does not answer: slurm_load_jobs error: no contact; try again" in line
+    assert site.commands.calls("sbatch") == []
+
+
+def test_a_queue_of_twenty_thousand_jobs_is_no_obstacle(site):
+    """One argument of a command may have 128 KiB on Linux; this queue has 300."""
+    site.commands.add("squeue", "for ((i = 100000; i < 120000; i++)); do echo $i PENDING; done")
+    result = site.submit()
+    assert result.stdout == "4711\n", result.stderr
+
+
+def test_an_environment_that_is_not_ready_is_named_with_the_command_that_makes_it(site):
+    (site.home / "venv" / ".pins").unlink()
+    assert "not ready; run: bash setup.sh" in complaint(site.submit(), 1)
+
+
+WRONG_USE = [
+    (["--nodes=4"], "--nodes=4 is not an option of submit.sh; options for sbatch come after --"),
+    (["--config"], "--config needs a file"),
+    (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),
+    (["--chain"], "--chain needs a number of jobs, such as --chain 4"),
+    (["--chain="], "--chain  is not a number of jobs from 2 to 999; write --chain 4"),
+    (["--chain", "1"], "--chain 1 is not a number of jobs from 2 to 999; write --chain 4"),
+    (["--chain=two"], "--chain two is not a number of jobs"),
+    (["--chain", "1000"], "--chain 1000 is not a number of jobs"),
+    (["--chain", "--dry-run"], "--chain --dry-run is not a number of jobs"),
+    (["--chain", "3", "--local"], "--local has no time limit and needs no chain"),
+    (["--chain", "3", "--", "--nodes=2", "--requeue"], "leave out: --requeue"),
+    (["--chain", "3", "--", "-J", "mine"], "leave out: -J"),
+    (["--chain", "3", "--", "--dependency=afterok:5"], "leave out: --dependency=afterok:5"),
+    (["nonsense"], "nonsense (command line): not a setting; write section.key=value"),
+    (["run.name=$(touch canary)"], "not a plain name"),
+    (["run.name=../../up"], "not a plain name"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml: no such file; name one with --config FILE"),
+    (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N2"], "no multiple of"),
+    (["--", "--nodes=3", "--gpus-per-node=h100:8"], "x 24 processes; write train.global_batch"),
+    (["--", "--nodes=0"], "0 processes cannot train"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "fix"), WRONG_USE, ids=lambda value: " ".join(value)[:40])
+def test_a_wrong_use_is_one_line_before_the_queue(site, arguments, fix):
+    assert fix in complaint(site.submit(*arguments), 2)
+    assert site.commands.calls("sbatch") == []
+    assert not site.run_dir.exists()
+
+
+SPELLINGS = [
+    # options after -- -> nodes and GPUs per node, over train.slurm's one of each
+    ("", 1, 1),
+    ("--nodes=3", 3, 1),
+    ("--nodes 3", 3, 1),
+    ("-N3", 3, 1),
+    ("-N 3 --nodes=4", 4, 1),
+    ("--nodes=2-4", None, 1),
+    ("--gpus-per-node=3", 1, 3),
+    ("--gpus-per-node a100:3", 1, 3),
+    ("--gres=gpu:3", 1, 3),
+    ("--gres=gpu:a100:3", 1, 3),
+    ("--gpus=8", 1, None),
+]
+
+
+@pytest.mark.parametrize(("options", "nodes", "gpus"), SPELLINGS)
+def test_what_the_job_asks_for_is_read_in_every_spelling_of_sbatch(options, nodes, gpus):
+    found = read_resources(tiny.ROOT / "train.slurm", options.split())
+    assert (found.nodes, found.gpus_per_node) == (nodes, gpus)
+    assert (found.time, found.processes_per_node) == ("24:00:00", 0)
+
+
+def test_several_mistakes_are_told_together_under_one_head(site):
+    result = site.submit("train.micro_batchsize=8", "optim.learning_rate=2e-5x")
+    assert result.returncode == 2
+    head, *problems = result.stderr.splitlines()
+    assert head == "submit.sh: error: 2 problems in the configuration, nothing was submitted"
+    assert len(problems) == 2
+
+
+def test_a_number_of_processes_that_is_none_is_refused(site):
+    line = complaint(site.submit(NPROC_PER_NODE="two"), 2)
+    assert "NPROC_PER_NODE=two is not a number of processes" in line
+
+
+def test_the_processes_that_train_slurm_was_edited_for_count_in_the_arithmetic(site):
+    script = site.checkout / "train.slurm"
+    edited = script.read_text().replace('"${NPROC_PER_NODE:-}"', '"${NPROC_PER_NODE:-3}"')
+    script.write_text(edited)
+    assert "micro_batch_size=2 x 3 processes" in complaint(site.submit(), 2)
+    assert site.submit(NPROC_PER_NODE="2").returncode == 0
+
+
+def test_a_config_file_is_found_from_the_folder_of_the_user(site):
+    shutil.copy(site.checkout / "config.yaml", site.cwd / "my own.yaml")
+    result = site.submit("--config", "my own.yaml", "run.name=other")
+    assert result.stdout == "4711\n", result.stderr
+    assert "my own.yaml ok" in result.stderr
+    assert (site.home / "runs" / "other" / "config.yaml").exists()
+
+
+def test_a_second_submit_is_refused_while_the_job_of_the_first_waits(site):
+    assert site.submit().returncode == 0
+    site.commands.add("squeue", "printf '12 RUNNING\\n4711 PENDING\\n'")
+    line = complaint(site.submit(), 78)
+    assert "run first has job 4711 (PENDING) already; wait for it, or end it: scancel 4711" in line
+    assert len(site.commands.calls("sbatch")) == 1
+
+
+def test_a_run_in_the_hands_of_a_live_job_is_refused_and_of_a_dead_one_continued(site):
+    RunFolder(site.run_dir).create()
+    holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
+    (site.run_dir / "lease" / "1.json").write_text(json.dumps(holder))
+    site.commands.add("squeue", "echo 55 RUNNING")
+    assert "in the hands of job 55; wait for it" in complaint(site.submit(), 78)
+    site.commands.add("squeue", "echo 56 RUNNING")
+    assert site.submit().stdout == "4711\n"
+
+
+def test_a_run_that_lives_on_this_machine_is_left_alone(site):
+    assert site.submit().returncode == 0
+    before = (site.run_dir / "config.yaml").read_text()
+    Lease(site.run_dir).take(Owner("local-this-test", 1))
+    for arguments in ([], ["--local"]):
+        line = complaint(site.submit("train.max_steps=99", *arguments), 78)
+        assert "is in the hands of job local-this-test" in line
+    assert (site.run_dir / "config.yaml").read_text() == before
+
+
+def test_a_local_run_is_refused_while_a_job_of_slurm_works_on_it(site):
+    assert site.submit().returncode == 0
+    site.commands.add("squeue", "echo 4711 RUNNING")
+    assert "run first has job 4711 (RUNNING) already" in complaint(site.submit("--local"), 78)
+
+
+def test_settings_of_another_experiment_are_refused_with_the_difference(site):
+    site.make_checkpoint(5, run__seed=99)
+    line = complaint(site.submit(), 78)
+    assert "run first cannot continue with run.seed=1234 (the run has 99); put it back, or" in line
+
+
+def test_a_setting_that_may_change_continues_the_run(site):
+    site.make_checkpoint(5)
+    assert site.submit("optim.learning_rate=0.5").stdout == "4711\n"
+    kept = load(site.run_dir / "config.yaml", [])
+    assert kept.optim.learning_rate == 0.5
+
+
+def test_a_complete_run_says_so_and_submits_nothing(site):
+    site.make_checkpoint(20)
+    RunFolder(site.run_dir).set_status("DONE", step=20)
+    result = site.submit()
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "run first is complete: 20 steps" in result.stderr
+    assert "raise train.max_steps" in result.stderr
+    assert site.commands.calls("sbatch") == []
+    assert site.submit("train.max_steps=30").stdout == "4711\n"
+
+
+def remove_model(home: Path) -> None:
+    shutil.rmtree(home / "models" / "tiny")
+
+
+def remove_data(home: Path) -> None:
+    shutil.rmtree(home / "datasets" / "tiny")
+
+
+def remove_tokens(home: Path) -> None:
+    shutil.rmtree(home / "tokens")
+
+
+def damage_tokens(home: Path) -> None:
+    (path,) = (home / "tokens").glob("*/train.bin")
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+
+
+def shorten_model(home: Path) -> None:
+    (home / "models" / "tiny" / "tokenizer.json").write_text("{")
+
+
+INPUTS = [
+    (remove_model, "model tiny is not here yet"),
+    (remove_data, "data set tiny is not here yet"),
+    (remove_tokens, "the tokens of tiny are not ready"),
+    (damage_tokens, "the tokens of tiny are not ready (train.bin: hash differs)"),
+    (shorten_model, "model tiny is damaged"),
+]
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"), INPUTS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_inputs_that_are_missing_or_damaged_are_named_with_the_command_to_run(site, damage, what):
+    damage(site.home)
+    line = complaint(site.submit(), 1)
+    assert what in line
+    assert line.endswith("; run: bash download_data_model.sh")
+    assert not site.run_dir.exists()
+
+
+def test_inputs_that_do_not_fit_the_settings_are_named(site):
+    line = complaint(site.submit("model.init=pretrained"), 1)
+    assert "model tiny was fetched without weights" in line
+    assert line.endswith("model.init=pretrained, or set model.init=scratch")
+    assert "the tokens of tiny are not ready" in complaint(site.submit("data.text_field=body"), 1)
+
+
+def test_the_command_to_run_names_the_config_file_and_settings_that_it_needs(site):
+    shutil.copy(site.checkout / "config.yaml", site.cwd / "my own.yaml")
+    line = complaint(site.submit("--config", "my own.yaml", "model.name=org/x", "run.name=b"), 1)
+    assert "model org/x is not here yet" in line
+    assert line.endswith("; run: bash download_data_model.sh 'my own.yaml' model.name=org/x")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
+    model = site.home / "models" / "tiny"
+    content = {
+        n: (model / n).read_text()
+        for n in ("config.json", "tokenizer.json", "tokenizer_config.json")
+    }
+    shutil.rmtree(model)
+    tiny.publish(model, content, kind="model", parameters=10**15)
+    line = complaint(site.submit(), 1)
+    assert re.search(r"GB free, two checkpoints of tiny need 24,000,000\.0 GB; free some", line)
+
+
+def test_data_smaller_than_one_batch_is_told_with_both_numbers(site):
+    line = complaint(site.submit("train.global_batch_size=4096"), 2)
+    assert re.search(
+        r"tiny: \d+ sequences of 32 tokens, less than train.global_batch_size=4096", line
+    )
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to a folder"])
+def test_a_run_folder_that_is_none_is_named_and_left_alone(site, kind):
+    site.run_dir.parent.mkdir()
+    elsewhere = site.folder / "precious"
+    if kind == "a file":
+        site.run_dir.write_text("mine")
+    else:
+        site.run_dir.symlink_to(elsewhere)
+    if kind == "a link to a folder":
+        elsewhere.mkdir()
+    assert "is not a folder; move it away, or choose another" in complaint(site.submit(), 1)
+    if kind == "a file":
+        assert site.run_dir.read_text() == "mine"
+    assert not elsewhere.exists() or not list(elsewhere.iterdir())
+
+
+def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(site):
+    assert site.submit().returncode == 0
+    code = site.run_dir / "code"
+    kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
+    package = site.checkout / "trainstack"
+    modules = {path.relative_to(site.checkout) for path in package.rglob("*.py")}
+    others = ("train.py", "train.slurm", "job.sh", "requirements.txt")
+    assert kept == modules | {Path(name) for name in others}
+    for path in kept:
+        assert (code / path).read_bytes() == (site.checkout / path).read_bytes()
+    (site.checkout / "train.py").write_text("edited")
+    (site.checkout / "trainstack" / "new.py").write_text("edited")
+    assert "edited" not in (code / "train.py").read_text()
+    assert site.submit().returncode == 0  # again: the new code
+    assert (code / "train.py").read_text() == "edited"
+    assert (code / "trainstack" / "new.py").exists()
+
+
+def test_the_snapshot_holds_the_whole_package_whatever_folders_it_has(site):
+    """A module that is not copied would be missed by the job alone, after its wait in the queue."""
+    package = site.checkout / "trainstack"
+    (package / "room" / "inner" / "__pycache__").mkdir(parents=True)
+    (package / "room" / "__init__.py").write_text("from trainstack.room.inner import thing\n")
+    (package / "room" / "inner" / "__init__.py").touch()
+    (package / "room" / "inner" / "thing.py").touch()
+    (package / "room" / "inner" / "words.txt").touch()
+    (package / "room" / "inner" / "__pycache__" / "thing.cpython-312.pyc").write_text("of before")
+    (package / "room" / ".#thing.py").symlink_to("me@here.1234")  # as emacs locks an open file
+    (package / "room").chmod(0o500)
+    assert site.submit().returncode == 0
+    copy = site.run_dir / "code" / "trainstack"
+    names = {str(p.relative_to(copy)) for p in (copy / "room").rglob("*") if p.is_file()}
+    inner = {f"room/inner/{name}" for name in ("__init__.py", "thing.py", "words.txt")}
+    assert names == {"room/__init__.py", *inner}
+    assert (copy / "room").stat().st_mode & 0o700 == 0o700  # the next submit can replace it
+    code = (
+        "import importlib, pkgutil, trainstack as package\n"
+        "for module in pkgutil.walk_packages(package.__path__, 'trainstack.'):\n"
+        "    print(importlib.import_module(module.name).__file__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=site.cwd, timeout=120,
+        env={"PYTHONPATH": str(copy.parent), "PYTHONSAFEPATH": "1", "HOME": str(site.folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    imported = {Path(line) for line in done.stdout.splitlines()}
+    assert imported == set(copy.rglob("*.py")) - {copy / "__init__.py"}
+
+
+def test_the_environment_of_a_run_is_kept_with_commit_difference_and_packages(site):
+    git = ["git", "-C", site.checkout, "-c", "user.name=a", "-c", "user.email=a@b.example"]
+    for command in (["init", "-q"], ["add", "config.yaml"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    with (site.checkout / "config.yaml").open("a") as file:
+        file.write("# my change\n")
+    assert site.submit().returncode == 0
+    kept = json.loads((site.run_dir / "environment.json").read_text())
+    assert kept["git_commit"] == commit.strip()
+    assert "+# my change" in kept["git_difference"]
+    assert kept["packages"]["torch"]
+    assert kept["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_it_works_without_home_in_the_c_locale_and_with_an_open_umask(site):
+    result = site.submit(HOME=None, LANG=None, LC_ALL="C", TZ="Pacific/Chatham")
+    assert result.stdout == "4711\n", result.stderr
+
+
+def fake_torchrun(site: Site) -> None:
+    """A Python that starts no ranks but writes what they would write."""
+    body = (
+        'if [[ "$1 $2" == "-m trainstack.job.launch" ]]; then\n'
+        f"  {site.commands.keep('torchrun')}\n"
+        '  while (($#)); do if [[ "$1" == --job ]]; then job="$2"; fi; shift; done\n'
+        '  printf \'{"state": "DONE", "job": "%s", "attempt": 1}\' "$job" >'
+        f"{shlex.quote(str(site.run_dir))}/status.json\n"
+        "  exit 0\n"
+        "fi\n"
+    )
+    site.python.write_text(f'#!{BASH}\n{body}exec {shlex.quote(sys.executable)} "$@"\n')
+
+
+def test_a_local_run_is_the_same_job_without_slurm(site):
+    fake_torchrun(site)
+    for name in ("sbatch", "squeue", "scontrol", "srun"):
+        site.commands.remove(name)
+    result = site.submit("--local")
+    assert result.returncode == 0, result.stderr
+    assert f"run first -> {site.run_dir}" in result.stderr
+    (call,) = site.commands.calls("torchrun")
+    job = call[call.index("--job") + 1]
+    assert re.fullmatch(rf"local-{re.escape(os.uname().nodename)}-\d+-\d+", job)
+    stop_file = f"{site.run_dir}/logs/{job}.0.stop"
+    assert call == [
+        "-m", "trainstack.job.launch", "--run", str(site.run_dir), "--job", job, "--attempt", "1",
+        "--stop-file", stop_file, "--", "--max-restarts=0", "--standalone", "--nnodes=1",
+        "--nproc-per-node=2", f"{site.run_dir}/code/train.py", "--config",
+        f"{site.run_dir}/config.yaml", "--home", str(site.home), "--job", job, "--attempt", "1",
+        "--restarts", "0", "--stop-file", stop_file, "--expect-world-size", "2",
+    ]  # fmt: skip
+    seen = site.commands.environment("torchrun")
+    assert seen["HF_HUB_OFFLINE"] == "1"
+    assert "HF_TOKEN" not in seen
+
+
+def test_a_local_run_that_was_done_goes_further_when_it_is_asked_to(site):
+    fake_torchrun(site)
+    RunFolder(site.run_dir).create()
+    RunFolder(site.run_dir).set_status("DONE", step=20)
+    result = site.submit("--local", "train.max_steps=30")
+    assert result.returncode == 0, result.stderr
+    assert len(site.commands.calls("torchrun")) == 1
+
+
+def test_a_local_run_takes_a_fault_on_demand_and_no_chain_along(site):
+    fake_torchrun(site)
+    fault = "kill:rank=1,step=25"
+    result = site.submit("--local", TRAINSTACK_FAULT=fault, TRAINSTACK_CHAIN="1")
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("torchrun")
+    assert call[-2:] == ["--fault", fault]
+    assert "TRAINSTACK_CHAIN" not in site.commands.environment("torchrun")
+
+
+GPUS = [
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", None, "3"),
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "0,2,1,5", "4"),
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "", "2"),
+    ("echo 'No devices were found'; exit 6", None, "2"),
+]
+
+
+@pytest.mark.parametrize(("smi", "visible", "processes"), GPUS)
+def test_a_local_run_takes_the_gpus_that_it_may_see(site, smi, visible, processes):
+    fake_torchrun(site)
+    site.commands.add("nvidia-smi", smi)
+    batch = "train.global_batch_size=24"
+    result = site.submit("--local", batch, CUDA_VISIBLE_DEVICES=visible)
+    assert result.returncode == 0, result.stderr
+    (call,) = site.commands.calls("torchrun")
+    assert f"--nproc-per-node={processes}" in call
