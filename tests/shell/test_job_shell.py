@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
-from fake_site import BASH, Job, complaint, until
+from fake_site import BASH, Job, complaint
 
+from lab import wait_until
 from trainstack.run.states import EXIT_CODES
 
 
@@ -287,10 +288,10 @@ def warn(job: Job, *signals: int) -> tuple[int, str]:
     """Send signals to the batch shell while srun runs, see them through; its code and stderr."""
     process = job.start()
     try:
-        until((job.folder / "pid").exists, "srun")
+        wait_until((job.folder / "pid").exists, "srun", seconds=20)
         for number in signals:
             os.kill(process.pid, number)
-            until(job.stop_file.exists, "the stop file", timeout=5)
+            wait_until(job.stop_file.exists, "the stop file", seconds=5)
             time.sleep(0.1)
         os.kill(int((job.folder / "pid").read_text()), 0)  # srun is alive
         assert process.poll() is None

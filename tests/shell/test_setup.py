@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_site import BASH, HOSTILE, Commands, complaint, end_group, until
+from fake_site import BASH, HOSTILE, Commands, complaint, end_group
 
 import tiny
+from lab import wait_until
 
 READY = "ready: Python 3.12.1, pretended"
 FOLDERS = {"venv", "cache", "models", "datasets", "tokens", "runs"}
@@ -293,7 +294,7 @@ def test_a_killed_install_is_repaired_by_the_next_at_once(machine):
     begun = machine.folder / "begun"
     machine.installs(f"touch {begun}; sleep 60")
     killed = machine.start()
-    until(begun.exists, "the install")
+    wait_until(begun.exists, "the install", seconds=20)
     os.kill(killed.pid, signal.SIGKILL)  # its pip goes on alone
     killed.wait()
     assert (machine.home / ".setup.lock").exists()

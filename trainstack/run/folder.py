@@ -120,6 +120,9 @@ class RunFolder:
         """Where a rank's watchdog writes what its threads were doing."""
         return self._log(job, attempt, f"rank{rank}.stacks")
 
+    def rank_log(self, job: str, attempt: int, rank: int) -> Path:
+        return self._log(job, attempt, f"rank{rank}.log")
+
     def _log(self, job: str | None, attempt: int, name: str) -> Path:
         return self.logs / f"{job or 'local'}.{attempt}.{name}"
 

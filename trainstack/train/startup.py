@@ -61,9 +61,9 @@ def own_run_folder(
             files.replace_file(path, config.to_yaml().encode())
         return lease.number
 
-    epoch = distributed.main_decides(world, take)
-    hosts, lines = meet(run, epoch, world)
-    distributed.start_logging(world, run.logs / f"{owner.job}.{owner.attempt}.rank{world.rank}.log")
+    number = distributed.main_decides(world, take)
+    hosts, lines = meet(run, number, world)
+    distributed.start_logging(world, run.rank_log(owner.job, owner.attempt, world.rank))
     if world.is_main:
         run.set_status(
             RUNNING, job=owner.job, attempt=owner.attempt, host=os.uname().nodename,
