@@ -1,7 +1,8 @@
 """A Hugging Face Hub on this machine for tests: real hashes, and faults on request.
 
 ``root/models/org/name/`` and ``root/datasets/org/name/`` are the repositories as they are now; a
-changed file is a new commit of ``main``. ``.../name@v2/`` is the revision v2. Also by hand, for
+changed file is a new commit of ``main``. ``.../name@v2/`` is the revision v2; a slash in a revision
+is %2F in the folder's name. Also by hand, for
 HF_ENDPOINT:  ``python tests/hub_server.py FOLDER``.
 """
 
@@ -34,7 +35,8 @@ class HubServer:
     """``with HubServer(root) as hub``: serves at ``hub.url`` until the block ends.
 
     ``faults`` is a list of ``{"path": regex, "kind": KIND, "times": N}``, matched with the method
-    and the path ("GET /org/name/resolve/..."); KIND is an HTTP status, or reset (TCP RST in the
+    and the path ("GET /org/name/resolve/..."); KIND is an HTTP status, sent with the rule's
+    "headers", or reset (TCP RST in the
     middle), cut (end in the middle), stall (silence in the middle), wrong_bytes, down (no answer
     at all). ``gated`` and ``private`` are sets of org/name; ``tokens`` those that may read them.
     """
@@ -67,16 +69,16 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def take_fault(self, request: Request) -> str:
-        """The kind of the first rule that matches and is not used up yet."""
+    def take_fault(self, request: Request) -> tuple[str, dict[str, str]]:
+        """The kind and the headers of the first rule that matches and is not used up yet."""
         with self._lock:
             self.requests.append(request)
             for rule in self.faults:
                 is_meant = re.search(rule["path"], f"{request.method} {request.path}")
                 if is_meant and rule.get("times", 1) > 0:
                     rule["times"] = rule.get("times", 1) - 1
-                    return str(rule["kind"])
-        return ""
+                    return str(rule["kind"]), rule.get("headers", {})
+        return "", {}
 
     def tree(self, folder: Path) -> list[dict]:
         """Entries as the Hub lists them, with git's and, for large formats, LFS's hashes."""
@@ -111,9 +113,13 @@ class HubServer:
             listing = json.dumps(self.tree(folder)).encode()
             commit = hashlib.sha1(listing).hexdigest()
             label = folder.name.partition("@")[2] or "main"
-            if (revision or "main") in (label, commit):
+            if (revision or "main") in (label, unquote(label), commit):
                 return folder, commit
         return None, ""
+
+
+def unquoted(part: str | None) -> str | None:
+    return None if part is None else unquote(part)
 
 
 def git_blob(data: bytes) -> str:
@@ -125,18 +131,22 @@ class Handler(BaseHTTPRequestHandler):
     hub: HubServer
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        fault = self.hub.take_fault(Request(self.command, path, self.headers["Authorization"]))
+        quoted = urlsplit(
+            self.path
+        ).path  # a revision such as refs/convert/parquet is one part of it
+        path = unquote(quoted)
+        request = Request(self.command, path, self.headers["Authorization"])
+        fault, headers = self.hub.take_fault(request)
         if fault == "down":
             self.close_connection = True
         elif fault.isdigit():
-            self.answer(int(fault), b"a fault", {"Retry-After": "0"} if fault == "429" else {})
-        elif match := TREE.fullmatch(path):
-            self.send_tree(*match.groups())
-        elif match := API.fullmatch(path):
-            self.send_info(*match.groups())
-        elif match := FILE.fullmatch(path):
-            kind, *rest = match.groups()
+            self.answer(int(fault), b"a fault", headers)
+        elif match := TREE.fullmatch(quoted):
+            self.send_tree(*map(unquoted, match.groups()))
+        elif match := API.fullmatch(quoted):
+            self.send_info(*map(unquoted, match.groups()))
+        elif match := FILE.fullmatch(quoted):
+            kind, *rest = map(unquoted, match.groups())
             self.send_file("datasets" if kind else "models", *rest, fault)
         else:
             self.answer(404, b"nothing here")

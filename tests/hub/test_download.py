@@ -18,10 +18,11 @@ from records import record as record_of
 
 import tiny
 from hub_server import HubServer
+from trainstack.config.load import load
 from trainstack.errors import DataError
 from trainstack.prepare import formats
 from trainstack.prepare.formats import BUILDERS
-from trainstack.prepare.readers import read_chunks
+from trainstack.records.readers import read_chunks
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout, manifest
 
@@ -98,7 +99,7 @@ def test_a_pretrained_model_and_a_data_set_of_the_hub_train(checkout, hub, data,
     settings = ["model.name=org/tiny", "model.init=pretrained", f"data.name={data}", *more]
     fetched = user(checkout, hub, "download_data_model.sh", *settings)
     assert fetched.returncode == 0, fetched.stderr
-    assert "load without a network" in fetched.stderr
+    assert "documents (text) -> " in fetched.stderr
     run = f"run.name=hub-{data.split('/')[1]}"
     trained = user(checkout, hub, "submit.sh", "--local", run, "train.max_steps=10", *settings)
     assert trained.returncode == 0, trained.stdout + trained.stderr
@@ -260,6 +261,9 @@ def test_an_error_of_the_file_system_is_not_taken_for_bad_data(tmp_path):
         list(read_chunks(tmp_path / "gone.jsonl"))
 
 
+AS_SHIPPED = load(tiny.ROOT / "config.yaml", []).data
+
+
 def read_texts(path):
     """The texts of a file, as prepare reads them."""
     texts = []
@@ -267,7 +271,8 @@ def read_texts(path):
         for location, record in chunk.records():
             if isinstance(record, DataError):
                 raise record
-            texts.append(formats.to_document(location, record, "text", "text", None).text)
+            [document] = formats.to_documents(location, record, "text", AS_SHIPPED, None)
+            texts.append(document.text)
     return texts
 
 
@@ -286,7 +291,7 @@ def test_every_file_type_gives_the_same_documents(tmp_path):
         assert read_texts(path) == texts, path.name
 
 
-def test_a_tokenizer_that_is_larger_than_its_model_is_refused(own_home):
+def test_a_store_with_an_id_beyond_another_model_is_refused(own_home):
     folder = layout.model_folder(own_home, "small")
     source = layout.model_folder(own_home, "tiny")
     content = {p.name: p.read_text() for p in source.iterdir() if p.name != "manifest.json"}
@@ -295,7 +300,7 @@ def test_a_tokenizer_that_is_larger_than_its_model_is_refused(own_home):
     arguments = ["--home", own_home, "--config", own_home / "config.yaml", "model.name=small"]
     result = tiny.run_command("prepare", *arguments, check=False)
     assert result.returncode != 0
-    assert "its tokenizer has 75 tokens, its model only 9" in result.stderr
+    assert "its tokenizer gives token 74, its model has only 9" in result.stderr
 
 
 def test_the_configuration_of_the_tests_differs_from_the_shipped_one_only_in_values(home):

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +26,7 @@ from hub_server import HubServer
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
 from trainstack.hub.fetch import disk_problem, main
+from trainstack.records.readers import read_chunks, split_files
 from trainstack.storage import layout
 from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, hash_file, read_manifest
 
@@ -342,6 +345,59 @@ def test_a_fault_that_passes_is_survived(server, home, fetch, fault):
     assert sha256(home / "models/org/tiny/model.safetensors") == sha256(source)
 
 
+@pytest.mark.parametrize("path", ["GET /api/models/org/tiny/tree", "GET .*/model.safetensors"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"RateLimit": '"api";r=0;t=0', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'},
+        {"Retry-After": "1"},
+    ],
+    ids=str,
+)
+def test_a_limit_of_the_hub_is_said_and_waited_for_as_it_asks(server, fetch, path, headers):
+    server.faults.append({"path": path, "kind": 429, "headers": headers})
+    started = time.monotonic()
+    result = fetch(*PRETRAINED)
+    assert result.code == 0, result
+    (said,) = (line for line in result.lines if "429" in line)
+    assert re.search(r"HTTP 429 \(too many requests\); try 2 of 5 in (1|1\.\d+) s$", said), said
+    assert time.monotonic() - started > 1
+
+
+def test_a_wait_may_be_asked_for_until_a_date():
+    from trainstack.hub.commit import seconds_asked
+
+    def asked(**headers) -> float:
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        return seconds_asked(
+            SimpleNamespace(response=SimpleNamespace(status_code=429, headers=headers))
+        )
+
+    now = time.time()
+    assert 58 < asked(Retry_After=formatdate(now + 60, usegmt=True)) <= 60
+    for past in (formatdate(now - 60, usegmt=True), "soon", ""):
+        assert asked(Retry_After=past) == 0
+    assert asked(RateLimit='"api";r=0;t=55', Retry_After="7") == 56
+    assert asked(RateLimit='"api";r=9;t=55', Retry_After="7") == 7, "it is not that limit"
+
+
+def test_files_side_by_side_say_a_limit_once(server, fetch):
+    headers = {"RateLimit": '"resolvers";r=0;t=1'}
+    server.faults.append({"path": "HEAD ", "kind": 429, "headers": headers, "times": 3})
+    result = fetch(*PRETRAINED)
+    assert result.code == 0 and len([n for n in result.lines if "429" in n]) <= 2, result
+
+
+def test_a_limit_that_lasts_is_not_waited_for(server, home, fetch):
+    headers = {"RateLimit": '"api";r=0;t=3540'}
+    server.faults.append({"path": "GET .*/model.safetensors", "kind": 429, "headers": headers})
+    result = fetch(*PRETRAINED)
+    assert result.code == 1 and len(result.errors) == 1
+    assert "asks to wait 59 min (HTTP 429" in result.errors[0]
+    assert "set HF_TOKEN to your token" in result.errors[0]
+    assert visible(home), "what has arrived is kept"
+
+
 def test_a_damaged_file_in_the_users_own_cache_is_not_taken(server, home, fetch, tmp_path):
     fill = "import huggingface_hub as h; h.snapshot_download('org/tiny')"
     environment = {**fetch.environment, "HF_HOME": str(tmp_path / "cache")}
@@ -429,6 +485,56 @@ def test_a_fault_that_stays_is_one_line_with_its_fix(server, home, fetch, case, 
         assert left == []
 
 
+@pytest.mark.parametrize("origin", ["Hub", "local"])
+def test_the_index_alone_says_which_files_have_the_weights(server, home, fetch, origin):
+    source = repository(server)
+    shard = "layers/model.safetensors-00001-of-00001.safetensors"
+    (source / "layers").mkdir()
+    (source / "model.safetensors").rename(source / shard)
+    for other in (
+        "consolidated.00.safetensors",
+        "original.safetensors",
+        "adapter_model.safetensors",
+    ):
+        shutil.copy(source / shard, source / other)
+    (source / "consolidated.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    index = {"weight_map": {"a": shard, "b": shard}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    name = "org/tiny" if origin == "Hub" else str(source)
+    assert fetch(*PRETRAINED, f"model.name={name}").code == 0
+    folder = layout.model_folder(home, name)
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*.safetensors*")}
+    assert found == {shard, "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize(
+    ("shard", "said"),
+    [
+        ("pytorch_model.bin", "no safetensors file within it"),
+        ("../tiny/model.safetensors", "no safetensors file within it"),
+        ("elsewhere.safetensors", "elsewhere.safetensors, which is not there"),
+        (None, "names no shards"),
+    ],
+)
+def test_an_index_that_names_what_cannot_be_taken_is_refused(server, fetch, shard, said):
+    source = repository(server)
+    (source / "model.safetensors").unlink()
+    index = {"weight_map": {"a": shard} if shard else {}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = fetch(*PRETRAINED)
+    assert result.code == 1 and len(result.errors) == 1
+    assert "model.safetensors.index.json names" in result.errors[0] and said in result.errors[0]
+
+
+def test_weights_that_transformers_does_not_find_are_named(server, fetch):
+    source = repository(server)
+    (source / "model.safetensors").rename(source / "consolidated.safetensors")
+    (source / "pytorch_model.bin").unlink()
+    result = fetch(*PRETRAINED)
+    assert result.code == 1
+    assert "transformers loads no consolidated.safetensors" in result.errors[0]
+
+
 def test_a_remote_code_entry_of_a_built_in_architecture_does_no_harm(server, fetch):
     config = repository(server) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"A": "own.B"}}))
@@ -442,7 +548,37 @@ def test_a_data_set_that_is_a_script_is_refused(server, home, fetch):
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
     result = fetch("data.name=org/scripted")
     assert result.code == 1 and "script scripted.py" in result.lines[0], result
+    assert "set data.revision=refs/convert/parquet" in result.lines[0]
     assert visible(home) == []
+    (folder / "data.jsonl").unlink()
+    (folder / "scripted.py").rename(folder / "loader.py")
+    assert "refs/convert/parquet" in fetch("data.name=org/scripted").lines[0]
+
+
+def test_of_the_hubs_conversion_a_subset_with_its_splits_arrives(server, home, fetch):
+    folder = repository(server, "datasets", "org/hc3")
+    folder.mkdir(parents=True)
+    (folder / "hc3.py").write_text("print('hello')")
+    converted = folder.with_name("hc3@refs%2Fconvert%2Fparquet")
+    names = ["all/train/0000", "all/train/0001", "finance/partial-train_sft/0000"]
+    for name in [*names, "finance/train_gen/0000", "finance/test/0000"]:
+        (converted / name).parent.mkdir(parents=True, exist_ok=True)
+        (converted / f"{name}.parquet").write_bytes(b"PAR1")
+    branch = ["data.name=org/hc3", "data.revision=refs/convert/parquet"]
+    for arguments in (branch, [*branch, "data.subset=law"]):
+        result = fetch(*arguments)
+        assert result.code == 1 and len(result.lines) == 1, result
+        assert "has the subsets all, finance; set data.subset" in result.lines[0]
+    result = fetch(*branch, "data.subset=finance", "data.split=train_sft")
+    assert result.code == 0, result
+    assert "converted only the first part of it (finance/partial-train_sft" in result.lines[0]
+    manifest = read_manifest(layout.dataset_folder(home, "org/hc3", "finance"))
+    assert {split: [*map(Path, names)] for split, names in manifest["splits"].items()} == {
+        "train_sft": [Path("finance/partial-train_sft/0000.parquet")],
+        "train_gen": [Path("finance/train_gen/0000.parquet")],
+        "test": [Path("finance/test/0000.parquet")],
+    }
+    assert len(manifest["files"]) == 3
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_fetched(server, home, fetch):
@@ -672,7 +808,7 @@ def test_a_subset_or_split_that_is_not_there_is_told_with_those_that_are(tmp_pat
     for result, cause in (
         (none, "['large', 'small']"),
         (unknown, "['large', 'small']"),
-        (no_split, "has no split dev; set data.split to one of: train, test"),
+        (no_split, "has no split dev; set data.split, or data.eval_split, to one of: train, test"),
     ):
         assert result.code == 1 and len(result.lines) == 1 and cause in result.lines[0], result
     assert visible(home) == []
@@ -697,10 +833,87 @@ def test_a_data_folder_without_data_is_refused(tmp_path, home, call):
 
 
 def test_data_of_a_kind_that_cannot_be_read_is_refused(tmp_path):
-    sizes = {"train-0.arrow": 1, "train-1.arrow": 1, "notes.txt": 1}
+    sizes = {"train-0.h5": 1, "train-1.h5": 1, "notes.txt": 1}
     source = SimpleNamespace(sizes=sizes, folder=tmp_path, collect=lambda names: None)
-    with pytest.raises(ConfigError, match="consists of files such as train-0.arrow"):
+    with pytest.raises(ConfigError, match="consists of files such as train-0.h5"):
         choose.choose_data(source, "org/text", None)
+
+
+LAYOUTS = [
+    (["train/a.jsonl", "test/b.jsonl"], None,
+     {"train": ["train/a.jsonl"], "test": ["test/b.jsonl"]}),
+    (["x/train/a.jsonl", "x/test/b.jsonl"], None,
+     {"train": ["x/train/a.jsonl"], "test": ["x/test/b.jsonl"]}),
+    (["x/train/a.jsonl", "y/train/b.jsonl"], "y", {"train": ["y/train/b.jsonl"]}),
+    (["x/train/a.jsonl", "y/train/b.jsonl"], None, "has the subsets x, y"),
+    (["train/x/0000.parquet", "train/y/0000.parquet"], None,
+     {"train": ["train/x/0000.parquet", "train/y/0000.parquet"]}),
+    (["2023/01/a.txt", "2023/02/b.txt"], None, {"train": ["2023/01/a.txt", "2023/02/b.txt"]}),
+    (["en/a.jsonl", "de/b.jsonl"], "de", {"train": ["de/b.jsonl"]}),
+    (["en/a.jsonl", "de/b.jsonl"], "fr", "BuilderConfig 'fr' not found"),
+    (["data.py", "a.jsonl"], None, {"train": ["a.jsonl"]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "subset", "expected"), LAYOUTS, ids=str)
+def test_folders_are_subsets_where_their_own_folders_are_splits(names, subset, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            choose.resolve_splits(names, {}, subset)
+    else:
+        assert choose.resolve_splits(names, {}, subset) == expected
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
+def test_a_folder_that_save_to_disk_wrote_is_read_with_its_splits(tmp_path, home, call, kind):
+    import datasets
+
+    datasets.disable_progress_bars()
+    made = datasets.Dataset.from_dict({"text": [f"one {n}" for n in range(100)]})
+    folder = tmp_path / "saved"
+    several = datasets.DatasetDict({"train": made, "valid": made.select(range(9))})
+    (made if kind == "one" else several).save_to_disk(
+        folder, **({"num_shards": 2} if kind == "one" else {})
+    )
+    (folder / "data-00000-of-00009.arrow").write_bytes(b"of another save")
+    result = call(f"data.name={folder}")
+    assert result.code == 0, result
+    linked = layout.dataset_folder(home, str(folder), None)
+    shards = [f"data-0000{n}-of-00002.arrow" for n in range(2)]
+    last = "data-00000-of-00001.arrow"
+    assert read_manifest(linked)["splits"] == (
+        {"train": shards} if kind == "one" else {s: [f"{s}/{last}"] for s in ("train", "valid")}
+    )
+    paths = split_files(linked, "train")
+    assert sum(len(chunk.content) for path in paths for chunk in read_chunks(path)) == 100
+    next(folder.rglob("data-*[12].arrow")).unlink()
+    result = call(f"data.name={folder}", "--force")
+    assert result.code == 1 and "which its state.json names" in result.errors[0], result
+
+
+@pytest.mark.parametrize("name", ["test.jsonl", "a [1].txt", "VALIDATION.TXT", "x.csv"])
+def test_a_single_file_is_the_training_split_whatever_its_name(tmp_path, home, call, name):
+    path = tmp_path / name
+    path.write_text("text\none two\n")
+    result = call(f"data.name={path}")
+    assert result.code == 0, result
+    linked = layout.dataset_folder(home, str(path), None)
+    assert read_manifest(linked)["splits"] == {"train": [name]}
+
+
+def test_a_link_that_leads_nowhere_and_a_pointer_of_git_lfs_are_named(tmp_path, home, call):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert "b.jsonl links to what is not there" in call(f"data.name={folder}").errors[0]
+    (folder / "b.jsonl").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (folder / "c.parquet").write_text(pointer)
+    (folder / "a.jsonl").unlink()
+    (said,) = call(f"data.name={folder}").errors
+    assert "c.parquet is a pointer of git-lfs" in said and f"in {folder}: git lfs pull" in said
+    assert visible(home) == []
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b""])
@@ -750,7 +963,7 @@ def test_the_script_fetches_tokenises_proves_and_says_what_comes_next(
     folder = tmp_path / "shared home"
     assert (folder / "models/org/tiny/manifest.json").exists()
     assert (folder / "datasets/org/text@large/manifest.json").exists()
-    assert any("load without a network" in line for line in lines), lines
+    assert any("documents (text) -> " in line for line in lines), lines
     assert "data.name=\\'org/text\\'" in lines[-1] and "bash submit.sh" in lines[-1]
     assert str(checkout / "config.yaml") in lines[-1]
 

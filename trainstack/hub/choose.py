@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trainstack.errors import ConfigError
-from trainstack.prepare import readers
-from trainstack.storage import manifest
+from trainstack.records import readers
+from trainstack.storage import layout, manifest
 
 WEIGHTS = "model.safetensors"
-SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 INDEX = f"{WEIGHTS}.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 SETTINGS = (".json", ".jinja", ".txt", ".model")  # of the model and its tokenizer
+TEMPLATES = "additional_chat_templates/"  # beside chat_template.jinja, by their names
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 A_TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")  # any one is enough
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # they define subsets and splits
+CONVERTED = "refs/convert/parquet"  # the branch with the Hub's own conversion of a data set
+PARTIAL = "partial-"  # of a folder in it, if the data set is large
+SAVED = "state.json"  # of a folder that save_to_disk wrote: names its files
+SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
+# A subset, and in the Hub's conversion the split.
+SUBSET_FOLDER = re.compile(
+    rf"(?!(?:{SPLIT_WORDS})/)([^/]+)/"
+    rf"(?:(?:{PARTIAL})?([^/]+)/\d{{4,}}\.parquet|(?:{SPLIT_WORDS})/.+)"
+)
+READABLE = ", ".join(readers.SUFFIXES)
 
 
 class Origin(Protocol):
@@ -42,13 +52,15 @@ class Origin(Protocol):
 def is_model_file(name: str) -> bool:
     """Whether a file can matter to a model: at the top of its folder, settings or weights."""
     suffixes = (*SETTINGS, *PICKLES, ".safetensors")
+    if name.startswith(TEMPLATES):
+        return name.endswith(".jinja")
     return "/" not in name and name.endswith(suffixes) and name != manifest.MANIFEST
 
 
 def is_data_file(name: str) -> bool:
     """Whether a file can matter to a data set."""
     is_hidden = name.startswith(".") or "/." in name
-    return name in CARDS or (not is_hidden and name.endswith(readers.SUFFIXES))
+    return name in CARDS or (not is_hidden and readers.is_readable(name))
 
 
 def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
@@ -58,13 +70,18 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
         raise ConfigError("has no config.json; name a model that transformers can load")
     origin.collect(["config.json"])
     refuse_code(origin.folder / "config.json")
-    shards = [name for name in names if SHARD.fullmatch(name)] if INDEX in names else []
-    weights = [WEIGHTS] if WEIGHTS in names else shards
+    weights = choose_weights(origin) if wants_weights else []
     pickles = [name for name in names if name.endswith(PICKLES)]
     if wants_weights and pickles and not weights:
         raise ConfigError(
             f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
             " name a repository with model.safetensors, or convert it with save_pretrained"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    if wants_weights and others and not weights:
+        raise ConfigError(
+            f"has no {WEIGHTS} and no {INDEX}, and transformers loads no {others[0]}; name another"
+            " repository of it, or convert it with save_pretrained"
         )
     if wants_weights and not weights:
         raise ConfigError(f"has no {WEIGHTS}; name another model, or set model.init=scratch")
@@ -73,9 +90,32 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
             "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put one"
             " beside its config.json, or name another model"
         )
-    settings = [name for name in names if name.endswith(SETTINGS) and name != INDEX]
-    index = [INDEX] if INDEX in names and WEIGHTS not in names else []
-    return settings + (index + weights if wants_weights else [])
+    settings = [n for n in names if n.endswith(SETTINGS) and not n.endswith(".index.json")]
+    return settings + weights
+
+
+def choose_weights(origin: Origin) -> list[str]:
+    """The files of the weights as transformers finds them: one, or an index and what it names."""
+    if WEIGHTS in origin.sizes or INDEX not in origin.sizes:
+        return [WEIGHTS] if WEIGHTS in origin.sizes else []
+    origin.collect([INDEX])
+    shards = shards_of(origin.folder / INDEX)
+    if missing := [name for name in shards if name not in origin.sizes]:
+        raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; name another model")
+    return [INDEX, *shards]
+
+
+def shards_of(index: Path) -> list[str]:
+    """The files that an index names, whatever they are called; ConfigError if that cannot be."""
+    try:
+        shards = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+        odd = [n for n in shards if not n.endswith(".safetensors") or {"", ".."} & {*n.split("/")}]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        shards, odd = [], []
+    if odd or not shards:
+        named = f"{odd[0]}, which is no safetensors file within it" if odd else "no shards"
+        raise ConfigError(f"{index.name} names {named}; name another model")
+    return shards
 
 
 def refuse_code(config: Path) -> None:
@@ -97,22 +137,16 @@ def refuse_code(config: Path) -> None:
         )
 
 
-def model_facts(origin: Origin, names: list[str]) -> dict[str, int | None]:
-    """What the manifest says of the collected weights: bytes, parameters (None if there are none).
+def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
+    """What the manifest says of the weights, collected or not: bytes, parameters (None: unknown).
 
-    ConfigError if a shard is missing, or a file is not in the safetensors format.
+    ConfigError if a file is not in the safetensors format.
     """
     weights = [name for name in names if name.endswith(".safetensors")]
-    if INDEX in names:
-        try:
-            shards = set(json.loads((origin.folder / INDEX).read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{INDEX} names no shards; name another model") from None
-        if missing := sorted(shards - set(weights)):
-            raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; name another model")
     return {
         "weight_bytes": sum(origin.sizes[name] for name in weights),
         "parameters": sum(count_parameters(origin.folder / n) for n in weights) or None,
+        "has_weights": WEIGHTS in origin.sizes or INDEX in origin.sizes,
     }
 
 
@@ -139,29 +173,93 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     ConfigError if it is a script, or if no file of it can be read here.
     """
     script = f"{name.rpartition('/')[2]}.py"
-    if script in origin.sizes:
-        raise ConfigError(f"is made by the script {script}, which is never run here; name another")
-    readable = ", ".join(readers.SUFFIXES)
-    if not any(is_data_file(name) and name not in CARDS for name in origin.sizes):
-        raise ConfigError(f"has no {readable} file; name another data set")
-    cards = [card for card in CARDS if card in origin.sizes]
+    has_data = any(is_data_file(name) and name not in CARDS for name in origin.sizes)
+    if script in origin.sizes or (not has_data and any(n.endswith(".py") for n in origin.sizes)):
+        raise ConfigError(
+            f"is made by the script {script}, which is never run here; set data.revision="
+            f"{CONVERTED}, where the Hub keeps what such a script made, or name another data set"
+        )
+    if not has_data:
+        raise ConfigError(
+            f"has no {READABLE} file; name another data set, and unpack archives such as .zip first"
+        )
+    if not subset and layout.is_local(name) and Path(name).is_file():
+        return [*origin.sizes], {"subset": None, "splits": {"train": [*origin.sizes]}}
+    cards = [name for name in origin.sizes if is_card(name, origin.sizes)]
     origin.collect(cards)
     texts = {card: (origin.folder / card).read_bytes() for card in cards}
     splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
-    if odd := [path for path in paths if not path.endswith(readers.SUFFIXES)]:
-        raise ConfigError(f"consists of files such as {odd[0]}; name one with {readable} files")
+    if odd := [path for path in paths if not readers.is_readable(path)]:
+        raise ConfigError(f"consists of files such as {odd[0]}; name one with {READABLE} files")
+    if missing := [path for path in paths if path not in origin.sizes]:
+        raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
     return [*cards, *paths], {"subset": subset, "splits": splits}
+
+
+def is_card(name: str, names: Iterable[str]) -> bool:
+    """Whether a file says something about the data: a README, or what save_to_disk adds to it."""
+    is_saved = name.rpartition("/")[2] in (SAVED, "dataset_info.json", "dataset_dict.json")
+    return name in CARDS or (is_saved and any(other.endswith(".arrow") for other in names))
 
 
 def resolve_splits(
     names: Iterable[str], cards: dict[str, bytes], subset: str | None
 ) -> dict[str, list[str]]:
+    """The files of each split of a subset. ConfigError if there is no such subset, or several.
+
+    ``names``: all files; ``cards``: the content of those that say something about them. Subsets are
+    those that a README defines, else folders: those whose own folders are splits, as in the Hub's
+    conversions (SUBSET/SPLIT/0000.parquet), or the one that is asked for.
+    """
+    if any(re.search(rb"^configs:", text, re.MULTILINE) for text in cards.values()):
+        return ask_datasets(names, cards, subset)
+    files = [name for name in names if is_data_file(name) and name not in cards]
+    in_folders = [SUBSET_FOLDER.fullmatch(name) for name in files]
+    subsets = sorted({found[1] for found in in_folders}) if all(in_folders) else []
+    if subset not in subsets and len(subsets) > (not subset):
+        raise ConfigError(
+            f"has the subsets {', '.join(subsets)}; set data.subset to one of them (to train on"
+            " several, name each in data.mixture)"
+        )
+    below = f"{subset or subsets[0]}/" if subset or subsets else ""
+    inside = [name for name in names if name.startswith(below) and name not in cards]
+    if saved := saved_splits(cards, below):
+        return saved
+    if inside and all(found and found[2] for found in in_folders):
+        splits: dict[str, list[str]] = {}
+        for name in sorted(inside):
+            splits.setdefault(SUBSET_FOLDER.fullmatch(name)[2], []).append(name)
+        return splits
+    if not (below and inside):
+        return ask_datasets(names, cards, subset)
+    found = ask_datasets([name.removeprefix(below) for name in inside], {}, None)
+    return {split: [below + path for path in paths] for split, paths in found.items()}
+
+
+def saved_splits(cards: dict[str, bytes], below: str) -> dict[str, list[str]]:
+    """The splits that ``save_to_disk`` of the library datasets wrote; nothing if it did not."""
+    splits = {}
+    for card, content in sorted(cards.items()):
+        folder, _, name = card.rpartition("/")
+        if name == SAVED and card.startswith(below):
+            split = f"{folder}/".removeprefix(below).strip("/") or "train"
+            try:
+                shards = [shard["filename"] for shard in json.loads(content)["_data_files"]]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError(f"{card} names no files; write it with save_to_disk") from None
+            splits[split] = [f"{folder}/{shard}".lstrip("/") for shard in shards]
+    return splits
+
+
+def ask_datasets(
+    names: Iterable[str], cards: dict[str, bytes], subset: str | None
+) -> dict[str, list[str]]:
     """The files of each split of a subset, as the library ``datasets`` finds them.
 
-    ``names``: all files; ``cards``: the content of those that define subsets. The library is given
-    empty files of these names, so that it sends no request and treats a local folder alike. It is
-    asked now, while all names are known: asked for one subset, it wants the files of the first too.
+    The library is given empty files of these names, so that it sends no request and treats a local
+    folder alike. It is asked now, while all names are known: asked for one subset, it wants the
+    files of the first too.
     """
     import datasets
 
@@ -170,6 +268,8 @@ def resolve_splits(
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / "data"
         for name in names:
+            if name.endswith(".py"):  # data.py would be taken for a script
+                continue
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(cards.get(name, b""))
         try:

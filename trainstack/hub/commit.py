@@ -1,34 +1,54 @@
 """A commit of a Hub repository: fetched through faults that pass, every byte checked against it.
 
 huggingface_hub gives up at once on a 5xx answer to a file, on a reset connection and on a busy
-Hub's first answer, and it compares sizes, not contents; both gaps are closed here. That library
+Hub's first answer; where it does wait, it says nothing, and waits for any time. It compares sizes,
+not contents. These gaps are closed here. That library
 reads the environment (HF_TOKEN, HF_ENDPOINT, the caches) when this file is imported: set it before.
 """
 
+import contextlib
 import hashlib
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, set_client_factory
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import httpx, logging
+from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
 
 from trainstack.errors import ConfigError
 from trainstack.storage import files
 
 TRIES = 5  # of a request, the first one included
 WORKERS = 8  # files that arrive at a time, as in snapshot_download
+LONGEST_WAIT = 600  # seconds that the Hub may ask for; its own limits are per 300
 ANSWER_SECONDS = 20  # for the Hub to say what a revision means now
 FAULTS = (httpx.HTTPError, OSError, ValueError, RuntimeError)  # the last: from hf_xet
 
 Answer = TypeVar("Answer")
 logging.set_verbosity_error()  # its warnings are several lines each, and said better below
 warnings.filterwarnings("ignore", message="Not enough free disk space")
+
+
+def raise_if_limited(response: httpx.Response) -> None:
+    """Raise on HTTP 429, before huggingface_hub waits by itself."""
+    if response.status_code == 429:
+        raise errors.HfHubHTTPError("too many requests", response=response)
+
+
+def make_client() -> httpx.Client:
+    client = default_client_factory()
+    client.event_hooks = {**client.event_hooks, "response": [raise_if_limited]}
+    return client
+
+
+set_client_factory(make_client)
 
 
 class HubCommit:
@@ -56,6 +76,7 @@ class HubCommit:
         self.kind, self.name, self.revision = kind, name, revision
         self._retry_delay, self._say = retry_delay, say
         self.is_resumable = False
+        self._limited_until = 0.0  # in the clock of time.monotonic
         repo, api = {"repo_id": name, "repo_type": kind}, HfApi()
         self.commit: str = self._persist(
             f"the commit of {revision}",
@@ -122,14 +143,25 @@ class HubCommit:
                     cause = error.__cause__  # it says "not on the disk", its cause says why
             if not may_pass(cause):
                 raise cause if is_of_disk(cause) else ConfigError(self._explain(cause))
-            if attempt < TRIES:
-                delay = max(self._retry_delay * 2 ** (attempt - 1), retry_after(cause))
-                self._say(f"{what}: {brief(cause)}; try {attempt + 1} of {TRIES} in {delay:g} s")
-                time.sleep(delay)
+            delay = max(self._retry_delay * 2 ** (attempt - 1), seconds_asked(cause))
+            if attempt == TRIES or delay > LONGEST_WAIT:
+                break
+            until = time.monotonic() + delay
+            if (
+                not is_limited(cause) or until > self._limited_until + 2
+            ):  # else another file said it
+                self._say(f"{what}: {brief(cause)}; try {attempt + 1} of {TRIES} in {delay:.3g} s")
+            self._limited_until = until
+            time.sleep(delay)
         self.is_resumable = True
+        tries = f"in {TRIES} tries"
+        if delay > LONGEST_WAIT:
+            tries = f"and asks to wait {delay / 60:.0f} min"
+        fix = "check the network and HF_ENDPOINT, then run this again"
+        if is_limited(cause):
+            fix = "set HF_TOKEN to your token, whose limit is higher, or run this again later"
         raise ConfigError(
-            f"the Hub at {constants.ENDPOINT} did not serve {what} in {TRIES} tries"
-            f" ({brief(cause)}); check the network and HF_ENDPOINT, then run this again"
+            f"the Hub at {constants.ENDPOINT} did not serve {what} {tries} ({brief(cause)}); {fix}"
         )
 
     def _explain(self, error: Exception) -> str:
@@ -195,17 +227,29 @@ def is_of_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None and not is_network
 
 
-def retry_after(error: Exception) -> float:
-    """Seconds that the Hub asks to wait, at most a minute; 0.0 if it does not ask."""
-    response = getattr(error, "response", None)
-    text = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(float(text), 60.0) if text.isdigit() else 0.0
+def is_limited(error: Exception) -> bool:
+    return getattr(getattr(error, "response", None), "status_code", None) == 429
+
+
+def seconds_asked(error: Exception) -> float:
+    """Seconds that the Hub asks to wait, by its RateLimit header or Retry-After; 0.0 if neither."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    limit = parse_ratelimit_headers(headers) if is_limited(error) else None
+    if limit and not limit.remaining:
+        return limit.reset_in_seconds + 1.0  # they are whole seconds
+    text = headers.get("Retry-After", "")
+    if text.isdigit():
+        return float(text)
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
 
 
 def brief(error: Exception) -> str:
     """A fault in a few words of one line."""
     response = getattr(error, "response", None)
     if response is not None:
-        return f"HTTP {response.status_code}"
+        is_much = " (too many requests)" if is_limited(error) else ""
+        return f"HTTP {response.status_code}{is_much}"
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__

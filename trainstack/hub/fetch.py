@@ -214,6 +214,8 @@ def collect_needed(
         unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
         if unused and not asset.subset:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
+        if part := next((name for name in wanted if f"/{choose.PARTIAL}" in name), None):
+            say(f"{asset}: the Hub converted only the first part of it ({part})")
     check_space(asset, origin.missing_bytes(wanted))
     size = bytes_text(sum(origin.sizes[name] for name in wanted))
     say(f"{asset}: {origin.doing} {count_files(wanted)}, {size}")
@@ -225,7 +227,8 @@ def check_splits(asset: Asset, facts: dict[str, Any]) -> None:
     for split in asset.splits:
         if split not in facts["splits"]:
             known = ", ".join(facts["splits"])
-            raise ConfigError(f"has no split {split}; set data.split to one of: {known}")
+            keys = "data.split, or data.eval_split,"
+            raise ConfigError(f"has no split {split}; set {keys} to one of: {known}")
 
 
 def check_space(asset: Asset, needed_bytes: int) -> None:

@@ -1,0 +1,136 @@
+"""What a reader of data files gives: consecutive records, parsed where they are needed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trainstack.errors import DataError
+
+CHUNK_BYTES = 1 << 20  # that a process gets at once
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of a file: of parquet and arrow these columns (None: all).
+
+    A long .txt is read in pieces, cut where ``cut`` says: it is given what is read so far, and
+    returns where a piece ends, between the beginning and the end of the text around that place
+    which tokens depend on; None if it can be cut nowhere yet. ``is_one``: they are one document.
+    """
+
+    columns: Collection[str] | None = None
+    cut: Callable[[str], tuple[int, int, int] | None] = lambda text: (len(text),) * 3
+    is_one: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a document too long to be held; it begins ``start`` characters into the document.
+
+    ``is_continued``: more pieces follow. ``before``, ``after``: some text of the pieces around it.
+    ``digest``: text_hash of the whole document.
+    """
+
+    start: int
+    is_continued: bool
+    before: str = ""
+    after: str = ""
+    digest: bytes = b""
+
+
+def text_hash():
+    """The hash of a document's text, in UTF-8, that decides whether it is held out; 8 bytes."""
+    return hashlib.blake2b(digest_size=8, key=b"held-out")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive records of a file as they were read: lines of JSON, rows of arrow, or records.
+
+    ``first``: the number of the first one, from 1; ``unit``: what a location calls a record, such
+    as line. ``unread``: columns that are in the file, but not in ``content``. ``part``: which piece
+    of a document its one record is.
+    """
+
+    name: str
+    unit: str
+    first: int
+    content: Any
+    unread: tuple[str, ...] = ()
+    part: Part | None = None
+
+    @property
+    def stop(self) -> int:
+        """The number of the record after its last one."""
+        return self.first + len(self.content)
+
+    def from_record(self, number: int) -> "Chunk | None":
+        """The same without what is before a record; None if nothing is left."""
+        skipped = max(0, number - self.first)
+        if skipped >= len(self.content):
+            return None
+        is_list = isinstance(self.content, list)
+        rest = self.content[skipped:] if is_list else self.content.slice(skipped)
+        return replace(self, first=self.first + skipped, content=rest)
+
+    def records(self) -> Iterator[tuple[str, Any]]:
+        """Each record with its location; one that cannot be read is a DataError instead.
+
+        Columns that were not read are there with None, so that a message can name them.
+        """
+        is_list = isinstance(self.content, list)
+        records = self.content if is_list else _rows(self.content, self.unread)
+        for number, record in enumerate(records, start=self.first):
+            location = f"{self.name}: {self.unit} {number}" if self.unit else self.name
+            if isinstance(record, bytes):
+                if not record.strip():
+                    continue
+                location = f"{self.name}:{number}"
+                record = _read_line(location, record)
+            elif isinstance(record, Exception) and not isinstance(record, DataError):
+                reason = str(record).splitlines()[0]
+                record = DataError(f"{location}: not readable ({reason}); fix it")
+            yield location, record
+
+
+def _rows(batch, unread: tuple[str, ...]) -> Iterator[Any]:
+    """The rows of a record batch of pyarrow; one that Python cannot hold is the exception why."""
+    import pyarrow
+
+    nothing = dict.fromkeys(unread)
+    problems = (ValueError, OverflowError, pyarrow.ArrowException)
+    try:
+        yield from (without_nulls(row) | nothing for row in batch.to_pylist())
+        return
+    except problems:
+        pass
+    for number in range(batch.num_rows):
+        try:
+            yield without_nulls(batch.slice(number, 1).to_pylist()[0]) | nothing
+        except problems as error:
+            yield error
+
+
+def without_nulls(row: dict) -> dict:
+    """A row without the nulls within its columns: arrow gives all objects of one the same keys."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_line(location: str, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return DataError(f"{location}: {error.msg} at column {error.colno}; fix the line")
+    except UnicodeDecodeError as error:
+        what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
+        return DataError(f"{location}: {what} at byte {error.start} of the line; convert the file")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested without end
+        return DataError(f"{location}: {str(error).splitlines()[0]}; fix the line")

@@ -1,0 +1,87 @@
+"""Parquet and arrow as chunks: only the columns that are wanted are read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainstack.errors import DataError
+from trainstack.records import chunks
+from trainstack.records.chunks import Chunk, Wanted
+
+CHUNK_ROWS = 10_000  # whose sizes say little where texts are repeated
+
+
+def read_parquet(path: Path, wanted: Wanted) -> Iterator[Chunk]:
+    import pyarrow.parquet
+
+    try:
+        first = 1
+        # Without the buffer for the next groups, which holds all that was read ahead.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            metadata = file.metadata
+            columns, unread = _columns(path.name, file.schema_arrow.names, wanted)
+            size = 0
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                parts = map(group.column, range(group.num_columns))
+                size += sum(p.total_uncompressed_size for p in parts if _top(p) in columns)
+            rows = min(max(1, chunks.CHUNK_BYTES * metadata.num_rows // max(1, size)), CHUNK_ROWS)
+            for batch in file.iter_batches(rows, columns=columns, use_threads=False):
+                yield Chunk(path.name, "row", first, batch, unread)
+                first += batch.num_rows
+    except pyarrow.ArrowException as error:
+        raise _not_whole(path, "parquet", error) from None
+
+
+def _top(column) -> str:
+    """The column of a file that a column of parquet, which may be nested, belongs to."""
+    return column.path_in_schema.partition(".")[0]
+
+
+def read_arrow(path: Path, wanted: Wanted) -> Iterator[Chunk]:
+    """A stream of record batches, as save_to_disk writes it, or a file with a footer."""
+    import pyarrow.ipc
+
+    try:
+        first = 1
+        # Not mapped: what is mapped counts as memory of this process.
+        with pyarrow.OSFile(str(path)) as file:
+            is_stream = file.read(6) != b"ARROW1"
+            opened = pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file
+            file.seek(0)
+            names = opened(file).schema.names
+            columns, unread = _columns(path.name, names, wanted)
+            file.seek(file.size() - 4)
+            if is_stream and file.read(4) != bytes(4):
+                raise pyarrow.ArrowInvalid("it has no end")
+            fields = pyarrow.ipc.IpcReadOptions(included_fields=[*map(names.index, columns)])
+            file.seek(0)
+            reader = opened(file, options=fields)
+            numbers = () if is_stream else range(reader.num_record_batches)
+            for batch in reader if is_stream else map(reader.get_batch, numbers):
+                rows = chunks.CHUNK_BYTES * batch.num_rows // max(1, batch.nbytes)
+                rows = min(max(1, rows), CHUNK_ROWS)
+                for start in range(0, batch.num_rows, rows):
+                    part = batch.slice(start, rows)
+                    part = part.take(
+                        pyarrow.array(range(len(part)))
+                    )  # a slice would be pickled as the whole
+                    yield Chunk(path.name, "row", first, part, unread)
+                    first += len(part)
+    except pyarrow.ArrowException as error:
+        raise _not_whole(path, "arrow", error) from None
+
+
+def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tuple[str, ...]]:
+    """The columns of a file that are read, and the others. DataError if none is."""
+    is_all = wanted.columns is None
+    read = [column for column in names if is_all or column in wanted.columns]
+    if not read:
+        needed = " or ".join(sorted(wanted.columns))
+        raise DataError(
+            f"{name}: no column {needed}; it has: {', '.join(names)}; name one as data.text_field"
+        )
+    return read, tuple(column for column in names if column not in read)
+
+
+def _not_whole(path: Path, kind: str, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0]
+    return DataError(f"{path.name}: not a whole {kind} file ({reason}); fetch it again")
