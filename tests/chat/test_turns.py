@@ -1,0 +1,281 @@
+"""What of a conversation is learned, with templates that write it in the ways that real ones do.
+
+tests/chat/test_real_templates.py does the same with the templates of released models.
+"""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from trainstack.chat.template import Chat
+from trainstack.errors import DataError
+
+HEAD = "{% for m in messages %}"
+ASK = "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+TEMPLATES = {
+    "chatml": HEAD + "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "last turn ends otherwise": HEAD + "<|{{ m.role }}|>\n{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}</s>{% else %}<|end|>\n{% endif %}" + ASK,
+    "empty thoughts in the last turn": HEAD + "<|{{ m.role }}|>\n{% if loop.last and m.role == "
+    "'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n" + ASK,
+    "prompt opens a thought": HEAD + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>\n{% endif %}",
+    "drops thoughts": HEAD + "<|{{ m.role }}|>\n{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] | trim }}{% else %}{{ m.content }}{% endif %}<|end|>\n"
+    + ASK,
+    "next role ends": HEAD + "<|{{ m.role }}|>\n{{ m.content }}" + ASK,
+    "no tag at all": HEAD + "{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}",
+    "no invitation": HEAD + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+    " {{ m.content }}</s>{% endif %}{% endfor %}",
+    "system in the last question": "{% if messages[0].role == 'system' %}{% set s = "
+    "messages[0].content + '\n\n' %}{% set messages = messages[1:] %}{% endif %}" + HEAD
+    + "{% if m.role == 'user' %}[INST] {% if s is defined and not messages[loop.index0 + 1:] | "
+    "selectattr('role', 'equalto', 'user') | list %}{{ s }}{% endif %}{{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    "two tokens end": HEAD + "<|start|>{{ m.role }}<|text|>{{ m.content }}<|stop|><|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|text|>{% endif %}",
+}  # fmt: skip
+TWO_ROUNDS = [
+    {"role": "user", "content": "4"},
+    {"role": "assistant", "content": "user"},
+    {"role": "user", "content": "user"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+@pytest.fixture(scope="module")
+def chat_with(tmp_path_factory):
+    """Makes a Chat of a template; its tokenizer has one token for each byte."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def make(template: str, **options) -> Chat:
+        folder = tmp_path_factory.mktemp("model")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="</s>")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return Chat(folder, **options)
+
+    return make
+
+
+def learned(chat: Chat, messages: list[dict], tools=None, **options) -> list[str]:
+    rendered = chat.render("a:1", messages, tools, **options)
+    return [rendered.text[first:last] for first, last in rendered.learned]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("chatml", ["user<|im_end|>", "4<|im_end|>"]),
+        ("last turn ends otherwise", ["user<|end|>", "4</s>"]),
+        ("empty thoughts in the last turn", ["user<|end|>", "<think>\n\n</think>\n\n4<|end|>"]),
+        ("prompt opens a thought", ["user<|end|>", "4<|end|>"]),
+        ("drops thoughts", ["user<|end|>", "4<|end|>"]),
+        ("next role ends", ["user<|user|>", "4<|user|>"]),
+        ("no tag at all", [" user\n\nUser:", " 4\n\nUser:"]),
+        ("no invitation", [" user</s>", " 4</s>"]),
+        ("system in the last question", [" user</s>", " 4</s>"]),
+        ("two tokens end", ["user<|stop|><|end|>", "4<|stop|><|end|>"]),
+    ],
+)
+def test_a_turn_is_what_follows_the_generation_prompt_up_to_what_ends_it(chat_with, name, expected):
+    assert learned(chat_with(TEMPLATES[name]), TWO_ROUNDS) == expected
+
+
+def test_a_system_turn_that_moves_into_a_later_one_is_in_the_text_and_not_learned(chat_with):
+    chat = chat_with(TEMPLATES["system in the last question"])
+    messages = [{"role": "system", "content": "Be brief."}, *TWO_ROUNDS]
+    assert learned(chat, messages) == [" user</s>", " 4</s>"]
+    assert chat.render("a:1", messages, None).text.count("Be brief.") == 1
+
+
+THOUGHTS = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "<think>\nfirst\n</think>\n\ntwo"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "<think>\nthen\n</think>\n\nfour"},
+]
+
+
+def test_thoughts_that_a_template_drops_from_earlier_rounds_are_counted(chat_with):
+    chat = chat_with(TEMPLATES["drops thoughts"])
+    assert learned(chat, THOUGHTS) == ["two<|end|>", "<think>\nthen\n</think>\n\nfour<|end|>"]
+    assert chat.render("a:1", THOUGHTS, None).remarks == {"dropped_thoughts": 1}
+    assert learned(chat, THOUGHTS, learned=[1], is_asked=True) == [
+        "<think>\nfirst\n</think>\n\ntwo<|end|>"
+    ]
+
+
+def test_thoughts_that_a_template_drops_from_the_last_round_are_an_error(chat_with):
+    chat = chat_with(TEMPLATES["drops thoughts"].replace(" and not loop.last", ""))
+    with pytest.raises(DataError, match=r"^a:1: .*drops thoughts of message 4 \(then\)"):
+        learned(chat, THOUGHTS)
+
+
+def test_a_text_that_a_template_drops_or_changes_is_named(chat_with):
+    silent = HEAD + "{% if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}" \
+        "{% endfor %}"  # fmt: skip
+    messages = [{"role": "system", "content": "Be brief."}, *TWO_ROUNDS]
+    with pytest.raises(DataError, match=r"drops text of message 1 \(Be brief.\)"):
+        learned(chat_with(silent), messages)
+    louder = TEMPLATES["chatml"].replace("m.content | trim", "m.content | upper")
+    with pytest.raises(DataError, match=r"drops text of message 2 \(user\)"):
+        learned(chat_with(louder), TWO_ROUNDS[:2])
+
+
+def test_turns_whose_rendering_lacks_the_generation_prompt_are_counted(chat_with):
+    chat = chat_with(TEMPLATES["prompt opens a thought"])
+    assert chat.render("a:1", TWO_ROUNDS, None).remarks == {"unasked_turns": 2}
+    asked = chat.render("a:1", TWO_ROUNDS, None, is_asked=True)
+    assert asked.text.endswith("<|assistant|>\n<think>\n4<|end|>") and asked.remarks == {}
+
+
+def test_a_text_with_the_signs_that_mark_texts_is_rendered_all_the_same(chat_with):
+    messages = [TWO_ROUNDS[0], {"role": "assistant", "content": "\U00030000 five"}]
+    assert learned(chat_with(TEMPLATES["chatml"]), messages) == ["\U00030000 five<|im_end|>"]
+
+
+def test_a_template_that_compares_a_text_still_sees_it(chat_with):
+    picky = TEMPLATES["chatml"].replace(
+        "{{ m.content | trim }}", "{% if m.content == 'yes' %}{{ '<sure/>' }}{% endif %}"
+        "{{ m.content | trim }}",
+    )  # fmt: skip
+    messages = [TWO_ROUNDS[0], {"role": "assistant", "content": "yes"}, *TWO_ROUNDS[2:]]
+    assert learned(chat_with(picky), messages) == ["<sure/>yes<|im_end|>", "4<|im_end|>"]
+    with pytest.raises(DataError, match=r"text of message 2 \(user\), which stands there more"):
+        learned(chat_with(picky.replace("yes", "user")), TWO_ROUNDS)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern", "n": 7}}}
+CALLS = [
+    {"role": "user", "content": "How is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "rain"},
+    {"role": "tool", "content": "wind"},
+    {"role": "assistant", "content": "It rains."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+CALLING = (
+    "{% for t in tools %}{{ t | tojson }}\n{% endfor %}" + HEAD + "<|{{ m.role }}|>{{ m.content }}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }} ARGUMENTS</call>{% endfor %}END"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("way", "arguments"),
+    [
+        ("{{ c.function.arguments | tojson }}", '{"city": "Bern", "n": 7}'),
+        ("{{ c.function.arguments | string }}", '{"city": "Bern", "n": 7}'),
+        ("{{ c.function.arguments + '' }}", '{"city": "Bern", "n": 7}'),
+        ("{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}",
+         "city=Bern;n=7;"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["<|end|>", ""])
+def test_tool_calls_are_learned_with_their_end_however_a_template_reads_them(
+    chat_with, way, arguments, end
+):
+    chat = chat_with(CALLING.replace("ARGUMENTS", way).replace("END", end))
+    call = f"<call>weather {arguments}</call>"
+    ends = (end, end) if end else ("<|tool|>", "<|user|>")
+    assert learned(chat, CALLS, TOOLS) == [call + call + ends[0], "It rains." + ends[1]]
+
+
+def test_a_call_without_arguments_is_learned(chat_with):
+    chat = chat_with(CALLING.replace("ARGUMENTS", "").replace("END", "<|end|>"))
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    messages = [CALLS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert learned(chat, messages, TOOLS) == ["<call>weather </call><|end|>"]
+
+
+def test_a_dropped_argument_is_an_error_and_ignored_tools_are_counted(chat_with):
+    chat = chat_with(CALLING.replace("ARGUMENTS", "").replace("END", "<|end|>"))
+    with pytest.raises(DataError, match="drops a tool call's argument of message 2 .Bern"):
+        learned(chat, CALLS, TOOLS)
+    blind = chat_with(TEMPLATES["chatml"])
+    assert blind.render("a:1", TWO_ROUNDS, TOOLS).remarks == {"ignored_tools": 1}
+
+
+def test_calls_without_their_name_are_counted(chat_with):
+    template = CALLING.replace("{{ c.function.name }} ", "").replace("END", "<|end|>")
+    chat = chat_with(template.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}"))
+    assert chat.render("a:1", CALLS, None).remarks == {"unnamed_calls": 2}
+
+
+def test_an_empty_turn_is_not_learned(chat_with):
+    messages = [TWO_ROUNDS[0], {"role": "assistant", "content": " "}, *TWO_ROUNDS[2:]]
+    assert learned(chat_with(TEMPLATES["chatml"]), messages) == ["4<|im_end|>"]
+
+
+def test_a_conversation_may_begin_with_the_assistant(chat_with):
+    first = "{% if messages[0].role == 'x' %}{% endif %}"  # as many templates look at it
+    chat = chat_with(first + TEMPLATES["chatml"])
+    assert learned(chat, TWO_ROUNDS[1:]) == ["user<|im_end|>", "4<|im_end|>"]
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_both_learned_without_a_header(chat_with):
+    messages = [TWO_ROUNDS[0], TWO_ROUNDS[1], TWO_ROUNDS[3]]
+    assert learned(chat_with(TEMPLATES["chatml"]), messages) == ["user<|im_end|>", "4<|im_end|>"]
+
+
+def test_a_developer_is_a_system_where_the_template_knows_no_developer(chat_with):
+    strict = "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('who?') }}" \
+        "{% endif %}{% endfor %}"  # fmt: skip
+    messages = [{"role": "developer", "content": "Be brief."}, *TWO_ROUNDS]
+    text = chat_with(strict + TEMPLATES["chatml"]).render("a:1", messages, None).text
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_a_conversation_is_written_alike_whatever_came_before_it(chat_with):
+    picky = "{% if tools is not none %}Tools: {{ tools }}\n{% elif messages[0].content == 'x' %}" \
+        "{{ raise_exception('no tools') }}{% endif %}"  # fmt: skip
+    chat = chat_with(picky + TEMPLATES["chatml"])
+    before = chat.render("a:1", TWO_ROUNDS, None)
+    assert (
+        "Tools" in chat.render("a:2", [{"role": "user", "content": "x"}, TWO_ROUNDS[1]], None).text
+    )
+    assert chat.render("a:3", TWO_ROUNDS, None) == before
+
+
+def test_what_a_template_refuses_is_told_in_its_own_words(chat_with):
+    refusing = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(DataError, match=r"^a:1: .*\(System role not supported\)"):
+        learned(chat_with(refusing), TWO_ROUNDS)
+
+
+def test_a_template_is_told_the_date_of_the_settings(chat_with):
+    chat = chat_with("{{ strftime_now('%d %b %Y') }}\n" + TEMPLATES["chatml"], date="2026-01-31")
+    assert chat.render("a:1", TWO_ROUNDS, None).text.startswith("31 Jan 2026\n")
+
+
+def test_a_template_of_a_file_takes_the_place_of_the_models(chat_with, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text(TEMPLATES["next role ends"])
+    chat = chat_with(TEMPLATES["chatml"], file=file)
+    assert learned(chat, TWO_ROUNDS) == ["user<|user|>", "4<|user|>"]
+
+
+def test_of_named_templates_the_one_for_tools_is_taken_where_there_are_tools(chat_with):
+    chat = chat_with(TEMPLATES["chatml"])
+    chat.load()
+    chat._tokenizer.chat_template = {
+        "default": TEMPLATES["chatml"],
+        "tool_use": CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}").replace(
+            "END", "<|end|>"
+        ),
+    }
+    assert learned(chat, TWO_ROUNDS) == ["user<|im_end|>", "4<|im_end|>"]
+    assert learned(chat, json.loads(json.dumps(CALLS)), TOOLS)[1] == "It rains.<|end|>"
+
+
+def test_what_people_wrote_is_known_to_the_character(chat_with):
+    rendered = chat_with(TEMPLATES["chatml"]).render("a:1", TWO_ROUNDS, None)
+    assert [rendered.text[a:b] for a, b in rendered.written] == ["4", "user", "user", "4"]

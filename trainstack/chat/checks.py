@@ -1,0 +1,97 @@
+"""What was said is in the rendering, whole, and in the turn of whoever said it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from trainstack.chat.marks import CALL, REASONING, Marked, Piece, Rendering
+from trainstack.chat.turns import Turn
+from trainstack.errors import DataError, shown
+
+
+def check_shape(messages: list[dict], text: str) -> None:
+    """DataError if the template writes an object as Python shows it: it expects a text there."""
+    for message in messages:
+        content = message.get("content")
+        calls = (call.get("function", {}) for call in message.get("tool_calls") or ())
+        objects = [content, *(function.get("arguments") for function in calls)]
+        for found in objects:
+            if found and isinstance(found, dict | list) and str(found) in text:
+                raise DataError("the chat template does not take contents or arguments as objects")
+
+
+def check_pieces(marked: Marked, whole: Rendering) -> int:
+    """How many turns' thoughts are left out on purpose; DataError if anything else is.
+
+    On purpose: those before the last question, which most templates of reasoning models drop.
+    """
+    asked = [n for n, m in enumerate(marked.messages) if m.get("role") == "user"]
+    dropped = set()
+    for number, piece in enumerate(marked.pieces):
+        if is_whole(piece, number, whole):
+            continue
+        if piece.kind == REASONING and asked and piece.message < asked[-1]:
+            dropped.add(piece.message)
+            continue
+        what = {REASONING: "thoughts", CALL: "a tool call's argument"}.get(piece.kind, "text")
+        raise DataError(
+            f"the chat template drops {what} of message {piece.message + 1} "
+            f"({shown(piece.text)}); take it out of the data, or use another template: "
+            "data.chat_template"
+        )
+    return len(dropped)
+
+
+def is_whole(piece: Piece, number: int, whole: Rendering) -> bool:
+    """Whether the rendering has a piece, as it is or as JSON writes it."""
+    as_json = json.dumps(piece.text, ensure_ascii=False)[1:-1]
+    forms = {piece.text, as_json, json.dumps(piece.text)[1:-1], json.dumps(as_json)[1:-1]}
+    places = whole.places.get(number, ())
+    if piece.kind == CALL and not places:
+        return any(form in whole.text for form in forms)
+    return any(whole.text[first:last] in forms for first, last in places)
+
+
+def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> None:
+    """DataError unless the turn has all that the assistant says, and nothing of anybody else."""
+    text = whole.text[turn.first : turn.last] + turn.more
+    said = 0  # characters of the turn up to its last text
+    for n, piece in enumerate(marked.pieces):
+        places = whole.places.get(n, ())
+        inside = [b for a, b in places if a >= turn.first and b <= turn.last]
+        if bool(inside) != (piece.message == number) and (inside or places):
+            raise DataError(
+                f"the chat template does not show where turn {number + 1} begins and ends; put "
+                "{% generation %} around the assistant's part in the template"
+            )
+        said = max([said, *(b - turn.first for b in inside)])
+    for call in marked.messages[number].get("tool_calls") or ():
+        function = call.get("function", call)
+        for word in arguments_in(function.get("arguments")):
+            if word not in text:
+                raise DataError(
+                    f"the chat template drops {shown(word)} of a tool call of message "
+                    f"{number + 1}; use another template: data.chat_template"
+                )
+    if not text[said:].strip():
+        raise DataError(
+            f"the chat template does not show what ends turn {number + 1}; use another template: "
+            "data.chat_template"
+        )
+
+
+def unnamed_calls(marked: Marked, text: str) -> int:
+    """How many tool calls the template writes without the name of their function."""
+    calls = (call for message in marked.messages for call in message.get("tool_calls") or ())
+    return sum(str(call.get("function", call).get("name")) not in text for call in calls)
+
+
+def arguments_in(arguments: Any) -> Iterator[str]:
+    """The names of arguments, and the values that are no text, as JSON writes them."""
+    if isinstance(arguments, dict):
+        for key, value in arguments.items():
+            yield key
+            yield from arguments_in(value)
+    elif isinstance(arguments, list):
+        for value in arguments:
+            yield from arguments_in(value)

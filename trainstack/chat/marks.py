@@ -1,0 +1,210 @@
+"""Which part of a rendering is whose text: marks around the texts show where a template puts them.
+
+Texts are found by marks, not by looking for them: a short answer such as "4" stands in many places.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainstack.errors import DataError, shown
+
+# Letters (CJK extension G) that no ordinary text has: printable, so that repr() leaves them alone.
+FIRST_MARK, MOST_MARKS = 0x30000, 4096
+MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MOST_MARKS - 1)}]")
+TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")  # <think>, <|channel|>, [/THINK]
+THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+TEXT, REASONING, CALL = "text", "reasoning", "call"  # kinds of a piece
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text of a message without the white space around it; ``message``: its number, from 0."""
+
+    message: int
+    kind: str
+    text: str
+
+
+@dataclass
+class Rendering:
+    """A text with its pieces: for each number of one where it stands, [first, last + 1]."""
+
+    text: str
+    places: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+
+
+Write = Callable[[list[dict], bool], str]  # messages, whether the assistant is invited to answer
+
+
+class Marked:
+    """The messages of a conversation with marks around their pieces.
+
+    ``write`` renders messages; ``template``: its source, which tells the tags that it looks for;
+    ``invitation``: what it adds to a question to invite the assistant.
+    A message that the template writes otherwise with marks in it (it compares the text, say) has
+    none, and is looked for.
+    """
+
+    def __init__(self, messages: list[dict], write: Write, template: str, invitation: str):
+        self.messages, self.write, self.template = messages, write, template
+        self.invitation = invitation
+        self.pieces: list[Piece] = []
+        self.sought: set[int] = set()  # numbers of pieces that have no marks
+        self.marked = [self._mark(number, message) for number, message in enumerate(messages)]
+        self.text = write(messages, False)
+        self.unmarked: set[int] = set()  # numbers of messages
+        if MARK.search(self.text) or 2 * len(self.pieces) > MOST_MARKS:
+            self.unmarked = {*range(len(messages))}
+        elif not self._is_harmless():
+            self.unmarked = {n for n in range(len(messages)) if not self._is_harmless(n)}
+            if not self._is_harmless():
+                self.unmarked = {*range(len(messages))}
+
+    def _is_harmless(self, only: int | None = None) -> bool:
+        """Whether the template writes the same with the marks in it, or in one message alone."""
+        chosen = [
+            marked if (only is None or n == only) and n not in self.unmarked else message
+            for n, (message, marked) in enumerate(zip(self.messages, self.marked, strict=True))
+        ]
+        try:
+            return MARK.sub("", self.write(chosen, False)) == self.text
+        except DataError:
+            return False
+
+    def render(
+        self,
+        stop: int | None = None,
+        invites: bool = False,
+        more: Iterable[dict] = (),
+        in_place: dict[int, dict] | None = None,
+    ) -> Rendering:
+        """The messages before ``stop``, and ``more`` behind them. Raises as ``write``.
+
+        ``in_place``: other messages for some of them, by number.
+        """
+        pairs = enumerate(zip(self.messages, self.marked, strict=True))
+        chosen = {n: plain if n in self.unmarked else marked for n, (plain, marked) in pairs}
+        chosen |= in_place or {}
+        text = self.write([*list(chosen.values())[:stop], *more], invites)
+        found = Rendering(text) if MARK.search(self.text) else read_marks(text)
+        self._look_for(found, stop)
+        return found
+
+    def _look_for(self, found: Rendering, stop: int | None) -> None:
+        """Places of pieces without marks: in their order, each behind the one before.
+
+        DataError if one could be in several places.
+        """
+        at = 0
+        for number, piece in enumerate(self.pieces):
+            if stop is not None and piece.message >= stop:
+                break
+            if number in self.sought or piece.message in self.unmarked:
+                later = [p[0][0] for n, p in found.places.items() if n > number and p[0][0] >= at]
+                first, window = found.text.find(piece.text, at), min(later, default=None)
+                if number not in self.sought and found.text[at:window].count(piece.text) > 1:
+                    raise DataError(
+                        f"the chat template looks at the text of message {piece.message + 1} "
+                        f"({shown(piece.text)}), which stands there more than once, so that its "
+                        "place cannot be told; use another template: data.chat_template"
+                    )
+                if first >= 0:
+                    found.places[number] = [(first, first + len(piece.text))]
+            at = max(at, *(last for _, last in found.places.get(number, [(0, 0)])))
+
+    def _mark(self, number: int, message: dict) -> dict:
+        marked = dict(message)
+        role = message.get("role")
+        if isinstance(message.get("reasoning_content"), str):
+            text = message["reasoning_content"]
+            marked["reasoning_content"] = self._piece(number, REASONING, text)
+        content = message.get("content")
+        if isinstance(content, str):
+            marked["content"] = self._content(number, role, content)
+        elif isinstance(content, list):
+            marked["content"] = [
+                {**part, "text": self._content(number, role, part["text"])} for part in content
+            ]
+        if isinstance(message.get("tool_calls"), list):
+            marked["tool_calls"] = [self._call(number, call) for call in message["tool_calls"]]
+        return marked
+
+    def _content(self, number: int, role: str | None, text: str) -> str:
+        """Each stretch between two tags that the template knows is a piece of its own."""
+        known = self.template.replace("/", "")  # a template may name only </think>
+        tags = [tag for tag in TAG.finditer(text) if tag[0].replace("/", "") in known]
+        if not tags:
+            return self._piece(number, TEXT, text)
+        parts, at = [], 0
+        for tag in [*tags, None]:
+            stretch = text[at : tag.start() if tag else len(text)]
+            before = parts[-1] if parts else ""
+            is_thought = role == "assistant" and any(
+                THOUGHT.search(name) and ("/" in name) == is_after
+                for name, is_after in ((before, False), (tag[0] if tag else "", True))
+            )
+            parts.append(self._piece(number, REASONING if is_thought else TEXT, stretch))
+            if tag:
+                parts.append(tag[0])
+                at = tag.end()
+        return "".join(parts)
+
+    def _call(self, number: int, call: dict) -> dict:
+        """A tool call with marks around the texts in its arguments."""
+        function = call.get("function")
+        if not isinstance(function, dict) or "arguments" not in function:
+            return call
+        known = len(self.pieces)
+        arguments = self._values(number, function["arguments"])
+        if len(self.pieces) == known:  # no text in them: the call is where its name is
+            self.sought.add(known)
+            self.pieces.append(Piece(number, CALL, str(function.get("name"))))
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    def _values(self, number: int, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: self._values(number, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._values(number, item) for item in value]
+        return self._piece(number, CALL, value) if isinstance(value, str) else value
+
+    def _piece(self, number: int, kind: str, text: str) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        first = FIRST_MARK + 2 * len(self.pieces)
+        self.pieces.append(Piece(number, kind, core))
+        if first + 1 >= FIRST_MARK + MOST_MARKS:
+            return text  # too many for marks: none will be used
+        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
+        return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
+
+
+def read_marks(text: str) -> Rendering:
+    """The rendering without its marks, and where they stood."""
+    found, parts, length, at = Rendering(""), [], 0, 0
+    begun: dict[int, int] = {}
+    for mark in MARK.finditer(text):
+        parts.append(text[at : mark.start()])
+        length += mark.start() - at
+        at = mark.end()
+        number, is_end = divmod(ord(mark[0]) - FIRST_MARK, 2)
+        if not is_end:
+            begun[number] = length
+        elif number in begun:
+            found.places.setdefault(number, []).append((begun.pop(number), length))
+    found.text = "".join([*parts, text[at:]])
+    return found
+
+
+def invitation(write: Write) -> str:
+    """What a template adds to a question to invite the assistant; empty if it adds nothing."""
+    asked = [{"role": "user", "content": "?"}]
+    try:
+        before, invited = write(asked, False), write(asked, True)
+    except DataError:
+        return ""
+    return invited[len(os.path.commonprefix([before, invited])) :]

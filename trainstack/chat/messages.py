@@ -1,0 +1,174 @@
+"""The messages of a record in one shape, whatever its roles and columns are called.
+
+The shape is that of OpenAI's interface, which chat templates read: role, content, tool_calls with
+a function's name and arguments, reasoning_content.
+"""
+
+import json
+from typing import Any
+
+from trainstack.errors import DataError, shown
+
+ROLES = {  # of ShareGPT, LLaMA-Factory, OpenAssistant, older interfaces of OpenAI, Gemma, Llama
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "ai": "assistant", "model": "assistant", "function_call": "assistant",
+    "tool_call": "assistant", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+CALL_ROLES = ("function_call", "tool_call")  # their text is a call, as JSON
+MARKS = ("weight", "train", "training", "loss")  # of a turn: whether it is learned
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def messages_of(location: str, turns: Any, column: str) -> tuple[list[dict], list[bool]]:
+    """The messages of a list of turns, and whether each may be learned. DataError with the turn.
+
+    A turn has role and content, or from and value.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{location}: no list of messages in {column}; write [{{role, content}}]")
+    messages, marks = [], []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            message, is_learned = message_of(turn)
+        except ValueError as error:
+            raise DataError(f"{location}: message {number} of {column} {error}") from None
+        if messages and is_call(turn) and is_call(turns[number - 2]):  # calls of one turn
+            messages[-1]["tool_calls"] += message["tool_calls"]
+            continue
+        messages.append(message)
+        marks.append(is_learned)
+    return messages, marks
+
+
+def is_call(turn: dict) -> bool:
+    """Whether a turn is one tool call, as LLaMA-Factory writes them."""
+    who = turn.get("role") or turn.get("from")
+    return isinstance(who, str) and who.lower() in CALL_ROLES
+
+
+def message_of(turn: dict) -> tuple[dict, bool]:
+    """A turn as a message, and whether it may be learned; ValueError says what is wrong with it."""
+    message = {key: value for key, value in turn.items() if value is not None}
+    who = message.pop("role", None) or message.pop("from", None)
+    content = message.pop("content", None)
+    content = message.pop("value", None) if content is None else content
+    if not isinstance(who, str):
+        raise ValueError(f"has no role; the turn has: {', '.join(map(str, turn))}")
+    role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else None)
+    if role is None and "from" in turn:
+        raise ValueError(f"is from {who!r}; write one of {', '.join((*KNOWN_ROLES, *ROLES))}")
+    is_learned = learned_mark(message)
+    thoughts = [message.pop(key) for key in THOUGHTS if key in message]
+    text, thought = text_of(content)
+    calls = calls_of(message)
+    if who.lower() in CALL_ROLES:
+        text, calls = "", [*calls, *calls_in(from_json(text, who))]
+    if text is None and not calls and not (thoughts or thought):
+        raise ValueError("has no content; write a text")
+    message = {"role": role or who, "content": text or "", **message}
+    if calls:
+        message["tool_calls"] = calls
+    thoughts = {t.strip() if isinstance(t, str) else str(t or ""): t for t in (*thoughts, thought)}
+    said = [thought for text, thought in thoughts.items() if text]
+    if len(said) > 1 or not all(isinstance(thought, str) for thought in said):
+        raise ValueError("has thoughts that are not one text; write them as reasoning_content")
+    if said:
+        message["reasoning_content"] = said[0]
+    return message, is_learned
+
+
+def learned_mark(message: dict) -> bool:
+    """What a turn says of being learned; takes that out of it."""
+    marks = {key: message.pop(key) for key in MARKS if key in message}
+    for key, value in marks.items():
+        if value not in (0, 1):
+            raise ValueError(f"has {key}: {shown(value)}; write 0 or 1, false or true")
+    return all(marks.values())
+
+
+def text_of(content: Any) -> tuple[str | None, str]:
+    """The text and the thoughts of a content, which may be a list of parts."""
+    if content is None or isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise ValueError(f"has a content that is a {type(content).__name__}; write a text")
+    texts, thoughts = [], []
+    for part in content:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
+            thoughts.append(part[kind])
+        else:
+            raise ValueError(
+                f"has a part that is no text ({shown(kind)}); this trains on texts: leave it out"
+            )
+    return "".join(texts), "".join(thoughts)
+
+
+def calls_of(message: dict) -> list[dict]:
+    """The tool calls of a message, which are taken out of it."""
+    calls = message.pop("tool_calls", None) or []
+    older = message.pop("function_call", None)  # of OpenAI's interface before tools
+    calls = from_json(calls, "tool_calls") if isinstance(calls, str) else calls
+    return calls_in([*(calls if isinstance(calls, list) else [calls]), *([older] if older else [])])
+
+
+def calls_in(value: Any) -> list[dict]:
+    """Each call with its function, and arguments as an object."""
+    made = []
+    for call in value if isinstance(value, list) else [value]:
+        call = from_json(call, "a tool call") if isinstance(call, str) else call
+        if not isinstance(call, dict):
+            raise ValueError(f"has a tool call that is a {type(call).__name__}; write an object")
+        function = call.get("function")
+        function = call if not isinstance(function, dict) else function
+        if not isinstance(function.get("name"), str):
+            raise ValueError("has a tool call without a name; write {name, arguments}")
+        given = function.get("arguments", function.get("parameters"))
+        arguments = decoded(given) if isinstance(given, str) and given.strip() else given or {}
+        own = {k: v for k, v in call.items() if k not in ("name", "arguments", "parameters")}
+        function = {"name": function["name"], "arguments": arguments}
+        made.append({"type": "function", **own, "function": function})
+    return made
+
+
+def tools_of(location: str, tools: Any) -> list[dict] | None:
+    """The tools that the model may call, as functions; None if there are none."""
+    try:
+        tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+        made = []
+        for tool in [tools] if isinstance(tools, dict) else tools or ():
+            tool = from_json(tool, "tools") if isinstance(tool, str) else tool
+            if not isinstance(tool, dict):
+                raise ValueError(f"has a tool that is a {type(tool).__name__}; write an object")
+            if not isinstance(tool.get("function"), dict) and "name" in tool:
+                tool = {"type": "function", "function": tool}
+            function = tool.get("function")
+            if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+                function = {**function, "parameters": decoded(function["parameters"])}
+                tool = {**tool, "function": function}
+            made.append(tool)
+    except ValueError as error:
+        raise DataError(f"{location}: the record {error}") from None
+    return made or None
+
+
+def from_json(text: str | None, what: str) -> Any:
+    try:
+        return json.loads(text or "")
+    except ValueError as error:
+        raise ValueError(f"has {what} that is no JSON ({shown(str(error))}); fix it") from None
+
+
+def decoded(text: str) -> Any:
+    """What a text holds as JSON; the text itself if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict | list) else text

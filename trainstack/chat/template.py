@@ -1,0 +1,257 @@
+"""A conversation as the tokenizer's chat template writes it, and what of it the assistant says."""
+
+import datetime
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainstack.chat.checks import check_pieces, check_shape, check_turn, unnamed_calls
+from trainstack.chat.marks import Marked, Rendering, invitation
+from trainstack.chat.turns import Turn, find_turn
+from trainstack.chat.ways import variants
+from trainstack.errors import ConfigError, DataError
+
+Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
+UNNAMED = "unnamed_calls"
+REMARKS = {
+    DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
+    IGNORED: "tools that the template does not tell the model of",
+    UNNAMED: "tool calls that the template writes without their name",
+    UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
+    "writes it",
+}
+NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    ``learned``: what the model has to say. ``written``: what the people and tools of the record
+    said, in which a special token is text. ``remarks``: what the template does not do as it does
+    at inference, counted under a name of REMARKS.
+    """
+
+    text: str
+    learned: Ranges
+    written: Ranges
+    remarks: dict[str, int]
+
+
+class Chat:
+    """The chat template of a model folder's tokenizer; loads transformers (4 s) when it is used.
+
+    ``file``: a template that takes the place of the tokenizer's. ``date``: the day, as
+    2026-01-31, that a template is told that asks for today's; None: today.
+    """
+
+    def __init__(self, model_folder: Path, file: Path | None = None, date: str | None = None):
+        self.model_folder, self.file, self.date = model_folder, file, date
+        self._tokenizer = None
+        self._invitations: dict[tuple[str, bool], str] = {}
+
+    def load(self) -> None:
+        """Load the tokenizer now, else the first use does. ConfigError if that cannot be."""
+        self._tokenizer = load_tokenizer(self.model_folder)
+        if self.file:
+            try:
+                self._tokenizer.chat_template = self.file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"data.chat_template={self.file}: cannot be read ({error}); name a file that "
+                    "holds a Jinja template"
+                ) from None
+
+    @property
+    def template(self) -> str | None:
+        """That of a conversation without tools; None if there is none. Raises as ``load``."""
+        return self.template_for(None)
+
+    def template_for(self, tools: list | None) -> str | None:
+        """The template that the tokenizer uses with these tools, as at inference."""
+        if self._tokenizer is None:
+            self.load()
+        templates = self._tokenizer.chat_template
+        if not isinstance(templates, dict):
+            return templates
+        if tools and "tool_use" in templates:
+            return templates["tool_use"]
+        return templates.get("default") or next(iter(templates.values()), None)
+
+    @property
+    def template_hash(self) -> str | None:
+        """SHA-256 of the template; None if it was not used, or there is none."""
+        template = self.template if self._tokenizer else None
+        return hashlib.sha256(template.encode()).hexdigest() if template else None
+
+    def generation_prompt(self) -> str:
+        """What the template adds to a question to invite the assistant; empty if it does not."""
+        template = self.template
+        ways = (partial(self._written, template, tools) for tools in (None, []))
+        return next(filter(None, map(invitation, ways)), "")
+
+    def _written(
+        self, template: str, tools: list | None, messages: list[dict], invites: bool
+    ) -> str:
+        return self._write(template, messages, tools, invites)[0]
+
+    def render(
+        self,
+        location: str,
+        messages: list[dict],
+        tools: list | None,
+        learned: Sequence[int] | None = None,
+        is_asked: bool = False,
+    ) -> Rendered:
+        """The conversation as the template writes it, and which of it the assistant says.
+
+        ``learned``: the numbers of the messages whose text is learned, from 0; None: all of the
+        assistant. ``is_asked``: only the last of them, behind what the model is given at inference
+        before it. DataError if the template cannot write the conversation, changes or leaves out
+        something that was said, or does not show where an answer begins and ends.
+        """
+        template = self.template_for(tools)
+        if template is None:
+            raise DataError(
+                f"{location}: a conversation, but the tokenizer of {self.model_folder.name} has no "
+                f"chat template; {NO_TEMPLATE}"
+            )
+        if learned is None:
+            learned = [n for n, message in enumerate(messages) if says_something(message)]
+        if is_asked:
+            messages, learned = messages[: learned[-1] + 1], learned[-1:]
+        problem = None
+        for way in variants(messages, tools, template):  # in order: no record decides for another
+            try:
+                return self._render(template, *way, learned, is_asked)
+            except DataError as error:
+                if problem is None or (" drops " in str(error) and " drops " not in str(problem)):
+                    problem = error
+        raise DataError(f"{location}: {problem}")
+
+    def _render(
+        self, template: str, messages: list[dict], tools: list | None, learned: Sequence[int],
+        is_asked: bool,
+    ) -> Rendered:  # fmt: skip
+        """As ``render``, in one way to hand it over; a DataError does not name the record."""
+        write = partial(self._written, template, tools)
+        key = template, tools is None  # some fail without a list of tools
+        if key not in self._invitations:
+            self._invitations[key] = invitation(write)
+        marked = Marked(messages, write, template, self._invitations[key])
+        whole = marked.render()
+        check_shape(messages, whole.text)
+        dropped = 0 if is_asked else check_pieces(marked, whole)
+        turns = [find_turn(marked, whole, number) for number in learned]
+        for number, turn in zip(learned, turns, strict=True):
+            check_turn(marked, whole, number, turn)
+        ranges = [(turn.first, turn.last) for turn in turns]
+        if GENERATION_TAG.search(template):
+            ranges = common(ranges, self._write(template, messages, tools, False, True)[1])
+        if is_asked:
+            whole, ranges = behind_prompt(whole, turns[0], ranges)
+            dropped = check_pieces(marked, whole)
+        text = whole.text + "".join(turn.more for turn in turns)
+        remarks = {
+            DROPPED: dropped,
+            IGNORED: sum(tool_name(tool) not in text for tool in tools or ()),
+            UNNAMED: unnamed_calls(marked, text),
+            UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
+        }
+        places = sorted(place for places in whole.places.values() for place in places)
+        return Rendered(text, ranges, merged(places), {k: v for k, v in remarks.items() if v})
+
+    def _write(
+        self, template: str, messages: list[dict], tools: list | None, invites: bool,
+        is_tagged: bool = False,
+    ) -> tuple[str, Ranges]:  # fmt: skip
+        """Text, and the ranges in {% generation %}; what a template refuses is a DataError."""
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import (
+            _compile_jinja_template,
+            render_jinja_template,
+        )
+
+        try:
+            if self.date:  # else the same data would be another text tomorrow
+                day = datetime.date.fromisoformat(self.date)
+                midnight = datetime.datetime.combine(day, datetime.time())
+                _compile_jinja_template(template).globals["strftime_now"] = midnight.strftime
+            texts, ranges = render_jinja_template(
+                [messages], tools=tools, chat_template=template,
+                return_assistant_tokens_mask=is_tagged, add_generation_prompt=invites,
+                **self._tokenizer.special_tokens_map,
+            )  # fmt: skip
+        except (
+            TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError,
+        ) as error:  # fmt: skip
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"the chat template does not take it ({reason}); look at the roles and contents of "
+                "its messages"
+            ) from None
+        return texts[0], ranges[0] if is_tagged else []
+
+
+def load_tokenizer(model_folder: Path) -> Any:
+    """The tokenizer of a model folder as transformers makes it. ConfigError if it cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model_folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        fix = "choose a model with a tokenizer.json"
+        if not (model_folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
+            reason, fix = "it needs the package sentencepiece", "run: bash setup.sh"
+        raise ConfigError(
+            f"{model_folder}: transformers cannot load its tokenizer ({reason}); {fix}"
+        ) from None
+
+
+def says_something(message: dict) -> bool:
+    """Whether the assistant says anything in it: an empty turn has nothing to learn."""
+    said = (message.get(key) for key in ("content", "reasoning_content", "tool_calls"))
+    return message.get("role") == "assistant" and any(
+        text.strip() if isinstance(text, str) else text for text in said
+    )
+
+
+def behind_prompt(whole: Rendering, turn: Turn, ranges: Ranges) -> tuple[Rendering, Ranges]:
+    """A turn behind what the model is given before it at inference, and its learned ranges."""
+    prompt = turn.prompt
+    move = len(prompt.text) - turn.first
+    places = {n: [*found] for n, found in prompt.places.items()}
+    for n, found in whole.places.items():
+        own = [(a + move, b + move) for a, b in found if a >= turn.first and b <= turn.last]
+        places.setdefault(n, []).extend(own)
+    text = prompt.text + whole.text[turn.first : turn.last]
+    return Rendering(text, places), [(a + move, b + move) for a, b in ranges]
+
+
+def tool_name(tool: dict) -> str:
+    return str((tool.get("function") or tool).get("name"))
+
+
+def merged(ranges: Ranges) -> Ranges:
+    """Sorted ranges, those that overlap as one."""
+    made: Ranges = []
+    for first, last in ranges:
+        if made and first < made[-1][1]:
+            earlier = made.pop()
+            first, last = earlier[0], max(last, earlier[1])
+        made.append((first, last))
+    return made
+
+
+def common(ranges: Ranges, others: Ranges) -> Ranges:
+    """The characters that are in both."""
+    both = [(max(a, c), min(b, d)) for a, b in ranges for c, d in others]
+    return sorted((first, last) for first, last in both if first < last)
