@@ -155,6 +155,16 @@ def test_a_flipped_bit_in_its_state_makes_no_run_another_experiment(tmp_path):
     assert newest_identity(tmp_path / "nothing") == (0, None)
 
 
+def test_verifying_a_large_file_tells_that_it_moves(tmp_path):
+    """By that the watchdog knows an hour of hashing from a hang."""
+    folder, moved = tmp_path / "c" / "checkpoint-1", []
+    folder.mkdir(parents=True)
+    entry = files.write_file(folder / "model.safetensors", bytes(3 * files.READ_BYTES + 1))
+    manifest.write_manifest(folder, {"model.safetensors": entry})
+    assert newest_whole(tmp_path / "c", lambda: moved.append(1)) == folder
+    assert len(moved) == 4
+
+
 def test_it_never_starts_over_when_no_checkpoint_verifies(tmp_path):
     for step in (1, 2):
         (save(tmp_path / "c", step) / "manifest.json").unlink()

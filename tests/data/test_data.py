@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from trainstack.data.feed import micro_batches
 from trainstack.data.order import HASH_BITS, Permutation, StepSampler, samples_hash
+from trainstack.data.packing import plans
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore
-from trainstack.prepare.packing import plans
+from trainstack.data.writer import TokenWriter
 from trainstack.prepare.tokenise import is_held_out, spans_of, token_batch
-from trainstack.prepare.writer import TokenWriter
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 256, 1000, 65537])

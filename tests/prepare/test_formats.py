@@ -1,16 +1,19 @@
 """What of a record is learned: token by token, for each format and three kinds of chat template."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import pytest
 
+from trainstack.chat.template import Chat
 from trainstack.config.schema import DataSection
 from trainstack.errors import DataError
-from trainstack.prepare import formats, tokenizer
-from trainstack.prepare.chat import Chat
+from trainstack.prepare import formats
+from trainstack.prepare.tokenizer import Encoder
 
 END = "<|im_end|>"
 SPECIAL = [END, "<|im_start|>"]
@@ -34,6 +37,7 @@ PLAIN = (  # no special token around turns, no invitation to the assistant
 FORGETFUL = (  # writes an answer differently once it is not the last, as Qwen3 does
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' "
     "and loop.last %}{{ 'think ' }}{% endif %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"smollm2": SMOLLM2, "tagged": TAGGED, "plain": PLAIN, "forgetful": FORGETFUL, "no": ""}
 WORDS = (
@@ -81,13 +85,32 @@ def test_each_format_of_the_settings_can_be_built_and_recognised():
     assert formats.BUILDERS.keys() == formats.COLUMNS.keys()
 
 
-def marked(chats, template: str, record: dict, name: str | None = None) -> str:
-    """The tokens of a record's document joined; learned ones between < and >, runs together."""
+def section(**changes) -> SimpleNamespace:
+    """The settings of a data set that a format reads, as config.yaml ships them but ``changes``."""
+    known = {"text_field": "text", "columns": {}, "learn": "all", "each_turn": False}
+    return SimpleNamespace(**{**known, **changes})
+
+
+def documents(record: dict, chat: Chat, **changes) -> list[formats.Document]:
+    name = formats.recognise("a.jsonl:1", record, section(**changes))
+    return formats.to_documents("a.jsonl:1", record, name, section(**changes), chat)
+
+
+def marked(chats, template: str, record: dict, **changes) -> str:
+    """The tokens of a record's documents joined; learned ones between < and >, runs together."""
     made, words_tokenizer = chats
-    name = name or formats.recognise("a.jsonl:1", record, "text")
-    document = formats.to_document("a.jsonl:1", record, name, "text", made[template])
+    return " | ".join(
+        tokens_of(document, words_tokenizer)
+        for document in documents(record, made[template], **changes)
+    )
+
+
+def tokens_of(document: formats.Document, words_tokenizer) -> str:
     end_id = words_tokenizer.token_to_id(END)
-    [(_, ids, flags)] = tokenizer.encode(words_tokenizer, end_id, [document])
+    rows = words_tokenizer.get_vocab_size()
+    words_tokenizer.encode_special_tokens = False  # as another Encoder may have left it
+    [(_, encoded)] = Encoder(words_tokenizer, end_id, rows, None).encode([document])
+    ids, flags = encoded.ids, encoded.flags
     flags = np.ones(len(ids), bool) if flags is None else flags
     assert len(ids) == len(flags)
     words = [words_tokenizer.id_to_token(i) for i in ids]
@@ -100,8 +123,8 @@ def test_smollm2s_own_template_has_no_tags_and_the_turn_with_its_end_is_learned(
     assert marked(chats, "smollm2", {"messages": TURNS}) == (
         "START system NL You _ are _ a _ helpful _ AI _ assistant _ named _ SmolLM , _ trained _ "
         "by _ Hugging _ Face END NL START user NL one END NL "
-        "START assistant NL <two> <_> <three> <END> <NL> "
-        "START user NL four END NL START assistant NL <five> <END> <NL>"
+        "START assistant NL <two> <_> <three> <END> NL "
+        "START user NL four END NL START assistant NL <five> <END> NL"
     )
 
 
@@ -114,13 +137,14 @@ def test_a_template_with_generation_tags_says_itself_what_is_learned(chats):
 
 def test_the_mask_of_a_tagged_template_is_the_one_of_transformers(chats):
     made, words_tokenizer = chats
-    document = formats.to_document("a", {"messages": TURNS}, "messages", "text", made["tagged"])
-    [(_, ids, flags)] = tokenizer.encode(words_tokenizer, 0, [document])
+    [document] = documents({"messages": TURNS}, made["tagged"])
+    rows = words_tokenizer.get_vocab_size()
+    [(_, encoded)] = Encoder(words_tokenizer, 0, rows, None).encode([document])
     theirs = made["tagged"]._tokenizer.apply_chat_template(
         TURNS, return_assistant_tokens_mask=True, return_dict=True
     )
-    assert ids.tolist() == theirs["input_ids"]
-    assert flags.tolist() == [bool(flag) for flag in theirs["assistant_masks"]]
+    assert encoded.ids.tolist() == theirs["input_ids"]
+    assert encoded.flags.tolist() == [bool(flag) for flag in theirs["assistant_masks"]]
 
 
 def test_a_template_without_an_invitation_learns_what_the_turn_adds(chats):
@@ -129,10 +153,32 @@ def test_a_template_without_an_invitation_learns_what_the_turn_adds(chats):
     )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(chats):
-    with pytest.raises(DataError, match=r"a.jsonl:1: .*writes turn 2 differently.*generation"):
-        marked(chats, "forgetful", {"messages": TURNS})
+def test_a_template_that_writes_the_last_turn_otherwise_is_learned_from_as_it_is(chats):
+    assert marked(chats, "forgetful", {"messages": TURNS}) == (
+        "START user NL one END START assistant NL <two> <_> <three> <END> "
+        "START user NL four END START assistant NL <think> <_> <five> <END>"
+    )
     assert "<think> <_> <two>" in marked(chats, "forgetful", {"messages": TURNS[:2]})
+
+
+def test_only_the_last_turn_is_learned_if_that_is_asked_for(chats):
+    assert "<two>" not in marked(chats, "tagged", {"messages": TURNS}, learn="last")
+    assert "<five> <END>" in marked(chats, "tagged", {"messages": TURNS}, learn="last")
+
+
+def test_each_turn_can_be_a_sample_behind_what_the_model_is_given_before_it(chats):
+    assert marked(chats, "forgetful", {"messages": TURNS}, each_turn=True) == (
+        "START user NL one END START assistant NL <think> <_> <two> <_> <three> <END> | "
+        "START user NL one END START assistant NL two _ three END "
+        "START user NL four END START assistant NL <think> <_> <five> <END>"
+    )
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": True}])
+def test_a_turn_that_is_marked_as_not_to_be_learned_is_not(chats, mark):
+    turns = [TURNS[0], {**TURNS[1], **mark}, TURNS[2], {**TURNS[3], "weight": 1}]
+    text = marked(chats, "tagged", {"messages": turns})
+    assert "two _ three END" in text and "<five> <END>" in text
 
 
 def test_text_is_learned_whole_with_the_end(chats):
@@ -144,7 +190,7 @@ def test_of_prompt_and_completion_the_completion_and_the_end_are_learned(chats):
     assert marked(chats, "no", record) == "one _ two <_> <three> <END>"
     record = {"prompt": TURNS[:1], "completion": TURNS[1:2]}
     assert marked(chats, "smollm2", record).endswith(
-        "START assistant NL <two> <_> <three> <END> <NL>"
+        "START assistant NL <two> <_> <three> <END> NL"
     )
 
 
@@ -156,7 +202,9 @@ def test_alpaca_is_a_conversation_if_there_is_a_template_else_its_own_prompt(cha
     text = marked(chats, "no", record)
     assert "# # # _ Instruction : NL one NL NL # # # _ Input : NL two NL NL" in text
     assert text.endswith("# # # _ Response : NL <three> <END>")
-    assert "Input" not in marked(chats, "no", {**record, "input": ""})
+    assert "Input" not in marked(chats, "no", {**record, "input": "", "history": []})
+    with pytest.raises(DataError, match="its history would be left out"):
+        marked(chats, "no", {**record, "history": [["one", "two"]]})
 
 
 def test_sharegpt_has_its_role_names_mapped(chats):
@@ -174,13 +222,29 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"messages": TURNS[:1]}, "no token of it carries loss"),
         ({"messages": "one"}, "no list of messages in messages"),
         ({"messages": [{"content": "one"}]}, "message 1 of messages has no role"),
-        ({"messages": [{"role": "user", "content": 5}]}, "content of message 1 is a int"),
-        ({"messages": [{"role": "user"}]}, "chat template cannot write it .*content"),
-        ({"messages": TURNS[1:2]}, "begins with the assistant's turn"),
-        ({"conversations": [{"from": "Bob", "value": "x"}]}, "turn 1 is from 'Bob'"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "no string in value but null"),
-        ({"conversations": [{"from": ["gpt"], "value": "x"}]}, r"turn 1 is from \['gpt'\]"),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "has a content that is a int",
+        ),
+        ({"messages": [{"role": "user"}]}, "message 1 of messages has no content"),
+        (
+            {"conversations": [{"from": "Bob", "value": "x"}]},
+            "message 1 .*is from 'Bob'",
+        ),
+        (
+            {"conversations": [{"from": "gpt", "value": None}]},
+            "message 1 .*has no content",
+        ),
+        (
+            {"conversations": [{"from": ["gpt"], "value": "x"}]},
+            "message 1 .*has no role",
+        ),
         ({"instruction": "one", "output": "two", "history": ["one"]}, "no list of pairs"),
+        ({"prompt": "one", "completion": "two", "system": "three"}, "its system would be left out"),
+        (
+            {"messages": [{"role": "system", "content": "one"}, *TURNS], "system": "two"},
+            "two texts",
+        ),
         ({"prompt": "one", "completion": None}, "no string in completion but null"),
         ({"prompt": "one", "completion": " "}, "completion is empty"),
         ({"instruction": "one", "output": ""}, "output is empty"),
@@ -190,7 +254,10 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"messages": [*TURNS[:1], {"role": "assistant", "content": "a\0"}]}, "NUL character"),
         ({"body": "one"}, "nor any of messages, .*the record has: body"),
         ({"text": "one", "messages": TURNS}, "fits text and messages; .*data.format=messages"),
-        (["one"], "the record is a list"),
+        (["one"], "the record is a list; write an object with its turns"),
+        ({"id;text": "0;one"}, "the record has: id;text; columns of a .csv are separated by comm"),
+        ({"dialog": TURNS}, "say where its turns are: data.columns={messages: dialog}"),
+        ({"data": [{"text": "a"}, {"text": "b"}]}, "write the list data alone, an array of rec"),
     ],
 )
 def test_what_is_no_document_is_named_with_its_location_and_the_fix(chats, record, message):
@@ -207,14 +274,13 @@ def test_a_conversation_without_a_template_is_refused(chats):
     "record", [{"text": " \n"}, {"messages": []}, {"conversations": []}, {"text": ""}]
 )
 def test_what_is_empty_is_no_document(chats, record):
-    name = formats.recognise("a", record, "text")
-    assert formats.to_document("a", record, name, "text", chats[0]["smollm2"]) is None
+    assert documents(record, chats[0]["smollm2"]) == []
 
 
 def test_tools_and_calls_reach_the_template(chats, tmp_path):
-    template = "{{ tools | length }}{% for m in messages %}{{ m.role }}{% if m.tool_calls %}" \
-        "{% generation %}{{ m.tool_calls[0].function.name }}{% endgeneration %}{% endif %}" \
-        "{% endfor %}"  # fmt: skip
+    template = "{{ tools | length }}{% for m in messages %}{{ m.role + m.content }}" \
+        "{% if m.tool_calls %}{% generation %}{{ m.tool_calls[0].function.name }}" \
+        "{% endgeneration %}{% endif %}{{ '<end>' }}{% endfor %}"  # fmt: skip
     chat = chats[0]["tagged"]
     other = Chat(chat.model_folder)
     assert other.template
@@ -224,34 +290,36 @@ def test_tools_and_calls_reach_the_template(chats, tmp_path):
         "messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}],
         "tools": json.dumps([{"type": "function", "function": {"name": "five"}}]),
     }
-    document = formats.to_document("a", record, "messages", "text", other)
-    [segment] = document.segments
-    assert [segment.text[a:b] for a, b in segment.learned] == ["five"]
-    assert segment.text.startswith("1user")
+    [document] = documents(record, other)
+    assert [document.text[a:b] for a, b in document.learned] == ["five"]
+    assert document.text == "1userone<end>assistantfive<end>"
 
 
-@pytest.fixture(scope="module")
-def byte_level():
-    """A byte-level BPE as GPT-2's, trained on this file."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator([Path(__file__).read_text()], trainer)
-    return made
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PAGE = Path(__file__).resolve().parents[2] / "doc" / "formats.md"
+EXAMPLES = re.findall(
+    r"## (\w+)\n\n```json\n(.*?)\n```\n```text\n(.*?)\n```", PAGE.read_text(), re.S
+)
 
 
-@pytest.mark.parametrize("text", [Path(__file__).read_text(), "a  b \n\n c\n" * 900, "x" * 9000])
-def test_a_long_text_is_tokenised_in_parts_as_the_whole_would_be(monkeypatch, byte_level, text):
-    monkeypatch.setattr(tokenizer, "LONG_TEXT", 2000)
-    whole = byte_level.encode(text, add_special_tokens=False).ids
-    assert tokenizer.long_ids(byte_level, text).tolist() == whole
-    is_cut = tokenizer.safe_cut(byte_level, text, 0, 2000) is not None
-    assert is_cut == ("\n" in text), "a text of one word stays whole"
-    document = formats.Document("a", (formats.Segment(text, None),), True)
-    [(_, ids, flags)] = tokenizer.encode(byte_level, 7, [document])
-    assert ids.tolist() == [*whole, 7]
-    assert flags is None
+def test_the_page_has_an_example_of_each_format():
+    assert {name for name, _, _ in EXAMPLES} == {"text", *formats.BUILDERS}
+
+
+@pytest.mark.parametrize(("name", "record", "expected"), EXAMPLES)
+def test_an_example_of_the_page_gives_what_the_page_says(chats, name, record, expected):
+    chat = Chat(chats[0]["smollm2"].model_folder)
+    assert chat.template
+    chat._tokenizer.chat_template = CHATML
+    record = json.loads(record)
+    assert formats.recognise("a", record, section()) == name
+    [document] = documents(record, chat)
+    text, end = document.text, "" if document.is_rendered else "<|endoftext|>"
+    ranges = [(0, len(text))] if document.learned is None else document.learned
+    for first, last in reversed(ranges):
+        more = end if last == len(text) else ""
+        text = f"{text[:first]}[[{text[first:last]}{more}]]{text[last:]}"
+    assert text.rstrip("\n") == expected

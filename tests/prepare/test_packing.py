@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from trainstack.prepare import packing
+from trainstack.data import packing
 
 
 def lengths_of(seed: int, number: int, longest: int) -> np.ndarray:

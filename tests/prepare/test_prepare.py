@@ -16,14 +16,16 @@ from records import TEMPLATE
 
 import tiny
 from trainstack.errors import DataError
-from trainstack.prepare import readers
+from trainstack.records import chunks, readers
 from trainstack.storage import layout, manifest
 
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
 import sys
-from trainstack.prepare import prepare, readers, tokenise, writer
-readers.CHUNK_BYTES, prepare.FEW_BYTES, writer.COMMIT_SECONDS = {chunk}, 0, 0
+from trainstack.data import writer
+from trainstack.prepare import prepare, tokenise
+from trainstack.records import chunks
+chunks.CHUNK_BYTES, prepare.FEW_BYTES, writer.COMMIT_SECONDS = {chunk}, 0, 0
 {more}
 sys.exit(prepare.main(sys.argv[1:]))
 """
@@ -279,7 +281,7 @@ VALUES = [
 def test_an_array_is_read_value_by_value_as_it_would_be_as_a_whole(
     monkeypatch, chunk, values, indent
 ):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
     text = json.dumps(values, indent=indent, ensure_ascii=False) + "\n"
     found = readers.JsonArray("a.json", io.StringIO(text))
     assert [value for value, _ in found] == values
@@ -299,14 +301,14 @@ def test_an_array_is_read_value_by_value_as_it_would_be_as_a_whole(
     ],
 )
 def test_what_is_no_array_is_named_with_its_line(monkeypatch, chunk, text, problem):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk)
     with pytest.raises(DataError) as raised:
         list(readers.JsonArray("a.json", io.StringIO(text)))
     assert problem in str(raised.value)
 
 
 def test_a_chunk_can_begin_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 100)
     texts = [f"text {number}" for number in range(50)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     pyarrow.parquet.write_table(

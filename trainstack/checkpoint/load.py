@@ -1,6 +1,7 @@
 """The newest checkpoint that verifies, and what is read from it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,15 +15,16 @@ from trainstack.storage import manifest
 log = logging.getLogger("trainstack")
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, moves: Callable[[], None] = lambda: None) -> Path | None:
     """The newest checkpoint that verifies, every byte hashed; None if there is none at all.
 
     A damaged one is named and set aside, and the one before is taken. ConfigError if checkpoints
-    exist and none verifies: never silently start over.
+    exist and none verifies: never silently start over. ``moves`` is called for each piece hashed.
     """
     candidates, problems = checkpoints(folder), []
     for _, path in candidates:
-        problem = next(manifest.damage(path), None)
+        log.info("resume  verifying %s, every byte of it", path.name)
+        problem = next(manifest.damage(path, moves=moves), None)
         if problem is None:
             for broken in problems:
                 log.warning("resume  %s; using %s instead", broken, path.name)

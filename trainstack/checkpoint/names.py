@@ -39,3 +39,9 @@ def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
             if not any(manifest.damage(path, STATE_BYTES)):
                 return step, read_state(path).identity
     return 0, None
+
+
+def kept_tokens(folder: Path) -> str:
+    """The key of the corpus that a run has learned from so far; empty if it has no checkpoint."""
+    _, saved = newest_identity(folder)
+    return saved.get("tokens", "") if saved else ""

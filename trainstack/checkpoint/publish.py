@@ -77,6 +77,7 @@ class Publisher:
                 for path in snapshot.synced_first:
                     files.sync_file(path)
                 for name, data in snapshot.small_files.items():
+                    files.make_folder((temporary / name).parent)
                     entries[name] = files.write_file(temporary / name, data)
             if share.weights:
                 entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights, self.pause)

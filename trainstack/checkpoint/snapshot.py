@@ -1,5 +1,6 @@
 """What a checkpoint holds, and which part of it each rank writes."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 
 WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
 TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokenizer it is
     "tokenizer*",
     "special_tokens_map.json",
@@ -15,6 +17,8 @@ TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokeniz
     "vocab*",
     "merges.txt",
     "chat_template*",
+    "*.model",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -81,8 +85,14 @@ def replicated_share(
     return Share(weights if rank == 0 else {}, own)
 
 
-def small_files(causal_lm: torch.nn.Module, model_folder: Path) -> dict[str, bytes]:
-    """What from_pretrained needs beside the weights: the model's configuration, the tokenizer."""
+def small_files(
+    causal_lm: torch.nn.Module, model_folder: Path, stop_ids: list[int], template: str | None
+) -> dict[str, bytes]:
+    """What from_pretrained needs beside the weights: the model's configuration, the tokenizer.
+
+    ``stop_ids`` end what was learned: the model stops there too when it generates. ``template``: a
+    chat template that took the place of the model's own; None: none did.
+    """
     found = {}
     causal_lm.config.architectures = [type(causal_lm).__name__]
     with tempfile.TemporaryDirectory() as temporary:
@@ -91,7 +101,25 @@ def small_files(causal_lm: torch.nn.Module, model_folder: Path) -> dict[str, byt
             causal_lm.generation_config.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             found[path.name] = path.read_bytes()
+    if GENERATION in found:
+        found[GENERATION] = with_stops(found[GENERATION], stop_ids)
     for pattern in TOKENIZER_PATTERNS:
         for path in model_folder.glob(pattern):
-            found[path.name] = path.read_bytes()
+            found[str(path.relative_to(model_folder))] = path.read_bytes()
+    if template is not None:
+        found["chat_template.jinja"] = template.encode()
     return found
+
+
+def with_stops(content: bytes, stop_ids: list[int]) -> bytes:
+    """generation_config.json with ``stop_ids`` after the ends of text that it has; else as it is.
+
+    As JSON: transformers 5 refuses to save settings that contradict each other once one is changed.
+    """
+    settings = json.loads(content)
+    ends = settings.get("eos_token_id")
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if set(stop_ids) <= set(known):
+        return content
+    settings["eos_token_id"] = list(dict.fromkeys([*known, *stop_ids]))
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()

@@ -1,50 +1,57 @@
 """What a run learns from: the token stores of its data sets as one."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from trainstack.checkpoint.names import kept_tokens
 from trainstack.config.schema import Config
 from trainstack.data.split import Split
-from trainstack.data.store import TokenStore, store_folder
+from trainstack.data.store import TokenStore, find_store
 from trainstack.errors import ConfigError
 
 
-def open_corpus(home: Path, config: Config) -> "Corpus":
+def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> "Corpus":
     """The token stores of a configuration.
 
+    ``checkpoints``: of the run, which continues with the stores that it has learned from already.
     ConfigError if a store is not there, or the model or data set that it was made from.
     """
-    stores = {}
+    kept = kept_tokens(checkpoints).split("+") if checkpoints else ()
+    stores, earlier = {}, []
     for section in config.data.sources:
         try:
-            folder = store_folder(home, config.model.name, section)
+            folder = find_store(home, config.model.name, section, kept)
             stores[section.label] = TokenStore(folder, section.seq_len)
+            if folder != find_store(home, config.model.name, section, ()):
+                earlier.append(section.label)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {config.model.name} or the tokens of {section.name} are not ready "
                 f"({error}); run: bash download_data_model.sh"
             ) from None
-    return Corpus(stores)
-
-
-def corpus_key(folders: Iterable[Path]) -> str:
-    """The name of the stores in some folders together, which a checkpoint keeps."""
-    return "+".join(folder.name for folder in folders)
+    return Corpus(stores, earlier)
 
 
 class Corpus:
     """What a run learns from: the token stores of its data sets, by their labels.
 
-    ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all.
+    ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all;
+    ``stop_ids``: the tokens that end what the assistant says, if there are conversations;
+    ``earlier``: the labels of those that rules before made, which a new run would not take;
+    ``chat_template``: the one that took the place of the model's own, if one did.
     """
 
-    def __init__(self, stores: dict[str, TokenStore]):
-        self.stores = stores
-        self.key = corpus_key(store.folder for store in stores.values())
+    def __init__(self, stores: dict[str, TokenStore], earlier: Sequence[str] = ()):
+        self.stores, self.earlier = stores, earlier
+        self.key = "+".join(store.folder.name for store in stores.values())
         self.train = joined([store.train for store in stores.values()])
         self.sizes = [store.train.num_samples for store in stores.values()]
+        ends = (number for s in stores.values() for number in s.meta.get("stop_ids") or [])
+        self.stop_ids = list(dict.fromkeys(ends))
+        templates = (store.meta.get("chat_template") for store in stores.values())
+        self.chat_template = next(filter(None, templates), None)
 
 
 class Joined:

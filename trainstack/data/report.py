@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trainstack.chat.template import REMARKS, Chat, load_tokenizer
 from trainstack.config.load import load
 from trainstack.config.schema import DataSection
 from trainstack.data.corpus import open_corpus
@@ -26,6 +27,7 @@ from trainstack.storage import layout
 SPEAKER = "data_report"
 SHOWN_SAMPLES = 3
 SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
+ENDS = 6  # tokens that are shown of a document's beginning and end
 BAR_WIDTH = 40  # characters
 HASH_BYTES = 8  # two of a million documents are taken for one once in 40 million data sets
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
@@ -53,6 +55,10 @@ def main(arguments: list[str]) -> int:
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
+        if store.meta["template"]:
+            file = Path(section.chat_template) if section.chat_template else None
+            prompt = Chat(model_folder, file, section.chat_date).generation_prompt()
+            print(f"at inference the model is given, before it answers: {prompt!r}")
     return 0
 
 
@@ -75,6 +81,14 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
         f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
     )
     yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
+    for name, text in REMARKS.items():
+        if count := getattr(counts, name):
+            yield f"  remark      {count:,} {text}"
+    if counts.written_documents:
+        yield (
+            f"  as text     a special token written in {counts.written_documents:,} documents, "
+            f"first {counts.first_written}"
+        )
     copies = duplicates(store.train)
     yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
     yield "  length      tokens per document, of the training split"
@@ -110,13 +124,10 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def examples(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> Iterator[str]:
-    """Some samples as a model gets them, spread over the training split, decoded."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    """Some samples and documents as a model gets them, spread over the training split."""
+    tokenizer = load_tokenizer(model_folder)
     split = store.train
-    chosen = np.unique(np.linspace(0, split.num_samples - 1, SHOWN_SAMPLES).astype(np.int64))
-    for sample in chosen if split.num_samples else ():
+    for sample in spread(split.num_samples):
         pieces = split.pieces_of(sample)
         yield f"sample {sample:,}: {len(pieces)} pieces; of each the first {SHOWN_TOKENS} tokens:"
         for start, count in pieces[:SHOWN_PIECES]:
@@ -124,6 +135,22 @@ def examples(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> I
             carries = split.targets_in(positions, positions + 1) > 0
             carries[0] = False  # the first token is no target
             yield "".join(marked(tokenizer, split.ids[positions], carries, marks))
+    for number in spread(len(split.stops)):
+        first, stop = (split.stops[number - 1] if number else 0), split.stops[number]
+        ids = split.ids[first:stop].tolist()
+        ends = [tokenizer.convert_ids_to_tokens(part) for part in (ids[:ENDS], ids[-ENDS:])]
+        special = sorted({*ids} & {*tokenizer.all_special_ids})
+        names = " ".join(tokenizer.convert_ids_to_tokens(special)) or "none"
+        learned = split.targets_in(np.array([first]), np.array([stop])).item()
+        yield (
+            f"document {number:,}: {len(ids):,} tokens, {learned:,} of them learned; begins "
+            f"{' '.join(ends[0])}; ends {' '.join(ends[1])}; special tokens in it: {names}"
+        )
+
+
+def spread(number: int) -> list[int]:
+    """SHOWN_SAMPLES numbers from 0 up to ``number``, as far apart as can be; fewer of a few."""
+    return np.unique(np.linspace(0, number - 1, SHOWN_SAMPLES).astype(int)).tolist() * bool(number)
 
 
 def marked(

@@ -9,10 +9,12 @@
 
 and meta.json (what made it), bad_records.jsonl (which records were left out) and manifest.json.
 The key is a hash of the data files, the tokenizer and the settings: other data is another store.
+The key of the newest rules may be a link to the store that the rules before made alike.
 """
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,19 @@ from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.storage import manifest
 from trainstack.storage.layout import dataset_folder, model_folder
 
-FORMAT_VERSION = 2  # higher whenever the same files would give other tokens, as by formats.py
-# Their hashes are in the key of a store: another list means another key. A checkpoint copies more.
-DECIDE_TOKENS = (
+FORMAT_VERSION = 3  # higher whenever the same files would give other tokens, as by formats.py
+EARLIER_VERSION = 2  # whose stores the runs that began with them go on using
+EARLIER_FILES = (  # of the model, whose hashes are in a key of that version
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# Of a model's files: what is no weight and none of these may decide tokens.
+NOT_OF_TOKENIZER = ("config.json", "generation_config.json", "preprocessor_config.json")
+# Settings that version 2 did not have, with the values that it stands for.
+SINCE_VERSION_3 = {
+    "columns": {}, "learn": "all", "each_turn": False, "chat_template": None, "chat_date": None,
+    "special_tokens": None, "split_on": None,
+}  # fmt: skip
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
 
@@ -47,20 +56,49 @@ class Counts:
     split_documents: int = 0  # longer than seq_len, if documents are packed whole
     dropped_documents: int = 0
     bad_records: int = 0
+    dropped_thoughts: int = 0  # turns whose thoughts the chat template left out
+    ignored_tools: int = 0  # that it did not write
+    unnamed_calls: int = 0  # of tools, without the name
+    unasked_turns: int = 0  # without the generation prompt of inference before them
+    written_documents: int = 0  # plain ones that hold a special token, as text
+    first_written: str = ""  # location and token of the first
+    largest_id: int = 0  # of all tokens
 
 
-def made_from(model: Path, dataset: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that decides what a store holds: hashes of the files, and settings; from manifests only.
+def made_from(
+    home: Path, model_name: str, section: DataSection, version: int = FORMAT_VERSION
+) -> dict[str, Any]:
+    """All that decides what a store holds: hashes of the files, and settings.
 
     FileNotFoundError or ValueError if the model or the data set is not there or not whole.
     """
-    model_files = manifest.read_manifest(model)["files"]
-    return {
-        "format": FORMAT_VERSION,
-        "tokenizer": {n: model_files[n]["sha256"] for n in DECIDE_TOKENS if n in model_files},
-        "source": {n: e["sha256"] for n, e in manifest.read_manifest(dataset)["files"].items()},
-        "settings": settings,
+    model = model_folder(home, model_name)
+    files = manifest.read_manifest(model)["files"]
+    source = manifest.read_manifest(dataset_folder(home, section.name, section.subset))["files"]
+    is_earlier = version == EARLIER_VERSION
+    decides = EARLIER_FILES.__contains__ if is_earlier else decides_tokens  # names of files
+    inputs = {
+        "format": version,
+        "tokenizer": {name: entry["sha256"] for name, entry in files.items() if decides(name)},
+        "source": {name: entry["sha256"] for name, entry in source.items()},
+        "settings": store_settings(section, is_earlier),
     }
+    return inputs if is_earlier else inputs | {"config": read_by_tokenizer(model)}
+
+
+def read_by_tokenizer(model: Path) -> dict[str, Any]:
+    """What of config.json decides tokens, if the tokenizer's own settings do not."""
+    own = model / "tokenizer_config.json"
+    settings = json.loads(own.read_bytes()) if own.exists() else {}
+    config = json.loads((model / "config.json").read_bytes())
+    pairs = {"tokenizer_class": "model_type", "eos_token": "eos_token_id"}
+    return {theirs: config.get(theirs) for own, theirs in pairs.items() if not settings.get(own)}
+
+
+def decides_tokens(name: str) -> bool:
+    """Whether a file of a model may decide what a text's or a conversation's tokens are."""
+    is_weight = name.endswith((".safetensors", ".safetensors.index.json"))
+    return not is_weight and name not in NOT_OF_TOKENIZER
 
 
 def store_key(inputs: dict[str, Any]) -> str:
@@ -68,20 +106,47 @@ def store_key(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def store_folder(home: Path, model_name: str, section: DataSection) -> Path:
+def store_folder(
+    home: Path, model_name: str, section: DataSection, version: int = FORMAT_VERSION
+) -> Path:
     """Where the store of one data set is, or will be. Raises as ``made_from``."""
-    model = model_folder(home, model_name)
-    dataset = dataset_folder(home, section.name, section.subset)
-    return home / "tokens" / store_key(made_from(model, dataset, store_settings(section)))
+    return home / "tokens" / store_key(made_from(home, model_name, section, version))
 
 
-def store_settings(section: DataSection) -> dict[str, Any]:
+def find_store(home: Path, model_name: str, section: DataSection, kept: Sequence[str]) -> Path:
+    """The store that a run reads, whether or not it is there; links are followed.
+
+    ``kept``: the names of those that the run has learned from already: if one of them was made of
+    the same files and settings by the rules before, the run continues with it. Raises as
+    ``made_from``.
+    """
+    if kept and is_as_before(section):
+        earlier = store_folder(home, model_name, section, EARLIER_VERSION)
+        if earlier.name in kept and earlier.exists():
+            return earlier
+    return store_folder(home, model_name, section).resolve()
+
+
+def is_as_before(section: DataSection) -> bool:
+    """Whether the settings ask for nothing that the rules before did not have."""
+    new = {key: getattr(section, key) for key in SINCE_VERSION_3 if key != "chat_date"}
+    return all(value == SINCE_VERSION_3[key] for key, value in new.items())
+
+
+def store_settings(section: DataSection, is_earlier: bool = False) -> dict[str, Any]:
     """The settings of config.yaml's data section that decide which tokens a store holds."""
     keys = ["split", "eval_split", "eval_fraction", "format", "text_field", "packing"]
     keys += ["max_bad_records"]
     if section.packing != "concat":  # the samples are laid out in the store
         keys += ["seq_len", "too_long"]
+    if not is_earlier:
+        keys += SINCE_VERSION_3.keys()
     settings = {key: getattr(section, key) for key in keys}
+    if not is_earlier and section.special_tokens != "tokens":
+        settings["special_tokens"] = None  # text and null make the same tokens
+    if not is_earlier and section.chat_template:  # another path with the same content is the same
+        content = Path(section.chat_template).read_bytes()
+        settings["chat_template"] = hashlib.sha256(content).hexdigest()
     return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}
 
 

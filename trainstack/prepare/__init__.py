@@ -1,12 +1,12 @@
 """Documents become tokens, once, before the first run.
 
-prepare.py    command: from data sets to token stores
-readers.py    data files become records
-formats.py    a record becomes a document
-chat.py       conversations by the tokenizer's chat template
-tokenizer.py  the model's tokenizer; documents become tokens
-tokenise.py   data files become tokens, by several processes
-packing.py    which documents share a sample
-writer.py     writes a store, which can be resumed
-demo.py       the built-in data set and model
+prepare.py     command: from data sets to token stores
+formats.py     a record becomes a document
+tokenizer.py   the model's tokenizer; documents become tokens
+long_texts.py  long texts in parts, with the tokens of the whole
+tokenise.py    data files become tokens, by several processes
+held_out.py    which documents are held out
+told.py        what people are told of a store
+earlier.py     stores that the rules before made
+demo.py        the built-in data set and model
 """

@@ -1,15 +1,19 @@
-"""One record of a data set becomes one document: texts to tokenise, and which of it is learned.
+"""One record of a data set becomes one document: a text to tokenise, and which of it is learned.
 
 Of a ``text`` all tokens carry loss, of the other formats only what the model has to say: the
 assistant's turns, the completion.
 """
 
-import json
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainstack.chat.messages import messages_of, tools_of
+from trainstack.chat.template import Chat, Ranges, says_something
+from trainstack.config.schema import SourceSection
 from trainstack.errors import DataError
-from trainstack.prepare.chat import Chat, Ranges
+from trainstack.records.chunks import Part
 
 COLUMNS = {  # what makes a record one of a format; text is recognised by data.text_field
     "messages": ("messages",),
@@ -17,11 +21,13 @@ COLUMNS = {  # what makes a record one of a format; text is recognised by data.t
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
-SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool",
-    "function_response": "tool",
-}  # fmt: skip
+CHAT_COLUMNS = ("messages", "conversations", "conversation")  # each with turns of either shape
+MORE_COLUMNS = {  # that a format reads where they are there
+    "messages": (*CHAT_COLUMNS, "system", "tools", "functions"),
+    "sharegpt": (*CHAT_COLUMNS, "system", "tools", "functions"),
+    "prompt_completion": ("system", "tools", "functions"),
+    "alpaca": ("input", "system", "history"),
+}
 # The prompts of Stanford Alpaca's train.py (Taori and others, 2023), with an input and without.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -36,50 +42,92 @@ NOTHING_LEARNED = (
     "no token of it carries loss, for no assistant says anything; fix it, or leave it out"
 )
 # Named by a format itself; any other column that is read is data.text_field.
-FIXED_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system", "value"}
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A text that is tokenised by itself; ``learned``: ranges of characters, None for all."""
-
-    text: str
-    learned: Ranges | None
+FIXED_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """Segments, whose tokens are joined.
+    """One text, tokenised as one; ``location``: file and line of its record.
 
-    ``location``: file and line of its record. ``is_ended``: whether the end token follows, and is
-    learned; a chat template writes its own ends of turns, so a conversation is not ended.
+    ``learned``: the ranges of characters that carry loss; None: all. ``written``: the ranges that a
+    person wrote, in which a special token is text; None: all. ``is_rendered``: a chat template
+    wrote it, with its own beginning and ends; else the tokenizer's own beginning comes before it,
+    and the end token, which is learned, behind it. ``is_begun``, ``is_continued``: it is a
+    piece of a document, whose beginning, or end, is in another piece. ``before``, ``after``: some
+    text of the pieces around it, which its tokens depend on.
     """
 
     location: str
-    segments: tuple[Segment, ...]
-    is_ended: bool
+    text: str
+    learned: Ranges | None
+    written: Ranges | None
+    is_rendered: bool
+    is_begun: bool = False
+    is_continued: bool = False
+    before: str = ""
+    after: str = ""
+    remarks: dict[str, int] = field(default_factory=dict)  # as a Rendered has them
 
-    @property
-    def text(self) -> str:
-        return "".join(segment.text for segment in self.segments)
+
+def renamed(record: Any, section: SourceSection) -> Any:
+    """A record with its columns under our names, as data.columns says."""
+    if not section.columns or not isinstance(record, dict):
+        return record
+    taken = {*section.columns.values()}
+    rest = {key: value for key, value in record.items() if key not in taken}
+    return rest | {ours: record[own] for ours, own in section.columns.items() if own in record}
 
 
-def recognise(location: str, record: Any, text_field: str) -> str:
+def recognise(location: str, record: Any, section: SourceSection) -> str:
     """The format of a record by its columns. DataError if none or several fit."""
+    record = renamed(record, section)
     columns = record.keys() if isinstance(record, dict) else ()
     fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
-    if text_field in columns:
+    if "conversation" in columns and not fitting:
+        fitting.append("sharegpt")
+    if section.text_field in columns:
         fitting.insert(0, "text")
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = " and ".join(fitting)
         raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
+    if hint := _odd_shape(record):
+        raise DataError(f"{location}: {_has(record)}; {hint}")
     known = ", ".join("+".join(needed) for needed in COLUMNS.values())
     raise DataError(
-        f"{location}: no text in data.text_field={text_field}, nor any of {known}; "
-        f"{_has(record)}; name its column as data.text_field"
+        f"{location}: no text in data.text_field={section.text_field}, nor any of {known}; "
+        f"{_has(record)}; name its column as data.text_field, or map it: "
+        "data.columns={messages: ITS_NAME}"
     )
+
+
+def _odd_shape(record: Any) -> str:
+    """What to do with a record that no column of it can help; empty if one may."""
+    if isinstance(record, list):
+        return 'write an object with its turns: {"conversations": [...]}'
+    if not isinstance(record, dict):
+        return ""
+    if len(record) == 1 and re.search("[;\t]", next(iter(record))):
+        return "columns of a .csv are separated by commas; write it again with commas"
+    lists = [key for key, value in record.items() if isinstance(value, list) and len(value) > 1]
+    whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
+    if whole and {"role", "from"} & record[whole][0].keys():
+        return f"say where its turns are: data.columns={{messages: {whole}}}"
+    return f"write the list {whole} alone, an array of records" if whole else ""
+
+
+def columns_read(name: str, section: SourceSection) -> set[str]:
+    """The columns of a record that the format ``name``, or auto, may read; no other one matters."""
+    names = COLUMNS if name == "auto" else {name} - {"text"}
+    read = {column for n in names for column in (*COLUMNS[n], *MORE_COLUMNS[n])}
+    read |= {section.text_field} if name in ("auto", "text") else set()
+    return {section.columns.get(column, column) for column in read}
+
+
+def text_column(section: SourceSection) -> str:
+    """The column that holds the text of a plain document."""
+    return section.columns.get(section.text_field, section.text_field)
 
 
 def _has(record: Any) -> str:
@@ -88,24 +136,32 @@ def _has(record: Any) -> str:
     return f"the record is a {type(record).__name__}"
 
 
-def to_document(
-    location: str, record: Any, name: str, text_field: str, chat: Chat
-) -> Document | None:
-    """The document of a record in the format ``name``; None if it is empty. Raises DataError."""
+def to_documents(
+    location: str, record: Any, name: str, section: SourceSection, chat: Chat,
+    part: Part | None = None,
+) -> list[Document]:  # fmt: skip
+    """The documents of a record in the format ``name``; none if it is empty. Raises DataError.
+
+    One, or with data.each_turn one for each turn that is learned. ``part``: which piece of a long
+    text it is; none of them is empty.
+    """
     if not isinstance(record, dict):
         raise DataError(f"{location}: {_has(record)}, not an object; write one with the columns")
+    record = renamed(record, section)
     if name == "text":
-        text = _text(location, record, text_field)
-        document = Document(location, (Segment(text, None),), is_ended=True)
+        text = _text(location, record, section.text_field)
+        documents = [Document(location, text, None, None, is_rendered=False)]
+        if part:
+            place = {"is_begun": part.start > 0, "is_continued": part.is_continued}
+            return [replace(documents[0], **place, before=part.before, after=part.after)]
     else:
-        document = BUILDERS[name](location, record, chat)
-    if not any(segment.text.strip() for segment in document.segments):
-        return None
-    for segment in document.segments:
-        check_text(location, segment.text)
-    if not document.is_ended and not any(segment.learned for segment in document.segments):
-        raise DataError(f"{location}: {NOTHING_LEARNED}")
-    return document
+        documents = BUILDERS[name](location, record, section, chat)
+    documents = [document for document in documents if document.text.strip()]
+    for document in documents:
+        check_text(location, document.text)
+        if document.is_rendered and not document.learned:
+            raise DataError(f"{location}: {NOTHING_LEARNED}")
+    return documents
 
 
 def _text(location: str, record: dict, column: str, is_optional: bool = False) -> str:
@@ -136,115 +192,107 @@ def check_text(location: str, text: str) -> None:
         ) from None
 
 
-def _conversation(location: str, text: str, learned: Ranges) -> Document:
-    return Document(location, (Segment(text, learned),), is_ended=False)
-
-
-def _answered(location: str, prompt: str, answer: str) -> Document:
-    """The prompt is tokenised by itself, as it will be when the model is asked."""
-    return Document(location, (Segment(prompt, []), Segment(answer, None)), is_ended=True)
-
-
-def _no_document(location: str) -> Document:
-    return Document(location, (), is_ended=False)
-
-
-def _messages(location: str, record: dict, chat: Chat) -> Document:
-    messages = _message_list(location, record, "messages")
-    if not messages:
-        return _no_document(location)
-    return _conversation(location, *chat.render(location, messages, _tools(location, record)))
-
-
-def _message_list(location: str, record: dict, column: str) -> list[dict]:
-    messages = record.get(column)
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(f"{location}: no list of messages in {column}; {_has(record)}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message.get("role"), str):
+def _answered(location: str, record: dict, prompt: str, answer: str) -> list[Document]:
+    """Tokenised as one text, as it is when the model continues the prompt."""
+    for name in ("system", "history", "tools", "functions"):
+        if record.get(name) not in (None, "", [], "[]"):
             raise DataError(
-                f"{location}: message {number} of {column} has no role; {_has(message)}"
+                f"{location}: its {name} would be left out, for no chat template writes it; take "
+                "it out, or write the record as messages"
             )
-        if not isinstance(message.get("content"), str | list | None):
-            kind = type(message["content"]).__name__
-            raise DataError(f"{location}: content of message {number} is a {kind}; write a text")
-    return messages
+    whole = prompt + answer
+    return [Document(location, whole, [(len(prompt), len(whole))], None, is_rendered=False)]
 
 
-def _tools(location: str, record: dict) -> list | None:
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{location}: tools is no JSON ({error.msg}); fix it") from None
-    return tools or None
+def _rendered(
+    location: str, record: dict, messages: list[dict], marks: list[bool], section: SourceSection,
+    chat: Chat,
+) -> list[Document]:  # fmt: skip
+    """The conversation by the chat template; ``marks``: which messages may be learned."""
+    if not messages:
+        return []
+    system = _text(location, record, "system", is_optional=True)
+    if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
+        raise DataError(f"{location}: two texts of the system, one as a column; write one of them")
+    if system and messages[0]["role"] != "system":
+        messages, marks = [{"role": "system", "content": system}, *messages], [False, *marks]
+    tools = tools_of(location, record.get("tools") or record.get("functions"))
+    learned = [
+        number
+        for number, (message, is_learned) in enumerate(zip(messages, marks, strict=True))
+        if is_learned and says_something(message)
+    ]
+    if section.learn == "last":
+        learned = learned[-1:]
+    if not learned:
+        raise DataError(f"{location}: {NOTHING_LEARNED}")
+    parts = [learned[: at + 1] for at in range(len(learned))] if section.each_turn else [learned]
+    made = (chat.render(location, messages, tools, part, section.each_turn) for part in parts)
+    return [
+        Document(location, text, ranges, written, is_rendered=True, remarks=remarks)
+        for text, ranges, written, remarks in made
+    ]
 
 
-def _prompt_completion(location: str, record: dict, chat: Chat) -> Document:
+def _conversation(
+    location: str, record: dict, section: SourceSection, chat: Chat
+) -> list[Document]:
+    column = next((name for name in CHAT_COLUMNS if name in record), None)
+    if column is None:
+        raise DataError(f"{location}: no {', '.join(CHAT_COLUMNS)}; {_has(record)}")
+    turns = _with_columns(record[column], section)
+    return _rendered(location, record, *messages_of(location, turns, column), section, chat)
+
+
+def _with_columns(turns: Any, section: SourceSection) -> Any:
+    """Turns with their keys under our names: data.columns may map role and content too."""
+    return [renamed(turn, section) for turn in turns] if isinstance(turns, list) else turns
+
+
+def _prompt_completion(
+    location: str, record: dict, section: SourceSection, chat: Chat
+) -> list[Document]:
     if isinstance(record.get("prompt"), list):
-        prompt = _message_list(location, record, "prompt")
-        completion = _message_list(location, record, "completion")
-        tools = _tools(location, record)
-        rendered = chat.render_completion(location, prompt, completion, tools)
-        return _conversation(location, *rendered)
+        said = record.get("completion")
+        said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
+        asked, _ = messages_of(location, _with_columns(record["prompt"], section), "prompt")
+        answer, marks = messages_of(location, _with_columns(said, section), "completion")
+        marks = [*(False for _ in asked), *marks]
+        return _rendered(location, record, [*asked, *answer], marks, section, chat)
     prompt = _text(location, record, "prompt")
     completion = _text(location, record, "completion")
     if not completion.strip():
         raise DataError(f"{location}: its completion is empty; fix it, or leave it out")
-    return _answered(location, prompt, completion)
+    return _answered(location, record, prompt, completion)
 
 
-def _alpaca(location: str, record: dict, chat: Chat) -> Document:
+def _alpaca(location: str, record: dict, section: SourceSection, chat: Chat) -> list[Document]:
     instruction = _text(location, record, "instruction")
     answer = _text(location, record, "output")
     given = _text(location, record, "input", is_optional=True)
-    system = _text(location, record, "system", is_optional=True)
     if not answer.strip():
         raise DataError(f"{location}: its output is empty; fix it, or leave it out")
     if chat.template is None:
         prompt = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
-        return _answered(location, prompt.format(instruction=instruction, given=given), answer)
-    messages = _system_message(system)
+        prompt = prompt.format(instruction=instruction, given=given)
+        return _answered(location, record, prompt, answer)
+    messages = []
     for pair in record.get("history") or ():  # LLaMA-Factory's
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             raise DataError(f"{location}: its history is no list of pairs of texts; fix it")
         messages += _turns(*pair)
-    question = f"{instruction}\n\n{given}" if given else instruction
-    messages += _turns(question, answer)
-    return _conversation(location, *chat.render(location, messages, None))
+    messages += _turns(f"{instruction}\n\n{given}" if given else instruction, answer)
+    return _rendered(location, record, messages, [True] * len(messages), section, chat)
 
 
 def _turns(question: str, reply: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
 
 
-def _system_message(text: str) -> list[dict]:
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _sharegpt(location: str, record: dict, chat: Chat) -> Document:
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{location}: no list of turns in conversations; {_has(record)}")
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        who = turn.get("from")
-        role = SHAREGPT_ROLES.get(who) if isinstance(who, str) else None
-        if role is None:
-            known = ", ".join(SHAREGPT_ROLES)
-            raise DataError(f"{location}: turn {number} is from {who!r}; write one of {known}")
-        messages.append({"role": role, "content": _text(location, turn, "value")})
-    if not messages:
-        return _no_document(location)
-    system = _system_message(_text(location, record, "system", is_optional=True))
-    tools = _tools(location, record)
-    return _conversation(location, *chat.render(location, [*system, *messages], tools))
-
-
-BUILDERS = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
+Builder = Callable[[str, dict, SourceSection, Chat], list[Document]]
+BUILDERS: dict[str, Builder] = {
+    "messages": _conversation,
+    "sharegpt": _conversation,
     "prompt_completion": _prompt_completion,
     "alpaca": _alpaca,
 }

@@ -1,8 +1,8 @@
-"""Tokenises data sets into token stores, and proves that a run can load all without a network.
+"""Tokenises data sets into token stores.
 
-Command line: ``python -m trainstack prepare --home DIR [--config FILE] [--force] [--prove]
-[--processes N] [key=value ...]``. Needs no network. A store that is there already is left alone; a
-preparation that was interrupted is continued.
+Command line: ``python -m trainstack prepare --home DIR [--config FILE] [--force] [--processes N]
+[key=value ...]``. Uses no network, so what it could load a run can load. A store that is there
+already is left alone; a preparation that was interrupted is continued.
 """
 
 import argparse
@@ -17,34 +17,37 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainstack.chat.template import Chat
 from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
-from trainstack.data.corpus import open_corpus
+from trainstack.data import packing
+from trainstack.data.split import TRAIN, Split
 from trainstack.data.store import (
+    EARLIER_VERSION,
     FORMAT_VERSION,
-    TokenStore,
+    is_as_before,
     made_from,
     store_folder,
     store_settings,
 )
+from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
-from trainstack.prepare import demo, packing
-from trainstack.prepare.chat import Chat
+from trainstack.prepare import demo, earlier
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,
     Tokeniser,
     data_files_of,
+    find_boundary,
     format_of,
     in_order,
     tasks_from,
 )
-from trainstack.prepare.tokenizer import check_vocabulary, load_tokenizer, read_json
-from trainstack.prepare.writer import BAD_RECORDS, TokenWriter, abandoned, temporary_folder
+from trainstack.prepare.tokenizer import check_vocabulary, load_encoder, read_json
+from trainstack.prepare.told import SPEAKER, describe, say
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout, manifest
 
-SPEAKER = "prepare"
 FEW_BYTES = 4 << 20  # of data, for which one process is enough
 MOST_PROCESSES = 16  # unless more are asked for: others use the login node too
 TOLD_SECONDS = 60  # between two lines of progress, if there is no terminal
@@ -58,11 +61,8 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         config = load(options.config, options.overrides)
-        if options.prove:
-            prove(options.home, config)
-        else:
-            make_demo(options.home, config, options.force)
-            prepare(options.home, config, options.force, options.processes)
+        make_demo(options.home, config, options.force)
+        prepare(options.home, config, options.force, options.processes)
     except ConfigError as error:
         print(error.report(SPEAKER), file=sys.stderr)
         return error.code
@@ -80,7 +80,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("config.yaml"))
     parser.add_argument("--force", action="store_true", help="make the demo and the tokens again")
-    parser.add_argument("--prove", action="store_true", help="only load everything, offline")
     parser.add_argument(
         "--processes",
         type=int,
@@ -128,9 +127,11 @@ def prepare_one(
     final = store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
-        if not force and is_whole(final):
+        if not force and (is_whole(final) or earlier.adopt(home, model_name, section, final)):
             # Checked here too, for models with the same tokenizer share a store.
-            check_vocabulary(home, model_name, read_json(final / "meta.json")["vocab_size"])
+            meta = read_json(final / "meta.json")
+            largest_id = meta["counts"].get("largest_id", meta["vocab_size"] - 1)
+            check_vocabulary(home, model_name, largest_id)
             remove(abandoned(final))
             describe(section, final, "are here")
             return
@@ -149,70 +150,55 @@ def is_whole(folder: Path) -> bool:
     return not any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
 
 
-def say(section: DataSection, text: str) -> None:
-    print(f"{SPEAKER}: {section.label}: {text}", file=sys.stderr)
-
-
-def describe(section: DataSection, folder: Path, remark: str) -> None:
-    """Say what is in a store."""
-    store = TokenStore(folder, section.seq_len)
-    counts = store.counts
-    share = counts.train_target_tokens / max(1, counts.train_tokens)
-    learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
-    say(
-        section,
-        f"{counts.train_documents:,} documents ({store.meta['format']}) -> "
-        f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
-        f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
-        f"vocabulary {store.meta['vocab_size']:,}; {remark}",
-    )
-    if section.packing != "concat":
-        say(
-            section,
-            f"packing {section.packing}: {store.train.num_samples:,} samples "
-            f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; longer: "
-            f"{counts.split_documents:,} documents split, {counts.dropped_documents:,} dropped",
-        )
-    if counts.bad_records:
-        say(section, f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
-
-
 def write_store(
     home: Path, model_name: str, section: DataSection, final: Path, force: bool, processes: int
 ) -> None:
     """Tokenise all documents beside ``final``, and publish them there."""
-    tokenizer, end_id = load_tokenizer(layout.model_folder(home, model_name))
-    check_vocabulary(home, model_name, tokenizer.get_vocab_size())
+    model_folder = layout.model_folder(home, model_name)
+    encoder = load_encoder(home, model_name, section.special_tokens)
     data_files = data_files_of(home, section)
-    chat = Chat(layout.model_folder(home, model_name))
+    file = Path(section.chat_template) if section.chat_template else None
+    chat = Chat(model_folder, file, section.chat_date)
     form = format_of(data_files, section) if section.format == "auto" else section.format
     if form != "text":
         chat.load()  # here once, not in each process
-    writer = open_writer(section, final, tokenizer.get_vocab_size(), force)
-    tokenise = Tokeniser(section, tokenizer, end_id, chat, form, writer.dtype)
+        if section.split_on:
+            raise ConfigError(f"data.split_on: {section.name} has no texts but {form}; write null")
+    writer = open_writer(section, final, encoder.largest_id + 1, force)
+    tokenise = Tokeniser(section, encoder, chat, form, writer.dtype)
     try:
+        tokenise.boundary = find_boundary(tokenise, data_files)
+        if tokenise.boundary:
+            say(section, tokenise.boundary.reason)
         fill(writer, section, data_files, tokenise, processes)
-        pack(writer, section)
+        train = pack(writer, section)[TRAIN]
     except (ConfigError, DataError):  # once corrected, it will be another store
         remove([writer.temporary])
         raise
     meta = meta_of(home, model_name, section, tokenise)
+    meta["stop_ids"] = encoder.stop_ids(train) if meta["template"] else []
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
-    manifest.remove_folder(final)  # damaged, or to be made again
-    writer.publish(final, meta)
+    # What the rules before made alike keeps its name, so that runs from before resume with it.
+    is_alike = form == "text" and is_as_before(section) and not writer.counts.written_documents
+    is_alike = is_alike and earlier.is_read_alike(model_folder)
+    target = store_folder(home, model_name, section, EARLIER_VERSION) if is_alike else final
+    earlier.clear(target)  # damaged, or to be made again
+    writer.publish(target, meta)
+    if target != final:
+        earlier.link(final, target)
 
 
 def open_writer(section: DataSection, final: Path, vocab_size: int, force: bool) -> TokenWriter:
     """The writer of a new store, which continues an interrupted preparation if it can."""
     left = abandoned(final)
-    earlier = None if force else next(iter(left), None)
+    killed = None if force else next(iter(left), None)
     temporary = temporary_folder(final)
     try:
-        writer = TokenWriter(temporary, vocab_size, earlier)
+        writer = TokenWriter(temporary, vocab_size, killed)
     except OSError as error:
-        if earlier is None or error.errno == errno.ENOSPC:
+        if killed is None or error.errno == errno.ENOSPC:
             raise
         say(section, f"the interrupted preparation cannot be continued ({error}); starting again")
         remove([temporary])
@@ -242,7 +228,7 @@ def fill(
     tqdm.monitor_interval = 0  # its thread would be there when the processes begin
     told_at = time.monotonic()
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, desc="tokenise") as bar:
-        tasks = tasks_from(data_files, writer.position)
+        tasks = tasks_from(data_files, tokenise.wanted, writer.position)
         for (file, chunk, _), found in in_order(tokenise, tasks, processes):
             add(writer, section, found)
             writer.reached(file, chunk.stop)
@@ -267,64 +253,45 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
             raise DataError(f"{reason}{more}")
         writer.leave_out(location, reason)
     writer.counts.empty_documents += found.empty
+    for name, count in found.remarks.items():
+        setattr(writer.counts, name, getattr(writer.counts, name) + count)
+    writer.counts.written_documents += len(found.written)
+    if found.written and not writer.counts.first_written:
+        writer.counts.first_written = found.written[0]
     for split, batch in found.batches.items():
         writer.append(split, batch)
 
 
-def pack(writer: TokenWriter, section: DataSection) -> None:
-    """Close the tokens and, if documents are packed whole, lay out the samples."""
-    for name, split in writer.seal(section.seq_len).items():
+def pack(writer: TokenWriter, section: DataSection) -> dict[str, Split]:
+    """Close the tokens and, if documents are packed whole, lay out the samples. The splits."""
+    splits = writer.seal(section.seq_len)
+    for name, split in splits.items():
         if section.packing == "concat":
             continue
         made = packing.plans(
             split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
         )
         writer.lay_out(name, split, made)
+    return splits
 
 
 def meta_of(
     home: Path, model_name: str, section: DataSection, tokenise: Tokeniser
 ) -> dict[str, Any]:
     """What made a store, for its meta.json."""
-    model_folder = layout.model_folder(home, model_name)
-    dataset_folder = layout.dataset_folder(home, section.name, section.subset)
     return {
         "model": model_name,
         "data": section.name,
         "settings": store_settings(section),
-        "made_from": made_from(model_folder, dataset_folder, store_settings(section)),
+        "made_from": made_from(home, model_name, section),
         "format": tokenise.format,
         "template": tokenise.chat.template_hash,
-        "end_id": tokenise.end_id,
-        "vocab_size": tokenise.tokenizer.get_vocab_size(),
+        "chat_template": tokenise.chat.template if section.chat_template else None,
+        "end_id": tokenise.encoder.end_id,
+        "vocab_size": tokenise.encoder.largest_id + 1,
         "version": FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
-
-
-def prove(home: Path, config: Config) -> None:
-    """Load by path, without a network: the model's configuration, tokenizer and tokens.
-
-    The weights are not loaded. ConfigError if something else cannot be.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoConfig, AutoTokenizer
-
-    model_folder = layout.model_folder(home, config.model.name)
-    try:
-        AutoConfig.from_pretrained(model_folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{config.model.name}: transformers cannot load it ({reason}); choose another model"
-        ) from None
-    for label, store in open_corpus(home, config).stores.items():
-        text = tokenizer.decode(store.train.ids[:12].tolist())
-        print(
-            f"{SPEAKER}: {label}: model and tokens load without a network; it begins {text!r}",
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,9 @@ used only if there is one process, since both would fight for the cores.
 """
 
 import errno
-import hashlib
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,15 +19,18 @@ from typing import Any
 import numpy as np
 
 from trainstack import processes
+from trainstack.chat.template import Chat
 from trainstack.config.schema import DataSection
 from trainstack.data.split import EVAL, TRAIN
+from trainstack.data.writer import TokenBatch
 from trainstack.errors import DataError
 from trainstack.prepare import formats
-from trainstack.prepare.chat import Chat
 from trainstack.prepare.formats import Document
-from trainstack.prepare.readers import Chunk, read_chunks, split_files
-from trainstack.prepare.tokenizer import Flags, encode
-from trainstack.prepare.writer import TokenBatch
+from trainstack.prepare.held_out import Boundary, is_held_out
+from trainstack.prepare.long_texts import Flags
+from trainstack.prepare.tokenizer import Encoder
+from trainstack.records.chunks import Chunk, Part, Wanted
+from trainstack.records.readers import read_chunks, split_files
 from trainstack.storage import layout
 
 ENCODED_CHARACTERS = 1 << 18  # at once: the library takes 30 bytes for each meanwhile
@@ -50,27 +52,27 @@ def data_files_of(home: Path, section: DataSection) -> list[DataFile]:
 def format_of(data_files: list[DataFile], section: DataSection) -> str:
     """The format of the first record that has one. DataError beyond data.max_bad_records."""
     failed, last = 0, None
-    for path, _ in data_files:
-        for chunk in read_chunks(path):
-            for location, record in chunk.records():
-                try:
-                    if isinstance(record, DataError):
-                        raise record
-                    return formats.recognise(location, record, section.text_field)
-                except DataError as error:
-                    failed, last = failed + 1, error
-                    if failed > section.max_bad_records:
-                        raise
+    wanted = Wanted(formats.columns_read("auto", section))
+    for _, chunk, _ in tasks_from(data_files, wanted, [0, 1]):
+        for location, record in chunk.records():
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                return formats.recognise(location, record, section)
+            except DataError as error:
+                failed, last = failed + 1, error
+                if failed > section.max_bad_records:
+                    raise
     raise last or DataError(f"{section.name}: no record in it; look at what was downloaded")
 
 
-def tasks_from(data_files: list[DataFile], position: list[int]) -> Iterator[Task]:
+def tasks_from(data_files: list[DataFile], wanted: Wanted, position: list[int]) -> Iterator[Task]:
     """What is left to do from a position on: number of the file, number of the record in it."""
     at_file, at_record = position
     for file, (path, split) in enumerate(data_files):
         if file < at_file:
             continue
-        for chunk in read_chunks(path):
+        for chunk in read_chunks(path, wanted):
             if file == at_file:
                 chunk = chunk.from_record(at_record)
             if chunk is not None:
@@ -84,6 +86,8 @@ class Tokenised:
     batches: dict[str, TokenBatch] = field(default_factory=dict)
     empty: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
+    remarks: Counter = field(default_factory=Counter)  # of what templates do, as a Rendered's
+    written: list[str] = field(default_factory=list)  # plain documents: the first special token
 
 
 @dataclass
@@ -91,45 +95,59 @@ class Tokeniser:
     """Turns chunks into tokens; a function of the chunk alone."""
 
     section: DataSection
-    tokenizer: Any  # of the library tokenizers
-    end_id: int
+    encoder: Encoder
     chat: Chat
     format: str
     dtype: np.dtype  # of token ids in the store
+    boundary: Boundary | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is to be read of a file."""
+        columns = formats.columns_read(self.format, self.section)
+        return Wanted(columns, self._end_of_piece, is_one=not self.section.split_on)
+
+    def _end_of_piece(self, text: str) -> tuple[int, int, int] | None:
+        """Where what is read of a long text can be cut: as its tokens or data.split_on say."""
+        if not self.section.split_on:
+            return self.encoder.cut(text)
+        end = text.rfind(self._sign) + len(self._sign) if self._sign in text else None
+        return end and (end, end, end)
+
+    @property
+    def _sign(self) -> str | None:
+        """What ends a document in a text."""
+        return "\n" if self.section.split_on == "line" else self.section.split_on
 
     def __call__(self, task: Task) -> Tokenised:
-        _, chunk, split = task
+        _, chunk, _ = task
         found = Tokenised()
         made: dict[str, list] = {TRAIN: [], EVAL: []}
-        for documents in self._groups(chunk, found):
-            for document, ids, flags in encode(self.tokenizer, self.end_id, documents):
-                if flags is not None and not flags[1:].any():
-                    reason = f"{document.location}: {formats.NOTHING_LEARNED}"
+        last = None
+        for group in self._groups(task, found):
+            encoded = self.encoder.encode([document for document, _ in group])
+            for (document, last), (_, tokens) in zip(group, encoded, strict=True):
+                reason = tokens.problem
+                if tokens.flags is not None and not tokens.flags[1:].any():
+                    reason = reason or f"{document.location}: {formats.NOTHING_LEARNED}"
+                if reason and chunk.part:  # the other parts cannot be left out too
+                    raise DataError(reason)
+                if reason:
                     found.bad.append((document.location, reason))
                     continue
-                fraction = self.section.eval_fraction
-                is_eval = split is None and is_held_out(document.text, fraction)
-                made[split or (EVAL if is_eval else TRAIN)].append((ids, flags))
+                if tokens.written and not document.is_rendered:
+                    found.written.append(f"{document.location}: {tokens.written[0]}")
+                made[last].append((tokens.ids, tokens.flags))
         found.batches = {n: token_batch(pairs, self.dtype) for n, pairs in made.items() if pairs}
+        if chunk.part and chunk.part.is_continued:
+            found.batches[last].is_open = True
         return found
 
-    def _groups(self, chunk: Chunk, found: Tokenised) -> Iterator[list[Document]]:
-        """The documents of a chunk, as many at once as are encoded together."""
+    def _groups(self, task: Task, found: Tokenised) -> Iterator[list[tuple[Document, str]]]:
+        """The documents of a chunk and their splits, as many at once as are encoded together."""
         group, size = [], 0
-        for location, record in chunk.records():
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                document = formats.to_document(
-                    location, record, self.format, self.section.text_field, self.chat
-                )
-            except DataError as error:
-                found.bad.append((location, str(error)))
-                continue
-            if document is None:
-                found.empty += 1
-                continue
-            group.append(document)
+        for document, split in self.documents(task, found):
+            group.append((document, split))
             size += len(document.text)
             if size >= ENCODED_CHARACTERS:
                 yield group
@@ -137,14 +155,85 @@ class Tokeniser:
         if group:
             yield group
 
+    def documents(self, task: Task, found: Tokenised) -> Iterator[tuple[Document, str]]:
+        """Each document of a chunk with its split; what is none is noted in ``found``."""
+        section = self.section
+        for location, record, part, split in self._records(task):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                documents = formats.to_documents(
+                    location, record, self.format, section, self.chat, part
+                )
+            except DataError as error:
+                found.bad.append((location, str(error)))
+                continue
+            found.empty += not documents
+            whole = documents[-1].text if documents else ""
+            if split is None:  # turns of one conversation are on one side
+                split = EVAL if is_held_out(whole, section.eval_fraction, part) else TRAIN
+            for document in documents:
+                found.remarks.update(document.remarks)
+                yield document, split
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a keyed hash of its text decides.
+    def _records(self, task: Task) -> Iterator[tuple[str, Any, Part | None, str | None]]:
+        """Each record of a chunk with its split, None if a hash decides; texts are divided."""
+        file, chunk, given = task
+        column = formats.text_column(self.section)
+        for location, record in self._split(chunk.records()):
+            pieces = [(record, chunk.part, given)]
+            if self.boundary:
+                pieces = self.boundary.divide(file, location, record, chunk.part, column)
+            yield from ((location, *piece) for piece in pieces)
 
-    The same text always falls on the same side, so a duplicate cannot be on both.
+    def _split(self, records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Records, texts as data.split_on divides them; what is empty is left out."""
+        column = formats.text_column(self.section)
+        for location, record in records:
+            text = record.get(column) if self._sign and isinstance(record, dict) else None
+            if not isinstance(text, str):
+                yield location, record
+                continue
+            for number, piece in enumerate(text.split(self._sign), start=1):
+                piece = piece.removeprefix("\r").removeprefix("\n").removesuffix("\r")
+                if piece.strip():
+                    yield f"{location}, document {number}", {column: piece}
+
+
+def find_boundary(tokenise: Tokeniser, data_files: list[DataFile]) -> Boundary | None:
+    """Where the held-out part begins if the hashes put all documents on one side; None if not.
+
+    Looks at documents until both sides have one.
     """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=b"held-out")
-    return int.from_bytes(digest.digest(), "little") < fraction * 2**64
+    fraction = tokenise.section.eval_fraction
+    if tokenise.section.eval_split or not fraction:
+        return None
+    splits: set[str] = set()
+    count = total = length = file = 0
+    location = ""
+    for task in tasks_from(data_files, tokenise.wanted, [0, 1]):
+        for document, split in tokenise.documents(task, Tokenised()):
+            splits.add(split)
+            if len(splits) == 2:
+                return None
+            if (task[0], document.location) != (file, location):  # else another part or turn
+                count, length = count + 1, 0
+            file, location = task[0], document.location
+            length, total = length + len(document.text), total + len(document.text)
+    if not count:
+        return None
+    wanted = max(1, round(fraction * total))
+    start = length - wanted if tokenise.format == "text" and length > wanted else 0
+    if count == 1 and not start:
+        reason = "one document only: no evaluation; add others, or set data.eval_split"
+        return Boundary(file, location, None, 0, reason)
+    what = f"{fraction:.3g} of all text, at the end of {location}," if start else location
+    side = "none" if TRAIN in splits else "all"
+    reason = f"of {count:,} documents the hash would hold out {side}"
+    if count == 1:
+        reason = "one document only (data.split_on can divide it)"
+    reason = f"{reason}: {what} is held out (data.eval_fraction)"
+    return Boundary(file, location, start, wanted, reason)
 
 
 def token_batch(documents: list[tuple[np.ndarray, Flags]], dtype: np.dtype) -> TokenBatch:

@@ -1,43 +1,44 @@
-"""The tokenizer of a model folder: whether it fits the model, and documents as its tokens."""
+"""The tokenizer of a model folder, and documents as the tokens that it gives at inference."""
 
+import functools
+import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trainstack.chat.template import load_tokenizer
+from trainstack.data.split import Split
 from trainstack.errors import ConfigError
-from trainstack.prepare.chat import Ranges
-from trainstack.prepare.formats import Document, Segment
+from trainstack.prepare import long_texts
+from trainstack.prepare.formats import Document
+from trainstack.prepare.long_texts import Flags, cut_of, joined, learned_tokens, long_ids
 from trainstack.storage import layout
 
-LONG_TEXT = 1 << 18  # characters; a longer text is tokenised in parts
-CUT_WINDOW = 200  # characters on each side of a cut that are compared
-CUT_TRIES = 50  # possible cuts that are compared
-Flags = np.ndarray | None  # bool [tokens]: whether each carries loss; None: all do
+MOST_TURNS = 100_000  # that are looked at for what ends them
+RARE_END = 0.01  # share of turns; what ends fewer is not taken for an end of turns
 
 
-def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
-    """The tokenizer of a model folder without transformers (4 s), and the id of its end token.
+def load_backend(model_folder: Path) -> tuple[Any, int]:
+    """The tokenizer of the library tokenizers in a model folder, and the id of its end token.
 
-    The tokenizer is one of the library tokenizers. ConfigError if it has no end token.
+    As transformers makes it: for many models that differs from their tokenizer.json. ConfigError if
+    it cannot be loaded or has no end token.
     """
-    path = model_folder / "tokenizer.json"
-    if path.exists():
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    else:  # a sentencepiece model: transformers converts it
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
-        tokenizer = tokenizer.backend_tokenizer
-    end = read_json(model_folder / "tokenizer_config.json").get("eos_token")
-    end = end.get("content") if isinstance(end, dict) else end
-    end_id = tokenizer.token_to_id(end) if end else None
+    loaded = load_tokenizer(model_folder)
+    tokenizer = getattr(loaded, "backend_tokenizer", None)
+    if tokenizer is None:
+        raise ConfigError(
+            f"{model_folder}: transformers has only Python code for its tokenizer; choose a model "
+            "with a tokenizer.json"
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end_id = loaded.eos_token_id
     if end_id is None:
         end_id = read_json(model_folder / "config.json").get("eos_token_id")
         end_id = end_id[0] if isinstance(end_id, list) else end_id
@@ -49,20 +50,37 @@ def load_tokenizer(model_folder: Path) -> tuple[Any, int]:
     return tokenizer, end_id
 
 
-def check_vocabulary(home: Path, model_name: str, tokens_known: int) -> None:
-    """ConfigError if the tokenizer has more tokens than the model's embedding has rows."""
+def load_encoder(home: Path, model_name: str, special_tokens: str | None) -> "Encoder":
+    """The tokenizer of a model, ready to encode; raises as ``load_backend``.
+
+    ConfigError too if the model has no row for a token that every document gets.
+    """
+    folder = layout.model_folder(home, model_name)
+    tokenizer, end_id = load_backend(folder)
+    made = Encoder(tokenizer, end_id, model_vocabulary(folder), special_tokens)
+    check_vocabulary(home, model_name, max([end_id, *made.before, *made.after]))
+    return made
+
+
+def check_vocabulary(home: Path, model_name: str, largest_id: int) -> None:
+    """ConfigError if the model's embedding has no row for a token."""
     vocab_size = model_vocabulary(layout.model_folder(home, model_name))
-    if tokens_known > vocab_size:
+    if largest_id >= vocab_size:
         raise ConfigError(
-            f"{model_name}: its tokenizer has {tokens_known:,} tokens, its "
-            f"model only {vocab_size:,}; they do not belong together, choose another model.name"
+            f"{model_name}: its tokenizer gives token {largest_id:,}, its model has only "
+            f"{vocab_size:,}; they do not belong together, choose another model.name"
         )
 
 
 def model_vocabulary(model_folder: Path) -> int:
     """Rows of the model's embedding, from its config.json. ConfigError if it does not say."""
     config = read_json(model_folder / "config.json")
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    if not size:  # the class of the configuration has a value, maybe under another name
+        from transformers import AutoConfig
+
+        text = AutoConfig.from_pretrained(model_folder, local_files_only=True).get_text_config()
+        size = getattr(text, "vocab_size", None)
     if not size:
         raise ConfigError(f"{model_folder}/config.json: no vocab_size; is it a language model?")
     return size
@@ -73,83 +91,196 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_bytes()) if path.exists() else {}
 
 
-def encode(
-    tokenizer, end_id: int, documents: Sequence[Document]
-) -> Iterator[tuple[Document, np.ndarray, Flags]]:
-    """Each document with its token ids and flags, both [tokens].
+@dataclass(frozen=True)
+class Encoded:
+    """A document's token ids, int32, and flags, both [tokens].
 
-    Encoded together, over all cores. A document of which no token is a target comes with flags that
-    are all False.
+    ``written``: the special tokens that a person wrote out in it, and that were kept as text.
+    ``problem``: why it cannot be learned from, None if it can.
     """
-    segments = [segment for document in documents for segment in document.segments]
-    needs_offsets = any(segment.learned for segment in segments)  # costs a quarter of the speed
-    encode_batch = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
-    texts = [segment.text for segment in segments if not _is_long(segment)]
-    encoded = iter(encode_batch(texts, add_special_tokens=False))
-    for document in documents:
-        ids, flags = [], []
-        for segment in document.segments:
-            if _is_long(segment):
-                ids.append(long_ids(tokenizer, segment.text))
-                flags.append(np.full(len(ids[-1]), segment.learned is None))
+
+    ids: np.ndarray
+    flags: Flags
+    written: list[str]
+    problem: str | None
+
+
+class Encoder:
+    """Documents as the token ids that the tokenizer gives at inference.
+
+    Changes ``tokenizer``. ``vocab_size``: rows of the model's embedding. ``special_tokens``:
+    data.special_tokens.
+    """
+
+    def __init__(self, tokenizer, end_id: int, vocab_size: int, special_tokens: str | None):
+        self.tokenizer, self.end_id, self.vocab_size = tokenizer, end_id, vocab_size
+        self.setting = special_tokens
+        self.largest_id = max(end_id, *tokenizer.get_vocab().values())
+        self.before, self.after = ids_around(tokenizer)
+        tokenizer.post_processor = None  # it would take spaces out of the offsets
+        self._is_always_text = tokenizer.encode_special_tokens
+        self._special = {} if self._is_always_text else special_ids(tokenizer)
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._unknown = getattr(tokenizer.model, "unk_token", "<unk>")  # Unigram does not tell
+
+    @functools.cached_property
+    def _marks(self) -> tuple[dict[str, str], np.ndarray]:
+        """A mark for each special token, and the id that is meant by each id of the tokenizer.
+
+        A mark stands for a special token that a template wrote, where those are text that a person
+        wrote. It is as long as the token, and begins with NUL, which no document holds.
+        """
+        from tokenizers import AddedToken
+
+        known, taken = self.tokenizer.get_added_tokens_decoder(), self.tokenizer.get_vocab()
+        kinds = ("single_word", "lstrip", "rstrip", "normalized")
+        marks = {}
+        for name, number in self._special.items():
+            marks[name] = f"\0{chr(0x10000 + number)}".ljust(len(name), "\0")
+            alike = {kind: getattr(known[number], kind) for kind in kinds}
+            self.tokenizer.add_tokens([AddedToken(marks[name], special=False, **alike)])
+        numbers = {self.tokenizer.token_to_id(mark): name for name, mark in marks.items()}
+        assert numbers.keys().isdisjoint(taken.values()), "the library gave ids a second time"
+        meant = np.arange(max(*numbers, *taken.values()) + 1, dtype=np.int32)
+        for number, name in numbers.items():
+            meant[number] = self._special[name]
+        return marks, meant
+
+    def encode(self, documents: Sequence[Document]) -> Iterator[tuple[Document, Encoded]]:
+        """Each document with its tokens, encoded together, over all cores.
+
+        One of which no token is a target comes with flags that are all False.
+        """
+        pairs = [(document, self._written(document)) for document in documents]
+        for is_text, run in itertools.groupby(pairs, lambda pair: self._is_text(*pair)):
+            yield from self._encode_alike(list(run), is_text)
+
+    def _written(self, document: Document) -> list[str]:
+        """The special tokens that a person wrote out, if those are to be text."""
+        if self.setting == "tokens" and not document.is_rendered:
+            return []
+        text = document.text
+        ranges = [(0, len(text))] if document.written is None else document.written
+        found = (self._pattern.findall(text, first, last) for first, last in ranges)
+        return list(dict.fromkeys(itertools.chain(*found)))
+
+    def _is_text(self, document: Document, written: list[str]) -> bool:
+        """Whether special tokens are encoded as text; those of a template then have marks."""
+        if document.is_rendered:
+            return self._is_always_text or bool(written)
+        return self.setting != "tokens" or self._is_always_text
+
+    def _encode_alike(
+        self, run: list[tuple[Document, list[str]]], is_text: bool
+    ) -> Iterator[tuple[Document, Encoded]]:
+        self.tokenizer.encode_special_tokens = is_text
+        texts = [self._marked(d) if is_text and d.written is not None else d.text for d, _ in run]
+        needs_offsets = any(document.learned for document, _ in run)  # a quarter of the speed
+        tokenizer, special = self.tokenizer, {*self._special.values()}
+        if is_text and any(d.written for d, _ in run):
+            special |= {*np.flatnonzero(np.isin(self._marks[1], [*special])).tolist()}
+        encode_batch = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
+        whole = zip(texts, run, strict=True)
+        short = [
+            t for t, (d, _) in whole if len(t) <= long_texts.LONG_TEXT and not d.before + d.after
+        ]
+        encodings = iter(encode_batch(short, add_special_tokens=False))
+        for text, (document, written) in zip(texts, run, strict=True):
+            if document.before or document.after:  # a piece, with what its tokens depend on
+                around = document.before + text + document.after
+                own = len(document.before), len(around) - len(document.after)
+                stop = own[1] if document.after else None
+                ids, flags = long_ids(tokenizer, around, None, special, own[0], stop)
+            elif len(text) > long_texts.LONG_TEXT:
+                ids, flags = long_ids(tokenizer, text, document.learned, special)
             else:
-                encoding = next(encoded)
-                ids.append(encoding.ids)
-                flags.append(learned_tokens(encoding, segment.learned))
-        if document.is_ended:
-            ids.append([end_id])
-            flags.append(np.ones(1, bool))
-        is_all = all(segment.learned is None for segment in document.segments)
-        yield document, np.concatenate(ids), None if is_all else np.concatenate(flags)
+                encoding = next(encodings)
+                ids = np.array(encoding.ids, np.int32)
+                learned = document.learned
+                flags = None
+                if learned is not None:
+                    flags = learned_tokens(encoding.offsets, learned, ids, special)
+            meant = ids if text is document.text else self._marks[1][ids]
+            problem = self._problem(document, written, ids, meant)
+            if not document.is_rendered:
+                meant, flags = self._whole(document, meant, flags)
+            yield document, Encoded(meant, flags, written, problem)
+
+    def stop_ids(self, split: Split) -> list[int]:
+        """The tokens that end what is learned in conversations, where generating has to stop."""
+        lasts = split.ids[split.spans[:MOST_TURNS, 1] - 1]
+        found, counts = np.unique(lasts, return_counts=True)
+        common = found[counts >= RARE_END * len(lasts)].tolist()
+        return sorted({*common} & self.tokenizer.get_added_tokens_decoder().keys())
+
+    def cut(self, text: str) -> tuple[int, int, int] | None:
+        """As ``cut_of``, for texts that no template wrote."""
+        self.tokenizer.encode_special_tokens = self.setting != "tokens" or self._is_always_text
+        return cut_of(self.tokenizer, text)
+
+    def _marked(self, document: Document) -> str:
+        """The text with marks for the special tokens that no person wrote."""
+        marks, text, parts, start = self._marks[0], document.text, [], 0
+        for first, last in [*document.written, (len(text), len(text))]:
+            parts.append(self._pattern.sub(lambda m: marks[m.group()], text[start:first]))
+            parts.append(text[first:last])
+            start = last
+        return "".join(parts)
+
+    def _whole(self, document: Document, ids: np.ndarray, flags: Flags) -> tuple[np.ndarray, Flags]:
+        """With what comes before and behind a text that no template wrote, each once."""
+        before = [] if document.is_begun else self.before
+        before = [] if ids[: len(before)].tolist() == before else before
+        if document.is_continued:  # its end is in another piece
+            return joined([before, ids], np.int32), flags
+        after = self.after
+        after = [] if ids[-len(after) :].tolist() == after else after
+        if [*ids[-1:], *after][-1:] != [self.end_id]:
+            after = [*after, self.end_id]
+        if flags is not None:
+            flags = joined([[False] * len(before), flags, [True] * len(after)], bool)
+        return joined([before, ids, after], np.int32), flags
+
+    def _problem(
+        self, document: Document, written: list[str], ids: np.ndarray, meant: np.ndarray
+    ) -> str | None:
+        """Why a document cannot be learned from; ``ids`` have marks, ``meant`` what they mean."""
+        holds, rows = f"{document.location}: holds", self.vocab_size
+        numbers = {name: self._special[name] for name in written}
+        for name, number in numbers.items():
+            if number >= rows and self.setting is None and not document.is_rendered:
+                return (
+                    f"{holds} {name}, token {number:,} of a model that has {rows:,}; keep it as "
+                    "text with data.special_tokens=text, or set tokens and choose another model"
+                )
+            if name != self._unknown and (ids == number).any():
+                return f"{holds} {name}, which this tokenizer cannot write as text; change it" + (
+                    "" if document.is_rendered else ", or set data.special_tokens=tokens"
+                )
+        largest = int(meant.max(initial=0))
+        if largest >= rows:
+            name = self.tokenizer.id_to_token(largest)
+            return (
+                f"{holds} {name}, token {largest:,} of a model that has {rows:,}; leave it out, or "
+                "choose another model.name; data.special_tokens=text keeps special tokens as text"
+            )
+        return None
 
 
-def _is_long(segment: Segment) -> bool:
-    """Whether it is tokenised in parts; ranges of characters need the whole text."""
-    return len(segment.text) > LONG_TEXT and not segment.learned
+def special_ids(tokenizer) -> dict[str, int]:
+    """The special tokens with their ids. One of a single character nobody writes out."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {t.content: number for number, t in added if t.special and len(t.content) > 1}
 
 
-def long_ids(tokenizer, text: str) -> np.ndarray:
-    """The ids of a long text, int64, tokenised in parts: at once it takes 120 bytes a character.
-
-    Cut only where the tokens around the cut are those of the uncut text; if that is nowhere, whole.
-    """
-    found, start = [], 0
-    while start < len(text):
-        stop = len(text)
-        if stop - start > LONG_TEXT:
-            stop = safe_cut(tokenizer, text, start, start + LONG_TEXT) or len(text)
-        encoding = tokenizer.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0]
-        found.append(np.array(encoding.ids, np.int64))
-        start = stop
-    return np.concatenate(found)
-
-
-def safe_cut(tokenizer, text: str, start: int, stop: int) -> int | None:
-    """Where a text can be cut before ``stop``: at the end of a line, else before a space."""
-
-    def ids_of(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    for sign, skipped in (("\n", 1), (" ", 0)):
-        at = stop
-        for _ in range(CUT_TRIES):
-            at = text.rfind(sign, start + 1, at)
-            if at < 0:
-                break
-            cut = at + skipped
-            before, after = text[max(start, cut - CUT_WINDOW) : cut], text[cut : cut + CUT_WINDOW]
-            if ids_of(before) + ids_of(after) == ids_of(before + after):
-                return cut
-    return None
-
-
-def learned_tokens(encoding, learned: Ranges | None) -> np.ndarray:
-    """Per token, whether it is, at least in part, in one of the ranges of characters; bool."""
-    if not learned:
-        return np.full(len(encoding.ids), learned is None)
-    offsets = np.array(encoding.offsets).reshape(-1, 2)
-    flags = np.zeros(len(offsets), bool)
-    for first, last in learned:
-        begin = np.searchsorted(offsets[:, 1], first, "right")
-        flags[begin : np.searchsorted(offsets[:, 0], last, "left")] = True
-    return flags
+def ids_around(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before each text at inference, and what behind."""
+    for text in ("a", *tokenizer.get_vocab()):
+        inner = tokenizer.encode(text, add_special_tokens=False).ids
+        if inner:
+            break
+    encoding = tokenizer.encode(text)
+    is_added = encoding.special_tokens_mask
+    first = is_added.index(0)
+    return encoding.ids[:first], encoding.ids[first + len(inner) :]

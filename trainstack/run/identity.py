@@ -12,11 +12,15 @@ def identity(config: Config, key: str) -> dict[str, Any]:
 
 
 def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str) -> None:
-    """Refused if any of it differs, showing each that does."""
+    """Refused if any of it differs, showing each that does.
+
+    A run from before there was a setting of the data may go on: the tokens say all about it.
+    """
     different = [
         f"{key}={wanted.get(key)} (the run has {saved.get(key)})"
         for key in sorted(saved.keys() | wanted.keys())
-        if saved.get(key) != wanted.get(key)
+        if (key in saved or not key.startswith("data."))
+        and not is_same(saved.get(key), wanted.get(key))
     ]
     if different:
         raise Refused(
@@ -25,11 +29,23 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
         )
 
 
+def is_same(saved: Any, wanted: Any) -> bool:
+    """Whether two values are; of data sets of a mixture, in the settings that were saved."""
+    if isinstance(saved, list) and isinstance(wanted, list) and len(saved) == len(wanted):
+        return all(map(is_same, saved, wanted))
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        return all(wanted.get(key) == value for key, value in saved.items())
+    return saved == wanted
+
+
 def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
-    """One line for each setting ``section.key`` that differs between two configurations."""
+    """One line for each setting ``section.key`` that differs between two configurations.
+
+    One that was not there before, in an earlier version of the code, was not changed by anybody.
+    """
     return [
-        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
+        f"{section}.{key}: {saved[section][key]} -> {value}"
         for section, values in now.items()
         for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
+        if key in saved.get(section, {}) and saved[section][key] != value
     ]

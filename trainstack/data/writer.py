@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from trainstack.data.packing import Plan
 from trainstack.data.split import EVAL, INDEX, TRAIN, Split
 from trainstack.data.store import Counts
-from trainstack.prepare.packing import Plan
 from trainstack.processes import is_dead, process_start
 from trainstack.storage import files, manifest
 
@@ -38,12 +38,13 @@ class TokenBatch:
 
     ``ids`` [tokens] in the store's dtype, one document after the other. ``lengths`` int64
     [documents]. ``spans`` int64 [spans, 2]: first and last + 1 of each run of tokens that carry
-    loss; None: all do.
+    loss; None: all do. ``is_open``: the last document goes on in the next batch.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     spans: np.ndarray | None
+    is_open: bool = False
 
 
 class TokenWriter:
@@ -74,9 +75,10 @@ class TokenWriter:
     def append(self, split: str, batch: TokenBatch) -> None:
         """Add documents, their end tokens included. All of a store have spans, or none has."""
         counts = self.counts
+        counts.largest_id = max(counts.largest_id, int(batch.ids.max(initial=0)))
         first, before = (getattr(counts, f"{split}_{what}") for what in ("tokens", "target_tokens"))
         self._columns[f"{split}.bin"].append(batch.ids)
-        stops = first + np.cumsum(batch.lengths)
+        stops = first + np.cumsum(batch.lengths)[: -1 if batch.is_open else None]
         self._columns[f"{split}.documents"].append(stops.astype(INDEX))
         carrying = len(batch.ids)
         if batch.spans is not None:

@@ -1,0 +1,73 @@
+"""Stores of the rules before: runs that began with them go on, plain texts have one store."""
+
+import json
+import random
+
+import pytest
+from records import TEMPLATE, record
+
+import tiny
+from trainstack.config.load import load
+from trainstack.data.store import EARLIER_VERSION, find_store, store_folder
+from trainstack.prepare import prepare
+from trainstack.storage import layout
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    tiny.make_model(folder, template=TEMPLATE)
+    for name in ("text", "messages"):
+        generator = random.Random(3)
+        lines = [json.dumps(record(name, generator)) for _ in range(50)]
+        content = {"train.jsonl": "\n".join(lines) + "\n"}
+        tiny.publish(layout.dataset_folder(folder, name, None), content, kind="dataset")
+    tiny.write_config(folder)
+    return folder
+
+
+def made(home, *settings) -> tuple:
+    """The section of a data set that was prepared, and its places by the new and earlier rules."""
+    common = ["--home", str(home), "--config", str(home / "config.yaml"), "--processes", "1"]
+    assert prepare.main([*common, *settings]) == 0
+    section = load(home / "config.yaml", [*settings]).data
+    places = [store_folder(home, "tiny", section, *v) for v in ((), (EARLIER_VERSION,))]
+    return section, *places
+
+
+def test_a_run_goes_on_with_the_store_that_it_began_with_and_a_new_one_does_not(home):
+    section, now, before = made(home, "data.name=messages", "data.packing=best_fit")
+    assert not now.is_symlink() and not before.exists()
+    now.rename(before)
+    assert find_store(home, "tiny", section, [before.name]) == before
+    assert find_store(home, "tiny", section, ["another"]) == now
+    other = section.model_copy(update={"learn": "last"})
+    assert find_store(home, "tiny", other, [before.name]).name != before.name
+
+
+def test_plain_texts_have_the_store_that_both_rules_make_and_it_is_not_made_twice(home, capsys):
+    section, now, before = made(home, "data.name=text")
+    assert now.is_symlink() and now.resolve() == before
+    assert find_store(home, "tiny", section, ()) == before
+    now.unlink()  # as an earlier version left it
+    meta = before / "meta.json"
+    written = meta.stat().st_mtime_ns
+    made(home, "data.name=text")
+    assert now.resolve() == before and meta.stat().st_mtime_ns == written
+    assert "are here" in capsys.readouterr().err
+
+
+def test_a_store_of_the_rules_before_is_made_anew_if_a_document_spells_a_special_token(home):
+    line = json.dumps({"text": f"one {tiny.END} two"})
+    content = {"train.jsonl": "\n".join([line] * 50) + "\n"}
+    tiny.publish(layout.dataset_folder(home, "spelled", None), content, kind="dataset")
+    settings = ["data.name=spelled", "data.eval_fraction=0"]
+    _, now, before = made(home, *settings, "data.special_tokens=tokens")
+    now.rename(before.with_name(store_folder_name(home, settings)))
+    _, now, before = made(home, *settings)
+    assert before.exists() and now.is_dir() and not now.is_symlink()
+
+
+def store_folder_name(home, settings) -> str:
+    section = load(home / "config.yaml", settings).data
+    return store_folder(home, "tiny", section, EARLIER_VERSION).name

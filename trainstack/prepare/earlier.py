@@ -1,0 +1,57 @@
+"""Stores that the rules before made: where both rules make the same, there is one store."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from trainstack.config.schema import DataSection
+from trainstack.data.store import EARLIER_VERSION, TokenStore, is_as_before, store_folder
+from trainstack.data.writer import temporary_folder
+from trainstack.prepare.tokenizer import load_backend
+from trainstack.storage import layout, manifest
+
+UNREAD = {"post_processor": None, "truncation": None, "padding": None}  # if they add no token
+
+
+def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> bool:
+    """Whether the rules before made the same store; then ``final`` becomes a link to it."""
+    earlier = store_folder(home, model_name, section, EARLIER_VERSION)
+    if not is_as_before(section) or any(manifest.damage(earlier, manifest.TRUSTED_BY_SIZE)):
+        return False
+    model_folder = layout.model_folder(home, model_name)
+    store = TokenStore(earlier, section.seq_len)
+    if store.meta["format"] != "text" or not is_read_alike(model_folder):
+        return False
+    added = load_backend(model_folder)[0].get_added_tokens_decoder().items()
+    special = [number for number, token in added if token.special]
+    found = sum(int(np.isin(split.ids, special).sum()) for split in (store.train, store.eval))
+    if found != store.counts.train_documents + store.counts.eval_documents:
+        return False  # some were written in a document, which are text now
+    link(final, earlier)
+    return True
+
+
+def is_read_alike(model_folder: Path) -> bool:
+    """Whether the tokenizer gives a plain text the ids that its tokenizer.json alone gives."""
+    from tokenizers import Tokenizer
+
+    path = model_folder / "tokenizer.json"
+    if not path.exists():
+        return False
+    pair = Tokenizer.from_file(str(path)), load_backend(model_folder)[0]
+    own, theirs = ({**json.loads(made.to_str()), **UNREAD} for made in pair)
+    return own == theirs and not any(made.num_special_tokens_to_add(False) for made in pair)
+
+
+def link(final: Path, target: Path) -> None:
+    """Let ``final`` be another name of a store beside it."""
+    temporary = temporary_folder(final)
+    temporary.symlink_to(target.name)
+    clear(final)
+    temporary.replace(final)
+
+
+def clear(store: Path) -> None:
+    """Remove a store, or a link to one that stays."""
+    store.unlink() if store.is_symlink() else manifest.remove_folder(store)
