@@ -108,15 +108,32 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_losses_alone():
     assert torch.allclose(wrapped(inputs, labels, positions), sum(parts), rtol=1e-12)
 
 
-def test_a_model_that_mixes_documents_is_refused_where_they_are_packed():
+def test_a_model_that_mixes_documents_is_refused_where_they_share_a_row():
     torch.manual_seed(0)
     config = transformers.MambaConfig(
         hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4
     )
     recurrent = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     loss_model(recurrent)
-    with pytest.raises(ConfigError, match=r"MambaForCausalLM lets documents .*data.packing=concat"):
-        loss_model(recurrent, packing="none")
+    with pytest.raises(ConfigError, match=r"MambaForCausalLM lets documents .*data.packing=none"):
+        loss_model(recurrent, packing="best_fit")
+
+
+@pytest.mark.parametrize("kind", ["MambaConfig", "LlamaConfig"])
+def test_a_document_alone_in_its_row_has_its_own_loss_in_every_model(kind):
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(
+        hidden_size=32, num_hidden_layers=2, vocab_size=96, num_attention_heads=4
+    )
+    causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    wrapped = loss_model(causal_lm, packing="none")
+    inputs, labels = (part[:1] for part in batch())
+    labels[:, 9:] = -100
+    positions = torch.cat([torch.arange(9), torch.zeros(15, dtype=torch.int64)]).unsqueeze(0)
+    padded = inputs.clone()
+    padded[:, 9:] = 0
+    alone = wrapped(inputs[:, :9], labels[:, :9])
+    assert torch.allclose(wrapped(padded, labels, positions), alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,12 +1,14 @@
 """A causal LM of transformers: built from a folder, named, and as a checkpoint stores it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.schema import ModelSection
+from trainstack.errors import ConfigError
 
 
 def build_causal_lm(
@@ -18,14 +20,32 @@ def build_causal_lm(
     AdamW would then round away small updates.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    arguments = {"dtype": dtype, "attn_implementation": section.attn_implementation}
+    attention = section.attn_implementation  # transformers takes None for the best that it has
+    arguments = {"dtype": dtype, "attn_implementation": None if attention == "auto" else attention}
+    if precision == "fp64":
+        arguments["experts_implementation"] = "eager"  # torch's grouped products know no fp64
     if init == "scratch":
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if quantisation(config):  # a checkpoint would be taken for a quantised one
+            del config.quantization_config
         return AutoModelForCausalLM.from_config(config, **arguments)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, **arguments
+    causal_lm, found = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
     )
+    if found["missing_keys"]:
+        raise ConfigError(
+            f"{folder}: its weights have no {min(found['missing_keys'])}, which would be new and "
+            "random; they are those of another kind of model, choose another model.name"
+        )
+    return causal_lm
+
+
+def quantisation(config: Any) -> str | None:
+    """The method by which the weights that belong to a configuration are quantised, if they are."""
+    found = getattr(config, "quantization_config", None)
+    found = found if isinstance(found, dict) or not found else found.to_dict()
+    return str(found.get("quant_method", "bitsandbytes")) if found else None
 
 
 def count_parameters(causal_lm: nn.Module) -> int:

@@ -1,13 +1,18 @@
 """The loss of a causal LM, in chunks, so that its logits are never whole in fp32."""
 
 import contextlib
+import functools
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
+from trainstack.model import trial
 from trainstack.model.packed import apart, check_apart
 
 log = logging.getLogger("trainstack")
@@ -23,9 +28,15 @@ DTYPES = {
 class CausalLMLoss(nn.Module):
     """The sum of the next-token losses of a batch; ``forward`` is what DDP wraps.
 
-    If the model's logits are just its head on its last hidden state, which is checked on a few
-    tokens, the loss is computed in chunks, so that the logits are never whole in fp32. ConfigError
-    if ``packing`` keeps documents apart and the model does not.
+    If the model's logits are just its head on its last hidden state, the loss is computed in
+    chunks, so that the logits are never whole in fp32. ConfigError if the model cannot learn to
+    continue text, or if ``packing`` puts documents into a row and the model mixes them. Parameters
+    that a sequence of ``seq_len`` tokens does not reach are frozen.
+
+    Where the configuration asks for the balancing loss of experts, it is in the gradient, not in
+    the value: a mean over a batch, times the batch's target tokens. So a step has the mean over its
+    batches, weighted by their targets: alike whichever rank has which batch, but not whichever
+    samples share a batch, since it is not linear in tokens.
     """
 
     def __init__(
@@ -34,6 +45,7 @@ class CausalLMLoss(nn.Module):
         train: TrainSection,
         device: torch.device,
         packing: str = "concat",
+        seq_len: int = trial.TOKENS,
     ):
         super().__init__()
         self.causal_lm = causal_lm.to(device)
@@ -42,12 +54,26 @@ class CausalLMLoss(nn.Module):
         self.device_type = device.type
         self.autocast_dtype = DTYPES[train.precision]
         self.is_autocast = train.precision in ("bf16", "fp16")
-        with self._autocast():  # flash attention knows no fp32
-            self.is_chunked = has_plain_head(self.causal_lm, device)
-            if packing != "concat":
-                check_apart(self.causal_lm, device)
-        body = self.causal_lm.base_model if self.is_chunked else self.causal_lm
-        self._body = [torch.compile(body) if train.torch_compile else body]  # no second submodule
+        self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
+        self.balancing = trial.balancing_of(causal_lm)
+        with self._trying():
+            self.is_chunked = trial.has_plain_head(causal_lm)
+        if self.is_chunked and self.balancing:  # transformers computes it behind the head
+            causal_lm.base_model.register_forward_hook(self._keep_hidden)
+        elif self.is_chunked:
+            self._body = [causal_lm.base_model]
+        else:
+            log.info("model: its logits are more than a linear head; the loss keeps them whole")
+        if packing == "best_fit":  # with none the rest of a row is padding
+            with self._trying():
+                check_apart(causal_lm, device)
+        with self._trying():
+            trial.check_own_loss(causal_lm, self.balancing)
+        self.train()  # from_pretrained leaves a model in eval mode: without dropout
+        with trial.trying(causal_lm, is_training=True):
+            self._sometimes = trial.freeze_unreached(self, seq_len)
+        if train.torch_compile:
+            self._body = [torch.compile(self._body[0])]
 
     def forward(
         self,
@@ -60,23 +86,58 @@ class CausalLMLoss(nn.Module):
         A position 0 begins a document, which sees nothing of the documents before it.
         """
         arguments = apart(self.causal_lm, input_ids, position_ids)
+        if self.is_chunked and self.balancing:
+            arguments["logits_to_keep"] = 1  # of its own code only the balancing loss is needed
         with self._autocast():
-            output = self._body[0](**arguments, use_cache=False)
+            output = self._body[0](**arguments, use_cache=False, return_dict=True)
             if not self.is_chunked:
                 logits = output.logits.flatten(0, 1)
                 logits = logits if logits.dtype == torch.float64 else logits.float()
-                return nn.functional.cross_entropy(
+                loss = nn.functional.cross_entropy(
                     logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
                 )
-            hidden = output.last_hidden_state.flatten(0, 1)
-            compute = self.autocast_dtype if self.is_autocast else hidden.dtype
-            weight = self.causal_lm.get_output_embeddings().weight
-            return ChunkedCrossEntropy.apply(hidden, weight, labels.flatten(), compute)
+            else:
+                hidden = self._hidden.pop() if self.balancing else output.last_hidden_state
+                hidden = hidden.flatten(0, 1)
+                compute = self.autocast_dtype if self.is_autocast else hidden.dtype
+                weight = self.causal_lm.get_output_embeddings().weight
+                loss = ChunkedCrossEntropy.apply(hidden, weight, labels.flatten(), compute)
+        if self.balancing and torch.is_grad_enabled():
+            targets = (labels != IGNORED_LABEL).sum()
+            balance = self.balancing * output.aux_loss * targets
+            loss = loss + (balance - balance.detach())
+        return WithZeros.apply(loss, *self._sometimes) if self._sometimes else loss
+
+    def _keep_hidden(self, _body: nn.Module, _inputs: tuple, output: Any) -> None:
+        self._hidden[:] = [output.last_hidden_state]
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        # Flash attention knows no fp32. autocast keeps the weights that it has cast, so each trial
+        # has a context of its own.
+        with trial.trying(self.causal_lm), self._autocast():
+            yield
 
     def _autocast(self):
         if not self.is_autocast:  # torch.autocast warns of fp64 even if it is off
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.autocast_dtype)
+
+
+class WithZeros(torch.autograd.Function):
+    """A loss as it is, and a gradient of zero for parameters that this batch may not have reached.
+
+    DDP waits for a gradient of every parameter; so every rank has one, whatever its tokens are.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, *parameters):
+        ctx.parameters = parameters
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return grad_loss, *(p.new_zeros(()).expand(p.shape) for p in ctx.parameters)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -119,34 +180,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
 
 
-@torch.no_grad()
-def has_plain_head(causal_lm: nn.Module, device: torch.device) -> bool:
-    """Whether the logits are the output embedding applied to the last hidden state, no more.
-
-    Some models scale or cap their logits or add a bias; the chunked loss would be wrong there.
-    """
-    head = causal_lm.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None:
-        return False
-    was_training = causal_lm.training
-    causal_lm.eval()
-    try:
-        tokens = torch.arange(8, device=device).remainder(head.out_features).unsqueeze(0)
-        logits = causal_lm(input_ids=tokens, use_cache=False).logits
-        body = causal_lm.base_model(input_ids=tokens, use_cache=False)
-        hidden = getattr(body, "last_hidden_state", None)
-        is_plain = hidden is not None and torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-3)
-    finally:
-        causal_lm.train(was_training)
-    if not is_plain:
-        log.info("model: its logits are more than a linear head; the loss keeps them whole")
-    return is_plain
-
-
 def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
-    """Recompute activations in the backward pass; transformers 5.20 renamed the switch."""
+    """Recompute activations in the backward pass; transformers 5.20 renamed the switch.
+
+    Where a model has no switch, its longest list of layers is recomputed layer by layer.
+    """
     enable = getattr(causal_lm, "activation_checkpointing_enable", None)
-    if enable is None:
+    if not causal_lm.supports_gradient_checkpointing:
+        lists = [m for m in causal_lm.modules() if isinstance(m, nn.ModuleList)]
+        for layer in max(lists, key=len, default=()):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    elif enable is None:
         arguments = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
         causal_lm.gradient_checkpointing_enable(**arguments)
     else:

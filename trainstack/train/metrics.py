@@ -46,19 +46,13 @@ class Metrics:
         """One logged step; ``values`` has the keys of metrics.jsonl."""
         files.append_line(self.file, values)
         left = (max_steps - values["step"]) * values["step_seconds"]
-        log.info(
-            "%15s  %7.3f %8.4f %8.1e %7.2f %9s %7.2f  %s",
-            f"{values['step']:,}/{max_steps:,}",
-            values["epoch"],
-            values["loss"],
-            values["learning_rate"],
-            values["grad_norm"],
-            f"{values['tokens_per_second']:,.0f}",
-            memory_gb,
-            duration(left),
-        )
-        self._to_tensorboard("train", values, ("loss", "learning_rate", "grad_norm", "epoch"))
-        self._to_tensorboard("train", values, ("tokens_per_second",))
+        log.info("%15s  %7.3f %8.4f %8.1e %7.2f %9s %7.2f  %s",
+                 f"{values['step']:,}/{max_steps:,}", values["epoch"], values["loss"],
+                 values["learning_rate"], values["grad_norm"],
+                 f"{values['tokens_per_second']:,.0f}", memory_gb, duration(left))  # fmt: skip
+        if self.tensorboard:
+            for key in ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second"):
+                self.tensorboard.add_scalar(f"train/{key}", values[key], values["step"])
         self.flush()
 
     def log_evaluation(
@@ -73,13 +67,8 @@ class Metrics:
         if is_mixture:
             values["source_eval_loss"] = {label: own for label, (own, _) in results.items()}
         files.append_line(self.file, values)
-        log.info(
-            "eval    step %s   loss %.4f   perplexity %.2f   (%s held-out tokens)",
-            f"{step:,}",
-            loss,
-            perplexity,
-            f"{tokens:,}",
-        )
+        log.info("eval    step %s   loss %.4f   perplexity %.2f   (%s held-out tokens)",
+                 f"{step:,}", loss, perplexity, f"{tokens:,}")  # fmt: skip
         for label, (own, number) in results.items() if is_mixture else ():
             log.info("        %s: loss %.4f   perplexity %.2f   (%s tokens)", label, own,
                      perplexity_of(own), f"{number:,}")  # fmt: skip
@@ -103,11 +92,6 @@ class Metrics:
         self.flush()
         if self.tensorboard:
             self.tensorboard.close()
-
-    def _to_tensorboard(self, group: str, values: dict[str, Any], keys: tuple[str, ...]) -> None:
-        if self.tensorboard:
-            for key in keys:
-                self.tensorboard.add_scalar(f"{group}/{key}", values[key], values["step"])
 
 
 def perplexity_of(loss: float) -> float:

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from trainstack.errors import ConfigError
 from trainstack.model.strategy import Strategy
 from trainstack.resilience.guard import Guard
 from trainstack.resilience.stop import Stop
+from trainstack.resilience.watchdog import Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import check_identity
 from trainstack.run.lease import Lease, Owner
-from trainstack.run.states import CONTINUES, RUNNING
+from trainstack.run.states import CONTINUES, RUNNING, Phase
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
+from trainstack.waits import START_SECONDS
 
 log = logging.getLogger("trainstack")
 FIRST_SAVE_RATE = 200e6  # bytes per second
@@ -90,12 +93,22 @@ def meet(run: RunFolder, number: int, world: World) -> tuple[list[str], list[str
     return sorted({host for _, host, _ in seen}), [line for _, _, line in seen]
 
 
-def find_checkpoint(run: RunFolder, identity: dict[str, Any]) -> Path | None:
-    """The newest checkpoint that verifies; Refused if it was made with another identity."""
-    newest = newest_whole(run.checkpoints)
-    if newest:
-        check_identity(read_state(newest).identity, identity, run.path.name)
-    return newest
+def find_checkpoint(
+    run: RunFolder, identity: dict[str, Any], watch: Watch, world: World
+) -> Path | None:
+    """The newest checkpoint that verifies; Refused if it was made with another identity.
+
+    Collective: rank 0 hashes it, however long that takes: it is no hang while it moves.
+    """
+    moves = partial(watch.at, 0, Phase.START, START_SECONDS)
+
+    def find() -> Path | None:
+        newest = newest_whole(run.checkpoints, moves)
+        if newest:
+            check_identity(read_state(newest).identity, identity, run.path.name)
+        return newest
+
+    return distributed.main_decides(world, find, moves)
 
 
 def left_out(run: RunFolder, newest: Path | None) -> list[dict[str, int]]:

@@ -1,0 +1,346 @@
+"""Whether a model can be trained as configured is known before the queue, by name and reason."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from trainstack.config.load import load
+from trainstack.errors import ConfigError
+from trainstack.model import proof, rehearsal
+from trainstack.model.causal_lm import build_causal_lm
+from trainstack.model.loss import CausalLMLoss
+from trainstack.model.small_copy import small_configs
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+LINEAR = {
+    **GROUPED, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 96}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**GROUPED, max_position_embeddings=48),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "codegen": lambda: transformers.CodeGenConfig(**GPT2, rotary_dim=8),
+    "opt": lambda: transformers.OPTConfig(
+        **SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=48
+    ),
+    "mpt": lambda: transformers.MptConfig(
+        d_model=32, n_heads=4, n_layers=2, max_seq_len=48, vocab_size=96
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(**GROUPED, query_pre_attn_scalar=8),
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, num_local_experts=8),
+    "mamba": lambda: transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=96, state_size=4
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(**LINEAR),
+    "qwen3_5 with vision": lambda: transformers.Qwen3_5Config(
+        text_config=LINEAR, vision_config={**VISION, "out_hidden_size": 32}
+    ),
+    "bert": lambda: transformers.BertConfig(**SMALL),
+    "bert decoder": lambda: transformers.BertConfig(**SMALL, is_decoder=True),
+    "bart": lambda: transformers.BartConfig(d_model=32, vocab_size=96),
+    "t5": lambda: transformers.T5Config(d_model=32, num_layers=2, vocab_size=96),
+    "vit": lambda: transformers.ViTConfig(hidden_size=32),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        text_config=GROUPED, vision_config={**VISION, "out_hidden_size": 32}
+    ),
+    "emu3": lambda: transformers.Emu3Config(),
+    "gemma3n": lambda: transformers.Gemma3nConfig(),
+}
+SHIPPED = ("model.attn_implementation=auto", "data.seq_len=32")
+
+
+def rehearse(folder: Path, name: str, *overrides: str, **changes) -> rehearsal.Rehearsal:
+    """Of a configuration by its name in CONFIGS, with ``changes`` in its config.json."""
+    values = {**CONFIGS[name]().to_dict(), **changes}
+    (folder / "config.json").write_text(json.dumps(values))
+    words = [f"model.name={folder}", *SHIPPED, *overrides]
+    return rehearsal.rehearse(folder, load(tiny.ROOT / "config.yaml", words))
+
+
+def refusal(folder: Path, name: str, *overrides: str, **changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        rehearse(folder, name, *overrides, **changes)
+    (line,) = caught.value.problems
+    head = f"model {folder} cannot be trained as configured: "
+    assert line.startswith(head) and "\n" not in line
+    return line.removeprefix(head)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("t5", "encoder-decoder model"),
+        ("bart", "encoder-decoder model"),
+        ("bert", "BertLMHeadModel is not causal: a token sees the tokens behind it"),
+        ("vit", "is no causal LM"),
+        ("qwen2_5_vl", "is made of several parts, .*; choose the text-only model"),
+    ],
+)
+def test_what_is_no_causal_lm_is_refused_with_the_reason(tmp_path, name, reason):
+    line = refusal(tmp_path, name)
+    assert re.search(reason, line) and "; choose " in line
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["LlamaForSequenceClassification", "LlamaForTokenClassification", "OwnForRewardModel"],
+)
+def test_another_head_on_a_language_model_is_refused(tmp_path, architecture):
+    line = refusal(tmp_path, "llama", architectures=[architecture])
+    assert f"{architecture} has another head" in line
+
+
+def test_a_model_without_its_head_trains_only_where_its_head_is_its_embedding(tmp_path):
+    bare, scratch = {"architectures": ["LlamaModel"]}, "model.init=scratch"
+    pretrained = "model.init=pretrained"
+    assert "or none" in refusal(tmp_path, "llama", pretrained, **bare)
+    rehearse(tmp_path, "llama", scratch, **bare)
+    rehearse(tmp_path, "llama", pretrained, **bare, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors"])
+def test_quantised_weights_are_refused_and_from_scratch_they_are_not_used(tmp_path, method):
+    quantised = {"quantization_config": {"quant_method": method, "bits": 4}}
+    line = refusal(tmp_path, "llama", "model.init=pretrained", **quantised)
+    assert f"quantised weights ({method})" in line and "name a repository that has them in" in line
+    notes = rehearse(tmp_path, "llama", **quantised).notes
+    assert any("quantised; from scratch it is not" in note for note in notes)
+    section = load(tiny.ROOT / "config.yaml", []).model
+    made = build_causal_lm(tmp_path, "scratch", section, "fp32", 0)
+    made.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+def test_a_type_that_transformers_does_not_know_is_told(tmp_path):
+    assert "cannot read its config.json" in refusal(tmp_path, "llama", model_type="unheard_of")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path):
+    if importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    line = refusal(tmp_path, "gemma3n")
+    assert line.startswith("a package that it needs is missing (") and "timm" in line
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "codegen"])
+def test_more_positions_than_a_table_has_are_refused_with_both_numbers(tmp_path, name):
+    rehearse(tmp_path, name, "data.seq_len=48")
+    line = refusal(tmp_path, name, "data.seq_len=49")
+    assert line == (
+        "data.seq_len=49: it has a table of 48 positions, and none beyond; write data.seq_len=48 "
+        "or less"
+    )
+
+
+def test_more_positions_than_a_rotary_model_was_made_for_are_a_line(tmp_path):
+    assert len(rehearse(tmp_path, "llama", "data.seq_len=48").notes) == 1
+    (_, line) = rehearse(tmp_path, "llama", "data.seq_len=65536").notes
+    assert "data.seq_len=65536 is beyond the 48 positions" in line
+
+
+def test_sequences_beyond_those_of_a_model_that_is_told_no_positions_are_tried_whole(tmp_path):
+    rehearse(tmp_path, "mpt", "data.seq_len=48")
+    assert "a table of 48 positions" in refusal(tmp_path, "mpt", "data.seq_len=64")
+
+
+@pytest.mark.parametrize("name", ["mamba", "lfm2", "qwen3_5"])
+def test_recurrent_and_hybrid_models_take_one_document_a_row_or_all_joined(tmp_path, name):
+    for packing in ("none", "concat"):
+        rehearse(tmp_path, name, f"data.packing={packing}")
+    line = refusal(tmp_path, name, "data.packing=best_fit")
+    assert line.endswith("see each other; write data.packing=none or data.packing=concat")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_experts_keep_documents_apart_in_every_precision(tmp_path, precision):
+    rehearse(tmp_path, "mixtral", "data.packing=best_fit", f"train.precision={precision}")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("llama", "sdpa"), ("gemma2", "eager"), ("mamba", "eager")]
+)
+def test_auto_takes_the_best_attention_that_a_model_has_and_says_it_once(tmp_path, name, attention):
+    notes = rehearse(tmp_path, name).notes
+    assert sum("attention" in note for note in notes) == 1
+    assert f"learns with {attention} attention, fp32, packing concat; not tried: " in notes[0]
+
+
+def test_attention_that_a_model_does_not_have_is_refused_with_the_way_out(tmp_path):
+    line = refusal(tmp_path, "gemma2", "model.attn_implementation=sdpa")
+    assert line.endswith("; write model.attn_implementation=auto")
+    rehearse(tmp_path, "gemma2", "model.attn_implementation=eager")
+
+
+def test_flash_attention_is_refused_without_its_package(tmp_path):
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed")
+    line = refusal(tmp_path, "llama", "model.attn_implementation=flash_attention_2")
+    assert "flash-attn is not installed; write model.attn_implementation=auto" in line
+
+
+def test_a_setting_with_which_its_code_fails_is_named_as_the_way_out(tmp_path, monkeypatch):
+    forward = transformers.LlamaModel.forward
+
+    def only_fp32(self, *arguments, **named):
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("this kernel\nknows no bf16")
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(transformers.LlamaModel, "forward", only_fp32)
+    line = refusal(tmp_path, "llama", "train.precision=bf16")
+    assert "this kernel" in line and line.endswith("; write train.precision=fp32")
+
+
+def test_of_a_model_with_parts_only_its_text_is_saved_and_that_is_said(tmp_path):
+    notes = rehearse(tmp_path, "qwen3_5 with vision").notes
+    assert notes[-1].endswith("for text is trained and saved, as Qwen3_5ForCausalLM")
+
+
+def test_a_part_for_text_that_could_not_be_resumed_is_refused(tmp_path):
+    assert "is saved as a model that transformers does not load" in refusal(tmp_path, "emu3")
+
+
+def test_a_decoder_of_an_encoders_type_is_taken(tmp_path):
+    rehearse(tmp_path, "bert decoder")
+
+
+def test_a_model_of_671_billion_parameters_is_tried_in_no_more_than_a_gigabyte(tmp_path):
+    values = transformers.DeepseekV3Config().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    code = (
+        "import resource, sys, torch, transformers; from pathlib import Path;"
+        "from trainstack.config.load import load; from trainstack.model.rehearsal import rehearse;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024;"
+        "before = peak();"
+        "found = rehearse(Path(sys.argv[1]), load(Path('config.yaml'), []));"
+        "print(found.parameters, peak() - before, found.notes[0])"
+    )
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    assert done.returncode == 0, done.stderr
+    parameters, megabytes, summary = done.stdout.split(maxsplit=2)
+    assert int(parameters) == 671_026_404_352 and "learns with" in summary
+    assert int(megabytes) < 1024
+
+
+FAMILIES = (
+    "bloom", "cohere2", "deepseek_v3", "falcon", "falcon_mamba", "gemma3_text", "glm4_moe", "gpt2",
+    "gpt_neox", "gpt_oss", "llama4_text", "mixtral", "modernbert-decoder", "mpt", "nemotron_h",
+    "olmo2", "opt", "phi3", "qwen2", "qwen3_moe", "qwen3_next", "smollm3",
+)  # fmt: skip
+NAMES = sorted(transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+OTHERS = [pytest.param(n, marks=pytest.mark.matrix) for n in NAMES if n not in FAMILIES]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+def test_every_architecture_has_the_loss_of_its_logits_or_is_refused(tmp_path, name):
+    """As its configuration is by default: that of a real model, of up to a trillion parameters."""
+    try:
+        real = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]()
+        CONFIGS[name] = lambda: real
+        found = rehearse(tmp_path, name, "train.activation_checkpointing=true")
+    except ConfigError as error:
+        assert name not in FAMILIES, error
+        return
+    except Exception:  # a configuration that is not possible by itself, at its first line
+        assert name not in FAMILIES and "real" not in locals()
+        return
+    if "no small copy" in found.notes[0]:
+        assert name not in FAMILIES
+        return
+    small, _ = rehearsal.small_copy(real)
+    small.save_pretrained(tmp_path)
+    config = load(tiny.ROOT / "config.yaml", [])
+    causal_lm = build_causal_lm(tmp_path, "scratch", config.model, "fp32", 0).eval()
+    tokens = rehearsal.some_tokens(causal_lm, rehearsal.TOKENS)
+    loss_model = CausalLMLoss(causal_lm, config.train, torch.device("cpu")).eval()
+    logits = rehearsal.logits_of(causal_lm, tokens).detach().float()
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens.flatten(), reduction="sum"
+    )
+    with torch.no_grad():
+        loss = loss_model(tokens, tokens)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_a_small_copy_keeps_each_type_of_layer_and_the_size_of_heads():
+    real = transformers.Gemma3TextConfig().to_dict()
+    small = next(small_configs(real))
+    assert {*small["layer_types"]} == {*real["layer_types"]}
+    assert len(small["layer_types"]) == small["num_hidden_layers"] < real["num_hidden_layers"]
+    assert small["head_dim"] == real["head_dim"]
+    assert small["sliding_window"] == real["sliding_window"]
+    ratio = real["num_attention_heads"] // real["num_key_value_heads"]
+    assert small["num_attention_heads"] // small["num_key_value_heads"] == ratio
+
+
+def test_what_was_tried_once_is_known_without_torch_until_something_changes(home):
+    code = (
+        "import sys; from pathlib import Path; from trainstack.config.load import load;"
+        "from trainstack.model.proof import prove; home = Path(sys.argv[1]);"
+        "prove(home, load(home / 'config.yaml', sys.argv[2:]), print);"
+        "print({'torch', 'transformers'} & {*sys.modules})"
+    )
+
+    def run(*overrides: str) -> list[str]:
+        command = [sys.executable, "-c", code, home, *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    known = run()
+    assert known[-1] == "set()" and "a small copy of it learns with" in known[0]
+    tried = run("data.seq_len=72")
+    assert tried[-1] != "set()" and "that takes some seconds" in tried[0]
+    assert "beyond the 64 positions" in tried[2]
+    assert run("data.seq_len=72") == [*tried[1:-1], "set()"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.packing=none", "data.seq_len=33", "train.precision=bf16", "model.init=pretrained",
+        "train.activation_checkpointing=true", "model.attn_implementation=eager",
+    ],
+)  # fmt: skip
+def test_the_answer_depends_on_each_of_these_settings(home, change):
+    folder = home / "models" / "tiny"
+    keys = [proof.proof_key(folder, load(home / "config.yaml", o)) for o in ([], [change])]
+    assert keys[0] != keys[1]
+    untouched = load(home / "config.yaml", ["optim.learning_rate=1.0", "train.max_steps=3"])
+    assert proof.proof_key(folder, untouched) == keys[0]
+
+
+def test_pretrained_weights_that_are_not_used_are_a_line(tmp_path):
+    content = {"config.json": json.dumps(CONFIGS["llama"]().to_dict())}
+    folder = tiny.publish(tmp_path / "m", content, kind="model", weight_bytes=0, has_weights=True)
+    for init, number in (("scratch", 1), ("pretrained", 0)):
+        config = load(tiny.ROOT / "config.yaml", [f"model.init={init}"])
+        lines = proof.unused_weights(folder, config)
+        assert len(lines) == number
+    assert "model.init=pretrained" in proof.unused_weights(
+        folder, load(tiny.ROOT / "config.yaml", ["model.init=scratch"])
+    )[0]  # fmt: skip
+
+
+def test_weights_of_another_kind_of_model_are_refused_when_they_are_loaded(tmp_path):
+    other = transformers.LlamaForSequenceClassification(CONFIGS["llama"]())
+    other.save_pretrained(tmp_path)
+    section = load(tiny.ROOT / "config.yaml", []).model
+    with pytest.raises(ConfigError, match=r"its weights have no lm_head.weight"):
+        build_causal_lm(tmp_path, "pretrained", section, "fp32", 0)

@@ -1,0 +1,95 @@
+"""``python -m trainstack prove``: can the model be trained as configured? Known before the queue.
+
+What was found once is kept in the project's cache, under a name that says all it depends on. So
+submit.sh answers in a blink, and neither torch nor transformers is loaded; only what is not there
+yet is tried (rehearsal.py), which takes some seconds.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from trainstack.config.load import load
+from trainstack.config.schema import Config
+from trainstack.errors import ConfigError
+from trainstack.storage import files, layout, manifest
+
+SPEAKER = "prove"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack prove", description=__doc__)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+
+    def say(text: str) -> None:
+        print(f"{SPEAKER}: {text}", file=sys.stderr)
+
+    try:
+        config = load(options.config, options.overrides)
+        folder = layout.model_folder(options.home, config.model.name)
+        if config.model.name != layout.DEMO or folder.exists():  # else it is made later
+            prove(options.home, config, say)
+    except ConfigError as error:
+        print(error.report(SPEAKER), file=sys.stderr)
+        return error.code
+    return 0
+
+
+def prove(home: Path, config: Config, say: Callable[[str], None]) -> int:
+    """Say what is known of the model, tried now if need be; returns how many parameters it has.
+
+    ConfigError if it cannot be trained as configured.
+    """
+    folder = layout.model_folder(home, config.model.name)
+    record = home / "cache" / "proofs" / f"{proof_key(folder, config)}.json"
+    try:
+        found = json.loads(record.read_bytes())
+    except (OSError, ValueError):
+        say(f"model {config.model.name}: a small copy of it is tried; that takes some seconds")
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's library is imported
+        from trainstack.model.rehearsal import rehearse
+
+        found = asdict(rehearse(folder, config))
+        with contextlib.suppress(OSError):  # the cache of somebody else: tried again next time
+            record.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_file(record, json.dumps(found).encode())
+    for note in [*found["notes"], *unused_weights(folder, config)]:
+        say(f"model {config.model.name}: {note}")
+    return found["parameters"]
+
+
+def proof_key(folder: Path, config: Config) -> str:
+    """The name of all that the answer depends on: files, settings, versions, our own code."""
+    depends_on = {
+        "config.json": manifest.read_manifest(folder)["files"].get("config.json"),
+        "model": config.model.model_dump(exclude={"revision"}),
+        "train": config.train.model_dump(include={"precision", "activation_checkpointing"}),
+        "data": config.data.model_dump(include={"packing", "seq_len"}),
+        "is_compiled": config.train.torch_compile,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "code": {p.name: manifest.hash_file(p) for p in Path(__file__).parent.glob("*.py")},
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def unused_weights(folder: Path, config: Config) -> list[str]:
+    """A line if the model has weights that a run from scratch does not use."""
+    known = manifest.read_manifest(folder)
+    has_weights = known.get("weight_bytes") or known.get("has_weights")
+    if config.model.init != "scratch" or not has_weights:
+        return []
+    return ["its pretrained weights are not used; to use them: model.init=pretrained"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""What a model's own code makes of a few tokens, tried before the first step."""
+
+import contextlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from trainstack.config.batch import IGNORED_LABEL
+from trainstack.errors import ConfigError
+
+log = logging.getLogger("trainstack")
+TOKENS = 16
+LOGIT = 4096.0  # in the trial of a head: beyond every cap, and exact in bf16 and fp16
+BALANCING = re.compile(r"aux_loss_(coef|alpha)|moe_loss_weight")  # settings of experts
+FAULTS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def trying(causal_lm: nn.Module, is_training: bool = False) -> Iterator[None]:
+    """Within it the model is in that mode; what its code raises becomes a ConfigError.
+
+    On a GPU a RuntimeError stays what it is: it may be the device's.
+    """
+    was_training = causal_lm.training
+    causal_lm.train(is_training)
+    is_cpu = next(causal_lm.parameters()).device.type == "cpu"
+    faults = (*FAULTS, RuntimeError) if is_cpu else FAULTS
+    try:
+        yield
+    except faults as error:
+        if "allocate memory" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise ConfigError(
+            f"{type(causal_lm).__name__} fails on {TOKENS} tokens of text ({reason}); choose "
+            "another model"
+        ) from error
+    finally:
+        causal_lm.train(was_training)
+
+
+def some_tokens(causal_lm: nn.Module, number: int) -> torch.Tensor:
+    """Token ids, int64 [1, number]; small ones, since large ones may stand for images."""
+    weight = causal_lm.get_input_embeddings().weight
+    return torch.arange(number, device=weight.device).remainder(min(64, len(weight))).unsqueeze(0)
+
+
+def has_plain_head(causal_lm: nn.Module) -> bool:
+    """Whether the logits are the output embedding applied to the last hidden state, no more.
+
+    Some models scale, cap or mask their logits, or add to them; the chunked loss would be wrong
+    there. Small weights would hide that. So in this trial the head gets hidden states, and a few
+    rows of its weight values, that make logits of LOGIT and of zero: the answer is the
+    architecture's, the same for all weights and at every resume.
+    """
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    tokens, weight = some_tokens(causal_lm, min(8, *head.weight.shape)), head.weight.detach()
+    rows, inputs = weight[: tokens.shape[1]], []
+    kept, one_hot = rows.clone(), torch.zeros_like(rows).fill_diagonal_(LOGIT**0.5)
+
+    def replace(_head: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        inputs.append(arguments[0])
+        return (one_hot.to(arguments[0].dtype).expand(arguments[0].shape),)
+
+    try:
+        rows.copy_(one_hot)
+        body = causal_lm.base_model(input_ids=tokens, use_cache=False, return_dict=True)
+        with head.register_forward_pre_hook(replace):
+            logits = causal_lm(input_ids=tokens, use_cache=False, return_dict=True).logits
+        expected = nn.functional.linear(one_hot, weight).to(logits.dtype)
+        # A bias may still be zero: no parameter beside the weight has a part in the logits.
+        others = [p for p in causal_lm.parameters() if p.requires_grad and p is not head.weight]
+        parts = torch.autograd.grad(logits.sum(), others, allow_unused=True)
+    finally:
+        rows.copy_(kept)
+    hidden = getattr(body, "last_hidden_state", None)
+    if hidden is None or len(inputs) != 1 or any(part is not None for part in parts):
+        return False
+    # Kernels may differ by rounding; a factor of a model is far from 1.
+    is_hidden = bool((inputs[0] - hidden).abs().max() <= 0.02 * hidden.abs().max())
+    return is_hidden and torch.equal(logits[0], expected)
+
+
+@torch.no_grad()
+def check_own_loss(causal_lm: nn.Module, balancing: float) -> None:
+    """ConfigError if the model's own loss is not the next-token loss and its balancing loss."""
+    name, tokens = type(causal_lm).__name__, some_tokens(causal_lm, TOKENS)
+    first_only = tokens.clone()
+    first_only[:, 1:] = IGNORED_LABEL
+    aimless, output = (
+        causal_lm(input_ids=tokens, labels=labels, use_cache=False, return_dict=True)
+        for labels in (first_only, tokens)
+    )
+    aimless, own = (o.loss - (balancing and balancing * o.aux_loss) for o in (aimless, output))
+    if aimless > 0.01:  # nothing predicts the first token: a next-token loss is 0 or not a number
+        raise ConfigError(
+            f"{name} learns to name each token, not the next one: it is the decoder of an "
+            "encoder-decoder model, or not made for text alone; choose another model"
+        )
+    ours = nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:])
+    if abs(own - ours) > 1e-4 * abs(own):
+        raise ConfigError(
+            f"the loss of {name} itself is {float(own):.4f} where the next-token loss is "
+            f"{float(ours):.4f}: a part of it would be left out; switch that part off in its "
+            "config.json, or choose another model"
+        )
+
+
+def balancing_of(causal_lm: nn.Module) -> float:
+    """The coefficient of the experts' balancing loss; 0 if the configuration does not ask for it.
+
+    Says what follows from a coefficient that is set.
+    """
+    config = causal_lm.config.get_text_config()
+    settings = config.to_dict()
+    settings |= settings.get("ffn_config") or {}  # of DBRX
+    found = {key: value for key, value in settings.items() if BALANCING.search(key) and value}
+    if not found:
+        return 0.0
+    (key, coefficient), *_ = found.items()
+    is_known = "output_router_logits" in inspect.signature(causal_lm.forward).parameters
+    is_on = is_known and config.output_router_logits
+    effect = "losses are shown without the experts' balancing loss, which is learned too"
+    if not is_known:
+        effect = "is not used: transformers has no balancing loss for this model"
+    elif not is_on:
+        effect = "is not used; output_router_logits=true in the model's config.json would balance "
+        effect += "its experts"
+    log.info("model: %s=%s: %s", key, coefficient, effect)
+    return float(coefficient) if is_on else 0.0
+
+
+def freeze_unreached(loss_model: nn.Module, seq_len: int) -> list[nn.Parameter]:
+    """Freeze what gets no gradient from text; returns what gets one only from some text.
+
+    DDP waits for the gradient of each parameter, and would end at its second step. Some text: what
+    one token does not reach but ``seq_len`` do, and a list of experts of which it reaches a part.
+    """
+    causal_lm = loss_model.causal_lm
+    short, long = (reached(loss_model, number) for number in (1, seq_len))
+    partly: set[int] = set()
+    for elements in causal_lm.modules():
+        if isinstance(elements, nn.ModuleList):
+            ids = [{id(p) for p in element.parameters()} for element in elements.children()]
+            if len({bool(own & short) for own in ids if own}) == 2:
+                partly.update(*ids)
+    named = [(name, p) for name, p in causal_lm.named_parameters() if p.requires_grad]
+    unreached = [(name, p) for name, p in named if id(p) not in short | long | partly]
+    for _, parameter in unreached:
+        parameter.requires_grad_(False)
+    if unreached:
+        log.info("model: %d of %d parameters get no gradient from text and stay as they are: %s%s",
+                 len(unreached), len(named), unreached[0][0],
+                 " and others" if len(unreached) > 1 else "")  # fmt: skip
+    return [p for _, p in named if id(p) in partly | (long - short)]
+
+
+def reached(loss_model: nn.Module, number: int) -> set[int]:
+    """The ids of the parameters that get a gradient from so many tokens."""
+    tokens = some_tokens(loss_model.causal_lm, number)
+    loss_model(tokens, tokens).backward()
+    found = {id(p) for p in loss_model.parameters() if p.grad is not None}
+    loss_model.zero_grad(set_to_none=True)
+    return found
