@@ -11,6 +11,7 @@ import tiny
 from trainstack.config.load import load
 from trainstack.config.other_names import OTHER_NAMES
 from trainstack.config.problems import all_keys, suggestion
+from trainstack.config.schedules import SCHEDULES
 from trainstack.errors import ConfigError
 from trainstack.run.identity import check_identity
 
@@ -65,7 +66,6 @@ FILES = {
         changed("name: demo ", 'name: !!python/object/apply:os.system ["touch CANARY"] '),
         r"config\.yaml:8: run\.name: the tag .*python/object/apply:os\.system is not allowed",
     ),
-    "a section missing": (SHIPPED[: SHIPPED.index("\nlog:")], r"log: missing; copy its line"),
     "a section as a number": (changed("log:\n", "log: 5\nlog2:\n"), None),
 }
 
@@ -83,6 +83,21 @@ def test_a_mistake_in_the_file_is_one_line_with_location_value_and_fix(name, tmp
     else:
         assert re.search(pattern, complaint(result)), result.stderr
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_file_holds_only_what_differs_from_the_shipped_one(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run: {name: mine}\noptim:\n  learning_rate: 1e-3\n")
+    wanted = load(tiny.ROOT / "config.yaml", ["run.name=mine", "optim.learning_rate=1e-3"])
+    assert load(path, []) == wanted
+
+
+def test_what_is_missing_from_the_shipped_file_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text(SHIPPED[: SHIPPED.index("\nlog:")])
+    monkeypatch.setattr("trainstack.config.load.SHIPPED", path)
+    with pytest.raises(ConfigError, match="log: missing; copy its line"):
+        load(path, [])
 
 
 def test_a_file_that_is_not_there_is_named():
@@ -207,6 +222,54 @@ def test_settings_of_another_run_are_refused_with_the_difference():
     with pytest.raises(ConfigError, match=r"run\.seed=2 \(the run has 1\); put it back") as error:
         check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
     assert error.value.code == 78
+
+
+KWARGS = "optim.lr_scheduler_kwargs"
+MISFITS = [
+    # of another schedule, by the line in the file; needed and missing; of a wrong type or range
+    (["cosine"], rf"config\.yaml:\d+: {KWARGS}: cosine takes num_cycles, and not min_lr_rate; wr"),
+    (["linear"], rf"linear takes no settings, and not min_lr_rate; write {KWARGS}={{}}$"),
+    (["constant"], "constant takes no settings, and not min_lr_rate"),
+    (["inverse_sqrt", "{timescale: 9, a: 1}"], rf"not a; write {KWARGS}={{timescale: 9}}$"),
+    (["warmup_stable_decay", "{}"], "needs num_decay_steps; write for example optim.*_steps: 100}"),
+    (["cosine_with_min_lr", "{}"], "and has neither; write optim.*={min_lr_rate: 0.1}"),
+    (["cosine_with_min_lr", "{min_lr: 1e-5, min_lr_rate: 0.1}"], "has both; .*{min_lr: 1e-05}$"),
+    (["cosine_with_min_lr", "{min_lr_rate: 1.5}"], r"min_lr_rate=1\.5: out of range; .*at most 1"),
+    (
+        ["cosine_with_min_lr", "{min_lr: -1}"],
+        r"\.min_lr=-1: out of range; .*at least 0",
+    ),
+    (["polynomial", "{power: -2}"], r"power=-2: out of range; write a number more than 0"),
+    (["cosine", "{num_cycles: 0}"], r"num_cycles=0: out of range; write a number more than 0"),
+    (["cosine", '{num_cycles: "1"}'], r"num_cycles=1: not a number"),
+    (["inverse_sqrt", "{timescale: 0.5}"], r"timescale=0\.5: not a whole number"),
+    (
+        ["warmup_stable_decay", "{num_decay_steps: 9, decay_type: exp}"],
+        r"decay_type=exp: not one of linear, cosine or 1-sqrt",
+    ),
+    # names that are none here
+    (
+        ["greedy"],
+        "not one of .*; that one follows the loss, not the step",
+    ),
+    (["reduce_lr_on_plateau"], "not one of .*; that one follows the loss, not the step"),
+    (["wsd"], r"did you mean warmup_stable_decay\?"),
+    (["rex"], "not one of constant, .*; choose one"),
+]
+
+
+@pytest.mark.parametrize(("words", "pattern"), MISFITS, ids=range(len(MISFITS)))
+def test_a_schedule_and_settings_that_do_not_fit_are_one_line_with_the_fix(words, pattern):
+    line = complaint(check(*map("{}={}".format, ("optim.lr_scheduler_type", KWARGS), words)))
+    assert re.search(pattern, line), line
+
+
+def test_every_schedule_that_the_shipped_file_names_beside_its_own_runs_with_its_settings():
+    (comment,) = re.findall(r"(?m)^  lr_scheduler_type: .*#(.*)", SHIPPED)
+    named = [name for name in SCHEDULES if re.search(rf"\b{name}\b", comment)]
+    assert named
+    for name in named:
+        assert check(f"optim.lr_scheduler_type={name}").returncode == 0
 
 
 LONG = "x" * 5000

@@ -1,6 +1,7 @@
 """What a run is: config.yaml, read strictly, with every problem reported at once.
 
 schema.py       every setting with its type and range
+schedules.py    the schedules of transformers, without torch
 batch.py        a step's sequences over processes and micro steps
 load.py         file and overrides become a Config, or problems
 problems.py     one line per problem: location, value, fix

@@ -12,6 +12,7 @@ from trainstack.config.strict_yaml import read_yaml, to_values
 from trainstack.errors import ConfigError, shown
 from trainstack.storage.layout import absolute
 
+SHIPPED = Path(__file__).resolve().parents[2] / "config.yaml"
 OWN_OF_A_SOURCE = {"revision": "main", "subset": None}  # not as the first data set's
 
 
@@ -19,6 +20,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
     try:
         values, locations = read_yaml(path)
+        add_shipped(values, path)
         problems = apply_overrides(values, locations, overrides)
         complete_mixture(values)
     except RecursionError:  # an alias of itself, say
@@ -32,6 +34,19 @@ def load(path: Path, overrides: list[str]) -> Config:
         raise ConfigError(*problems)
     model = config.model.model_copy(update={"name": absolute(config.model.name)})
     return config.model_copy(update={"model": model})
+
+
+def add_shipped(values: dict, path: Path) -> None:
+    """Give the settings of another file what the shipped one has and it does not.
+
+    The copy of the code that a run keeps has no such file, for its own is whole.
+    """
+    if not SHIPPED.exists() or path.resolve() == SHIPPED:
+        return
+    for section, settings in read_yaml(SHIPPED)[0].items():
+        own = values.setdefault(section, {})
+        if isinstance(own, dict) and isinstance(settings, dict):
+            values[section] = settings | own
 
 
 def apply_overrides(values: dict, locations: dict[str, str], overrides: list[str]) -> list[str]:

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainstack.config.other_names import OTHER_NAMES
+from trainstack.config.other_names import OTHER_NAMES, OTHER_VALUES
+from trainstack.config.schedules import settings_of
 from trainstack.config.schema import Config
 from trainstack.errors import shown
 
@@ -18,6 +19,8 @@ def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) 
     dotted = known_prefix(detail["loc"], values)
     kind, limits = detail["type"], detail.get("ctx", {})
     location = location_of(dotted, locations, path)
+    if kind in ("missing", "extra_forbidden") and detail["loc"][1:-1] == ("lr_scheduler_kwargs",):
+        return f"{location}: {schedule_problem(values['optim'], detail['loc'][-1])}"
     if kind == "missing" and "[" in dotted:
         return f"{location}: {dotted}: missing; each data set of a mixture has its own"
     if kind == "missing":
@@ -25,7 +28,8 @@ def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) 
     if kind == "value_error":  # raised by a section's own check, which names its keys
         return f"{location}: {limits['error']}"
     value = detail["input"]
-    is_override = "(command line)" in location  # which shows key and value itself
+    # An override shows key and value itself, if it is about that key alone.
+    is_override = "(command line)" in location and dotted in location
     if kind == "extra_forbidden":
         key = location if is_override else f"{location}: {shown(dotted)}"
         return f"{key}: no such key; {suggestion(dotted)}"
@@ -70,7 +74,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind == "literal_error":
         options = limits["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), re.split(r", | or ", options), 1)
-        return f"not one of {options}" + (f"; did you mean {near[0]}?" if near else "; choose one")
+        hint = f"did you mean {near[0]}?" if near else "choose one"
+        return f"not one of {options}; {OTHER_VALUES.get(str(value), hint)}"
     if kind == "string_pattern_mismatch":
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
     if kind in ("string_type", "string_too_short"):
@@ -78,6 +83,18 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"not a section; put its keys below {dotted}:, indented by two spaces"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
+
+
+def schedule_problem(optim: dict, key: str) -> str:
+    """A setting that the schedule does not take, or lacks; with the fix."""
+    name, given = optim["lr_scheduler_type"], optim["lr_scheduler_kwargs"]
+    taken = settings_of(name).model_fields
+    whole = "optim.lr_scheduler_kwargs"
+    if key in taken:
+        return f"{whole}: {name} needs {key}; write for example {whole}={{{key}: 100}}"
+    kept = ", ".join(f"{k}: {shown(value)}" for k, value in given.items() if k in taken)
+    known = ", ".join(taken) or "no settings"
+    return f"{whole}: {name} takes {known}, and not {shown(key)}; write {whole}={{{kept}}}"
 
 
 def suggestion(dotted: str) -> str:

@@ -4,13 +4,16 @@ Units, and why one would change a setting, are in the comments of config.yaml. A
 more than one setting raises ValueError; its text names the keys, what is wrong and the fix.
 """
 
+import datetime
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from trainstack.config.batch import BatchPlan, batch_problem
+from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
 from trainstack.storage.layout import absolute
 
@@ -36,7 +39,7 @@ class ModelSection(Section):
     name: Name
     revision: Name
     init: Literal["scratch", "pretrained"]
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 class SourceSection(Section):
@@ -50,6 +53,13 @@ class SourceSection(Section):
     eval_fraction: Annotated[float, Field(ge=0, lt=1)]
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
     text_field: Name
+    columns: dict[Name, Name]
+    learn: Literal["all", "last"]
+    each_turn: bool
+    chat_template: Name | None
+    chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    special_tokens: Literal["text", "tokens"] | None
+    split_on: Name | None
     max_bad_records: Annotated[int, Field(ge=0)]
     weight: PositiveFloat | None
 
@@ -57,6 +67,17 @@ class SourceSection(Section):
     @classmethod
     def make_absolute(cls, name: str) -> str:
         return absolute(name)
+
+    @field_validator("chat_template")
+    @classmethod
+    def make_path_absolute(cls, path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().resolve())
+
+    @field_validator("chat_date")
+    @classmethod
+    def check_date(cls, date: str) -> str:
+        datetime.date.fromisoformat(date)  # ValueError: no such day
+        return date
 
     @property
     def label(self) -> str:
@@ -149,20 +170,16 @@ class OptimSection(Section):
     adam_beta2: Beta
     adam_epsilon: PositiveFloat
     max_grad_norm: PositiveFloat | None
-    lr_scheduler_type: Literal[
-        "constant",
-        "constant_with_warmup",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "polynomial",
-        "inverse_sqrt",
-        "warmup_stable_decay",
-    ]
+    lr_scheduler_type: Literal[*SCHEDULES]
     lr_scheduler_kwargs: dict[str, float | int | str | bool]
     warmup_steps: Annotated[int, Field(ge=0)]
+
+    @field_validator("lr_scheduler_kwargs")
+    @classmethod
+    def check_schedule(cls, settings: dict, info: ValidationInfo) -> dict:
+        if "lr_scheduler_type" in info.data:  # else that is wrong itself
+            check_settings(info.data["lr_scheduler_type"], settings)
+        return settings
 
 
 class CheckpointSection(Section):
@@ -225,9 +242,11 @@ class Config(Section):
         """The settings that may not change when a run is resumed, by their dotted keys.
 
         They decide what is learned from. The mixture is left out if there is none, so that a run
-        from before there were mixtures is resumed too.
+        from before there were mixtures is resumed too; so are settings of which only the effect on
+        the tokens counts, which have a name of their own.
         """
         data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
+        del data["data.chat_template"], data["data.special_tokens"]
         if not self.data.mixture:
             del data["data.mixture"], data["data.weight"]
         model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}

@@ -1,34 +1,81 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step, and what is said of it before the first."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
-import torch
-from transformers import get_scheduler
-
+from trainstack.config.schedules import Place, share_of_peak
 from trainstack.config.schema import OptimSection
 from trainstack.errors import ConfigError
 
+SAMPLED = 1000  # steps at which a schedule is looked at, spread over the run
+
 
 def build_schedule(section: OptimSection, max_steps: int) -> Callable[[int], float]:
-    """The learning rate at a step (from 1), by transformers' schedule of that name.
+    """The learning rate at a step (from 1), by the schedule of that name.
 
     The schedule is asked for steps 1 to max_steps out of max_steps + 1, so that neither the first
     nor the last step is spent at rate zero.
     """
-    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    try:
-        scheduler = get_scheduler(
-            section.lr_scheduler_type,
-            unit,
-            num_warmup_steps=section.warmup_steps,
-            num_training_steps=max_steps + 1,
-            scheduler_specific_kwargs=dict(section.lr_scheduler_kwargs),
-        )
-        factor = scheduler.lr_lambdas[0]
-        factor(1)
-    except (TypeError, ValueError) as error:
+    name, settings = section.lr_scheduler_type, section.lr_scheduler_kwargs
+    warmup, peak = section.warmup_steps, section.learning_rate
+
+    def rate_at(step: int) -> float:
+        return peak * share_of_peak(name, settings, Place(step, warmup, max_steps + 1, peak))
+
+    return rate_at
+
+
+def describe_schedule(section: OptimSection, max_steps: int) -> list[str]:
+    """The rate at the start, at its peak and at the end, in a line; then what is in vain, if any.
+
+    ConfigError if the decay does not fit into the run, if the rate rises above its peak, or if it
+    is zero for several steps.
+    """
+    check_room(section, max_steps)
+    name, warmup, peak = section.lr_scheduler_type, section.warmup_steps, section.learning_rate
+    rate_at = build_schedule(section, max_steps)
+    steps = {1, warmup - 1, warmup, *range(1, max_steps, -(-max_steps // SAMPLED)), max_steps}
+    rates = {step: rate_at(step) for step in sorted(steps) if 1 <= step <= max_steps}
+    highest = max(rates, key=rates.get)
+    if not rates[highest] <= peak * (1 + 1e-9):
         raise ConfigError(
-            f"optim.lr_scheduler_kwargs={section.lr_scheduler_kwargs} does not fit "
-            f"optim.lr_scheduler_type={section.lr_scheduler_type}: {error}"
-        ) from None
-    return lambda step: section.learning_rate * factor(step)
+            f"optim.lr_scheduler_type={name}: the rate is {rates[highest]:.2e} at step {highest:,},"
+            f" above optim.learning_rate={peak:g}; in optim.lr_scheduler_kwargs write a lower rate "
+            f"as its end, such as {peak / 10:g}"
+        )
+    zero = next((step for (step, rate), (_, then) in pairwise(rates.items()) if not rate + then), 0)
+    if zero:
+        raise ConfigError(
+            f"optim.lr_scheduler_kwargs={section.lr_scheduler_kwargs}: the rate is 0 from step "
+            f"{zero:,} of {max_steps:,} on; let the schedule last as long as the run, or set the "
+            "least rate that it takes"
+        )
+    told = [
+        f"{rates[step]:.2e} at step {step:,}{' (its peak)' if step == highest else ''}"
+        for step in sorted({1, highest, max_steps})
+    ]
+    lines = [f"learning rate {', '.join(told)}"]
+    if name == "constant" and warmup:
+        lines.append(
+            f"optim.warmup_steps={warmup} is not used: constant has no warm-up, but "
+            "constant_with_warmup has"
+        )
+    elif warmup >= max(2, max_steps):
+        lines.append(
+            f"optim.warmup_steps={warmup}: all {max_steps:,} steps of the run are warm-up, which "
+            f"ends at {rates[max_steps]:.2e}; optim.learning_rate={peak:g}"
+        )
+    return lines
+
+
+def check_room(section: OptimSection, max_steps: int) -> None:
+    """ConfigError if warm-up, stable steps and decay do not fit into the run."""
+    settings, warmup = section.lr_scheduler_kwargs, section.warmup_steps
+    decay, stable = settings.get("num_decay_steps", 0), settings.get("num_stable_steps", 0)
+    if decay and warmup + stable + decay > max_steps + 1:
+        left = max_steps - warmup - stable
+        fix = f"num_decay_steps={left}" if left > 0 else "fewer of each, or more train.max_steps"
+        raise ConfigError(
+            f"optim.lr_scheduler_kwargs: {warmup} warmup_steps, {stable} num_stable_steps and "
+            f"{decay} num_decay_steps do not fit into {max_steps:,} steps; write {fix}"
+        )
