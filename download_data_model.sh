@@ -42,8 +42,9 @@ main() {
   # Bash before 4.4 takes the expansion of an empty array for an unset variable.
   if ((${#OVERRIDES[@]})); then what+=("${OVERRIDES[@]}"); fi
   run hub ${IS_FORCED:+--force} "${what[@]}"
+  export HF_HUB_OFFLINE=1 # as in a job: what follows loads what a job loads
+  run prove "${what[@]}"  # before tokens are made for nothing
   run prepare ${IS_FORCED:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
-  HF_HUB_OFFLINE=1 run prepare --prove "${what[@]}"
   tell_next_step
 }
 

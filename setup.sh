@@ -19,7 +19,7 @@ PROJECT_NAME="${PROJECT_NAME:-trainstack}"       # folder below SHARED_DIR
 SHARED_DIR="${SHARED_DIR:-${HOME:-/tmp}/shared}" # on a file system that every node sees
 ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda
 MODULES="${MODULES:-}"                           # modules that jobs load too: "python/3.12"
-MIN_FREE_GB="${MIN_FREE_GB:-8}"                  # the environment takes 1.5 GB, with CUDA 7 GB
+MIN_FREE_GB="${MIN_FREE_GB:-10}"                 # environment: 1.5 GB, with CUDA 7; its cache: 3
 # ------------------------------------------------------------------------------------------------
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -94,6 +94,10 @@ check_settings() {
   VENV="$PROJECT_DIR/venv"
   sum="$(sha256sum <"$HERE/requirements.txt")"
   PINS="${sum:0:12}"
+  # What installers keep is GBs, too much for the quota of many a home.
+  export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$PROJECT_DIR/cache/pip}"
+  export UV_CACHE_DIR="${UV_CACHE_DIR:-$PROJECT_DIR/cache/uv}"
+  export CONDA_PKGS_DIRS="${CONDA_PKGS_DIRS:-$PROJECT_DIR/cache/conda}"
 }
 
 # Ready is what the last successful install wrote, as long as its Python still starts.
@@ -284,6 +288,8 @@ explain_failure() {
   tail -n 5 "$1" | sed 's/^/    /' >&2
   if grep -qiE "$no_network" "$1"; then
     die "the package index cannot be reached; $fix, or set PIP_INDEX_URL to your site's mirror"
+  elif grep -qi 'quota exceeded' "$1"; then
+    die "a quota is used up; free some space, or move PIP_CACHE_DIR=$PIP_CACHE_DIR or TMPDIR"
   elif grep -qi 'no space left' "$1"; then
     die "the disk of $PROJECT_DIR is full; free some space and run setup.sh again"
   fi

@@ -54,8 +54,8 @@ def main(options: argparse.Namespace, config: Config) -> str:
     """Own the run, build everything, train; returns the state in which the run was left."""
     world = distributed.start(options.expect_world_size)
     plan = config.batch_plan(world.world_size)
-    corpus = open_corpus(options.home, config)
     run = RunFolder(layout.run_folder(options.home, config.run.name))
+    corpus = open_corpus(options.home, config, run.checkpoints)
     fixed = identity(config, corpus.key)  # settings that may not change between attempts
 
     # Owned before anything slow: two jobs must never both train into one folder.
@@ -70,7 +70,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
     attempt = Attempt(config, world, plan, run, lease, owner, max_steps)
 
     # The weights: from the newest checkpoint, else as model.init says.
-    newest = distributed.main_decides(world, lambda: startup.find_checkpoint(run, fixed))
+    newest = startup.find_checkpoint(run, fixed, watch, world)
     model_folder = layout.model_folder(options.home, config.model.name)
     strategy = build_strategy(attempt, newest, model_folder, faults)
     guard = Guard(config.guard, world.device, strategy.scaler.is_enabled())
@@ -89,7 +89,9 @@ def main(options: argparse.Namespace, config: Config) -> str:
         requests=Requests(stop, startup.build_interval(attempt, stop.save_seconds)),
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
-        small_files=small_files(strategy.causal_lm, model_folder), watch=watch, faults=faults,
+        small_files=small_files(strategy.causal_lm, model_folder, corpus.stop_ids,
+                                corpus.chat_template),
+        watch=watch, faults=faults,
         report=Report(attempt, rate_at, feed.sampler.total_samples, state.step),
     )  # fmt: skip
     return loop.run()
@@ -107,7 +109,9 @@ def build_strategy(
     causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
-    loss_model = CausalLMLoss(causal_lm, config.train, attempt.world.device, config.data.packing)
+    loss_model = CausalLMLoss(
+        causal_lm, config.train, attempt.world.device, config.data.packing, config.data.seq_len
+    )
     faults.attach(loss_model)
     return DataParallel(
         loss_model, config.optim, config.train.precision, attempt.plan, attempt.world

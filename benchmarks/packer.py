@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trainstack.prepare.packing import plans
+from trainstack.data.packing import plans
 
 LENGTHS, SEQ_LEN, ROUNDS = 1_000_000, 2048, 5
 FEWER = 10  # times fewer lengths for TRL

@@ -25,7 +25,9 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     tiny.make_model(folder)
     tiny.make_dataset(folder)
-    tiny.run_command("prepare", "--home", folder, "--config", tiny.write_config(folder))
+    config = tiny.write_config(folder)
+    tiny.run_command("prove", "--home", folder, "--config", config)  # kept: no test tries it again
+    tiny.run_command("prepare", "--home", folder, "--config", config)
     return folder
 
 
@@ -44,7 +46,9 @@ def user(home, cluster, tmp_path_factory):
     from slurm_user import Site
 
     shared = tmp_path_factory.mktemp("shared folder")
-    shutil.copytree(home, shared / "trainstack", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(
+        home, shared / "trainstack", symlinks=True, ignore=shutil.ignore_patterns("runs")
+    )
     tiny.make_checkout(shared / "checkout", shared, run__name="first")
     return Site(shared / "checkout", cluster)
 
@@ -53,7 +57,7 @@ def user(home, cluster, tmp_path_factory):
 def own_home(home, tmp_path) -> Path:
     """A copy of ``home`` that a test may damage; its runs are its own."""
     folder = tmp_path / "home"
-    shutil.copytree(home, folder, ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(home, folder, symlinks=True, ignore=shutil.ignore_patterns("runs"))
     return folder
 
 

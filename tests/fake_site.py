@@ -75,7 +75,7 @@ class Site:
         self.checkout, self.shared = folder / f"checkout {HOSTILE}", folder / f"shared {HOSTILE}"
         self.home = self.shared / "trainstack"
         self.run_dir = self.home / "runs" / "first"
-        shutil.copytree(home, self.home, ignore=shutil.ignore_patterns("runs"))
+        shutil.copytree(home, self.home, symlinks=True, ignore=shutil.ignore_patterns("runs"))
         tiny.make_checkout(self.checkout, self.shared, run__name="first")
         self.python = self.home / "venv" / "bin" / "python"
         self.commands = Commands(folder)
@@ -106,7 +106,7 @@ class Site:
     def make_checkpoint(self, step: int, **changes) -> None:
         """What a run of this configuration leaves, as far as submit.sh looks at it."""
         loaded = load(self.checkout / "config.yaml", [])
-        (store,) = (self.home / "tokens").iterdir()
+        (store,) = (p for p in (self.home / "tokens").iterdir() if not p.is_symlink())
         changed = {name.replace("__", "."): value for name, value in changes.items()}
         saved = {**identity(loaded, store.name), **changed}
         folder = self.run_dir / "checkpoints" / f"checkpoint-{step}"

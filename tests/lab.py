@@ -27,7 +27,7 @@ class Lab:
     def __init__(self, home: Path, shared: Path, **settings):
         self.shared, self.checkout = shared, shared / "checkout"
         self.home = shared / "trainstack"
-        shutil.copytree(home, self.home, ignore=shutil.ignore_patterns("runs"))
+        shutil.copytree(home, self.home, symlinks=True, ignore=shutil.ignore_patterns("runs"))
         tiny.make_checkout(self.checkout, shared, **{**SETTINGS, **settings})
 
     def environment(self, **changes: str) -> dict[str, str]:

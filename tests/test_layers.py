@@ -13,17 +13,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
     "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
-    "run", "data", "prepare", "hub", "optim", "model", "resilience", "train", "job", "monitor",
+    "run", "chat", "data", "records", "prepare", "hub", "optim", "model", "resilience", "train",
+    "job", "monitor",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them
-BEYOND_TRAINING = ("prepare", "hub", "job", "monitor")  # which train.py and its room do without
+BEYOND_TRAINING = (
+    "records",
+    "prepare",
+    "hub",
+    "job",
+    "monitor",
+)  # which train.py and its room do without
 LIGHT = (  # what a login node runs
     "__main__", "config.command", "hub.fetch", "hub.choose", "hub.local", "hub.commit",
-    "job.attempts", "job.blame", "job.submit", "monitor.goodput", "monitor.screen",
+    "job.attempts", "job.blame", "job.submit", "model.proof", "monitor.goodput", "monitor.screen",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
     "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py", "job/submit.py",
-    "monitor/goodput.py", "monitor/ledger.py", "prepare/prepare.py", "prepare/tokenise.py",
+    "model/proof.py", "monitor/goodput.py", "monitor/ledger.py", "prepare/prepare.py",
+    "prepare/tokenise.py",
 }  # fmt: skip
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's

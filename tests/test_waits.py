@@ -39,3 +39,7 @@ def test_a_hang_is_found_and_blamed_before_the_collectives_give_up():
     """Otherwise the ranks that wait would all be victims of a timeout, and none would hang."""
     shipped = load(tiny.ROOT / "config.yaml", [])
     assert shipped.guard.hang_seconds < waits.COLLECTIVE_SECONDS
+
+
+def test_ranks_that_wait_for_rank_0_meet_long_before_a_collective_gives_up():
+    assert 10 * waits.MEET_SECONDS < waits.COLLECTIVE_SECONDS

@@ -12,6 +12,7 @@ from trainstack.errors import USAGE_ERROR
 COMMANDS = {  # name -> module that has main(arguments) -> exit code; what it does
     "config": (".config.command", "check and print a configuration and its batch"),
     "hub": (".hub.fetch", "fetch the model and the data sets of a configuration"),
+    "prove": (".model.proof", "try whether the model can be trained as configured"),
     "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
     "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),

@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from trainstack import processes
 from trainstack.errors import ConfigError
-from trainstack.waits import COLLECTIVE_SECONDS
+from trainstack.waits import COLLECTIVE_SECONDS, MEET_SECONDS
 
 log = logging.getLogger("trainstack")
 
@@ -148,12 +149,20 @@ def from_main(value, group: dist.ProcessGroup | None = None):
     return box[0]
 
 
-def main_decides(world: World, action: Callable):
-    """Rank 0 acts, all ranks get its result or its ConfigError. Collective: every rank calls."""
+def main_decides(world: World, action: Callable, waiting: Callable = lambda: None):
+    """Rank 0 acts, all ranks get its result or its ConfigError. Collective: every rank calls.
+
+    That may take longer than a collective: rank 0 acts in a thread, and all meet every MEET_SECONDS
+    until it is done; at each meeting the others call ``waiting``.
+    """
+    acting = ThreadPoolExecutor(1).submit(action) if world.is_main else None
+    while any_rank(acting is not None and not wait([acting], MEET_SECONDS).done, world):
+        if not world.is_main:
+            waiting()
     outcome = None
     if world.is_main:
         try:
-            outcome = (action(), None)
+            outcome = (acting.result(), None)
         except ConfigError as error:
             outcome = (None, error)
     result, error = from_main(outcome)

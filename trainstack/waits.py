@@ -18,6 +18,7 @@ STOPPED_SECONDS = 5.0  # a watchdog that wakes up later than this: its whole pro
 
 # A rank does not answer in a collective. Its watchdog, and those of its peers, should tell first.
 COLLECTIVE_SECONDS = 600  # of the loop: NCCL's own default; gloo's is 1,800
+MEET_SECONDS = 1.0  # ranks that wait for what rank 0 decides, between two collectives
 SAVE_COLLECTIVE_SECONDS = 7200  # of a save: a peer may write that long, to a slow file system
 
 # What a phase of the loop may take beyond a step.

@@ -270,10 +270,24 @@ def test_a_failed_install_shows_its_last_lines_and_leaves_the_environment_of_bef
     assert machine.pins() != pins
 
 
+def test_what_installers_keep_goes_to_the_projects_cache_unless_told_elsewhere(machine):
+    """A home may have a quota of a few GB, and the wheels of CUDA exceed it."""
+    seen = machine.folder / "seen"
+    names = ("PIP_CACHE_DIR", "UV_CACHE_DIR", "CONDA_PKGS_DIRS")
+    machine.installs(f"""printf '%s\\n' "${'" "$'.join(names)}" >{seen}""")
+    machine.setup()
+    cache = machine.home / "cache"
+    assert seen.read_text().splitlines() == [f"{cache}/{name}" for name in ("pip", "uv", "conda")]
+    machine.change_pins()
+    machine.setup(**dict.fromkeys(names, "/my own/cache"))
+    assert seen.read_text().splitlines() == ["/my own/cache"] * 3
+
+
 CAUSES = [
     ("Max retries exceeded with url: /simple/torch", "run setup.sh where there is internet"),
     ("Temporary failure in name resolution", "or set PIP_INDEX_URL to your site's mirror"),
     ("OSError: [Errno 28] No space left on device", "is full; free some space and run setup.sh"),
+    ("OSError: [Errno 122] Disk quota exceeded: '/home/me/x'", "or move PIP_CACHE_DIR=/"),
 ]
 
 

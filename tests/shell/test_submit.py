@@ -26,9 +26,10 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert result.stdout == "4711\n"
     lines = result.stderr.splitlines()
     assert all(line.startswith("submit.sh: ") for line in lines)
-    assert "config.yaml ok | model and tokens present and verified | " in lines[0]
-    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[1]
-    assert "run first is queued; look: bash monitor.sh first" in lines[2]
+    assert "config.yaml ok | model and tokens present and verified | " in lines[1]
+    assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
+    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[3]
+    assert "run first is queued; look: bash monitor.sh first" in lines[4]
     run = RunFolder(site.run_dir)
     assert run.status()["state"] == "QUEUED"
     assert [(event["event"], event["job"]) for event in run.events()] == [("submitted", "4711")]
@@ -125,7 +126,9 @@ def test_a_chain_is_jobs_of_one_name_of_which_each_waits_for_the_one_before(site
 
 def test_the_chains_of_two_projects_with_one_run_name_do_not_wait_for_each_other(site):
     other = {"PROJECT_NAME": "other"}
-    shutil.copytree(site.home, site.shared / "other", ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(
+        site.home, site.shared / "other", symlinks=True, ignore=shutil.ignore_patterns("runs")
+    )
     for names in ({}, {}, other):
         result = site.submit("--chain=2", **names)
         assert result.returncode == 0, result.stderr
@@ -409,6 +412,41 @@ def test_a_complete_run_says_so_and_submits_nothing(site):
     assert site.submit("train.max_steps=30").stdout == "4711\n"
 
 
+def logged(step: int, rate: float) -> str:
+    return json.dumps({"step": step, "learning_rate": rate}) + "\n"
+
+
+def test_a_resumed_run_whose_learning_rate_jumps_says_from_what_to_what(site):
+    site.make_checkpoint(10)
+    metrics = site.run_dir / "metrics.jsonl"
+    # Step 11 came after the checkpoint, and will be trained again; an evaluation has no rate.
+    metrics.write_text(
+        logged(9, 9e-3) + logged(10, 1e-2) + '{"step": 10, "x": 1}\n' + logged(11, 5)
+    )
+    assert "jumps" not in site.submit("--dry-run").stderr
+    assert "jumps" not in site.submit("--dry-run", "train.max_steps=4000").stderr
+    told = "the learning rate jumps: step 10 was trained at 1.00e-02, step 11 will be at "
+    assert f"{told}1.96e-02\n" in site.submit("--dry-run", "optim.learning_rate=0.02").stderr
+    assert f"{told}5.50e-04\n" in site.submit("--dry-run", "optim.warmup_steps=200").stderr
+    site.make_checkpoint(20)  # the end, as it was; now the run is to go further
+    metrics.write_text(logged(20, 1.18e-3))
+    told = "the learning rate jumps: step 20 was trained at 1.18e-03, step 21 will be at 9.93e-03"
+    assert told in site.submit("--dry-run", "train.max_steps=200").stderr
+
+
+def test_a_schedule_that_cannot_be_is_refused_before_the_queue(site):
+    wsd = "optim.lr_scheduler_type=warmup_stable_decay"
+    line = complaint(site.submit(wsd, "optim.lr_scheduler_kwargs={num_decay_steps: 50}"), 2)
+    assert "and 50 num_decay_steps do not fit into 20 steps; write num_decay_steps=10" in line
+    line = complaint(site.submit("--dry-run", "optim.lr_scheduler_type=cosine"), 2)
+    assert "cosine takes num_cycles, and not min_lr_rate" in line
+    # Without max_steps the data decide how many steps there are.
+    epochs = ("train.max_steps=null", "train.num_train_epochs=1")
+    assert "(its peak), " in site.submit("--dry-run", *epochs).stderr
+    told = site.submit("--dry-run", *epochs, "optim.warmup_steps=5000").stderr
+    assert "steps of the run are warm-up, which ends at" in told
+
+
 def remove_model(home: Path) -> None:
     shutil.rmtree(home / "models" / "tiny")
 
@@ -422,7 +460,7 @@ def remove_tokens(home: Path) -> None:
 
 
 def damage_tokens(home: Path) -> None:
-    (path,) = (home / "tokens").glob("*/train.bin")
+    (path,) = {path.resolve() for path in (home / "tokens").glob("*/train.bin")}
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.chmod(0o644)
@@ -467,16 +505,31 @@ def test_the_command_to_run_names_the_config_file_and_settings_that_it_needs(sit
     assert line.endswith("; run: bash download_data_model.sh 'my own.yaml' model.name=org/x")
 
 
-def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
+def other_model(site, **changes) -> None:
+    """Put another config.json into the model's folder; its tokenizer, so its tokens, stay."""
     model = site.home / "models" / "tiny"
-    content = {
-        n: (model / n).read_text()
-        for n in ("config.json", "tokenizer.json", "tokenizer_config.json")
-    }
+    content = {n: (model / n).read_text() for n in ("tokenizer.json", "tokenizer_config.json")}
+    values = {**json.loads((model / "config.json").read_text()), **changes}
     shutil.rmtree(model)
-    tiny.publish(model, content, kind="model", parameters=10**15)
-    line = complaint(site.submit(), 1)
-    assert re.search(r"GB free, two checkpoints of tiny need 24,000,000\.0 GB; free some", line)
+    tiny.publish(model, {**content, "config.json": json.dumps(values)}, kind="model")
+
+
+def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
+    other_model(site, hidden_size=2**20)  # as large as that is never built
+    line = site.submit().stderr.splitlines()[-1]
+    assert re.search(r"GB free, two checkpoints of tiny need 158,\d{3}\.\d GB; free some", line)
+
+
+def test_a_model_that_cannot_be_trained_is_refused_before_the_queue(site):
+    other_model(site, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    refused = site.submit("--dry-run")
+    assert refused.returncode == 2 and not refused.stdout
+    assert re.fullmatch(
+        r"submit.sh: error: model tiny cannot be trained as configured: t5 .*"
+        r"is an encoder-decoder model, .*; choose a causal LM.*",
+        refused.stderr.splitlines()[-1],
+    )
+    assert "Traceback" not in refused.stderr and not site.commands.calls("sbatch")
 
 
 def test_data_smaller_than_one_batch_is_told_with_both_numbers(site):

@@ -10,18 +10,8 @@ from pathlib import Path
 
 from trainstack.checkpoint import names
 from trainstack.errors import USAGE_ERROR
+from trainstack.job import verdict
 from trainstack.job.preflight import free_port
-from trainstack.job.verdict import (
-    END,
-    RESTART,
-    STUCK,
-    Ending,
-    attempts_of,
-    decide,
-    is_false_stop,
-    is_stuck,
-    next_start,
-)
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner
 from trainstack.run.states import EXIT_CODES
@@ -92,11 +82,12 @@ def begin(run: RunFolder, job: str, restarts: int, is_in_chain: bool) -> int:
     if is_in_chain and needs_a_person and status.get("job") != job:
         say(run, f"{state} in job {status.get('job')}: the rest of the chain does not continue")
         return EXIT_CODES[state] if state in FOR_A_PERSON else USAGE_ERROR
-    own = attempts_of(run, job)
-    if is_stuck(run, job):
+    own = verdict.attempts_of(run, job)
+    if verdict.is_stuck(run, job):
         last = Owner(job, own[-1]["attempt"], restarts)
         code = EXIT_CODES["NO_PROGRESS"]
-        record(run, last, Ending(END, code, "NO_PROGRESS", STUCK, status.get("step")))
+        stuck = verdict.Ending(verdict.END, code, "NO_PROGRESS", verdict.STUCK, status.get("step"))
+        record(run, last, stuck)
         return code
     # Restarts count too: an attempt may have died before it was recorded.
     attempt = max([restarts, *(event["attempt"] for event in own)]) + 1
@@ -118,15 +109,15 @@ def finish(
 
     Printed is ``restart`` (here, at once), ``requeue``, or ``end``.
     """
-    ending = decide(run, owner, code, stop_file, is_taken_back, is_ending)
+    ending = verdict.decide(run, owner, code, stop_file, is_taken_back, is_ending)
     record(run, owner, ending)
-    if ending.verdict == RESTART and is_false_stop(stop_file):
+    if ending.verdict == verdict.RESTART and verdict.is_false_stop(stop_file):
         stop_file.unlink()  # or the next attempt would stop at once
     print(ending.verdict)
     return ending.code
 
 
-def record(run: RunFolder, owner: Owner, ending: Ending) -> None:
+def record(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     """Write down how an attempt ended, and say it."""
     if ending.event:
         run.add_event(ending.event, **ending.facts)
@@ -134,7 +125,7 @@ def record(run: RunFolder, owner: Owner, ending: Ending) -> None:
         say(run, line)
     if ending.state == "PAUSED":
         run.pause(owner.job, owner.attempt, ending.cause)
-        say(run, f"PAUSED: {ending.cause}; resumes from {next_start(run)}")
+        say(run, f"PAUSED: {ending.cause}; resumes from {verdict.next_start(run)}")
     elif ending.state == "RESTARTING":
         run.set_status("RESTARTING", job=owner.job, attempt=owner.attempt, exit_code=None,
                        cause=ending.cause)  # fmt: skip
@@ -142,7 +133,7 @@ def record(run: RunFolder, owner: Owner, ending: Ending) -> None:
         conclude(run, owner, ending)
 
 
-def conclude(run: RunFolder, owner: Owner, ending: Ending) -> None:
+def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     """Write a final state and say it: at which step, why, what is safe, what to do."""
     run.set_status(
         ending.state, job=owner.job, attempt=owner.attempt, cause=ending.cause, next_action=FIX,

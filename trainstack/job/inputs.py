@@ -1,12 +1,11 @@
 """What the run needs on disk: model, data, tokens, space."""
 
-import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from trainstack.checkpoint.names import BYTES_PER_PARAMETER, newest_identity
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_tokens, newest_identity
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
@@ -38,20 +37,22 @@ def download_command(repository: Path, config_file: Path, overrides: list[str]) 
     return shlex.join(command)
 
 
-def check_inputs(home: Path, config: Config, fix: str) -> Corpus:
+def check_inputs(home: Path, config: Config, fix: str, checkpoints: Path) -> Corpus:
     """What the run learns from, once model, data and tokens are known to be there and whole.
 
-    Failed, with ``fix``, if something is missing or damaged.
+    ``checkpoints``: of the run. Failed, with ``fix``, if something is missing or damaged.
     """
-    problem = input_problem(home, config, fix)
+    problem = input_problem(home, config, fix, checkpoints)
     if problem:
         raise Failed(problem)
-    corpus = open_corpus(home, config)
+    corpus = open_corpus(home, config, checkpoints)
     enough_samples(config, corpus)
     return corpus
 
 
-def input_problem(home: Path, config: Config, fix: str) -> str | None:
+def input_problem(
+    home: Path, config: Config, fix: str, checkpoints: Path | None = None
+) -> str | None:
     """What is missing or damaged of model, data sets and tokens, and what fixes it."""
     model = layout.model_folder(home, config.model.name)
     model_label = f"model {config.model.name}"
@@ -63,12 +64,13 @@ def input_problem(home: Path, config: Config, fix: str) -> str | None:
         problem = asset_problem(name, folder, revision)
         if problem:
             return f"{problem}; {fix}"
+    kept = kept_tokens(checkpoints).split("+") if checkpoints else ()
     for section in config.data.sources:
-        folder = store.store_folder(home, config.model.name, section)
+        folder = store.find_store(home, config.model.name, section, kept)
         problem = next(damage(folder, TRUSTED_BY_SIZE), None)
         if problem:
             return f"the tokens of {section.name} are not ready ({problem}); {fix}"
-    if config.model.init == "pretrained" and not any(model.glob("*.safetensors")):
+    if config.model.init == "pretrained" and not read_manifest(model).get("weight_bytes"):
         return f"{model_label} was fetched without weights; {fix}, or set model.init=scratch"
     return None
 
@@ -95,12 +97,9 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> int:
     return step
 
 
-def check_space(home: Path, config: Config) -> str:
+def check_space(home: Path, config: Config, parameters: int) -> str:
     """How much space there is, and is needed; Failed if two checkpoints would not fit."""
-    parameters = known_parameters(layout.model_folder(home, config.model.name))
     free = files.free_bytes(home)
-    if parameters is None:
-        return f"{free / 1e9:,.0f} GB free (the size of a checkpoint is not known)"
     need = 2 * parameters * BYTES_PER_PARAMETER
     if need > free:
         raise Failed(
@@ -108,17 +107,3 @@ def check_space(home: Path, config: Config) -> str:
             f"{need / 1e9:,.1f} GB; free some space, or choose another SHARED_DIR"
         )
     return f"{free / 1e9:,.0f} GB free, 2 checkpoints need {need / 1e9:,.2f} GB"
-
-
-def known_parameters(model_folder: Path) -> int | None:
-    """From the manifest; else by the shape of a decoder-only model; None if that is unknown."""
-    known = read_manifest(model_folder).get("parameters")
-    if known:
-        return known
-    config = json.loads((model_folder / "config.json").read_bytes())
-    try:
-        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-        embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-        return embeddings + layers * hidden * (4 * hidden + 3 * config["intermediate_size"])
-    except (KeyError, TypeError):
-        return None

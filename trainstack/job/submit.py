@@ -1,7 +1,8 @@
 """The Python half of submit.sh: every check that a login node can make, then the run folder.
 
 Prints two lines for the shell: ``complete`` or ``ready``, then the run folder. What is wrong is one
-line on stderr. Imports neither torch nor transformers: it answers in about a second.
+line on stderr. Imports neither torch nor transformers: it answers in about a second, but for a
+model that it tries for the first time (model/proof.py).
 """
 
 import argparse
@@ -12,17 +13,14 @@ from pathlib import Path
 
 from trainstack.checkpoint import names
 from trainstack.config.load import load
-from trainstack.config.schema import Config
+from trainstack.config.schema import Config, OptimSection
 from trainstack.errors import ConfigError, Failed, Refused
+from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
-from trainstack.job.inputs import (
-    check_inputs,
-    check_progress,
-    check_space,
-    download_command,
-    prepare_demo,
-)
 from trainstack.job.resources import check_batch, read_resources
+from trainstack.job.verdict import log_tail
+from trainstack.model.proof import prove
+from trainstack.optim.schedule import build_schedule, describe_schedule
 from trainstack.processes import is_dead
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
@@ -30,6 +28,7 @@ from trainstack.run.lease import Lease, is_known_here
 from trainstack.storage import layout
 
 SPEAKER = "submit.sh"
+MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
 LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED"}
 
 
@@ -101,17 +100,23 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     check_folder(run.path)
     check_owner(run, request.queue)
     if request.is_local:
-        prepare_demo(home, config_file, overrides, config)
-    fix = f"run: {download_command(request.repository, config_file, overrides)}"
-    corpus = check_inputs(home, config, fix)
+        inputs.prepare_demo(home, config_file, overrides, config)
+    fix = f"run: {inputs.download_command(request.repository, config_file, overrides)}"
+    corpus = inputs.check_inputs(home, config, fix, run.checkpoints)
     max_steps = config.steps_for(corpus.train.num_samples)
-    if check_progress(run, config, corpus) >= max_steps and run.status().get("state") == "DONE":
+    for label in corpus.earlier:
+        say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")
+    rates = describe_schedule(config.optim, max_steps)
+    step = inputs.check_progress(run, config, corpus)
+    if step >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
         say("to go further raise train.max_steps; for a new run choose another run.name")
         return "complete", run
-    space = check_space(home, config)
+    space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
+    for line in (*rates, *rate_jump(run, config.optim, step, max_steps)):
+        say(line)
     if not request.is_dry_run:
         make_run_folder(request.repository, config, run, request.is_local)
     if request.is_local:
@@ -132,6 +137,24 @@ def check_folder(path: Path) -> None:
     parent = path if path.exists() else path.parent
     if parent.exists() and not os.access(parent, os.W_OK):
         raise Failed(f"{parent} cannot be written; ask its owner, or choose another SHARED_DIR")
+
+
+def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) -> list[str]:
+    """Where a run that is resumed after ``step`` does not go on at the rate that it had; a line.
+
+    By what was logged, so whatever the reason is: another setting, or other code.
+    """
+    logged = [r for r in log_tail(run) if "learning_rate" in r and r["step"] <= step]
+    if not logged or step >= max_steps:
+        return []
+    rate_at, last = build_schedule(section, max_steps), logged[-1]
+    before, now = last["learning_rate"], rate_at(last["step"])
+    if abs(now - before) <= MOST_JUMP * max(now, before):
+        return []
+    return [
+        f"the learning rate jumps: step {last['step']:,} was trained at {before:.2e}, step "
+        f"{step + 1:,} will be at {rate_at(step + 1):.2e}"
+    ]
 
 
 def check_owner(run: RunFolder, queue: str) -> None:

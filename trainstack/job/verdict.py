@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ RESTART, REQUEUE, END = "restart", "requeue", "end"  # what the job's shell does
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
-LOG_TAIL_BYTES = 1 << 14  # of metrics.jsonl: many lines
+LOG_TAIL_BYTES = 1 << 20  # of metrics.jsonl: thousands of lines
 
 
 @dataclass(frozen=True)
@@ -184,10 +185,15 @@ def next_start(run: RunFolder) -> str:
 
 def last_step(run: RunFolder) -> int:
     """The last step that is known: by the status, which is seconds old, or the last log line."""
-    step = run.status().get("step") or 0
+    return max([run.status().get("step") or 0, *(record["step"] for record in log_tail(run))])
+
+
+def log_tail(run: RunFolder, size: int = LOG_TAIL_BYTES) -> Iterator[dict[str, Any]]:
+    """What the run has logged last, within so many bytes; oldest first."""
     with contextlib.suppress(OSError), (run.path / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
+        file.seek(max(0, file.seek(0, 2) - size))
         for line in file.read().splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut at either end
-                step = max(step, json.loads(line)["step"])
-    return step
+            with contextlib.suppress(ValueError):  # cut at either end
+                record = json.loads(line)
+                if isinstance(record, dict) and "step" in record:
+                    yield record

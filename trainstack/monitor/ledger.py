@@ -84,10 +84,7 @@ def audit(run: RunFolder, home: Path) -> int:
     keys = identity_keys(run, home)
     sampler = sampler_of(keys, home, run.left_out())
     findings = compare(attempts, sampler, last)
-    rows = [
-        *result(findings, sampler, keys["data.seq_len"]),
-        *remarks(findings, sampler, attempts),
-    ]
+    rows = [*result(findings, sampler, keys["data.seq_len"]), *remarks(findings, sampler, attempts)]
     for name, text in rows:
         print(f"  {name:<11} {text}")
     for line in problems(findings):
@@ -101,14 +98,7 @@ def identity_keys(run: RunFolder, home: Path) -> dict[str, Any]:
     if saved:
         return saved
     config = load(run.path / "config.yaml", [])
-    try:
-        folders = (
-            store.store_folder(home, config.model.name, section) for section in config.data.sources
-        )
-        key = corpus.corpus_key(folders)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model or data set of {run.path.name} are not there: {error}") from None
-    return identity(config, key)
+    return identity(config, corpus.open_corpus(home, config).key)
 
 
 def sampler_of(keys: dict[str, Any], home: Path, left_out: Sequence[dict[str, int]]):

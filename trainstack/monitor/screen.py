@@ -1,8 +1,6 @@
 """What runs are doing: the Python half of monitor.sh, from run folders and squeue's lines alone."""
 
 import argparse
-import json
-import os
 import socket
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint import names
+from trainstack.job.verdict import log_tail
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
@@ -118,7 +117,7 @@ def view_of(run: RunFolder, jobs: dict[str, SlurmJob] | None) -> View:
     submitted = [event["job"] for event in events if event["event"] == "submitted"]
     job_id = status.get("job") or (submitted[-1] if submitted else None)
     job = (jobs or {}).get(job_id)
-    measured, evaluated = last_measurements(run.path / "metrics.jsonl")
+    measured, evaluated = last_measurements(run)
     return View(
         run=run,
         status=status,
@@ -150,20 +149,10 @@ def true_state(
     return state if jobs is None else "LOST"
 
 
-def last_measurements(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last logged step and the last evaluation, read from the end of metrics.jsonl."""
+def last_measurements(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last logged step and the last evaluation; empty if there is none."""
     measured, evaluated = {}, {}
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}, {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the first may be cut off, the last may be half written
+    for record in log_tail(run, TAIL_BYTES):
         if "loss" in record:
             measured = record
         elif "eval_loss" in record:

@@ -8,18 +8,11 @@ complete, and its manifest has the size and the SHA-256 of every file in it.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainstack.storage.files import (
-    READ_BYTES,
-    remove_tree,
-    rename,
-    sync_folder,
-    unlink,
-    write_file,
-)
+from trainstack.storage import files
 
 MANIFEST = "manifest.json"
 # Bytes. Of a larger file that is already here only the size is compared: every submit checks all
@@ -34,16 +27,16 @@ def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **fac
     beside them. OSError if ``final`` exists and is not empty.
     """
     write_manifest(temporary, entries, **facts)
-    rename(temporary, final)
-    sync_folder(final.parent)
+    files.rename(temporary, final)
+    files.sync_folder(final.parent)
 
 
 def write_manifest(folder: Path, entries: dict[str, dict], **facts: Any) -> None:
     """Write manifest.json as the last file of a folder; sync that folder and all below it."""
     content = {**facts, "files": dict(sorted(entries.items()))}
-    write_file(folder / MANIFEST, _manifest_bytes(content))
+    files.write_file(folder / MANIFEST, _manifest_bytes(content))
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync_folder(path)
+        files.sync_folder(path)
 
 
 def _manifest_bytes(content: dict[str, Any]) -> bytes:
@@ -67,20 +60,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
+def damage(
+    folder: Path, hash_up_to: int | None = None, moves: Callable[[], None] = lambda: None
+) -> Iterator[str]:
     """What is wrong with a published folder, file by file; yields nothing if it verifies.
 
     Sizes are always compared, contents only of files of at most ``hash_up_to`` bytes (None: all).
+    ``moves`` is called for each piece that is hashed.
     """
     try:
-        files = read_manifest(folder)["files"]
+        entries = read_manifest(folder)["files"]
     except FileNotFoundError:
         yield f"{MANIFEST}: missing"
         return
     except (OSError, ValueError) as error:
         yield f"{MANIFEST}: not readable ({error})"
         return
-    for name, entry in files.items():
+    for name, entry in entries.items():
         path = folder / name
         try:
             size = path.stat().st_size
@@ -88,7 +84,7 @@ def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
                 yield f"{name}: {size:,} bytes instead of {entry['size']:,}"
                 continue
             is_small = hash_up_to is None or size <= hash_up_to
-            if is_small and hash_file(path)["sha256"] != entry["sha256"]:
+            if is_small and hash_file(path, moves)["sha256"] != entry["sha256"]:
                 yield f"{name}: hash differs"
         except FileNotFoundError:
             yield f"{name}: missing"
@@ -96,12 +92,13 @@ def damage(folder: Path, hash_up_to: int | None = None) -> Iterator[str]:
             yield f"{name}: {error.strerror}"
 
 
-def hash_file(path: Path) -> dict[str, Any]:
+def hash_file(path: Path, moves: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The manifest entry of a file as it is on disk: its size in bytes, its SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
+        while chunk := file.read(files.READ_BYTES):
             digest.update(chunk)
+            moves()
         size = file.tell()
     return {"size": size, "sha256": digest.hexdigest()}
 
@@ -110,5 +107,5 @@ def remove_folder(folder: Path) -> None:
     """Remove a published folder, its manifest first: what is half removed must not verify."""
     with contextlib.suppress(OSError):  # what stays is tried again after the next save
         if folder.is_dir():
-            unlink(folder / MANIFEST)
-        remove_tree(folder)
+            files.unlink(folder / MANIFEST)
+        files.remove_tree(folder)

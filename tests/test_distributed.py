@@ -1,0 +1,77 @@
+"""What all ranks do together, by real processes over gloo."""
+
+import datetime
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import tiny
+from trainstack import distributed
+from trainstack.distributed import World
+from trainstack.errors import Refused
+
+LIMIT = 2.5  # seconds that a collective may take here
+
+
+def together(action, folder: Path) -> list:
+    """What ``action(world, folder)`` gives on each of two ranks: its result, or its error."""
+    with tiny.forkserver().Pool(2) as pool:
+        tasks = [pool.apply_async(one_rank, (rank, action, folder)) for rank in range(2)]
+        return [task.get(timeout=60) for task in tasks]
+
+
+def one_rank(rank: int, action, folder: Path):
+    limit = datetime.timedelta(seconds=LIMIT)
+    where = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=limit)
+    try:
+        return action(World(rank, rank, 2, 2, torch.device("cpu")), folder)
+    except Exception as error:
+        return error
+
+
+def slowly(world: World, folder: Path):
+    waited = []
+
+    def act() -> list[int]:
+        assert world.is_main
+        time.sleep(1.5 * LIMIT)
+        return [4, 7]
+
+    result = distributed.main_decides(world, act, waiting=lambda: waited.append(1))
+    return result, len(waited)
+
+
+def test_rank_0_may_take_longer_than_a_collective_while_the_others_wait(tmp_path):
+    (first, not_waited), (second, waited) = together(slowly, tmp_path)
+    assert first == second == [4, 7]
+    assert not_waited == 0  # rank 0 itself does not say that the wait is in order
+    assert waited >= 2
+
+
+def refuses(world: World, folder: Path):
+    def act():
+        raise Refused("that run is another's; choose another run.name")
+
+    distributed.main_decides(world, act)
+
+
+def test_what_rank_0_refuses_all_ranks_refuse(tmp_path):
+    for error in together(refuses, tmp_path):
+        assert isinstance(error, Refused)
+        assert error.problems == ["that run is another's; choose another run.name"]
+
+
+def breaks(world: World, folder: Path):
+    def act():
+        raise KeyError("no such")
+
+    distributed.main_decides(world, act)
+
+
+def test_an_error_of_rank_0_is_its_own_and_the_others_lose_their_peer(tmp_path):
+    first, second = together(breaks, tmp_path)
+    assert isinstance(first, KeyError)
+    assert distributed.is_peer_lost(second)
