@@ -77,6 +77,16 @@ def make_model(home: Path, name: str = "tiny", template: str | None = None) -> P
     return publish(layout.model_folder(home, name), content, kind="model", weight_bytes=0)
 
 
+def byte_tokenizer():
+    """One token for each byte: it writes any text, and changes none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return made
+
+
 def make_dataset(home: Path, name: str = "tiny", documents: int = 300) -> Path:
     """Counting with a pattern to learn, as jsonl."""
     generator = random.Random(5)

@@ -41,6 +41,17 @@ class DataError(Exception):
     """A data file holds something that is not a document; says file, line, what and the fix."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of other people's code says first; its kind, if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def first_words(error: Exception) -> str:
+    """What an error of other people's code is and says, short and on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it: on one line, and not longer than one."""
     if value is None:

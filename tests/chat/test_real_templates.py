@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from trainstack.chat.template import Chat
 from trainstack.errors import DataError
 
@@ -100,18 +101,13 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory) -> dict[str, Chat]:
-    """A Chat of each template; the tokenizer has one token for each byte."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
+    """A Chat of each template."""
     folder = tmp_path_factory.mktemp("templates")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q"]
     sources = ["--no-deps", "--no-binary", ":all:", "-d", folder, PACKAGE]
     subprocess.run([*pip, *sources], check=True, timeout=300)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tiny.byte_tokenizer(), bos_token="<s>", eos_token="</s>"
     )
     made = {}
     [archive] = folder.glob("*.tar.gz")

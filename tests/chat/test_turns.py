@@ -8,6 +8,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from trainstack.chat.template import Chat
 from trainstack.errors import DataError
 
@@ -48,12 +49,8 @@ TWO_ROUNDS = [
 
 @pytest.fixture(scope="module")
 def chat_with(tmp_path_factory):
-    """Makes a Chat of a template; its tokenizer has one token for each byte."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE({sign: i for i, sign in enumerate(alphabet)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    """Makes a Chat of a template."""
+    bytes_only = tiny.byte_tokenizer()
 
     def make(template: str, **options) -> Chat:
         folder = tmp_path_factory.mktemp("model")

@@ -737,6 +737,17 @@ def test_a_local_model_is_linked_not_copied(tmp_path, call, tokenizer_json):
     assert "is here (linked" in call(*arguments).lines[0]
 
 
+def test_the_named_templates_of_a_local_model_come_along(tmp_path, call, tokenizer_json):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    name = "additional_chat_templates/tool_use.jinja"
+    (original / name).parent.mkdir()
+    (original / name).write_text("{{ messages }}")
+    assert call(*arguments).code == 0
+    assert (folder / name).read_text() == "{{ messages }}" and name in read_manifest(folder)[
+        "files"
+    ]
+
+
 def test_a_changed_local_original_is_an_error_until_it_is_meant(tmp_path, call, tokenizer_json):
     original, arguments, folder = local_model(tmp_path, tokenizer_json)
     call(*arguments)

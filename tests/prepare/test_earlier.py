@@ -11,6 +11,7 @@ from trainstack.config.load import load
 from trainstack.data.store import EARLIER_VERSION, find_store, store_folder
 from trainstack.prepare import prepare
 from trainstack.storage import layout
+from trainstack.storage.manifest import damage, remove_folder
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,12 @@ def test_a_store_of_the_rules_before_is_made_anew_if_a_document_spells_a_special
     now.rename(before.with_name(store_folder_name(home, settings)))
     _, now, before = made(home, *settings)
     assert before.exists() and now.is_dir() and not now.is_symlink()
+
+
+def test_only_the_link_to_a_store_is_removed_with_it(home):
+    _, now, before = made(home, "data.name=text")
+    remove_folder(now)
+    assert not now.is_symlink() and not list(damage(before))
 
 
 def store_folder_name(home, settings) -> str:

@@ -1,12 +1,16 @@
 """What was said is in the rendering, whole, and in the turn of whoever said it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainstack.chat.marks import CALL, REASONING, Marked, Piece, Rendering
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
+
+
+class Dropped(DataError):
+    """The template leaves out what was said: told before what else a template does not take."""
 
 
 def check_shape(messages: list[dict], text: str) -> None:
@@ -34,7 +38,7 @@ def check_pieces(marked: Marked, whole: Rendering) -> int:
             dropped.add(piece.message)
             continue
         what = {REASONING: "thoughts", CALL: "a tool call's argument"}.get(piece.kind, "text")
-        raise DataError(
+        raise Dropped(
             f"the chat template drops {what} of message {piece.message + 1} "
             f"({shown(piece.text)}); take it out of the data, or use another template: "
             "data.chat_template"
@@ -69,7 +73,7 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
         function = call.get("function", call)
         for word in arguments_in(function.get("arguments")):
             if word not in text:
-                raise DataError(
+                raise Dropped(
                     f"the chat template drops {shown(word)} of a tool call of message "
                     f"{number + 1}; use another template: data.chat_template"
                 )
@@ -80,14 +84,13 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
         )
 
 
-def unnamed_calls(marked: Marked, text: str) -> int:
-    """How many tool calls the template writes without the name of their function."""
-    calls = (call for message in marked.messages for call in message.get("tool_calls") or ())
-    return sum(str(call.get("function", call).get("name")) not in text for call in calls)
+def unnamed(functions: Iterable[dict], text: str) -> int:
+    """How many tools, or calls of them, stand in the text without their function's name."""
+    return sum(str((f.get("function") or f).get("name")) not in text for f in functions)
 
 
 def arguments_in(arguments: Any) -> Iterator[str]:
-    """The names of arguments, and the values that are no text, as JSON writes them."""
+    """The names of arguments, at any depth."""
     if isinstance(arguments, dict):
         for key, value in arguments.items():
             yield key

@@ -54,25 +54,31 @@ class Marked:
         self.pieces: list[Piece] = []
         self.sought: set[int] = set()  # numbers of pieces that have no marks
         self.marked = [self._mark(number, message) for number, message in enumerate(messages)]
-        self.text = write(messages, False)
-        self.unmarked: set[int] = set()  # numbers of messages
-        if MARK.search(self.text) or 2 * len(self.pieces) > MOST_MARKS:
-            self.unmarked = {*range(len(messages))}
-        elif not self._is_harmless():
-            self.unmarked = {n for n in range(len(messages)) if not self._is_harmless(n)}
-            if not self._is_harmless():
-                self.unmarked = {*range(len(messages))}
+        text, every = write(messages, False), set(range(len(messages)))
+        self.has_signs = bool(MARK.search(text))  # somebody wrote what marks are made of
+        found = None
+        if not self.has_signs and 2 * len(self.pieces) <= MOST_MARKS:
+            found = self._try(text, set()) or self._try(
+                text, {n for n in every if not self._try(text, every - {n})}
+            )
+        self.unmarked, written = found or (every, text)  # numbers of messages
+        self.chosen = self._choose(self.unmarked)
+        self.whole = self._read(written)
 
-    def _is_harmless(self, only: int | None = None) -> bool:
-        """Whether the template writes the same with the marks in it, or in one message alone."""
-        chosen = [
-            marked if (only is None or n == only) and n not in self.unmarked else message
-            for n, (message, marked) in enumerate(zip(self.messages, self.marked, strict=True))
-        ]
+    def _try(self, text: str, unmarked: set[int]) -> tuple[set[int], str] | None:
+        """The rendering with marks in all other messages; None if it is not ``text`` but for them.
+
+        Returned with ``unmarked``.
+        """
         try:
-            return MARK.sub("", self.write(chosen, False)) == self.text
+            written = self.write(self._choose(unmarked), False)
         except DataError:
-            return False
+            return None
+        return (unmarked, written) if MARK.sub("", written) == text else None
+
+    def _choose(self, unmarked: set[int]) -> list[dict]:
+        pairs = enumerate(zip(self.messages, self.marked, strict=True))
+        return [plain if n in unmarked else marked for n, (plain, marked) in pairs]
 
     def render(
         self,
@@ -85,11 +91,12 @@ class Marked:
 
         ``in_place``: other messages for some of them, by number.
         """
-        pairs = enumerate(zip(self.messages, self.marked, strict=True))
-        chosen = {n: plain if n in self.unmarked else marked for n, (plain, marked) in pairs}
-        chosen |= in_place or {}
-        text = self.write([*list(chosen.values())[:stop], *more], invites)
-        found = Rendering(text) if MARK.search(self.text) else read_marks(text)
+        handed = [(in_place or {}).get(n, message) for n, message in enumerate(self.chosen)]
+        return self._read(self.write([*handed[:stop], *more], invites), stop)
+
+    def _read(self, written: str, stop: int | None = None) -> Rendering:
+        """The text and its pieces; of those without marks, if they can be found."""
+        found = Rendering(written) if self.has_signs else read_marks(written)
         self._look_for(found, stop)
         return found
 

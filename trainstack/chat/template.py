@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import check_pieces, check_shape, check_turn, unnamed_calls
+from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
 from trainstack.chat.marks import Marked, Rendering, invitation
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
-from trainstack.errors import ConfigError, DataError
+from trainstack.config.schema import DataSection
+from trainstack.errors import ConfigError, DataError, first_line
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -54,6 +55,12 @@ class Chat:
         self.model_folder, self.file, self.date = model_folder, file, date
         self._tokenizer = None
         self._invitations: dict[tuple[str, bool], str] = {}
+
+    @classmethod
+    def of(cls, model_folder: Path, section: DataSection) -> "Chat":
+        """The one that a data set is written by."""
+        file = Path(section.chat_template) if section.chat_template else None
+        return cls(model_folder, file, section.chat_date)
 
     def load(self) -> None:
         """Load the tokenizer now, else the first use does. ConfigError if that cannot be."""
@@ -130,8 +137,8 @@ class Chat:
             try:
                 return self._render(template, *way, learned, is_asked)
             except DataError as error:
-                if problem is None or (" drops " in str(error) and " drops " not in str(problem)):
-                    problem = error
+                if not isinstance(problem, Dropped):
+                    problem = error if isinstance(error, Dropped) else problem or error
         raise DataError(f"{location}: {problem}")
 
     def _render(
@@ -144,7 +151,7 @@ class Chat:
         if key not in self._invitations:
             self._invitations[key] = invitation(write)
         marked = Marked(messages, write, template, self._invitations[key])
-        whole = marked.render()
+        whole = marked.whole
         check_shape(messages, whole.text)
         dropped = 0 if is_asked else check_pieces(marked, whole)
         turns = [find_turn(marked, whole, number) for number in learned]
@@ -159,8 +166,8 @@ class Chat:
         text = whole.text + "".join(turn.more for turn in turns)
         remarks = {
             DROPPED: dropped,
-            IGNORED: sum(tool_name(tool) not in text for tool in tools or ()),
-            UNNAMED: unnamed_calls(marked, text),
+            IGNORED: unnamed(tools or (), text),
+            UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
@@ -190,10 +197,9 @@ class Chat:
         except (
             TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError,
         ) as error:  # fmt: skip
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"the chat template does not take it ({reason}); look at the roles and contents of "
-                "its messages"
+                f"the chat template does not take it ({first_line(error)}); look at the "
+                "roles and contents of its messages"
             ) from None
         return texts[0], ranges[0] if is_tagged else []
 
@@ -234,10 +240,6 @@ def behind_prompt(whole: Rendering, turn: Turn, ranges: Ranges) -> tuple[Renderi
         places.setdefault(n, []).extend(own)
     text = prompt.text + whole.text[turn.first : turn.last]
     return Rendering(text, places), [(a + move, b + move) for a, b in ranges]
-
-
-def tool_name(tool: dict) -> str:
-    return str((tool.get("function") or tool).get("name"))
 
 
 def merged(ranges: Ranges) -> Ranges:

@@ -41,7 +41,7 @@ def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
     return 0, None
 
 
-def kept_tokens(folder: Path) -> str:
-    """The key of the corpus that a run has learned from so far; empty if it has no checkpoint."""
-    _, saved = newest_identity(folder)
-    return saved.get("tokens", "") if saved else ""
+def kept_stores(folder: Path | None) -> list[str]:
+    """The names of the stores that a run has learned from so far; none without a checkpoint."""
+    _, saved = newest_identity(folder) if folder else (0, None)
+    return saved["tokens"].split("+") if saved and "tokens" in saved else []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainstack.checkpoint.names import kept_tokens
+from trainstack.checkpoint.names import kept_stores
 from trainstack.config.schema import Config
 from trainstack.data.split import Split
 from trainstack.data.store import TokenStore, find_store
@@ -18,13 +18,13 @@ def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> 
     ``checkpoints``: of the run, which continues with the stores that it has learned from already.
     ConfigError if a store is not there, or the model or data set that it was made from.
     """
-    kept = kept_tokens(checkpoints).split("+") if checkpoints else ()
+    kept = kept_stores(checkpoints)
     stores, earlier = {}, []
     for section in config.data.sources:
         try:
             folder = find_store(home, config.model.name, section, kept)
             stores[section.label] = TokenStore(folder, section.seq_len)
-            if folder != find_store(home, config.model.name, section, ()):
+            if kept and folder != find_store(home, config.model.name, section, ()):
                 earlier.append(section.label)
         except (OSError, ValueError) as error:
             raise ConfigError(

@@ -56,8 +56,7 @@ def main(arguments: list[str]) -> int:
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
         if store.meta["template"]:
-            file = Path(section.chat_template) if section.chat_template else None
-            prompt = Chat(model_folder, file, section.chat_date).generation_prompt()
+            prompt = Chat.of(model_folder, section).generation_prompt()
             print(f"at inference the model is given, before it answers: {prompt!r}")
     return 0
 

@@ -147,9 +147,8 @@ class HubCommit:
             if attempt == TRIES or delay > LONGEST_WAIT:
                 break
             until = time.monotonic() + delay
-            if (
-                not is_limited(cause) or until > self._limited_until + 2
-            ):  # else another file said it
+            is_said = is_limited(cause) and until <= self._limited_until + 2  # by another file
+            if not is_said:
                 self._say(f"{what}: {brief(cause)}; try {attempt + 1} of {TRIES} in {delay:.3g} s")
             self._limited_until = until
             time.sleep(delay)

@@ -33,6 +33,7 @@ class LocalFiles:
             raise ConfigError("is a file; name the folder that holds config.json")
         self.root = original if original.is_dir() else original.parent
         inside = [*(self.root.iterdir() if is_model else self.root.rglob("*"))]
+        inside += (self.root / choose.TEMPLATES).glob("*") if is_model else []
         can_matter = choose.is_model_file if is_model else choose.is_data_file
         named: set[str] = set()  # by an index of weights, also in folders
         if is_model and (self.root / choose.INDEX).is_file():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_tokens, newest_identity
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_stores, newest_identity
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
@@ -64,7 +64,7 @@ def input_problem(
         problem = asset_problem(name, folder, revision)
         if problem:
             return f"{problem}; {fix}"
-    kept = kept_tokens(checkpoints).split("+") if checkpoints else ()
+    kept = kept_stores(checkpoints)
     for section in config.data.sources:
         folder = store.find_store(home, config.model.name, section, kept)
         problem = next(damage(folder, TRUSTED_BY_SIZE), None)

@@ -28,6 +28,7 @@ from trainstack.run.lease import Lease, is_known_here
 from trainstack.storage import layout
 
 SPEAKER = "submit.sh"
+LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
 LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED"}
 
@@ -144,7 +145,7 @@ def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) 
 
     By what was logged, so whatever the reason is: another setting, or other code.
     """
-    logged = [r for r in log_tail(run) if "learning_rate" in r and r["step"] <= step]
+    logged = [r for r in log_tail(run, LOG_BYTES) if "learning_rate" in r and r["step"] <= step]
     if not logged or step >= max_steps:
         return []
     rate_at, last = build_schedule(section, max_steps), logged[-1]

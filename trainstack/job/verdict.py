@@ -18,7 +18,7 @@ RESTART, REQUEUE, END = "restart", "requeue", "end"  # what the job's shell does
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
-LOG_TAIL_BYTES = 1 << 20  # of metrics.jsonl: thousands of lines
+LOG_TAIL_BYTES = 1 << 14  # of metrics.jsonl: many lines
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.schema import Config
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, first_words
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, quantisation
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.small_copy import small_configs
@@ -308,9 +308,3 @@ def logged() -> Iterator[list[str]]:
     finally:
         log.setLevel(before)
         log.removeHandler(handler)
-
-
-def first_words(error: Exception) -> str:
-    """What an error of other people's code says, short and on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainstack.config.batch import IGNORED_LABEL
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, first_words
 
 log = logging.getLogger("trainstack")
 TOKENS = 16
@@ -34,10 +34,9 @@ def trying(causal_lm: nn.Module, is_training: bool = False) -> Iterator[None]:
     except faults as error:
         if "allocate memory" in str(error):
             raise
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         raise ConfigError(
-            f"{type(causal_lm).__name__} fails on {TOKENS} tokens of text ({reason}); choose "
-            "another model"
+            f"{type(causal_lm).__name__} fails on {TOKENS} tokens of text ({first_words(error)}); "
+            "choose another model"
         ) from error
     finally:
         causal_lm.train(was_training)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,10 @@ def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> boo
         return False
     model_folder = layout.model_folder(home, model_name)
     store = TokenStore(earlier, section.seq_len)
-    if store.meta["format"] != "text" or not is_read_alike(model_folder):
+    tokenizer = read_alike(model_folder) if store.meta["format"] == "text" else None
+    if tokenizer is None:
         return False
-    added = load_backend(model_folder)[0].get_added_tokens_decoder().items()
+    added = tokenizer.get_added_tokens_decoder().items()
     special = [number for number, token in added if token.special]
     found = sum(int(np.isin(split.ids, special).sum()) for split in (store.train, store.eval))
     if found != store.counts.train_documents + store.counts.eval_documents:
@@ -32,26 +34,22 @@ def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> boo
     return True
 
 
-def is_read_alike(model_folder: Path) -> bool:
-    """Whether the tokenizer gives a plain text the ids that its tokenizer.json alone gives."""
+def read_alike(model_folder: Path) -> Any:
+    """The tokenizer, if it gives a plain text the ids that its tokenizer.json alone gives."""
     from tokenizers import Tokenizer
 
     path = model_folder / "tokenizer.json"
     if not path.exists():
-        return False
+        return None
     pair = Tokenizer.from_file(str(path)), load_backend(model_folder)[0]
     own, theirs = ({**json.loads(made.to_str()), **UNREAD} for made in pair)
-    return own == theirs and not any(made.num_special_tokens_to_add(False) for made in pair)
+    adds = any(made.num_special_tokens_to_add(False) for made in pair)
+    return pair[0] if own == theirs and not adds else None
 
 
 def link(final: Path, target: Path) -> None:
     """Let ``final`` be another name of a store beside it."""
     temporary = temporary_folder(final)
     temporary.symlink_to(target.name)
-    clear(final)
+    manifest.remove_folder(final)
     temporary.replace(final)
-
-
-def clear(store: Path) -> None:
-    """Remove a store, or a link to one that stays."""
-    store.unlink() if store.is_symlink() else manifest.remove_folder(store)

@@ -157,8 +157,7 @@ def write_store(
     model_folder = layout.model_folder(home, model_name)
     encoder = load_encoder(home, model_name, section.special_tokens)
     data_files = data_files_of(home, section)
-    file = Path(section.chat_template) if section.chat_template else None
-    chat = Chat(model_folder, file, section.chat_date)
+    chat = Chat.of(model_folder, section)
     form = format_of(data_files, section) if section.format == "auto" else section.format
     if form != "text":
         chat.load()  # here once, not in each process
@@ -182,9 +181,9 @@ def write_store(
         return
     # What the rules before made alike keeps its name, so that runs from before resume with it.
     is_alike = form == "text" and is_as_before(section) and not writer.counts.written_documents
-    is_alike = is_alike and earlier.is_read_alike(model_folder)
+    is_alike = is_alike and earlier.read_alike(model_folder) is not None
     target = store_folder(home, model_name, section, EARLIER_VERSION) if is_alike else final
-    earlier.clear(target)  # damaged, or to be made again
+    manifest.remove_folder(target)  # damaged, or to be made again
     writer.publish(target, meta)
     if target != final:
         earlier.link(final, target)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trainstack.errors import DataError
+from trainstack.errors import DataError, first_line
 
 CHUNK_BYTES = 1 << 20  # that a process gets at once
 
@@ -90,8 +90,7 @@ class Chunk:
                 location = f"{self.name}:{number}"
                 record = _read_line(location, record)
             elif isinstance(record, Exception) and not isinstance(record, DataError):
-                reason = str(record).splitlines()[0]
-                record = DataError(f"{location}: not readable ({reason}); fix it")
+                record = DataError(f"{location}: not readable ({first_line(record)}); fix it")
             yield location, record
 
 
@@ -133,4 +132,4 @@ def _read_line(location: str, line: bytes) -> Any:
         what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
         return DataError(f"{location}: {what} at byte {error.start} of the line; convert the file")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, nested without end
-        return DataError(f"{location}: {str(error).splitlines()[0]}; fix the line")
+        return DataError(f"{location}: {first_line(error)}; fix the line")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainstack.errors import DataError
+from trainstack.errors import DataError, first_line
 from trainstack.records import chunks
 from trainstack.records.chunks import Chunk, Part, Wanted, text_hash
 from trainstack.records.tables import read_arrow, read_parquet
@@ -261,7 +261,7 @@ class JsonArray:
                     raise self._problem(error.msg, error.pos) from None
                 continue
             except (ValueError, RecursionError) as error:
-                raise self._problem(str(error).splitlines()[0], self.at) from None
+                raise self._problem(first_line(error), self.at) from None
             if end < len(self.text) or not self._read_more():  # a number may continue
                 size, self.at = end - self.at, end
                 return value, size

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainstack.errors import DataError
+from trainstack.errors import DataError, first_line
 from trainstack.records import chunks
 from trainstack.records.chunks import Chunk, Wanted
 
@@ -61,9 +61,7 @@ def read_arrow(path: Path, wanted: Wanted) -> Iterator[Chunk]:
                 rows = min(max(1, rows), CHUNK_ROWS)
                 for start in range(0, batch.num_rows, rows):
                     part = batch.slice(start, rows)
-                    part = part.take(
-                        pyarrow.array(range(len(part)))
-                    )  # a slice would be pickled as the whole
+                    part = part.take(pyarrow.array(range(len(part))))  # pickled: not as the whole
                     yield Chunk(path.name, "row", first, part, unread)
                     first += len(part)
     except pyarrow.ArrowException as error:
@@ -83,5 +81,4 @@ def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tu
 
 
 def _not_whole(path: Path, kind: str, error: Exception) -> DataError:
-    reason = str(error).splitlines()[0]
-    return DataError(f"{path.name}: not a whole {kind} file ({reason}); fetch it again")
+    return DataError(f"{path.name}: not a whole {kind} file ({first_line(error)}); fetch it again")

@@ -104,8 +104,13 @@ def hash_file(path: Path, moves: Callable[[], None] = lambda: None) -> dict[str,
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder, its manifest first: what is half removed must not verify."""
+    """Remove a published folder, its manifest first: what is half removed must not verify.
+
+    Of a link to one only the link.
+    """
     with contextlib.suppress(OSError):  # what stays is tried again after the next save
-        if folder.is_dir():
+        if folder.is_symlink():
+            files.unlink(folder)
+        elif folder.is_dir():
             files.unlink(folder / MANIFEST)
         files.remove_tree(folder)
