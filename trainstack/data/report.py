@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> int:
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
+        for name, text in REMARKS.items():  # last, where they are read: each is a decision
+            if count := getattr(store.counts, name):
+                print(f"remark: {count:,} {text}")
         if store.meta["template"]:
             prompt = Chat.of(model_folder, section).generation_prompt()
             print(f"at inference the model is given, before it answers: {prompt!r}")
@@ -80,9 +83,6 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
         f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
     )
     yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
-    for name, text in REMARKS.items():
-        if count := getattr(counts, name):
-            yield f"  remark      {count:,} {text}"
     if counts.written_documents:
         yield (
             f"  as text     a special token written in {counts.written_documents:,} documents, "
