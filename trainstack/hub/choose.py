@@ -143,15 +143,16 @@ def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
     ConfigError if a file is not in the safetensors format.
     """
     weights = [name for name in names if name.endswith(".safetensors")]
+    shapes = [shape for n in weights for shape in shapes_of(origin.folder / n).values()]
     return {
         "weight_bytes": sum(origin.sizes[name] for name in weights),
-        "parameters": sum(count_parameters(origin.folder / n) for n in weights) or None,
+        "parameters": sum(math.prod(shape) for shape in shapes) or None,
         "has_weights": WEIGHTS in origin.sizes or INDEX in origin.sizes,
     }
 
 
-def count_parameters(path: Path) -> int:
-    """Elements of all tensors in a safetensors file, from its header alone.
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors in a safetensors file, from its header alone; else ConfigError.
 
     The format (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header.
     """
@@ -160,7 +161,7 @@ def count_parameters(path: Path) -> int:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
-        return sum(math.prod(tensor["shape"]) for tensor in header.values())
+        return {name: [*map(int, tensor["shape"])] for name, tensor in header.items()}
     except (ValueError, AttributeError, KeyError, TypeError, struct.error):
         raise ConfigError(
             f"{path.name} is no safetensors file; if the folder is a git clone: git lfs pull"

@@ -1,14 +1,18 @@
 """A causal LM of transformers: built from a folder, named, and as a checkpoint stores it."""
 
+import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.schema import ModelSection
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, first_words
+from trainstack.hub import choose
 
 
 def build_causal_lm(
@@ -17,7 +21,7 @@ def build_causal_lm(
     """The model from a folder: ``scratch`` draws new weights from the seed, else it reads them.
 
     Master weights are fp32 (fp64 in fp64): transformers 5 would load a bf16 file as bf16, and
-    AdamW would then round away small updates.
+    AdamW would then round away small updates. ConfigError if weights are missing.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     attention = section.attn_implementation  # transformers takes None for the best that it has
@@ -31,14 +35,81 @@ def build_causal_lm(
             del config.quantization_config
         return AutoModelForCausalLM.from_config(config, **arguments)
     causal_lm, found = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **arguments
+        folder,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # told by check_found, in one line
+        output_loading_info=True,
+        **arguments,
     )
-    if found["missing_keys"]:
-        raise ConfigError(
-            f"{folder}: its weights have no {min(found['missing_keys'])}, which would be new and "
-            "random; they are those of another kind of model, choose another model.name"
-        )
+    check_found(found, f"the weights in {folder}")
     return causal_lm
+
+
+def check_weights(folder: Path, whole: nn.Module) -> list[str]:
+    """Lines on what is odd about the weights in ``folder``; ConfigError if they do not fit.
+
+    transformers loads them as in a run, into a model like ``whole``, but into tensors that have
+    shapes and no memory: it knows the names of earlier releases, and what it makes of experts.
+    """
+    notes = []
+    one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
+    with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
+        weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
+        for target, source in getattr(whole, "all_tied_weights_keys", {}).items():
+            if {target, source} <= {*weights}:  # their values would be compared
+                del weights[target]
+                notes.append(
+                    f"its config.json says that {target} is {source}, but its weights have both; "
+                    "where they differ, each is trained by itself"
+                )
+        try:
+            _, found = type(whole).from_pretrained(
+                None,
+                config=copy.deepcopy(whole.config),
+                state_dict=weights,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # of a model's code that wants values
+            return [*notes, f"the shapes of its weights could not be tried ({first_words(error)})"]
+    check_found(found)
+    if unused := sorted(found["unexpected_keys"]):
+        notes.append(
+            f"{len(unused)} of the {len(weights)} tensors of its weights are not used, such as "
+            f"{unused[0]}"
+        )
+    return notes
+
+
+def check_found(found: dict[str, Any], weights: str = "its weights") -> None:
+    """ConfigError if transformers, as it tells after loading, had to make weights up."""
+    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if found["mismatched_keys"]:
+        name, has, wanted = min(found["mismatched_keys"])
+        raise ConfigError(
+            f"{weights} have {name} of shape {[*has]}, and config.json asks for {[*wanted]}; "
+            "correct config.json, or choose another model"
+        )
+    if not missing:
+        return
+    problem = f"{weights} have no {missing[0]}, which would be new and random"
+    if len(missing) > 1:
+        problem += f", nor {len(missing) - 1} more"
+    fix = "they are not those of config.json: correct it, or choose another model"
+    if renamed := [name for name in missing if unused and unused[0].endswith(f".{name}")]:
+        prefix = unused[0].removesuffix(renamed[0])
+        fix = f"they have {unused[0]}: save them again without {prefix} in front of each name"
+    raise ConfigError(f"{problem}; {fix}")
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """By name, from the files that transformers reads."""
+    names = [choose.WEIGHTS]
+    if not (folder / choose.WEIGHTS).exists():
+        names = choose.shards_of(folder / choose.INDEX)
+    return {key: shape for n in names for key, shape in choose.shapes_of(folder / n).items()}
 
 
 def quantisation(config: Any) -> str | None:

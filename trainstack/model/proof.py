@@ -70,8 +70,11 @@ def prove(home: Path, config: Config, say: Callable[[str], None]) -> int:
 
 def proof_key(folder: Path, config: Config) -> str:
     """The name of all that the answer depends on: files, settings, versions, our own code."""
+    known = manifest.read_manifest(folder)["files"]
+    weights = {name: entry for name, entry in known.items() if ".safetensors" in name}
     depends_on = {
-        "config.json": manifest.read_manifest(folder)["files"].get("config.json"),
+        "config.json": known.get("config.json"),
+        "weights": weights if config.model.init == "pretrained" else {},
         "model": config.model.model_dump(exclude={"revision"}),
         "train": config.train.model_dump(include={"precision", "activation_checkpointing"}),
         "data": config.data.model_dump(include={"packing", "seq_len"}),

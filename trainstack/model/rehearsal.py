@@ -1,7 +1,8 @@
 """Whether a model can be trained as configured: a small copy of it is, for a step, on a CPU.
 
-What it finds is said before the queue. It cannot find out about the real weights, about memory and
-about the kernels of a GPU, which is said too.
+What it finds is said before the queue, and whether the weights have the shapes that the real model
+has. It cannot find out about their values, about memory and about the kernels of a GPU, which is
+said too.
 """
 
 import bisect
@@ -23,7 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
-from trainstack.model.causal_lm import build_causal_lm, count_parameters, quantisation
+from trainstack.model.causal_lm import (
+    build_causal_lm,
+    check_weights,
+    count_parameters,
+    quantisation,
+)
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.small_copy import small_configs
 from trainstack.model.trial import TOKENS, some_tokens
@@ -56,6 +62,7 @@ def rehearse(folder: Path, config: Config) -> Rehearsal:
     ConfigError, in one line, if it cannot be trained like this. Touches no network.
     """
     transformers.logging.set_verbosity_error()  # what matters is said in our lines
+    transformers.logging.disable_progress_bar()
     try:
         real = read_config(folder)
         check_kind(real, config.model.init)
@@ -68,6 +75,7 @@ def rehearse(folder: Path, config: Config) -> Rehearsal:
             )
         small, reason = small_copy(real)
         notes = checked(small, config) if small else [f"no small copy could be tried ({reason})"]
+        notes += check_weights(folder, whole) if config.model.init == "pretrained" else []
     except ConfigError as error:
         name = config.model.name
         raise ConfigError(f"model {name} cannot be trained as configured: {error}") from None
@@ -193,7 +201,7 @@ def checked(small: Any, config: Config) -> list[str]:
         elif not isinstance(error, ConfigError):
             reason = f"{reason}; choose another model"
         raise ConfigError(reason) from None
-    untried = "the real weights, memory, the kernels of a GPU"
+    untried = "the values of real weights, memory, the kernels of a GPU"
     untried += ", torch_compile" if config.train.torch_compile else ""
     untried += "" if tried is config else ", flash attention"
     parts = [attention, config.train.precision, f"packing {config.data.packing}"]
