@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainstack.chat.template import REMARKS, Chat, load_tokenizer
+from trainstack.chat.template import Chat, load_tokenizer
 from trainstack.config.load import load
 from trainstack.config.schema import DataSection
 from trainstack.data.corpus import open_corpus
 from trainstack.data.split import EVAL, TRAIN, Split
-from trainstack.data.store import TokenStore
+from trainstack.data.store import REMARKS, TokenStore
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
@@ -96,11 +96,11 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
 
 def duplicates(split: Split) -> int:
     """How many documents are copies of an earlier one; 8 bytes of memory each."""
-    hashes = np.fromiter(map(_hash, documents_of(split)), np.uint64, len(split.stops))
+    hashes = np.fromiter(map(hash_of, documents_of(split)), np.uint64, len(split.stops))
     return len(hashes) - len(np.unique(hashes))
 
 
-def _hash(ids: np.ndarray) -> int:
+def hash_of(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=HASH_BYTES).digest())
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from trainstack.chat import template
 from trainstack.config.schema import DataSection
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.storage import manifest
@@ -39,6 +40,15 @@ SINCE_VERSION_3 = {
     "columns": {}, "learn": "all", "each_turn": False, "chat_template": None, "chat_date": None,
     "special_tokens": None, "split_on": None,
 }  # fmt: skip
+REMARKS = {
+    **template.REMARKS,
+    "merged_answers": "answers begin within a token that the prompt begins, so that at inference "
+    "the prompt ends otherwise; take white space away where they meet",
+    "unknown_tokens": "tokens stand for what the tokenizer does not know; choose a model made for "
+    "such texts",
+    "shared_documents": "held-out documents are in the training split too, so their loss says "
+    "little; take them out of one",
+}  # counts of which people are told, if they are not 0
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
 
@@ -60,6 +70,9 @@ class Counts:
     ignored_tools: int = 0  # that it did not write
     unnamed_calls: int = 0  # of tools, without the name
     unasked_turns: int = 0  # without the generation prompt of inference before them
+    merged_answers: int = 0  # that begin within a token
+    unknown_tokens: int = 0  # the tokenizer's own for what it does not know
+    shared_documents: int = 0  # held out, and in the training split too
     written_documents: int = 0  # plain ones that hold a special token, as text
     first_written: str = ""  # location and token of the first
     largest_id: int = 0  # of all tokens

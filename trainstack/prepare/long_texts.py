@@ -14,21 +14,19 @@ Flags = np.ndarray | None  # bool [tokens]: whether each carries loss; None: all
 
 
 def long_ids(
-    tokenizer,
-    text: str,
-    learned: Ranges | None,
-    special: Set[int],
-    first: int = 0,
-    stop: int | None = None,
-) -> tuple[np.ndarray, Flags]:
-    """Ids, int32, and flags of a long text in parts: at once it takes 120 bytes a character.
+    tokenizer, text: str, first: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, int32 [tokens], and offsets of a long text in parts: at once it takes 120 bytes a
+    character.
+
+    Offsets [tokens, 2]: which characters each token is of: first, last + 1.
 
     Only of the tokens that begin at the characters from ``first`` up to ``stop``; None: to its end.
 
     A part begins within the one before. What both have alike shows where the ids of the later one
     are those of the whole text; what a tokenizer puts before every text is not among them.
     """
-    found, flags = [], []
+    found, places = [], []
     end = len(text) + 1 if stop is None else stop
     start, kept, size = 0, first, LONG_TEXT
     while True:
@@ -39,9 +37,9 @@ def long_ids(
             continue
         own = slice(*np.searchsorted(offsets[:, 0], [kept, min(cut, end)]))
         found.append(ids[own])
-        flags.append(learned_tokens(offsets[own], learned, ids[own], special))
+        places.append(offsets[own])
         if cut >= end:
-            return joined(found, np.int32), None if learned is None else joined(flags, bool)
+            return joined(found, np.int32), joined(places, np.int64)
         start, kept, size = begin, cut, LONG_TEXT
 
 
@@ -109,19 +107,20 @@ def joined(arrays: list, dtype) -> np.ndarray:
 
 def learned_tokens(
     offsets: Sequence | np.ndarray, learned: Ranges | None, ids: np.ndarray, special: Set[int]
-) -> Flags:
+) -> tuple[Flags, int]:
     """Per token, whether it is, at least in part, in one of the ranges of characters; bool.
 
     Not a special token that begins before a range: with ``rstrip`` it takes the white space behind
-    it, and is still what the model is given.
+    it, and is still what the model is given. Also how many ranges begin within another token.
     """
     if learned is None:
-        return None
+        return None, 0
     offsets = np.array(offsets).reshape(-1, 2)
-    flags = np.zeros(len(offsets), bool)
+    flags, merged = np.zeros(len(ids), bool), 0
     for first, last in learned:
         begin = np.searchsorted(offsets[:, 1], first, "right")
-        if begin < len(ids) and offsets[begin, 0] < first and int(ids[begin]) in special:
-            begin += 1
+        if begin < len(ids) and offsets[begin, 0] < first:
+            is_given = int(ids[begin]) in special
+            begin, merged = begin + is_given, merged + (not is_given)
         flags[begin : np.searchsorted(offsets[:, 0], last, "left")] = True
-    return flags
+    return flags, merged

@@ -86,7 +86,7 @@ class Tokenised:
     batches: dict[str, TokenBatch] = field(default_factory=dict)
     empty: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
-    remarks: Counter = field(default_factory=Counter)  # of what templates do, as a Rendered's
+    remarks: Counter = field(default_factory=Counter)  # counts under names of REMARKS
     written: list[str] = field(default_factory=list)  # plain documents: the first special token
 
 
@@ -135,6 +135,7 @@ class Tokeniser:
                 if reason:
                     found.bad.append((document.location, reason))
                     continue
+                found.remarks.update(tokens.remarks)
                 if tokens.written and not document.is_rendered:
                     found.written.append(f"{document.location}: {tokens.written[0]}")
                 made[last].append((tokens.ids, tokens.flags))

@@ -3,8 +3,9 @@
 import functools
 import itertools
 import json
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,14 @@ class Encoded:
     """A document's token ids, int32, and flags, both [tokens].
 
     ``written``: the special tokens that a person wrote out in it, and that were kept as text.
-    ``problem``: why it cannot be learned from, None if it can.
+    ``remarks``: counts under names of REMARKS. ``problem``: why it cannot be learned from, None if
+    it can.
     """
 
     ids: np.ndarray
     flags: Flags
     written: list[str]
+    remarks: dict[str, int]
     problem: str | None
 
 
@@ -123,6 +126,8 @@ class Encoder:
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._unknown = getattr(tokenizer.model, "unk_token", "<unk>")  # Unigram does not tell
+        unknown_id = tokenizer.token_to_id(self._unknown or "")
+        self._unknown_id = -1 if unknown_id in (None, end_id) else unknown_id
 
     @functools.cached_property
     def _marks(self) -> tuple[dict[str, str], np.ndarray]:
@@ -191,21 +196,23 @@ class Encoder:
                 around = document.before + text + document.after
                 own = len(document.before), len(around) - len(document.after)
                 stop = own[1] if document.after else None
-                ids, flags = long_ids(tokenizer, around, None, special, own[0], stop)
+                ids, offsets = long_ids(tokenizer, around, own[0], stop)
             elif len(text) > long_texts.LONG_TEXT:
-                ids, flags = long_ids(tokenizer, text, document.learned, special)
+                ids, offsets = long_ids(tokenizer, text)
             else:
                 encoding = next(encodings)
                 ids = np.array(encoding.ids, np.int32)
-                learned = document.learned
-                flags = None
-                if learned is not None:
-                    flags = learned_tokens(encoding.offsets, learned, ids, special)
+                offsets = encoding.offsets if document.learned else ()
+            flags, merged = learned_tokens(offsets, document.learned, ids, special)
             meant = ids if text is document.text else self._marks[1][ids]
             problem = self._problem(document, written, ids, meant)
+            remarks = {
+                "merged_answers": merged,
+                "unknown_tokens": int((ids == self._unknown_id).sum()),
+            }
             if not document.is_rendered:
                 meant, flags = self._whole(document, meant, flags)
-            yield document, Encoded(meant, flags, written, problem)
+            yield document, Encoded(meant, flags, written, remarks, problem)
 
     def stop_ids(self, split: Split) -> list[int]:
         """The tokens that end what is learned in conversations, where generating has to stop."""
@@ -266,6 +273,24 @@ class Encoder:
                 "choose another model.name; data.special_tokens=text keeps special tokens as text"
             )
         return None
+
+
+def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
+    """Where tokenizer.json makes other tokens of a text than ``tokenizer``: the first, of both.
+
+    A class of transformers that a tokenizer_config.json names may have rules of its own.
+    """
+    from tokenizers import Tokenizer
+
+    if not (model_folder / "tokenizer.json").exists():
+        return None
+    both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    for text in texts:
+        pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
+        for tokens in zip(*pair, strict=False):
+            if operator.ne(*tokens):
+                return tokens
+    return None
 
 
 def special_ids(tokenizer) -> dict[str, int]:

@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
-from trainstack.chat.template import REMARKS
 from trainstack.config.schema import DataSection
-from trainstack.data.store import TokenStore
+from trainstack.data.store import REMARKS, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 
 SPEAKER = "prepare"
+OTHER_TOKENS = (
+    "transformers makes other tokens of it than tokenizer.json ({!r} for {!r}), and the model "
+    "learns those; if it was trained with the others, write in its tokenizer_config.json: "
+    '"tokenizer_class": "PreTrainedTokenizerFast"'
+)
 
 
 def say(section: DataSection, text: str) -> None:

@@ -1,0 +1,109 @@
+"""What cannot be learned as it is meant is told with a count, by prepare and by the report."""
+
+import json
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+
+import tiny
+from trainstack.data import report
+from trainstack.prepare import prepare
+from trainstack.storage import layout
+
+UNKNOWN = "<unk>"
+TEXT = "one two three 2023 650841823 one\n\ntwo\n\nthree\n"
+
+
+def words():
+    """A word-level tokenizer, as of tiny's models, with a token for what it does not know."""
+    vocabulary = {tiny.END: 0, UNKNOWN: 1, **{word: i for i, word in enumerate(tiny.WORDS, 2)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def lines(pattern: str = r"\s*\n+|[^\s]+|\s"):
+    """A byte-level tokenizer that joins the ends of lines."""
+    made = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    trainer = BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator([TEXT] * 9, trainer)
+    return made
+
+
+def lines_from(home, capsys, made, records: dict[str, list], *overrides: str, **settings):
+    """What prepare and the report say of records, by file, with that tokenizer."""
+    made.add_special_tokens([AddedToken(tiny.END, special=True)])
+    content = {
+        "config.json": json.dumps({**tiny.CONFIG, "vocab_size": made.get_vocab_size()}),
+        "tokenizer.json": made.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tiny.END, **settings}
+        ),
+    }
+    tiny.publish(layout.model_folder(home, "m"), content, kind="model", weight_bytes=0)
+    texts = {name: "".join(json.dumps(r) + "\n" for r in rs) for name, rs in records.items()}
+    splits = {name.partition(".")[0]: [name] for name in records}
+    tiny.publish(layout.dataset_folder(home, "d", None), texts, kind="dataset", splits=splits)
+    config = tiny.write_config(home, model__name="m", data__name="d")
+    arguments = ["--home", str(home), "--config", str(config), *overrides]
+    assert prepare.main(arguments) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert report.main(arguments) == 0
+    reported = [x for x in capsys.readouterr().out.splitlines() if x.startswith("remark: ")]
+    assert all(any(line.removeprefix("remark: ") in x for x in told) for line in reported)
+    return told
+
+
+def numbered(count: int) -> list[dict]:
+    return [{"text": f"{tiny.WORDS[i % 10]} {tiny.WORDS[i // 10]} one"} for i in range(count)]
+
+
+@pytest.mark.parametrize("text", ["one два two три", "one two"])
+def test_tokens_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys, text):
+    records = {"train.jsonl": [{"text": text}] * 30}
+    told = lines_from(tmp_path, capsys, words(), records, "data.eval_fraction=0")
+    number = 30 * len([word for word in text.split() if word not in tiny.WORDS])
+    said = [line for line in told if "for what the tokenizer does not know" in line]
+    assert [f": {number} tokens stand" in line for line in said] == [True] * bool(number)
+
+
+@pytest.mark.parametrize("number", [4, 0])
+def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, number):
+    every = numbered(60)
+    records = {"train.jsonl": every[:40], "test.jsonl": every[40 - number : 60 - number]}
+    told = lines_from(tmp_path, capsys, words(), records, "data.eval_split=test")
+    said = [line for line in told if "are in the training split too" in line]
+    assert [f": {number} held-out documents" in line for line in said] == [True] * bool(number)
+
+
+@pytest.mark.parametrize(("prompt", "answer", "is_merged"), [
+    ("one\n", "\ntwo", True), ("one", "\n\ntwo", False), ("one ", "two", False),
+])  # fmt: skip
+def test_answers_that_begin_within_a_token_are_counted(tmp_path, capsys, prompt, answer, is_merged):
+    records = {"train.jsonl": [{"prompt": prompt, "completion": answer}] * 30}
+    options = ("data.eval_fraction=0", "data.packing=best_fit")
+    told = lines_from(tmp_path, capsys, lines(), records, *options)
+    said = [line for line in told if "begin within a token" in line]
+    assert [": 30 answers" in line for line in said] == [True] * is_merged
+
+
+@pytest.mark.parametrize(
+    ("named", "differs"), [("GPT2Tokenizer", True), ("PreTrainedTokenizerFast", False)]
+)
+def test_a_class_that_does_not_do_as_tokenizer_json_is_told_with_a_way_out(
+    tmp_path, capsys, named, differs
+):
+    records = {"train.jsonl": [{"text": TEXT}] * 30}
+    made = lines(r"\d|\s*\n+|[^\s\d]+|\s")  # each digit apart, which GPT-2 does not
+    told = lines_from(
+        tmp_path, capsys, made, records, "data.eval_fraction=0", tokenizer_class=named
+    )
+    said = [line for line in told if "makes other tokens of it than tokenizer.json" in line]
+    assert len(said) == differs
+    assert all('"tokenizer_class": "PreTrainedTokenizerFast"' in line for line in said)
