@@ -201,6 +201,24 @@ def test_a_dropped_argument_is_an_error_and_ignored_tools_are_counted(chat_with)
     assert blind.render("a:1", TWO_ROUNDS, TOOLS).remarks == {"ignored_tools": 1}
 
 
+@pytest.mark.parametrize("value", [3, 2.5, True, [1, 2], {"deep": 7}])
+@pytest.mark.parametrize(("written", "is_kept"), [
+    ("{{ v | tojson }}", True), ("{{ v }}", True), ("{{ v if v is string }}", False),
+    ("{{ v if v is string or v is mapping }}", None),
+])  # fmt: skip
+def test_an_argument_that_is_no_text_is_proved_too(chat_with, value, written, is_kept):
+    items = "{% for k, v in c.function.arguments.items() %}{{ k }}=" + written + "{% endfor %}"
+    chat = chat_with(CALLING.replace("ARGUMENTS", items).replace("END", "<|end|>"))
+    call = {"function": {"name": "move", "arguments": {"steps": value}}}
+    messages = [CALLS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    if is_kept or (is_kept is None and isinstance(value, dict)):
+        (said,) = learned(chat, messages)
+        assert "steps=" in said
+        return
+    with pytest.raises(DataError, match="drops .* of a tool call of message 2"):
+        learned(chat, messages)
+
+
 def test_calls_without_their_name_are_counted(chat_with):
     template = CALLING.replace("{{ c.function.name }} ", "").replace("END", "<|end|>")
     chat = chat_with(template.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}"))

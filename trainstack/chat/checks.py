@@ -48,8 +48,7 @@ def check_pieces(marked: Marked, whole: Rendering) -> int:
 
 def is_whole(piece: Piece, number: int, whole: Rendering) -> bool:
     """Whether the rendering has a piece, as it is or as JSON writes it."""
-    as_json = json.dumps(piece.text, ensure_ascii=False)[1:-1]
-    forms = {piece.text, as_json, json.dumps(piece.text)[1:-1], json.dumps(as_json)[1:-1]}
+    forms = forms_of(piece.text)
     places = whole.places.get(number, ())
     if piece.kind == CALL and not places:
         return any(form in whole.text for form in forms)
@@ -72,7 +71,7 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
     for call in marked.messages[number].get("tool_calls") or ():
         function = call.get("function", call)
         for word in arguments_in(function.get("arguments")):
-            if word not in text:
+            if not any(form in text for form in forms_of(word)):
                 raise Dropped(
                     f"the chat template drops {shown(word)} of a tool call of message "
                     f"{number + 1}; use another template: data.chat_template"
@@ -90,11 +89,18 @@ def unnamed(functions: Iterable[dict], text: str) -> int:
 
 
 def arguments_in(arguments: Any) -> Iterator[str]:
-    """The names of arguments, at any depth."""
+    """The names of arguments, at any depth, and values that are no texts (those are pieces)."""
     if isinstance(arguments, dict):
-        for key, value in arguments.items():
-            yield key
+        yield from arguments
+    if isinstance(arguments, dict | list):
+        for value in arguments.values() if isinstance(arguments, dict) else arguments:
             yield from arguments_in(value)
-    elif isinstance(arguments, list):
-        for value in arguments:
-            yield from arguments_in(value)
+    elif isinstance(arguments, int | float):
+        yield str(arguments)
+
+
+def forms_of(text: str) -> set[str]:
+    """A text as it is, and as JSON writes it: also true for Python's True."""
+    as_json = json.dumps(text, ensure_ascii=False)[1:-1]
+    forms = {text, as_json, json.dumps(text)[1:-1], json.dumps(as_json)[1:-1]}
+    return forms | {text.lower()} if text in ("True", "False") else forms
