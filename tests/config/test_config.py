@@ -1,8 +1,10 @@
 """Every mistake in a configuration is one line with its location, its value and its fix."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +14,8 @@ from trainstack.config.load import load
 from trainstack.config.other_names import OTHER_NAMES
 from trainstack.config.problems import all_keys, suggestion
 from trainstack.config.schedules import SCHEDULES
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, Refused
+from trainstack.job.freeze import keep_templates
 from trainstack.run.identity import check_identity
 
 SHIPPED = (tiny.ROOT / "config.yaml").read_text()
@@ -400,3 +403,39 @@ def test_the_resolved_configuration_that_is_printed_reads_back(tmp_path):
     (tmp_path / "c.yaml").write_text(result.stdout)
     loaded = load(tmp_path / "c.yaml", [])
     assert (loaded.run.name, loaded.optim.learning_rate) == ("other", 2e-5)
+
+
+def test_a_run_keeps_the_chat_templates_that_it_was_submitted_with(tmp_path):
+    other = {"name": "b", "weight": None}
+    own = {name: tmp_path / f"{name}.jinja" for name in ("one", "two")}
+    for name, path in own.items():
+        path.write_text(name)
+    mixture = json.dumps([{**other, "chat_template": str(own["two"])}, {**other, "name": "c"}])
+    overrides = [f"data.chat_template={own['one']}", f"data.mixture={mixture}"]
+    config = load(tiny.ROOT / "config.yaml", overrides)
+    folder = tmp_path / "chat_templates"
+    kept = keep_templates(config, folder)
+    for path in own.values():
+        path.write_text("changed")
+    found = [source.chat_template for source in kept.data.sources]
+    assert [path and Path(path).read_text() for path in found] == ["one", "two", "one"]
+    assert keep_templates(kept, folder).to_yaml() == kept.to_yaml()
+    plain = load(tiny.ROOT / "config.yaml", [])
+    assert keep_templates(plain, tmp_path / "none") == plain and not (tmp_path / "none").exists()
+
+
+def test_the_path_of_a_template_is_no_part_of_what_a_run_is(tmp_path):
+    other = {"name": "b", "weight": None}
+
+    def of(*paths: str) -> dict:
+        entries = json.dumps([{**other, "chat_template": paths[1]}])
+        words = [f"data.chat_template={paths[0]}", f"data.mixture={entries}"]
+        return load(tiny.ROOT / "config.yaml", words).identity()
+
+    assert of("/a/x.jinja", "/a/y.jinja") == of("/b/x.jinja", "/b/y.jinja")
+    landed = of("/a/x.jinja", "/a/y.jinja")  # with what an earlier version wrote too
+    landed["data.mixture"] = [{**landed["data.mixture"][0], "chat_template": "/a/y.jinja"}]
+    check_identity(landed, of("/b/x.jinja", "/b/y.jinja"), "r")
+    landed["data.mixture"][0]["split"] = "other"
+    with pytest.raises(Refused, match="data.mixture"):
+        check_identity(landed, of("/b/x.jinja", "/b/y.jinja"), "r")

@@ -212,6 +212,12 @@ def test_a_text_is_divided_where_the_setting_says(home, monkeypatch, split_on, t
         manifest.remove_folder(store.folder)
 
 
+def test_the_name_of_another_column_is_not_that_of_a_txt(home):
+    columns = ["data.columns={text: body}", "data.split_on=line", "data.eval_fraction=0"]
+    content = {"a.txt": "one two\nthree\n", "b.jsonl": '{"body": "four\\nfive"}\n'}
+    assert documents(make(home, content, *columns).train) == [[1, 2, 0], [3, 0], [4, 0], [5, 0]]
+
+
 def test_conversations_are_not_divided(home, capsys):
     make(home, {"a.jsonl": '{"messages": []}\n'}, "data.split_on=line", code=2)
     assert "data.split_on: own has no texts but messages" in capsys.readouterr().err

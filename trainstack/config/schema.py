@@ -245,8 +245,10 @@ class Config(Section):
         from before there were mixtures is resumed too; so are settings of which only the effect on
         the tokens counts, which have a name of their own.
         """
-        data = {f"data.{key}": value for key, value in self.data.model_dump().items()}
-        del data["data.chat_template"], data["data.special_tokens"]
+        found = self.data.model_dump()
+        for section in (found, *found["mixture"]):
+            del section["chat_template"], section["special_tokens"]
+        data = {f"data.{key}": value for key, value in found.items()}
         if not self.data.mixture:
             del data["data.mixture"], data["data.weight"]
         model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}

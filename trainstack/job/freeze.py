@@ -1,5 +1,6 @@
 """The copy of code, settings and environment that a job runs."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: 
     """Keep code, settings and environment, so that the job runs what was submitted."""
     run.create()
     replace_code(repository, run.path)
+    config = keep_templates(config, run.path / "chat_templates")
     files.replace_file(run.path / "config.yaml", config.to_yaml().encode())
     described = json.dumps(describe_environment(repository), indent=1)
     files.replace_file(run.path / "environment.json", described.encode())
@@ -26,6 +28,23 @@ def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: 
     # Also here: a DONE of before would tell the job that there is nothing to do.
     state = STARTING if is_local else QUEUED
     run.set_status(state, job=None, attempt=None, exit_code=None, cause=None)
+
+
+def keep_templates(config: Config, folder: Path) -> Config:
+    """The same settings, with copies of the chat templates that they name: those may change."""
+
+    def kept(section):
+        if not section.chat_template:
+            return section
+        content = Path(section.chat_template).read_bytes()
+        path = folder / f"{hashlib.sha256(content).hexdigest()[:16]}.jinja"
+        folder.mkdir(exist_ok=True)
+        files.replace_file(path, content)
+        return section.model_copy(update={"chat_template": str(path)})
+
+    mixture = [kept(source) for source in config.data.mixture]
+    data = kept(config.data).model_copy(update={"mixture": mixture})
+    return config.model_copy(update={"data": data})
 
 
 def replace_code(repository: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ yet is tried (rehearsal.py), which takes some seconds.
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -80,6 +81,7 @@ def proof_key(folder: Path, config: Config) -> str:
         "data": config.data.model_dump(include={"packing", "seq_len"}),
         "is_compiled": config.train.torch_compile,
         "versions": {name: version(name) for name in ("torch", "transformers")},
+        "has_flash": importlib.util.find_spec("flash_attn") is not None,
         "code": {p.name: manifest.hash_file(p) for p in Path(__file__).parent.glob("*.py")},
     }
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]

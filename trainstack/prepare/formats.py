@@ -125,9 +125,10 @@ def columns_read(name: str, section: SourceSection) -> set[str]:
     return {section.columns.get(column, column) for column in read}
 
 
-def text_column(section: SourceSection) -> str:
-    """The column that holds the text of a plain document."""
-    return section.columns.get(section.text_field, section.text_field)
+def text_column(record: Any, section: SourceSection) -> str:
+    """The column that holds the text of a plain document; in a .txt data.columns finds no other."""
+    own = section.columns.get(section.text_field)
+    return own if isinstance(record, dict) and own in record else section.text_field
 
 
 def _has(record: Any) -> str:

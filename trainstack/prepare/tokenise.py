@@ -180,17 +180,17 @@ class Tokeniser:
     def _records(self, task: Task) -> Iterator[tuple[str, Any, Part | None, str | None]]:
         """Each record of a chunk with its split, None if a hash decides; texts are divided."""
         file, chunk, given = task
-        column = formats.text_column(self.section)
         for location, record in self._split(chunk.records()):
             pieces = [(record, chunk.part, given)]
             if self.boundary:
+                column = formats.text_column(record, self.section)
                 pieces = self.boundary.divide(file, location, record, chunk.part, column)
             yield from ((location, *piece) for piece in pieces)
 
     def _split(self, records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Records, texts as data.split_on divides them; what is empty is left out."""
-        column = formats.text_column(self.section)
         for location, record in records:
+            column = formats.text_column(record, self.section)
             text = record.get(column) if self._sign and isinstance(record, dict) else None
             if not isinstance(text, str):
                 yield location, record

@@ -30,11 +30,11 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
 
 
 def is_same(saved: Any, wanted: Any) -> bool:
-    """Whether two values are; of data sets of a mixture, in the settings that were saved."""
+    """Whether two values are; of data sets of a mixture, in the settings that both have."""
     if isinstance(saved, list) and isinstance(wanted, list) and len(saved) == len(wanted):
         return all(map(is_same, saved, wanted))
     if isinstance(saved, dict) and isinstance(wanted, dict):
-        return all(wanted.get(key) == value for key, value in saved.items())
+        return all(wanted[key] == saved[key] for key in saved.keys() & wanted.keys())
     return saved == wanted
 
 
