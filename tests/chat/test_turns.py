@@ -197,6 +197,10 @@ def test_a_dropped_argument_is_an_error_and_ignored_tools_are_counted(chat_with)
     chat = chat_with(CALLING.replace("ARGUMENTS", "").replace("END", "<|end|>"))
     with pytest.raises(DataError, match="drops a tool call's argument of message 2 .Bern"):
         learned(chat, CALLS, TOOLS)
+    told = CALLING.replace("ARGUMENTS", "{{ c.function.arguments }}").replace("END", "<|end|>")
+    assert chat_with(told).render("a:1", CALLS, TOOLS).remarks == {}
+    deaf = chat_with(told[told.index("{% endfor %}") + len("{% endfor %}") :])
+    assert deaf.render("a:1", CALLS, TOOLS).remarks == {"ignored_tools": 1}, "though calls name it"
     blind = chat_with(TEMPLATES["chatml"])
     assert blind.render("a:1", TWO_ROUNDS, TOOLS).remarks == {"ignored_tools": 1}
 

@@ -1,5 +1,6 @@
 """A conversation as the tokenizer's chat template writes it, and what of it the assistant says."""
 
+import contextlib
 import datetime
 import hashlib
 import re
@@ -154,6 +155,7 @@ class Chat:
         whole = marked.whole
         check_shape(messages, whole.text)
         dropped = 0 if is_asked else check_pieces(marked, whole)
+        ignored = self._ignored(template, messages, tools, whole.text)
         turns = [find_turn(marked, whole, number) for number in learned]
         for number, turn in zip(learned, turns, strict=True):
             check_turn(marked, whole, number, turn)
@@ -166,12 +168,20 @@ class Chat:
         text = whole.text + "".join(turn.more for turn in turns)
         remarks = {
             DROPPED: dropped,
-            IGNORED: unnamed(tools or (), text),
+            IGNORED: ignored,
             UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
         return Rendered(text, ranges, merged(places), {k: v for k, v in remarks.items() if v})
+
+    def _ignored(self, template: str, messages: list[dict], tools: list | None, text: str) -> int:
+        """How many tools the model is not told of; one that a call names may still be such."""
+        number = unnamed(tools or (), text)
+        if tools and not number:
+            with contextlib.suppress(DataError):  # it needs tools, so it reads them
+                number = len(tools) * (self._written(template, None, messages, False) == text)
+        return number
 
     def _write(
         self, template: str, messages: list[dict], tools: list | None, invites: bool,
