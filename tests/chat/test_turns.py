@@ -298,3 +298,12 @@ def test_of_named_templates_the_one_for_tools_is_taken_where_there_are_tools(cha
 def test_what_people_wrote_is_known_to_the_character(chat_with):
     rendered = chat_with(TEMPLATES["chatml"]).render("a:1", TWO_ROUNDS, None)
     assert [rendered.text[a:b] for a, b in rendered.written] == ["4", "user", "user", "4"]
+
+
+@pytest.mark.parametrize("role", ["client", "Guide", "a b"])
+def test_a_role_that_the_template_does_not_name_is_an_error(chat_with, role):
+    messages = [{"role": role, "content": "one"}, TWO_ROUNDS[1]]
+    with pytest.raises(DataError, match=f"message 1 is from {role}, a role that the chat template"):
+        learned(chat_with(TEMPLATES["chatml"]), messages)
+    named = TEMPLATES["chatml"].replace("{{ m.role }}", "{{ m.role if m.role != 'ROLE' else 5 }}")
+    assert learned(chat_with(named.replace("ROLE", role)), messages) == ["user<|im_end|>"]

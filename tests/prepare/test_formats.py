@@ -323,3 +323,17 @@ def test_an_example_of_the_page_gives_what_the_page_says(chats, name, record, ex
         more = end if last == len(text) else ""
         text = f"{text[:first]}[[{text[first:last]}{more}]]{text[last:]}"
     assert text.rstrip("\n") == expected
+
+
+@pytest.mark.parametrize("who", ["role", "from"])
+def test_the_names_of_roles_may_be_the_datas_own(chats, who):
+    said = "content" if who == "role" else "value"
+    turns = [
+        {who: {"user": "Client", "assistant": "me"}[turn["role"]], said: turn["content"]}
+        for turn in TURNS[:2]
+    ]
+    column = "messages" if who == "role" else "conversations"
+    columns = {"user": "Client", "assistant": "me", "tool": "nobody"}
+    template = next(iter(chats[0]))
+    expected = marked(chats, template, {"messages": TURNS[:2]})
+    assert marked(chats, template, {column: turns}, columns=columns) == expected

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
 from trainstack.chat.marks import Marked, Rendering, invitation
+from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
 from trainstack.config.schema import DataSection
-from trainstack.errors import ConfigError, DataError, first_line
+from trainstack.errors import ConfigError, DataError, first_line, shown
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -129,6 +130,12 @@ class Chat:
                 f"{location}: a conversation, but the tokenizer of {self.model_folder.name} has no "
                 f"chat template; {NO_TEMPLATE}"
             )
+        for number, role in enumerate((message["role"] for message in messages), start=1):
+            if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
+                raise DataError(
+                    f"{location}: message {number} is from {shown(role)}, a role that the chat "
+                    f"template does not know; say what it is: data.columns={{user: {role}}}"
+                )
         if learned is None:
             learned = [n for n, message in enumerate(messages) if says_something(message)]
         if is_asked:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainstack.chat.messages import messages_of, tools_of
+from trainstack.chat.messages import KNOWN_ROLES, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
 from trainstack.errors import DataError
@@ -246,8 +246,16 @@ def _conversation(
 
 
 def _with_columns(turns: Any, section: SourceSection) -> Any:
-    """Turns with their keys under our names: data.columns may map role and content too."""
-    return [renamed(turn, section) for turn in turns] if isinstance(turns, list) else turns
+    """Turns with keys and roles under our names: data.columns may map role, content, user too."""
+    if not isinstance(turns, list) or not section.columns:
+        return turns
+    roles = {own: ours for ours, own in section.columns.items() if ours in KNOWN_ROLES}
+    made = [renamed(turn, section) for turn in turns]
+    for turn in (turn for turn in made if isinstance(turn, dict)):
+        for key in ("role", "from"):
+            if isinstance(turn.get(key), str):
+                turn[key] = roles.get(turn[key], turn[key])
+    return made
 
 
 def _prompt_completion(
