@@ -307,3 +307,11 @@ def test_a_role_that_the_template_does_not_name_is_an_error(chat_with, role):
         learned(chat_with(TEMPLATES["chatml"]), messages)
     named = TEMPLATES["chatml"].replace("{{ m.role }}", "{{ m.role if m.role != 'ROLE' else 5 }}")
     assert learned(chat_with(named.replace("ROLE", role)), messages) == ["user<|im_end|>"]
+
+
+def test_turns_that_begin_otherwise_than_the_last_are_counted(chat_with):
+    empty = "{{ '<think></think>' if loop.last and m.role == 'assistant' }}{{ m.content | trim }}"
+    chat = chat_with(TEMPLATES["chatml"].replace("{{ m.content | trim }}", empty))
+    assert chat.render("a:1", TWO_ROUNDS, None).remarks == {"uneven_turns": 1}
+    assert chat.render("a:1", TWO_ROUNDS, None, is_asked=True).remarks == {}
+    assert chat.render("a:1", TWO_ROUNDS[:2], None).remarks == {}

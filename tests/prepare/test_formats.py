@@ -11,7 +11,7 @@ import pytest
 
 from trainstack.chat.template import Chat
 from trainstack.config.schema import DataSection
-from trainstack.errors import DataError
+from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import formats
 from trainstack.prepare.tokenizer import Encoder
 
@@ -256,6 +256,10 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"text": "one", "messages": TURNS}, "fits text and messages; .*data.format=messages"),
         (["one"], "the record is a list; write an object with its turns"),
         ({"id;text": "0;one"}, "the record has: id;text; columns of a .csv are separated by comm"),
+        (
+            {"dialog": [{"who": "a", "said": "b"}] * 2},
+            "if dialog holds turns, write data.columns=",
+        ),
         ({"dialog": TURNS}, "say where its turns are: data.columns={messages: dialog}"),
         ({"data": [{"text": "a"}, {"text": "b"}]}, "write the list data alone, an array of rec"),
     ],
@@ -337,3 +341,13 @@ def test_the_names_of_roles_may_be_the_datas_own(chats, who):
     template = next(iter(chats[0]))
     expected = marked(chats, template, {"messages": TURNS[:2]})
     assert marked(chats, template, {column: turns}, columns=columns) == expected
+
+
+def test_a_column_that_no_format_has_is_refused_with_the_nearest():
+    formats.check_columns(section(columns={"messages": "x", "role": "y", "user": "z", "text": "t"}))
+    with pytest.raises(ConfigError, match="no format has mesages, did you mean messages"):
+        formats.check_columns(section(columns={"mesages": "dialogue"}))
+    with pytest.raises(
+        ConfigError, match=r"data.columns=.nonsense: foo.: no format has nonsense; w"
+    ):
+        formats.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
-from trainstack.chat.marks import Marked, Rendering, invitation
+from trainstack.chat.marks import TEXT, Marked, Rendering, invitation
 from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
@@ -21,13 +21,15 @@ from trainstack.errors import ConfigError, DataError, first_line, shown
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
-UNNAMED = "unnamed_calls"
+UNNAMED, UNEVEN = "unnamed_calls", "uneven_turns"
 REMARKS = {
     DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
     IGNORED: "tools that the template does not tell the model of",
     UNNAMED: "tool calls that the template writes without their name",
     UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
     "writes it",
+    UNEVEN: "turns that the template begins otherwise than a last one, such as without an empty "
+    "thought; data.each_turn=true writes each as at inference",
 }
 NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
 
@@ -177,6 +179,7 @@ class Chat:
             DROPPED: dropped,
             IGNORED: ignored,
             UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
+            UNEVEN: uneven(marked, whole, list(zip(learned, turns, strict=True))),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
@@ -245,6 +248,17 @@ def says_something(message: dict) -> bool:
     return message.get("role") == "assistant" and any(
         text.strip() if isinstance(text, str) else text for text in said
     )
+
+
+def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> int:
+    """How many turns without thoughts begin otherwise than the last of them, if they are asked."""
+    begins = []
+    for number, turn in turns:
+        own = [(n, piece) for n, piece in enumerate(marked.pieces) if piece.message == number]
+        places = [first for n, _ in own for first, _ in whole.places.get(n, ())]
+        if turn.is_asked and places and own[0][1].kind == TEXT:
+            begins.append(whole.text[turn.first : min(places)])
+    return sum(begin != begins[-1] for begin in begins)
 
 
 def behind_prompt(whole: Rendering, turn: Turn, ranges: Ranges) -> tuple[Rendering, Ranges]:

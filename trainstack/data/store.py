@@ -70,6 +70,7 @@ class Counts:
     ignored_tools: int = 0  # that it did not write
     unnamed_calls: int = 0  # of tools, without the name
     unasked_turns: int = 0  # without the generation prompt of inference before them
+    uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
     merged_answers: int = 0  # that begin within a token
     unknown_tokens: int = 0  # the tokenizer's own for what it does not know
     shared_documents: int = 0  # held out, and in the training split too

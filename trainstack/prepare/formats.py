@@ -4,15 +4,16 @@ Of a ``text`` all tokens carry loss, of the other formats only what the model ha
 assistant's turns, the completion.
 """
 
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainstack.chat.messages import KNOWN_ROLES, messages_of, tools_of
+from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
-from trainstack.errors import DataError
+from trainstack.errors import ConfigError, DataError
 from trainstack.records.chunks import Part
 
 COLUMNS = {  # what makes a record one of a format; text is recognised by data.text_field
@@ -41,6 +42,7 @@ ALPACA_WITHOUT_INPUT = (
 NOTHING_LEARNED = (
     "no token of it carries loss, for no assistant says anything; fix it, or leave it out"
 )
+IN_TURNS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name")
 # Named by a format itself; any other column that is read is data.text_field.
 FIXED_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system"}
 
@@ -78,9 +80,21 @@ def renamed(record: Any, section: SourceSection) -> Any:
     return rest | {ours: record[own] for ours, own in section.columns.items() if own in record}
 
 
+def check_columns(section: SourceSection) -> None:
+    """ConfigError if data.columns maps what no format reads."""
+    known = {column for names in (*COLUMNS.values(), *MORE_COLUMNS.values()) for column in names}
+    known |= {section.text_field, *IN_TURNS, *MARKS, *THOUGHTS, *KNOWN_ROLES}
+    if odd := sorted(section.columns.keys() - known):
+        near = difflib.get_close_matches(odd[0], known, 1)
+        raise ConfigError(
+            f"data.columns={{{odd[0]}: {section.columns[odd[0]]}}}: no format has {odd[0]}"
+            f"{f', did you mean {near[0]}?' if near else ''}; write our name first, then the data's"
+        )
+
+
 def recognise(location: str, record: Any, section: SourceSection) -> str:
     """The format of a record by its columns. DataError if none or several fit."""
-    record = renamed(record, section)
+    given, record = record, renamed(record, section)
     columns = record.keys() if isinstance(record, dict) else ()
     fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
     if "conversation" in columns and not fitting:
@@ -92,12 +106,12 @@ def recognise(location: str, record: Any, section: SourceSection) -> str:
     if fitting:
         names = " and ".join(fitting)
         raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
-    if hint := _odd_shape(record):
-        raise DataError(f"{location}: {_has(record)}; {hint}")
+    if hint := _odd_shape(given):
+        raise DataError(f"{location}: {_has(given)}; {hint}")
     known = ", ".join("+".join(needed) for needed in COLUMNS.values())
     raise DataError(
         f"{location}: no text in data.text_field={section.text_field}, nor any of {known}; "
-        f"{_has(record)}; name its column as data.text_field, or map it: "
+        f"{_has(given)}; name its column as data.text_field, or map it: "
         "data.columns={messages: ITS_NAME}"
     )
 
@@ -114,7 +128,14 @@ def _odd_shape(record: Any) -> str:
     whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
     if whole and {"role", "from"} & record[whole][0].keys():
         return f"say where its turns are: data.columns={{messages: {whole}}}"
-    return f"write the list {whole} alone, an array of records" if whole else ""
+    if not whole:
+        return ""
+    if any({*needed} <= record[whole][0].keys() for needed in (("text",), *COLUMNS.values())):
+        return f"write the list {whole} alone, an array of records"
+    return (
+        f"if {whole} holds turns, write data.columns={{messages: {whole}, role: ITS_KEY, content: "
+        "ITS_KEY}; if it holds records: write that list alone"
+    )
 
 
 def columns_read(name: str, section: SourceSection) -> set[str]:

@@ -33,7 +33,7 @@ from trainstack.data.store import (
 )
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
-from trainstack.prepare import demo, earlier
+from trainstack.prepare import demo, earlier, formats
 from trainstack.prepare.held_out import shared_documents
 from trainstack.prepare.tokenise import (
     DataFile,
@@ -160,6 +160,7 @@ def write_store(
     model_folder = layout.model_folder(home, model_name)
     encoder = load_encoder(home, model_name, section.special_tokens)
     data_files = data_files_of(home, section)
+    formats.check_columns(section)
     chat = Chat.of(model_folder, section)
     form = format_of(data_files, section) if section.format == "auto" else section.format
     if form != "text":
