@@ -344,7 +344,8 @@ def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(la
         process.communicate(timeout=60)
         assert trace.run.status()["state"] != "DONE", "it ended before it was interrupted"
     lab.train(run, *settings)
-    wall_seconds = time.time() - began_at
+    # Up to the last event: how long processes then take to end depends on the machine.
+    wall_seconds = (trace.run.path / "events.jsonl").stat().st_mtime - began_at
     assert len(trace.events("attempt")) == len(kinds) + 1
     goodput = tiny.run_command("goodput", trace.run.path).stdout
     rows = dict(re.findall(r"^  (\w+) +([\d.]+) +[\d.]+", goodput, re.MULTILINE))
