@@ -368,3 +368,18 @@ def test_a_special_token_that_takes_the_white_space_of_an_answer_is_not_learned(
     found = encoded(encoder, text, [(len(TURN), len(text))], written, is_rendered=True)
     assert encoder.tokenizer.id_to_token(int(found.ids[0])) == TURN
     assert found.flags.tolist() == [False, *[True] * (len(found.ids) - 1)]
+
+
+def test_a_tokenizer_that_is_random_or_cannot_be_read_is_one_line(tmp_path):
+    folder = model(tmp_path, "random", byte_level())
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.3
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=r"at random \(dropout 0.3\).*write there .dropout.: null"
+    ):
+        load_encoder(folder, None)
+    content["model"].update(type="BPE2", dropout=None)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="transformers cannot load its tokenizer .*; choose"):
+        load_encoder(folder, None)

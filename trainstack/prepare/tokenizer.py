@@ -37,6 +37,12 @@ def load_backend(model_folder: Path) -> tuple[Any, int]:
             f"{model_folder}: transformers has only Python code for its tokenizer; choose a model "
             "with a tokenizer.json"
         )
+    if getattr(tokenizer.model, "dropout", None):
+        raise ConfigError(
+            f"{model_folder}: its tokenizer.json makes tokens at random (dropout "
+            f"{tokenizer.model.dropout:.3g}), in training and at inference; write there "
+            '"dropout": null'
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end_id = loaded.eos_token_id
