@@ -315,3 +315,11 @@ def test_turns_that_begin_otherwise_than_the_last_are_counted(chat_with):
     assert chat.render("a:1", TWO_ROUNDS, None).remarks == {"uneven_turns": 1}
     assert chat.render("a:1", TWO_ROUNDS, None, is_asked=True).remarks == {}
     assert chat.render("a:1", TWO_ROUNDS[:2], None).remarks == {}
+
+
+@pytest.mark.parametrize("text", ["True", "Four"])
+def test_a_text_that_a_template_writes_small_is_dropped_whatever_it_says(chat_with, text):
+    lower = TEMPLATES["chatml"].replace("{{ m.content | trim }}", "{{ m.content | trim | lower }}")
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": text}]
+    with pytest.raises(DataError, match=f"drops text of message 2 .{text}"):
+        learned(chat_with(lower), messages)

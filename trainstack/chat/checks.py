@@ -1,16 +1,29 @@
 """What was said is in the rendering, whole, and in the turn of whoever said it."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainstack.chat.marks import CALL, REASONING, Marked, Piece, Rendering
+from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
 
 
 class Dropped(DataError):
     """The template leaves out what was said: told before what else a template does not take."""
+
+
+def check_roles(location: str, messages: list[dict], template: str) -> None:
+    """DataError for a role that is none of ours, and that the template does not name."""
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
+            raise DataError(
+                f"{location}: message {number} is from {shown(role)}, a role that the chat "
+                f"template does not know; say what it is: data.columns={{user: {role}}}"
+            )
 
 
 def check_shape(messages: list[dict], text: str) -> None:
@@ -70,10 +83,10 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
         said = max([said, *(b - turn.first for b in inside)])
     for call in marked.messages[number].get("tool_calls") or ():
         function = call.get("function", call)
-        for word in arguments_in(function.get("arguments")):
-            if not any(form in text for form in forms_of(word)):
+        for forms in arguments_in(function.get("arguments")):
+            if not any(form in text for form in forms):
                 raise Dropped(
-                    f"the chat template drops {shown(word)} of a tool call of message "
+                    f"the chat template drops {shown(forms[0])} of a tool call of message "
                     f"{number + 1}; use another template: data.chat_template"
                 )
     if not text[said:].strip():
@@ -88,19 +101,22 @@ def unnamed(functions: Iterable[dict], text: str) -> int:
     return sum(str((f.get("function") or f).get("name")) not in text for f in functions)
 
 
-def arguments_in(arguments: Any) -> Iterator[str]:
-    """The names of arguments, at any depth, and values that are no texts (those are pieces)."""
+def arguments_in(arguments: Any) -> Iterator[list[str]]:
+    """The forms of each argument's name, at any depth, and of values that are no texts.
+
+    Those that are texts are pieces.
+    """
     if isinstance(arguments, dict):
-        yield from arguments
-    if isinstance(arguments, dict | list):
-        for value in arguments.values() if isinstance(arguments, dict) else arguments:
+        yield from map(forms_of, arguments)
+        arguments = list(arguments.values())
+    if isinstance(arguments, list):
+        for value in arguments:
             yield from arguments_in(value)
     elif isinstance(arguments, int | float):
-        yield str(arguments)
+        yield [str(arguments), json.dumps(arguments)]
 
 
-def forms_of(text: str) -> set[str]:
-    """A text as it is, and as JSON writes it: also true for Python's True."""
+def forms_of(text: str) -> list[str]:
+    """A text as it is, and as JSON writes it, also within JSON."""
     as_json = json.dumps(text, ensure_ascii=False)[1:-1]
-    forms = {text, as_json, json.dumps(text)[1:-1], json.dumps(as_json)[1:-1]}
-    return forms | {text.lower()} if text in ("True", "False") else forms
+    return [text, as_json, json.dumps(text)[1:-1], json.dumps(as_json)[1:-1]]

@@ -10,13 +10,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
+from trainstack.chat.checks import (
+    Dropped,
+    check_pieces,
+    check_roles,
+    check_shape,
+    check_turn,
+    unnamed,
+)
 from trainstack.chat.marks import TEXT, Marked, Rendering, invitation
-from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
 from trainstack.config.schema import DataSection
-from trainstack.errors import ConfigError, DataError, first_line, shown
+from trainstack.errors import ConfigError, DataError, first_line
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -132,12 +138,7 @@ class Chat:
                 f"{location}: a conversation, but the tokenizer of {self.model_folder.name} has no "
                 f"chat template; {NO_TEMPLATE}"
             )
-        for number, role in enumerate((message["role"] for message in messages), start=1):
-            if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
-                raise DataError(
-                    f"{location}: message {number} is from {shown(role)}, a role that the chat "
-                    f"template does not know; say what it is: data.columns={{user: {role}}}"
-                )
+        check_roles(location, messages, template)
         if learned is None:
             learned = [n for n, message in enumerate(messages) if says_something(message)]
         if is_asked:
@@ -166,7 +167,8 @@ class Chat:
         dropped = 0 if is_asked else check_pieces(marked, whole)
         ignored = self._ignored(template, messages, tools, whole.text)
         turns = [find_turn(marked, whole, number) for number in learned]
-        for number, turn in zip(learned, turns, strict=True):
+        numbered = list(zip(learned, turns, strict=True))
+        for number, turn in numbered:
             check_turn(marked, whole, number, turn)
         ranges = [(turn.first, turn.last) for turn in turns]
         if GENERATION_TAG.search(template):
@@ -179,7 +181,7 @@ class Chat:
             DROPPED: dropped,
             IGNORED: ignored,
             UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
-            UNEVEN: uneven(marked, whole, list(zip(learned, turns, strict=True))),
+            UNEVEN: uneven(marked, whole, numbered),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
@@ -254,9 +256,9 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
     """How many turns without thoughts begin otherwise than the last of them, if they are asked."""
     begins = []
     for number, turn in turns:
-        own = [(n, piece) for n, piece in enumerate(marked.pieces) if piece.message == number]
-        places = [first for n, _ in own for first, _ in whole.places.get(n, ())]
-        if turn.is_asked and places and own[0][1].kind == TEXT:
+        own = [n for n, piece in enumerate(marked.pieces) if piece.message == number]
+        places = [first for n in own for first, _ in whole.places.get(n, ())]
+        if turn.is_asked and places and marked.pieces[own[0]].kind == TEXT:
             begins.append(whole.text[turn.first : min(places)])
     return sum(begin != begins[-1] for begin in begins)
 

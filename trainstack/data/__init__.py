@@ -7,5 +7,6 @@ packing.py  which documents share a sample
 corpus.py   the stores of all data sets as one
 order.py    which samples a step consumes
 feed.py     the batches of a step
+duplicates.py  documents that are there more than once
 report.py   command: what would be learned, counted and shown
 """

@@ -6,7 +6,6 @@ coloured on a terminal, and between [[ and ]] elsewhere.
 """
 
 import argparse
-import hashlib
 import itertools
 import os
 import sys
@@ -19,7 +18,8 @@ from trainstack.chat.template import Chat, load_tokenizer
 from trainstack.config.load import load
 from trainstack.config.schema import DataSection
 from trainstack.data.corpus import open_corpus
-from trainstack.data.split import EVAL, TRAIN, Split
+from trainstack.data.duplicates import duplicates
+from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import REMARKS, TokenStore
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
@@ -29,7 +29,6 @@ SHOWN_SAMPLES = 3
 SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
 ENDS = 6  # tokens that are shown of a document's beginning and end
 BAR_WIDTH = 40  # characters
-HASH_BYTES = 8  # two of a million documents are taken for one once in 40 million data sets
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
@@ -92,24 +91,6 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
     yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
     yield "  length      tokens per document, of the training split"
     yield from histogram(np.diff(store.train.stops, prepend=0))
-
-
-def duplicates(split: Split) -> int:
-    """How many documents are copies of an earlier one; 8 bytes of memory each."""
-    hashes = np.fromiter(map(hash_of, documents_of(split)), np.uint64, len(split.stops))
-    return len(hashes) - len(np.unique(hashes))
-
-
-def hash_of(ids: np.ndarray) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=HASH_BYTES).digest())
-
-
-def documents_of(split: Split) -> Iterator[np.ndarray]:
-    """The token ids of each document, in the store's dtype."""
-    start = 0
-    for stop in split.stops:
-        yield split.ids[start:stop]
-        start = stop
 
 
 def histogram(lengths: np.ndarray) -> Iterator[str]:

@@ -111,8 +111,12 @@ def read_by_tokenizer(model: Path) -> dict[str, Any]:
 
 def decides_tokens(name: str) -> bool:
     """Whether a file of a model may decide what a text's or a conversation's tokens are."""
-    is_weight = name.endswith((".safetensors", ".safetensors.index.json"))
-    return not is_weight and name not in NOT_OF_TOKENIZER
+    return not is_of_weights(name) and name not in NOT_OF_TOKENIZER
+
+
+def is_of_weights(name: str) -> bool:
+    """Whether a file of a model holds weights, or says which ones do."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def store_key(inputs: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def build_causal_lm(
     """The model from a folder: ``scratch`` draws new weights from the seed, else it reads them.
 
     Master weights are fp32 (fp64 in fp64): transformers 5 would load a bf16 file as bf16, and
-    AdamW would then round away small updates. ConfigError if weights are missing.
+    AdamW would then round away small updates. ConfigError if the weights do not fit.
     """
     dtype = torch.float64 if precision == "fp64" else torch.float32
     attention = section.attn_implementation  # transformers takes None for the best that it has

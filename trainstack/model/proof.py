@@ -19,6 +19,7 @@ from pathlib import Path
 
 from trainstack.config.load import load
 from trainstack.config.schema import Config
+from trainstack.data.store import is_of_weights
 from trainstack.errors import ConfigError
 from trainstack.storage import files, layout, manifest
 
@@ -72,7 +73,7 @@ def prove(home: Path, config: Config, say: Callable[[str], None]) -> int:
 def proof_key(folder: Path, config: Config) -> str:
     """The name of all that the answer depends on: files, settings, versions, our own code."""
     known = manifest.read_manifest(folder)["files"]
-    weights = {name: entry for name, entry in known.items() if ".safetensors" in name}
+    weights = {name: entry for name, entry in known.items() if is_of_weights(name)}
     depends_on = {
         "config.json": known.get("config.json"),
         "weights": weights if config.model.init == "pretrained" else {},

@@ -82,8 +82,7 @@ def renamed(record: Any, section: SourceSection) -> Any:
 
 def check_columns(section: SourceSection) -> None:
     """ConfigError if data.columns maps what no format reads."""
-    known = {column for names in (*COLUMNS.values(), *MORE_COLUMNS.values()) for column in names}
-    known |= {section.text_field, *IN_TURNS, *MARKS, *THOUGHTS, *KNOWN_ROLES}
+    known = {*our_columns("auto", section), *IN_TURNS, *MARKS, *THOUGHTS, *KNOWN_ROLES}
     if odd := sorted(section.columns.keys() - known):
         near = difflib.get_close_matches(odd[0], known, 1)
         raise ConfigError(
@@ -126,24 +125,29 @@ def _odd_shape(record: Any) -> str:
         return "columns of a .csv are separated by commas; write it again with commas"
     lists = [key for key, value in record.items() if isinstance(value, list) and len(value) > 1]
     whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
-    if whole and {"role", "from"} & record[whole][0].keys():
-        return f"say where its turns are: data.columns={{messages: {whole}}}"
     if not whole:
         return ""
-    if any({*needed} <= record[whole][0].keys() for needed in (("text",), *COLUMNS.values())):
+    columns = record[whole][0].keys()
+    if {"role", "from"} & columns:
+        return f"say where its turns are: data.columns={{messages: {whole}}}"
+    if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
         return f"write the list {whole} alone, an array of records"
     return (
         f"if {whole} holds turns, write data.columns={{messages: {whole}, role: ITS_KEY, content: "
-        "ITS_KEY}; if it holds records: write that list alone"
+        "ITS_KEY}; if it holds records, write that list alone"
     )
+
+
+def our_columns(name: str, section: SourceSection) -> set[str]:
+    """The columns that the format ``name``, or auto, may read, under our names."""
+    names = COLUMNS if name == "auto" else {name} - {"text"}
+    read = {column for n in names for column in (*COLUMNS[n], *MORE_COLUMNS[n])}
+    return read | ({section.text_field} if name in ("auto", "text") else set())
 
 
 def columns_read(name: str, section: SourceSection) -> set[str]:
     """The columns of a record that the format ``name``, or auto, may read; no other one matters."""
-    names = COLUMNS if name == "auto" else {name} - {"text"}
-    read = {column for n in names for column in (*COLUMNS[n], *MORE_COLUMNS[n])}
-    read |= {section.text_field} if name in ("auto", "text") else set()
-    return {section.columns.get(column, column) for column in read}
+    return {section.columns.get(column, column) for column in our_columns(name, section)}
 
 
 def text_column(record: Any, section: SourceSection) -> str:

@@ -1,13 +1,9 @@
 """Which documents are held out: by a hash of their text; where that finds none, by their place."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from trainstack.data.report import documents_of, hash_of
-from trainstack.data.split import EVAL, TRAIN, Split
+from trainstack.data.split import EVAL, TRAIN
 from trainstack.records.chunks import Part, text_hash
 
 Piece = tuple[Any, Part | None, str]  # a record, its place in a long one, its split
@@ -23,17 +19,6 @@ def is_held_out(text: str, fraction: float, part: Part | None = None) -> bool:
     digest.update(text.encode("utf-8", "surrogatepass"))
     number = int.from_bytes(part.digest if part else digest.digest(), "little")
     return number < fraction * 2**64
-
-
-def shared_documents(train: Split, held_out: Split) -> int:
-    """How many held-out documents are in the training split too, token for token."""
-    counts = Counter(map(hash_of, documents_of(held_out)))
-    lengths = np.diff(train.stops, prepend=0)
-    alike = np.flatnonzero(np.isin(lengths, np.diff(held_out.stops, prepend=0)))
-    stops = train.stops[alike]
-    pairs = zip((stops - lengths[alike]).tolist(), stops.tolist(), strict=True)
-    both = {hash_of(train.ids[start:stop]) for start, stop in pairs} & counts.keys()
-    return sum(counts[found] for found in both)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from trainstack.chat.template import Chat
 from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
 from trainstack.data import packing
+from trainstack.data.duplicates import shared_documents
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.data.store import (
     EARLIER_VERSION,
@@ -34,7 +35,6 @@ from trainstack.data.store import (
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import demo, earlier, formats
-from trainstack.prepare.held_out import shared_documents
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -293,9 +292,9 @@ def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple
     both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     for text in texts:
         pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
-        for tokens in zip(*pair, strict=False):
-            if operator.ne(*tokens):
-                return tokens
+        for ours, theirs in zip(*pair, strict=False):
+            if ours != theirs:
+                return ours, theirs
     return None
 
 
