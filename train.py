@@ -19,7 +19,7 @@ import torch
 
 from trainstack import distributed
 from trainstack.checkpoint.saver import Saver
-from trainstack.checkpoint.snapshot import Saved, SaveError, Snapshot, small_files
+from trainstack.checkpoint.snapshot import Saved, SaveError, Snapshot
 from trainstack.checkpoint.state import TrainState
 from trainstack.config.load import load
 from trainstack.config.schema import Config
@@ -89,8 +89,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
         requests=Requests(stop, startup.build_interval(attempt, stop.save_seconds)),
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
-        small_files=small_files(strategy.causal_lm, model_folder, corpus.stop_ids,
-                                corpus.chat_template),
+        small_files=startup.small_files(strategy.causal_lm, model_folder, corpus),
         watch=watch, faults=faults,
         report=Report(attempt, rate_at, feed.sampler.total_samples, state.step),
     )  # fmt: skip

@@ -1002,3 +1002,25 @@ def test_the_help_is_the_header_of_the_script(checkout, fetch):
         ["bash", str(checkout / "download_data_model.sh"), "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "FORCE_REFRESH=1" in done.stdout and "#" not in done.stdout
+
+
+@pytest.mark.parametrize("missing", [1, 40])
+def test_weights_whose_end_is_missing_are_refused(tmp_path, call, tokenizer_json, missing):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    weights = original / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-missing])
+    result = call(*arguments)
+    assert f"was cut: {missing} bytes are missing at its end" in result.errors[0]
+    assert result.code == 1 and not folder.exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"eos_token": ', "\udcff"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_settings_that_are_no_json_object_are_refused(
+    tmp_path, call, tokenizer_json, name, content
+):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    (original / name).write_text(content, errors="surrogateescape")
+    result = call(*arguments)
+    assert f"{name} " in result.errors[0] and "not a JSON object" in result.errors[0]
+    assert len(result.errors) == result.code == 1 and not folder.exists()

@@ -5,11 +5,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 WEIGHTS = "model.safetensors"
-GENERATION = "generation_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+JSON_FILES = (CONFIG, GENERATION, "tokenizer_config.json")
 TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokenizer it is
     "tokenizer*",
     "special_tokens_map.json",
@@ -20,6 +22,7 @@ TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokeniz
     "*.model",
     "additional_chat_templates/*.jinja",
 )
+TEMPLATE_PATTERNS = ("chat_template", "additional_chat_templates")
 
 
 class SaveError(Exception):
@@ -86,12 +89,12 @@ def replicated_share(
 
 
 def small_files(
-    causal_lm: torch.nn.Module, model_folder: Path, stop_ids: list[int], template: str | None
+    causal_lm: torch.nn.Module, model_folder: Path, ends: list[int], template: str | None
 ) -> dict[str, bytes]:
     """What from_pretrained needs beside the weights: the model's configuration, the tokenizer.
 
-    ``stop_ids`` end what was learned: the model stops there too when it generates. ``template``: a
-    chat template that took the place of the model's own; None: none did.
+    ``ends``: the tokens at which the model stops when it generates. ``template``: a chat template
+    that took the place of all that the model has; None: none did.
     """
     found = {}
     causal_lm.config.architectures = [type(causal_lm).__name__]
@@ -101,25 +104,37 @@ def small_files(
             causal_lm.generation_config.save_pretrained(temporary)
         for path in Path(temporary).iterdir():
             found[path.name] = path.read_bytes()
-    if GENERATION in found:
-        found[GENERATION] = with_stops(found[GENERATION], stop_ids)
     for pattern in TOKENIZER_PATTERNS:
-        for path in model_folder.glob(pattern):
-            found[str(path.relative_to(model_folder))] = path.read_bytes()
+        if template is None or not pattern.startswith(TEMPLATE_PATTERNS):
+            for path in model_folder.glob(pattern):
+                found[str(path.relative_to(model_folder))] = path.read_bytes()
+    for name in {*JSON_FILES} & found.keys():
+        found[name] = as_learned(name, found[name], ends, template is not None)
     if template is not None:
         found["chat_template.jinja"] = template.encode()
     return found
 
 
-def with_stops(content: bytes, stop_ids: list[int]) -> bytes:
-    """generation_config.json with ``stop_ids`` after the ends of text that it has; else as it is.
+def as_learned(name: str, content: bytes, ends: list[int], has_template: bool) -> bytes:
+    """A file of settings that says what was learned; the same bytes where it does already.
 
-    As JSON: transformers 5 refuses to save settings that contradict each other once one is changed.
+    Changed as JSON: transformers 5 refuses to save settings that contradict each other once one is
+    changed.
     """
     settings = json.loads(content)
-    ends = settings.get("eos_token_id")
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if set(stop_ids) <= set(known):
+    known = ends_in(settings)
+    is_odd = not {*known} <= {*ends}  # for those who read config.json alone
+    if (name == GENERATION and {*known} != {*ends}) or (name == CONFIG and is_odd):
+        settings["eos_token_id"] = ends
+    settings.pop("auto_map", None)  # names code that was not run, and that is not here
+    if has_template:
+        settings.pop("chat_template", None)
+    if settings == json.loads(content):
         return content
-    settings["eos_token_id"] = list(dict.fromkeys([*known, *stop_ids]))
-    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def ends_in(settings: dict[str, Any]) -> list[int]:
+    """The ids of the tokens at which a model stops, by its settings, which name one or several."""
+    ends = settings.get("eos_token_id")
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]

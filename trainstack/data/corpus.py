@@ -38,7 +38,7 @@ class Corpus:
     """What a run learns from: the token stores of its data sets, by their labels.
 
     ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all;
-    ``stop_ids``: the tokens that end what the assistant says, if there are conversations;
+    ``ends``: the tokens that end documents, and what the assistant says;
     ``earlier``: the labels of those that rules before made, which a new run would not take;
     ``chat_template``: the one that took the place of the model's own, if one did.
     """
@@ -48,10 +48,10 @@ class Corpus:
         self.key = "+".join(store.folder.name for store in stores.values())
         self.train = joined([store.train for store in stores.values()])
         self.sizes = [store.train.num_samples for store in stores.values()]
-        ends = (number for s in stores.values() for number in s.meta.get("stop_ids") or [])
-        self.stop_ids = list(dict.fromkeys(ends))
-        templates = (store.meta.get("chat_template") for store in stores.values())
-        self.chat_template = next(filter(None, templates), None)
+        metas = [store.meta for store in stores.values()]
+        ends = (number for m in metas for number in (m["end_id"], *m.get("stop_ids", ())))
+        self.ends = list(dict.fromkeys(ends))
+        self.chat_template = next(filter(None, (m.get("chat_template") for m in metas)), None)
 
 
 class Joined:

@@ -25,6 +25,7 @@ from trainstack.chat import template
 from trainstack.config.schema import DataSection
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.storage import manifest
+from trainstack.storage.files import read_object
 from trainstack.storage.layout import dataset_folder, model_folder
 
 FORMAT_VERSION = 3  # higher whenever the same files would give other tokens, as by formats.py
@@ -102,9 +103,8 @@ def made_from(
 
 def read_by_tokenizer(model: Path) -> dict[str, Any]:
     """What of config.json decides tokens, if the tokenizer's own settings do not."""
-    own = model / "tokenizer_config.json"
-    settings = json.loads(own.read_bytes()) if own.exists() else {}
-    config = json.loads((model / "config.json").read_bytes())
+    settings = read_object(model / "tokenizer_config.json")
+    config = read_object(model / "config.json")
     pairs = {"tokenizer_class": "model_type", "eos_token": "eos_token_id"}
     return {theirs: config.get(theirs) for own, theirs in pairs.items() if not settings.get(own)}
 

@@ -18,10 +18,15 @@ from typing import Any, Protocol
 from trainstack.errors import ConfigError
 from trainstack.records import readers
 from trainstack.storage import layout, manifest
+from trainstack.storage.files import read_object
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+OBJECTS = (  # files of JSON that decide what a model or its tokenizer is
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json",
+)  # fmt: skip
 SETTINGS = (".json", ".jinja", ".txt", ".model")  # of the model and its tokenizer
 TEMPLATES = "additional_chat_templates/"  # beside chat_template.jinja, by their names
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -140,8 +145,10 @@ def refuse_code(config: Path) -> None:
 def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
     """What the manifest says of the weights, collected or not: bytes, parameters (None: unknown).
 
-    ConfigError if a file is not in the safetensors format.
+    ConfigError if a file is not in the safetensors format, or settings are no JSON object.
     """
+    for name in {*OBJECTS} & {*names}:
+        read_object(origin.folder / name)
     weights = [name for name in names if name.endswith(".safetensors")]
     shapes = [shape for n in weights for shape in shapes_of(origin.folder / n).values()]
     return {
@@ -152,20 +159,27 @@ def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
 
 
 def shapes_of(path: Path) -> dict[str, list[int]]:
-    """The shapes of all tensors in a safetensors file, from its header alone; else ConfigError.
+    """The shapes of all tensors in a safetensors file, from its header alone.
 
-    The format (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header.
+    ConfigError if it is none, or if its end is missing. The format
+    (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header, tensors.
     """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
         header.pop("__metadata__", None)
-        return {name: [*map(int, tensor["shape"])] for name, tensor in header.items()}
-    except (ValueError, AttributeError, KeyError, TypeError, struct.error):
+        size = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        shapes = {name: [*map(int, tensor["shape"])] for name, tensor in header.items()}
+    except (ValueError, AttributeError, LookupError, TypeError, struct.error):
         raise ConfigError(
             f"{path.name} is no safetensors file; if the folder is a git clone: git lfs pull"
         ) from None
+    if (missing := 8 + length + size - path.stat().st_size) > 0:
+        raise ConfigError(
+            f"{path.name} was cut: {missing:,} bytes are missing at its end; copy it there again"
+        )
+    return shapes
 
 
 def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:

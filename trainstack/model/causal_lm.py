@@ -1,6 +1,13 @@
-"""A causal LM of transformers: built from a folder, named, and as a checkpoint stores it."""
+"""A causal LM of transformers: built from a folder, named, and as a checkpoint stores it.
 
+Its settings name special tokens. The tokenizer has files of its own, and may have taken another's
+place: what they name may be a word to it.
+"""
+
+import contextlib
 import copy
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,9 +17,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trainstack.chat.template import load_tokenizer
+from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub import choose
+from trainstack.storage.files import read_object
+
+log = logging.getLogger("trainstack")
 
 
 def build_causal_lm(
@@ -140,6 +152,54 @@ def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
     except ImportError:  # before transformers 5 names were not converted
         return weights
     return revert_weight_conversion(causal_lm, weights)
+
+
+def ends_of(causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]) -> list[int]:
+    """Where a model stops when it generates: its own ends, then those that are ``learned``.
+
+    What of its own is a word of the tokenizer, and no end, is left out, which is logged.
+    """
+    known = own_ends(causal_lm)
+    odd = {*known} - {*learned} and words(model_folder, {*known} - {*learned})
+    if odd:
+        log.warning("model: %s; the checkpoints do not stop there", ends_at(odd))
+    return list(dict.fromkeys([*(number for number in known if number not in odd), *learned]))
+
+
+def own_ends(causal_lm: nn.Module) -> list[int]:
+    """The ids of the tokens at which a model says that it stops."""
+    settings = causal_lm.generation_config if causal_lm.can_generate() else causal_lm.config
+    return ends_in({"eos_token_id": settings.eos_token_id})
+
+
+def words(model_folder: Path, ids: set[int]) -> dict[int, str]:
+    """Those ids that are no special tokens of the tokenizer, with what they are to it."""
+    tokenizer = load_tokenizer(model_folder)
+    added = tokenizer.added_tokens_decoder
+    odd = sorted(number for number in ids if number not in added)
+    return {number: repr(tokenizer.decode([number])) for number in odd}
+
+
+def ends_at(odd: dict[int, str]) -> str:
+    named = " and ".join(f"{number:,}, which is {text}" for number, text in odd.items())
+    return f"its settings name as eos_token_id {named} to its tokenizer"
+
+
+def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
+    """Lines on tokens that are others to its tokenizer; nothing if that cannot be loaded."""
+    ends = own_ends(causal_lm) + ends_in(read_object(model_folder / GENERATION))
+    notes = []
+    row = getattr(causal_lm.get_input_embeddings(), "padding_idx", None)
+    with contextlib.suppress(ConfigError):  # preparing the data says it
+        if odd := words(model_folder, {*ends}):
+            notes.append(f"{ends_at(odd)}; its checkpoints will not stop there")
+        is_text = row is not None and (row in ends or words(model_folder, {row}))
+        if is_text:
+            notes.append(
+                f"its pad_token_id={row} stands in texts, and torch gives that row of its "
+                "embedding no gradient; take pad_token_id out of its config.json"
+            )
+    return notes
 
 
 def describe(causal_lm: nn.Module, init: str) -> str:

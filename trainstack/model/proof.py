@@ -72,11 +72,10 @@ def prove(home: Path, config: Config, say: Callable[[str], None]) -> int:
 
 def proof_key(folder: Path, config: Config) -> str:
     """The name of all that the answer depends on: files, settings, versions, our own code."""
-    known = manifest.read_manifest(folder)["files"]
-    weights = {name: entry for name, entry in known.items() if is_of_weights(name)}
+    known = manifest.read_manifest(folder)["files"].items()
+    has_weights = config.model.init == "pretrained"
     depends_on = {
-        "config.json": known.get("config.json"),
-        "weights": weights if config.model.init == "pretrained" else {},
+        "files": {name: entry for name, entry in known if has_weights or not is_of_weights(name)},
         "model": config.model.model_dump(exclude={"revision"}),
         "train": config.train.model_dump(include={"precision", "activation_checkpointing"}),
         "data": config.data.model_dump(include={"packing", "seq_len"}),

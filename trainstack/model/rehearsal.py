@@ -28,6 +28,7 @@ from trainstack.model.causal_lm import (
     build_causal_lm,
     check_weights,
     count_parameters,
+    notes_on,
     quantisation,
 )
 from trainstack.model.loss import CausalLMLoss
@@ -76,6 +77,7 @@ def rehearse(folder: Path, config: Config) -> Rehearsal:
         small, reason = small_copy(real)
         notes = checked(small, config) if small else [f"no small copy could be tried ({reason})"]
         notes += check_weights(folder, whole) if config.model.init == "pretrained" else []
+        notes += notes_on(whole, folder)
     except ConfigError as error:
         name = config.model.name
         raise ConfigError(f"model {name} cannot be trained as configured: {error}") from None

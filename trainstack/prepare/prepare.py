@@ -45,7 +45,7 @@ from trainstack.prepare.tokenise import (
     in_order,
     tasks_from,
 )
-from trainstack.prepare.tokenizer import check_vocabulary, load_encoder, read_json, tokens_of_file
+from trainstack.prepare.tokenizer import check_vocabulary, load_encoder, tokens_of_file
 from trainstack.prepare.told import OTHER_TOKENS, SPEAKER, describe, say
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout, manifest
@@ -132,7 +132,7 @@ def prepare_one(
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
         if not force and (is_whole(final) or earlier.adopt(home, model_name, section, final)):
             # Checked here too, for models with the same tokenizer share a store.
-            meta = read_json(final / "meta.json")
+            meta = files.read_object(final / "meta.json")
             largest_id = meta["counts"].get("largest_id", meta["vocab_size"] - 1)
             check_vocabulary(home, model_name, largest_id)
             remove(abandoned(final))

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from trainstack.prepare import long_texts
 from trainstack.prepare.formats import Document
 from trainstack.prepare.long_texts import Flags, cut_of, joined, learned_tokens, long_ids
 from trainstack.storage import layout
+from trainstack.storage.files import read_object
 
 MOST_TURNS = 100_000  # that are looked at for what ends them
 RARE_END = 0.01  # share of turns; what ends fewer is not taken for an end of turns
@@ -46,7 +46,7 @@ def load_backend(model_folder: Path) -> tuple[Any, int]:
     tokenizer.no_padding()
     end_id = loaded.eos_token_id
     if end_id is None:
-        end_id = read_json(model_folder / "config.json").get("eos_token_id")
+        end_id = read_object(model_folder / "config.json").get("eos_token_id")
         end_id = end_id[0] if isinstance(end_id, list) else end_id
     if end_id is None:
         raise ConfigError(
@@ -80,7 +80,7 @@ def check_vocabulary(home: Path, model_name: str, largest_id: int) -> None:
 
 def model_vocabulary(model_folder: Path) -> int:
     """Rows of the model's embedding, from its config.json. ConfigError if it does not say."""
-    config = read_json(model_folder / "config.json")
+    config = read_object(model_folder / "config.json")
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if not size:  # the class of the configuration has a value, maybe under another name
         from transformers import AutoConfig
@@ -90,11 +90,6 @@ def model_vocabulary(model_folder: Path) -> int:
     if not size:
         raise ConfigError(f"{model_folder}/config.json: no vocab_size; is it a language model?")
     return size
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it is not there."""
-    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainstack.errors import ConfigError
+
 CHUNK_BYTES = 8 << 20  # written at once
 READ_BYTES = 1 << 20  # read at once, to be hashed
 EIO_TRIES = 3  # a shared file system that fails over answers EIO for a moment
@@ -42,6 +44,20 @@ def watched_by(watcher: Watcher) -> Iterator[None]:
 def _announce(operation: str, path: Path, detail: Any = None) -> None:
     for watcher in _watchers:
         watcher(operation, path, detail)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a JSON file of settings holds; nothing if it is not there. ConfigError if it is none."""
+    try:
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+        problem = None if isinstance(found, dict) else f"holds a {type(found).__name__}"
+    except ValueError as error:  # of JSON, of UTF-8
+        problem = f"is damaged ({error})"
+    if problem:
+        raise ConfigError(
+            f"{path.name} {problem}, not a JSON object; bring it again, or correct it"
+        )
+    return found
 
 
 class HashedFile:

@@ -8,14 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trainstack import distributed
-from trainstack.checkpoint import names
+from trainstack.checkpoint import names, snapshot
 from trainstack.checkpoint.interval import Interval
 from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
+from trainstack.data.corpus import Corpus
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
+from trainstack.model.causal_lm import ends_of
 from trainstack.model.strategy import Strategy
 from trainstack.resilience.guard import Guard
 from trainstack.resilience.stop import Stop
@@ -140,6 +144,12 @@ def restore(
     strategy.load(newest, state)
     guard.restore(state.guard)
     return replace(state, settings=at_start.settings, left_out=at_start.left_out)
+
+
+def small_files(causal_lm: torch.nn.Module, model_folder: Path, corpus: Corpus) -> dict[str, bytes]:
+    """What a checkpoint has beside the weights: the model writes and stops as it learned."""
+    ends = ends_of(causal_lm, model_folder, corpus.ends)
+    return snapshot.small_files(causal_lm, model_folder, ends, corpus.chat_template)
 
 
 def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: World) -> str:
