@@ -323,3 +323,22 @@ def test_a_text_that_a_template_writes_small_is_dropped_whatever_it_says(chat_wi
     messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": text}]
     with pytest.raises(DataError, match=f"drops text of message 2 .{text}"):
         learned(chat_with(lower), messages)
+
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+)
+THINKS = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("asks", ["", THINKS])
+def test_a_first_turn_of_the_assistant_comes_behind_the_templates_own_system_turn(chat_with, asks):
+    template = DEFAULT_SYSTEM + TEMPLATES["chatml"]
+    if asks:
+        template = template[: template.index("{% if add_generation")] + asks
+    messages = [{"role": "assistant", "content": "Welcome!"}, *TWO_ROUNDS]
+    made = chat_with(template).render("a:1", messages, None, learned=[0], is_asked=True)
+    head = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\n"
+    opened = "<think>\n" if asks else ""
+    assert made.text == head + opened + "Welcome!<|im_end|>"
+    assert [made.text[a:b] for a, b in made.learned] == ["Welcome!<|im_end|>"]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
 import tiny
@@ -29,6 +29,7 @@ def lines(pattern: str = r"\s*\n+|[^\s]+|\s"):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    made.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -107,3 +108,37 @@ def test_a_class_that_does_not_do_as_tokenizer_json_is_told_with_a_way_out(
     said = [line for line in told if "makes other tokens of it than tokenizer.json" in line]
     assert len(said) == differs
     assert all('"tokenizer_class": "PreTrainedTokenizerFast"' in line for line in said)
+
+
+@pytest.mark.parametrize("more", [{}, {"system_prompt": "Be kind.", "id": 7}])
+def test_columns_that_nobody_reads_are_named(tmp_path, capsys, more):
+    records = {"train.jsonl": [*numbered(30), {"text": "one", **more}]}
+    told = lines_from(tmp_path, capsys, words(), records, "data.eval_fraction=0")
+    said = [line for line in told if "columns that nothing reads" in line]
+    assert [": system_prompt, id" in line for line in said] == [True] * bool(more)
+
+
+@pytest.mark.parametrize("is_behind", [True, False])
+def test_a_tokenizer_that_puts_its_end_behind_prompts_is_told(tmp_path, capsys, is_behind):
+    made = words()
+    ends = f" {tiny.END}:0" if is_behind else ""
+    made.post_processor = processors.TemplateProcessing(f"$A{ends}", None, [(tiny.END, 0)])
+    records = {"train.jsonl": numbered(30)}
+    told = lines_from(tmp_path, capsys, made, records, "data.eval_fraction=0")
+    said = [line for line in told if "behind a prompt" in line]
+    assert [f"puts {tiny.END} behind" in line for line in said] == [True] * is_behind
+
+
+@pytest.mark.parametrize(("end", "is_told"), [("<|im_end|>", True), (tiny.END, False)])
+def test_turns_that_end_with_no_token_of_their_own_are_told(tmp_path, capsys, end, is_told):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}".replace("END", end)
+    )
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    records = {"train.jsonl": [{"messages": turns}] * 30}
+    options = ("data.eval_fraction=0", "data.packing=best_fit", f"data.chat_template={template}")
+    told = lines_from(tmp_path, capsys, lines(), records, *options)
+    said = [line for line in told if "which is no token of its own" in line]
+    assert [f"30 turns end with {end!r}" in line for line in said] == [True] * is_told

@@ -345,3 +345,23 @@ def test_names_are_read_whatever_their_case(tmp_path):
     [chunk] = read_chunks(tmp_path / "A.TXT")
     assert chunk.content == [{"text": "one"}]
     assert is_readable("b.JSONL.gz") and not is_readable("c.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", 'id,text\n1,"a"\n2,"He said "no" twice"\n', "a.csv:3: "),
+        ("a.csv", 'id,text\n1,a\n2,"a quote left open\n3,b\n', "a.csv:3: "),
+        ("a.csv", "text,id,text\na,1,b\n", "a.csv: two columns are called text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n', "a.jsonl:2: the key text"),
+        ("a.json", '[{"text": "a"},\n {"b": 1, "b": 2}]', "a.json:2: the key b stands there twice"),
+    ],
+)
+def test_what_readers_take_in_two_ways_is_named_with_its_line(home, capsys, name, content, message):
+    make(home, {name: content}, code=1)
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_columns_without_a_name_may_be_several(home):
+    content = ",,text\n" + "".join(f"{n},{n},one w{n}\n" for n in range(40))
+    assert make(home, {"a.csv": content}).counts.train_documents > 30

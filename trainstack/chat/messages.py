@@ -28,7 +28,11 @@ def messages_of(location: str, turns: Any, column: str) -> tuple[list[dict], lis
     A turn has role and content, or from and value.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{location}: no list of messages in {column}; write [{{role, content}}]")
+        kinds = {list: "others", str: "a text"}
+        found = kinds.get(type(turns), f"a {type(turns).__name__}")
+        raise DataError(
+            f"{location}: no list of messages in {column} but {found}; write [{{role, content}}]"
+        )
     messages, marks = [], []
     for number, turn in enumerate(turns, start=1):
         try:
@@ -56,7 +60,9 @@ def message_of(turn: dict) -> tuple[dict, bool]:
     content = message.pop("content", None)
     content = message.pop("value", None) if content is None else content
     if not isinstance(who, str):
-        raise ValueError(f"has no role; the turn has: {', '.join(map(str, turn))}")
+        has = ", ".join(map(str, turn))
+        fix = "say which it is: data.columns={role: ITS_KEY, content: ITS_KEY}"
+        raise ValueError(f"has no role; the turn has: {has}; {fix}")
     role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else None)
     if role is None and "from" in turn:
         raise ValueError(f"is from {who!r}; write one of {', '.join((*KNOWN_ROLES, *ROLES))}")

@@ -57,6 +57,8 @@ def find_turn(marked: Marked, whole: Rendering, number: int) -> Turn:
         ending = rest + ending
     more = "" if rest.startswith(ending) else ending[len(rest) :]
     is_asked = whole.text[:start].endswith(marked.invitation)
+    if number == 0 and prompt.text == marked.invitation:
+        prompt = Rendering(with_invitation(whole.text[:start], marked.invitation))
     return Turn(start, said + len(ending), more, prompt, is_asked)
 
 
@@ -68,6 +70,16 @@ def prompt_before(marked: Marked, number: int) -> Rendering:
         if number == 0 and marked.invitation:  # templates look at the first message
             return Rendering(marked.invitation)
         raise
+
+
+def with_invitation(head: str, invitation: str) -> str:
+    """What stands before a first turn, such as a system turn of the template, and the invitation.
+
+    ``head`` ends with as much of the invitation as the template writes in front of an answer.
+    """
+    lengths = range(len(invitation), 0, -1)
+    shared = next((n for n in lengths if head.endswith(invitation[:n])), len(head))
+    return head[: len(head) - shared] + invitation
 
 
 def anchor(marked: Marked, whole: Rendering, part: Rendering, number: int) -> tuple[int, int]:

@@ -78,6 +78,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         return f"not one of {options}; {OTHER_VALUES.get(str(value), hint)}"
     if kind == "string_pattern_mismatch":
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
+    if kind == "nothing":
+        return "would be taken as a text; write null if you mean none"
     if kind in ("string_type", "string_too_short"):
         return 'not a text; write it in quotes, for example "name"'
     if kind in ("model_type", "model_attributes_type"):

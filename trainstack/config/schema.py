@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from trainstack.config.batch import BatchPlan, batch_problem
 from trainstack.config.schedules import SCHEDULES, check_settings
@@ -21,7 +30,18 @@ MOST_SOURCES = 32  # data sets of a mixture
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
+NOTHING = ("none", "nil", "n/a", "undefined")  # what people write who mean null
+
+
+def said(text: str) -> str:
+    """A text that says something; a word for nothing is a mistake: YAML has null for it."""
+    if text.strip().lower() in NOTHING:
+        raise PydanticCustomError("nothing", "a word for nothing")
+    return text
+
+
+Text = Annotated[str, AfterValidator(said)]
+Name = Annotated[Text, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -191,7 +211,7 @@ class CheckpointSection(Section):
 class EvalSection(Section):
     eval_steps: PositiveInt | None
     eval_samples: PositiveInt | None
-    sample_prompt: str | None
+    sample_prompt: Text | None
     sample_tokens: PositiveInt
 
 

@@ -20,7 +20,7 @@ from trainstack.config.schema import DataSection
 from trainstack.data.corpus import open_corpus
 from trainstack.data.duplicates import duplicates
 from trainstack.data.split import EVAL, TRAIN
-from trainstack.data.store import REMARKS, TokenStore
+from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
-        for name, text in REMARKS.items():  # last, where they are read: each is a decision
-            if count := getattr(store.counts, name):
-                print(f"remark: {count:,} {text}")
+        for remark in store.remarks():  # last, where they are read: each is a decision
+            print(f"remark: {remark}")
         if store.meta["template"]:
             prompt = Chat.of(model_folder, section).generation_prompt()
             print(f"at inference the model is given, before it answers: {prompt!r}")

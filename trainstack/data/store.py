@@ -14,7 +14,7 @@ The key of the newest rules may be a link to the store that the rules before mad
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,3 +177,10 @@ class TokenStore:
         self.counts = Counts(**self.meta["counts"])
         dtype = np.dtype(self.meta["dtype"])
         self.train, self.eval = (Split(folder, s, dtype, seq_len) for s in (TRAIN, EVAL))
+
+    def remarks(self) -> Iterator[str]:
+        """What a person has to decide on, a line for each."""
+        for name, text in REMARKS.items():
+            if count := getattr(self.counts, name):
+                yield f"{count:,} {text}"
+        yield from self.meta.get("notes", ())

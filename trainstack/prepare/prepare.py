@@ -7,7 +7,6 @@ already is left alone; a preparation that was interrupted is continued.
 
 import argparse
 import errno
-import itertools
 import os
 import shutil
 import sys
@@ -45,14 +44,13 @@ from trainstack.prepare.tokenise import (
     in_order,
     tasks_from,
 )
-from trainstack.prepare.tokenizer import check_vocabulary, load_encoder, tokens_of_file
-from trainstack.prepare.told import OTHER_TOKENS, SPEAKER, describe, say
+from trainstack.prepare.tokenizer import check_vocabulary, load_encoder
+from trainstack.prepare.told import SPEAKER, describe, notes_on, say
 from trainstack.processes import end_on_interrupt
 from trainstack.storage import files, layout, manifest
 
 FEW_BYTES = 4 << 20  # of data, for which one process is enough
 MOST_PROCESSES = 16  # unless more are asked for: others use the login node too
-COMPARED_TEXTS, COMPARED = 100, 5000  # the first texts, and characters of each
 TOLD_SECONDS = 60  # between two lines of progress, if there is no terminal
 
 
@@ -170,7 +168,6 @@ def write_store(
     writer = open_writer(section, final, encoder.largest_id + 1, force)
     tokenise = Tokeniser(section, encoder, chat, form, writer.dtype)
     try:
-        compare_tokens(section, model_folder, tokenise, data_files)
         tokenise.boundary = find_boundary(tokenise, data_files)
         if tokenise.boundary:
             say(section, tokenise.boundary.reason)
@@ -182,7 +179,9 @@ def write_store(
     if section.eval_split:  # else the hash of a text puts copies on one side
         writer.counts.shared_documents = shared_documents(splits[TRAIN], splits[EVAL])
     meta = meta_of(home, model_name, section, tokenise)
-    meta["stop_ids"] = encoder.stop_ids(splits[TRAIN]) if meta["template"] else []
+    stop_ids, *others = encoder.ends_of_turns(splits[TRAIN]) if meta["template"] else ([], 0, "")
+    meta["stop_ids"] = stop_ids
+    meta["notes"] = notes_on(section, model_folder, tokenise, data_files, *others)
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
@@ -194,17 +193,6 @@ def write_store(
     writer.publish(target, meta)
     if target != final:
         earlier.link(final, target)
-
-
-def compare_tokens(
-    section: DataSection, model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile]
-) -> None:
-    """A line if transformers makes other tokens of the first texts than tokenizer.json does."""
-    tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
-    documents = (d for task in tasks for d, _ in tokenise.documents(task, Tokenised()))
-    texts = (document.text[:COMPARED] for document in itertools.islice(documents, COMPARED_TEXTS))
-    if tokens := tokens_of_file(model_folder, tokenise.encoder.tokenizer, texts):
-        say(section, OTHER_TOKENS.format(*tokens))
 
 
 def open_writer(section: DataSection, final: Path, vocab_size: int, force: bool) -> TokenWriter:

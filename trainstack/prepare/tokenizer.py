@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainstack.chat.marks import TAG
 from trainstack.chat.template import load_tokenizer
 from trainstack.data.split import Split
 from trainstack.errors import ConfigError
@@ -20,6 +21,7 @@ from trainstack.storage import layout
 from trainstack.storage.files import read_object
 
 MOST_TURNS = 100_000  # that are looked at for what ends them
+SHOWN_TOKENS = 12  # of the end of a turn
 RARE_END = 0.01  # share of turns; what ends fewer is not taken for an end of turns
 
 
@@ -214,12 +216,22 @@ class Encoder:
                 meant, flags = self._whole(document, meant, flags)
             yield document, Encoded(meant, flags, written, remarks, problem)
 
-    def stop_ids(self, split: Split) -> list[int]:
-        """The tokens that end what is learned in conversations, where generating has to stop."""
-        lasts = split.ids[split.spans[:MOST_TURNS, 1] - 1]
+    def ends_of_turns(self, split: Split) -> tuple[list[int], int, str]:
+        """The tokens that end what is learned in conversations, where generating has to stop.
+
+        Then how many turns end with none, and the end of the first of them; 0 for a rare few.
+        """
+        stops = split.spans[:MOST_TURNS, 1]
+        lasts = split.ids[stops - 1]
         found, counts = np.unique(lasts, return_counts=True)
         common = found[counts >= RARE_END * len(lasts)].tolist()
-        return sorted({*common} & self.tokenizer.get_added_tokens_decoder().keys())
+        ends = sorted({*common} & self.tokenizer.get_added_tokens_decoder().keys())
+        others = stops[~np.isin(lasts, ends)]
+        if len(others) < max(1, RARE_END * len(lasts)):
+            return ends, 0, ""
+        last = split.ids[max(0, others[0] - SHOWN_TOKENS) : others[0]].tolist()
+        text = self.tokenizer.decode(last, skip_special_tokens=False)
+        return ends, len(others), (TAG.findall(text) or [text])[-1][-SHOWN_TOKENS:]
 
     def cut(self, text: str) -> tuple[int, int, int] | None:
         """As ``cut_of``, for texts that no template wrote."""

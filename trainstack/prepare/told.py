@@ -1,17 +1,32 @@
 """What people are told of a data set and its store."""
 
+import itertools
 import sys
 from pathlib import Path
 
 from trainstack.config.schema import DataSection
-from trainstack.data.store import REMARKS, TokenStore
+from trainstack.data.store import TokenStore
 from trainstack.data.writer import BAD_RECORDS
+from trainstack.prepare import formats
+from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
+from trainstack.prepare.tokenizer import tokens_of_file
 
 SPEAKER = "prepare"
+LOOKED_AT, COMPARED = 100, 5000  # the first records, and characters of a text
+SHOWN_COLUMNS = 8
 OTHER_TOKENS = (
     "transformers makes other tokens of it than tokenizer.json ({!r} for {!r}), and the model "
     "learns those; if it was trained with the others, write in its tokenizer_config.json: "
     '"tokenizer_class": "PreTrainedTokenizerFast"'
+)
+
+BEHIND_PROMPTS = (
+    "at inference its tokenizer puts {} behind a prompt, and after it the model has learned to "
+    "begin anew; take it away from prompts"
+)
+NO_END = (
+    "{:,} turns end with {!r}, which is no token of its own, so that generating does not stop "
+    "there; make it one in the tokenizer, or use a chat template that ends turns with {}"
 )
 
 
@@ -41,12 +56,47 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         )
     if store.meta["template"]:
         say(section, "checked: each text of each conversation is in it, the assistant's is learned")
-    for name, text in REMARKS.items():
-        if count := getattr(counts, name):
-            say(section, f"{count:,} {text}")
+    for remark in store.remarks():
+        say(section, remark)
     if counts.written_documents:
         choice = "; data.special_tokens=text if they are meant as text, tokens if as tokens"
         say(section, f"{counts.written_documents:,} documents hold a special token, kept as text, "
             f"first {counts.first_written}{'' if section.special_tokens else choice}")  # fmt: skip
     if counts.bad_records:
         say(section, f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
+
+
+def notes_on(
+    section: DataSection, model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile],
+    unended: int, end: str,
+) -> list[str]:  # fmt: skip
+    """What nobody counts, of the first records and of the tokenizer.
+
+    ``unended``: how many turns end with ``end``, where nothing stops the model.
+    """
+    encoder, notes = tokenise.encoder, []
+    tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
+    documents = (d for task in tasks for d, _ in tokenise.documents(task, Tokenised()))
+    texts = (document.text[:COMPARED] for document in itertools.islice(documents, LOOKED_AT))
+    if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
+        notes.append(OTHER_TOKENS.format(*tokens))
+    if unread := unread_columns(section, tokenise, data_files):
+        more = f" and {len(unread) - SHOWN_COLUMNS} more" if len(unread) > SHOWN_COLUMNS else ""
+        notes.append(f"columns that nothing reads: {', '.join(unread[:SHOWN_COLUMNS])}{more}")
+    own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
+    if after and tokenise.format in ("text", "prompt_completion"):
+        notes.append(BEHIND_PROMPTS.format(" ".join(after)))
+    if unended:
+        notes.append(NO_END.format(unended, end, own_end))
+    return notes
+
+
+def unread_columns(
+    section: DataSection, tokenise: Tokeniser, data_files: list[DataFile]
+) -> list[str]:
+    """The columns of the first records that the format does not read, in their order."""
+    tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
+    records = (record for _, chunk, _ in tasks for _, record in chunk.records())
+    first = [r for r in itertools.islice(records, LOOKED_AT) if isinstance(r, dict)]
+    read = formats.columns_read(tokenise.format, section)
+    return [key for key in dict.fromkeys(key for r in first for key in r) if key not in read]

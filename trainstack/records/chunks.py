@@ -11,6 +11,18 @@ from trainstack.errors import DataError, first_line
 CHUNK_BYTES = 1 << 20  # that a process gets at once
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError if a key stands there twice, of which readers take either."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)} stands there twice")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What is read of a file: of parquet and arrow these columns (None: all).
@@ -125,7 +137,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _read_line(location: str, line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return DECODER.decode(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         return DataError(f"{location}: {error.msg} at column {error.colno}; fix the line")
     except UnicodeDecodeError as error:

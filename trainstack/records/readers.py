@@ -180,7 +180,16 @@ def _read_csv(path: Path, _: Wanted) -> Iterator[Chunk]:
         rows = csv.DictReader(text, strict=True)  # a quote left open takes all that follows
         sized = ((row, sum(len(v) for v in row.values() if isinstance(v, str))) for row in rows)
         sized = ((odd if None in row else row, size) for row, size in sized)
-        yield from _in_chunks(path.name, "row", sized)
+        try:
+            names = [*filter(None, rows.fieldnames or ())]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path.name}: two columns are called {twice}; rename one")
+            yield from _in_chunks(path.name, "row", sized)
+        except csv.Error as error:
+            raise DataError(
+                f"{path.name}:{rows.line_num + 1}: {error}; quote a text that holds commas "
+                "or quotes, and double the quotes within it"
+            ) from None
 
 
 def _read_json(path: Path, wanted: Wanted) -> Iterator[Chunk]:
@@ -221,7 +230,6 @@ class JsonArray:
     def __init__(self, name: str, stream):
         self.name, self.stream = name, stream
         self.text, self.at, self.line = "", 0, 1
-        self.decoder = json.JSONDecoder()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         self._take("[")
@@ -253,7 +261,7 @@ class JsonArray:
     def _value(self) -> tuple[Any, int]:
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
+                value, end = chunks.DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated")
                 is_cut |= error.pos >= len(self.text) - LONGEST_WORD
