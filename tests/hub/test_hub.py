@@ -1024,3 +1024,36 @@ def test_settings_that_are_no_json_object_are_refused(
     result = call(*arguments)
     assert f"{name} " in result.errors[0] and "not a JSON object" in result.errors[0]
     assert len(result.errors) == result.code == 1 and not folder.exists()
+
+
+def splits_of(
+    settings: str, subset: str | None = None, name: str = "a.csv"
+) -> dict[str, list[str]]:
+    """Of a README with one subset of one file."""
+    own = f"- config_name: {subset or 'default'}\n  data_files: {name}\n{settings}"
+    card = f"---\nconfigs:\n{own}---\n"
+    return choose.resolve_splits([name, "README.md"], {"README.md": card.encode()}, subset)
+
+
+@pytest.mark.parametrize("subset", ["no", "2024", "1.0", "null", "plain"])
+def test_the_name_of_a_subset_is_a_text_whatever_yaml_reads(subset):
+    assert splits_of("", subset) == {"train": ["a.csv"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("a.csv", "  sep: ';'\n", "sep=';'"),
+        ("a.csv", "  delimiter: ';'\n  skiprows: 1\n", "sep=';', skiprows=1"),
+        ("a.csv", "  header: null\n  column_names: [a, text]\n", "names=['a', 'text']"),
+        ("a.txt", "  sample_by: paragraph\n", "sample_by='paragraph'"),
+        ("a.json", "  field: data\n", "field='data'"),
+        ("a.csv", "  sep: ','\n  encoding: utf-8\n", ""),
+    ],
+)
+def test_a_readme_that_wants_files_read_otherwise_is_refused(name, settings, said):
+    if not said:
+        assert splits_of(settings, None, name) == {"train": [name]}
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        splits_of(settings, None, name)

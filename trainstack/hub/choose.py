@@ -41,6 +41,12 @@ SUBSET_FOLDER = re.compile(
     rf"(?!(?:{SPLIT_WORDS})/)([^/]+)/"
     rf"(?:(?:{PARTIAL})?([^/]+)/\d{{4,}}\.parquet|(?:{SPLIT_WORDS})/.+)"
 )
+A_NAME = re.compile(rb"^([ \t]*-?[ \t]*config_name:[ \t]*)([^\s\"'#]+)[ \t]*$", re.MULTILINE)
+# How a README may say that datasets reads its files, which is not done here.
+READING = (
+    "sep", "header", "names", "index_col", "usecols", "skiprows", "nrows", "skipfooter",
+    "quotechar", "quoting", "escapechar", "comment", "encoding", "sample_by", "field", "filters",
+)  # fmt: skip
 READABLE = ", ".join(readers.SUFFIXES)
 
 
@@ -286,7 +292,8 @@ def ask_datasets(
             if name.endswith(".py"):  # data.py would be taken for a script
                 continue
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_bytes(cards.get(name, b""))
+            # Names of subsets are texts, though YAML reads no, 1.0 or 2024 as something else.
+            (root / name).write_bytes(A_NAME.sub(rb'\1"\2"', cards.get(name, b"")))
         try:
             builder = datasets.load_dataset_builder(str(root), subset, cache_dir=scratch)
         except Exception as error:  # of YAML, of zip, ValueError, FileNotFoundError, its own
@@ -295,5 +302,19 @@ def ask_datasets(
                 f"datasets cannot resolve its files ({words[:300]}); set data.subset to one that it"
                 " has, or name local files"
             ) from None
+        refuse_settings(builder.config)
         found = (builder.config.data_files or {}).items()
         return {str(split): [os.path.relpath(p, root) for p in paths] for split, paths in found}
+
+
+def refuse_settings(config: Any) -> None:
+    """ConfigError if a README has settings of a reader, by which the records would be others."""
+    usual = type(config)()
+    given = {key: getattr(config, key) for key in READING if hasattr(usual, key)}
+    odd = [f"{k}={v!r}" for k, v in given.items() if v not in (getattr(usual, k), "utf-8")]
+    if odd:
+        raise ConfigError(
+            f"its README wants its files read with {', '.join(odd)}, which is not done here; write "
+            "them as usual (.csv: commas, names in the first row; .json: records; .txt: see "
+            "data.split_on), and take that out"
+        )
