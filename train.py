@@ -153,7 +153,7 @@ class Loop:
             if self.state.step < self.attempt.max_steps or not self.state.is_evaluated:
                 return ending.pause(self.attempt, self.state.step, self.requests.stop.reason)
             self.watch.at(self.state.step, Phase.END, START_SECONDS)
-            ending.show_sample(self.attempt, self.strategy)
+            ending.show_sample(self.attempt, self.strategy, self.feed.corpus.is_chat)
             return ending.complete(self.attempt, self.state.step, time.monotonic() - self.started)
 
     def train(self) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from trainstack.chat.template import Chat
-from trainstack.errors import DataError
+from trainstack.errors import ConfigError, DataError
 
 HEAD = "{% for m in messages %}"
 ASK = "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -342,3 +342,14 @@ def test_a_first_turn_of_the_assistant_comes_behind_the_templates_own_system_tur
     opened = "<think>\n" if asks else ""
     assert made.text == head + opened + "Welcome!<|im_end|>"
     assert [made.text[a:b] for a, b in made.learned] == ["Welcome!<|im_end|>"]
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_template_that_is_no_jinja_is_named_with_its_line(chat_with, tmp_path, is_own):
+    odd = TEMPLATES["chatml"].replace("{{ m.role }}", "\n{{ m.role }")
+    (tmp_path / "odd.jinja").write_text(odd)
+    template, file = (odd, None) if is_own else (TEMPLATES["chatml"], tmp_path / "odd.jinja")
+    chat = chat_with(template, file=file)
+    who = "the model's chat template" if is_own else f"data.chat_template={file}"
+    with pytest.raises(ConfigError, match=f"^{who}: line 2 is no Jinja .*; correct it$"):
+        chat.load()

@@ -73,7 +73,13 @@ class Chat:
         return cls(model_folder, file, section.chat_date)
 
     def load(self) -> None:
-        """Load the tokenizer now, else the first use does. ConfigError if that cannot be."""
+        """Load the tokenizer now, else the first use does. ConfigError if that cannot be.
+
+        So it is too if a template is no Jinja.
+        """
+        from jinja2.exceptions import TemplateSyntaxError
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         self._tokenizer = load_tokenizer(self.model_folder)
         if self.file:
             try:
@@ -83,6 +89,15 @@ class Chat:
                     f"data.chat_template={self.file}: cannot be read ({error}); name a file that "
                     "holds a Jinja template"
                 ) from None
+
+        template = self.template
+        try:
+            _compile_jinja_template(template or "")
+        except TemplateSyntaxError as error:
+            name = f"data.chat_template={self.file}" if self.file else "the model's chat template"
+            raise ConfigError(
+                f"{name}: line {error.lineno} is no Jinja ({error.message}); correct it"
+            ) from None
 
     @property
     def template(self) -> str | None:

@@ -38,6 +38,7 @@ class Corpus:
     """What a run learns from: the token stores of its data sets, by their labels.
 
     ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all;
+    ``is_chat``: all of them are conversations that a chat template wrote;
     ``ends``: the tokens that end documents, and what the assistant says;
     ``earlier``: the labels of those that rules before made, which a new run would not take;
     ``chat_template``: the one that took the place of the model's own, if one did.
@@ -50,6 +51,8 @@ class Corpus:
         self.sizes = [store.train.num_samples for store in stores.values()]
         metas = [store.meta for store in stores.values()]
         ends = (number for m in metas for number in (m["end_id"], *m.get("stop_ids", ())))
+        plain = ("text", "prompt_completion")
+        self.is_chat = all(m.get("template") and m["format"] not in plain for m in metas)
         self.ends = list(dict.fromkeys(ends))
         self.chat_template = next(filter(None, (m.get("chat_template") for m in metas)), None)
 

@@ -3,10 +3,12 @@
 import logging
 
 from trainstack.checkpoint.names import newest_checkpoint
+from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.model.strategy import Strategy
 from trainstack.run.states import CONTINUES, EXIT_CODES
+from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
-from trainstack.train.evaluate import generate_text
+from trainstack.train.evaluate import answer
 from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
@@ -38,8 +40,11 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
     return "DONE"
 
 
-def show_sample(attempt: Attempt, strategy: Strategy) -> None:
-    """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
+def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
+    """Print what the trained model says; rank 0 generates, the others have nothing left to do.
+
+    ``is_chat``: it has learned conversations, so eval.sample_prompt is a question to it.
+    """
     section, run = attempt.config.eval, attempt.run
     if not attempt.world.is_main or section.sample_prompt is None:
         return
@@ -48,11 +53,17 @@ def show_sample(attempt: Attempt, strategy: Strategy) -> None:
 
         _, newest = newest_checkpoint(run.checkpoints)
         tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
-        text = generate_text(
-            strategy.causal_lm, tokenizer, section.sample_prompt, section.sample_tokens,
+        text, stopped = answer(
+            strategy.causal_lm, tokenizer, section.sample_prompt, is_chat,
+            ends_in(read_object(newest / GENERATION)), section.sample_tokens,
             attempt.config.run.seed,
         )  # fmt: skip
+        text = f"{section.sample_prompt} -> {text}" if is_chat else text
         log.info("sample  %s", text.replace("\n", "\\n"))
+        end = (
+            f"stopped by itself, after {stopped} tokens" if stopped else "was cut, and did not stop"
+        )
+        log.info("        %s (eval.sample_tokens=%d)", end, section.sample_tokens)
         (run.path / "sample.txt").write_text(text + "\n")
     except Exception as error:  # the run is complete all the same
         log.warning("sample  could not be made: %s: %s", type(error).__name__, error)

@@ -61,19 +61,42 @@ def evaluate(
 
 
 @torch.no_grad()
-def generate_text(causal_lm: nn.Module, tokenizer, prompt: str, tokens: int, seed: int) -> str:
-    """The prompt and what the model says next, drawn with a fixed seed."""
+def answer(
+    causal_lm: nn.Module,
+    tokenizer,
+    prompt: str,
+    is_chat: bool,
+    ends: list[int],
+    most: int,
+    seed: int,
+) -> tuple[str, int | None]:
+    """What the model says after a prompt, and after how many tokens it stopped; None: it did not.
+
+    Drawn with a fixed seed. ``is_chat``: the prompt is a question, else the beginning of a text.
+    ``ends``: tokens at which it stops; ``most``: tokens at which it is stopped.
+    """
     causal_lm.eval()
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(causal_lm.parameters()).device)
+    if is_chat:
+        question = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # it would begin anew
+    inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=tokens,
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=most,
         do_sample=True,
         temperature=0.8,
         top_k=50,
+        eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
     )
     causal_lm.train()
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    said = output[0, len(ids) :].tolist()
+    text = tokenizer.decode(said if is_chat else [*ids, *said], skip_special_tokens=True)
+    return text, len(said) if said[-1] in ends else None
