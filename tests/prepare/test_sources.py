@@ -354,7 +354,7 @@ def test_names_are_read_whatever_their_case(tmp_path):
         ("a.csv", 'id,text\n1,a\n2,"a quote left open\n3,b\n', "a.csv:3: "),
         ("a.csv", "text,id,text\na,1,b\n", "a.csv: two columns are called text"),
         ("a.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n', "a.jsonl:2: the key text"),
-        ("a.json", '[{"text": "a"},\n {"b": 1, "b": 2}]', "a.json:2: the key b stands there twice"),
+        ("a.json", '[{"text": "a"},\n {"b": 1, "b": 2}]', "a.json:2: the key b is repeated"),
     ],
 )
 def test_what_readers_take_in_two_ways_is_named_with_its_line(home, capsys, name, content, message):

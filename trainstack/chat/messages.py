@@ -63,9 +63,7 @@ def message_of(turn: dict) -> tuple[dict, bool]:
         has = ", ".join(map(str, turn))
         fix = "say which it is: data.columns={role: ITS_KEY, content: ITS_KEY}"
         raise ValueError(f"has no role; the turn has: {has}; {fix}")
-    role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else None)
-    if role is None and "from" in turn:
-        raise ValueError(f"is from {who!r}; write one of {', '.join((*KNOWN_ROLES, *ROLES))}")
+    role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else who)
     is_learned = learned_mark(message)
     thoughts = [message.pop(key) for key in THOUGHTS if key in message]
     text, thought = text_of(content)
@@ -74,7 +72,7 @@ def message_of(turn: dict) -> tuple[dict, bool]:
         text, calls = "", [*calls, *calls_in(from_json(text, who))]
     if text is None and not calls and not (thoughts or thought):
         raise ValueError("has no content; write a text")
-    message = {"role": role or who, "content": text or "", **message}
+    message = {"role": role, "content": text or "", **message}
     if calls:
         message["tool_calls"] = calls
     thoughts = {t.strip() if isinstance(t, str) else str(t or ""): t for t in (*thoughts, thought)}

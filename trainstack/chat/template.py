@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from trainstack.chat.checks import (
     Dropped,
     check_pieces,
-    check_roles,
     check_shape,
     check_turn,
     unnamed,
@@ -153,7 +152,6 @@ class Chat:
                 f"{location}: a conversation, but the tokenizer of {self.model_folder.name} has no "
                 f"chat template; {NO_TEMPLATE}"
             )
-        check_roles(location, messages, template)
         if learned is None:
             learned = [n for n, message in enumerate(messages) if says_something(message)]
         if is_asked:

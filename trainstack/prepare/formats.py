@@ -10,14 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainstack.chat.messages import (
-    KNOWN_ROLES,
-    MARKS,
-    THOUGHTS,
-    decoded,
-    messages_of,
-    tools_of,
-)
+from trainstack.chat.checks import check_roles
+from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS, decoded, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
 from trainstack.errors import ConfigError, DataError
@@ -250,6 +244,7 @@ def _rendered(
     if system and messages[0]["role"] != "system":
         messages, marks = [{"role": "system", "content": system}, *messages], [False, *marks]
     tools = tools_of(location, record.get("tools") or record.get("functions"))
+    check_roles(location, messages, chat.template_for(tools) or "")
     learned = [
         number
         for number, (message, is_learned) in enumerate(zip(messages, marks, strict=True))

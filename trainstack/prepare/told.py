@@ -22,7 +22,7 @@ OTHER_TOKENS = (
 
 BEHIND_PROMPTS = (
     "at inference its tokenizer puts {} behind a prompt, and after it the model has learned to "
-    "begin anew; take it away from prompts"
+    "begin another text; take it away from prompts"
 )
 NO_END = (
     "{:,} turns end with {!r}, which is no token of its own, so that generating does not stop "

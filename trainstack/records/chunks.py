@@ -12,11 +12,11 @@ CHUNK_BYTES = 1 << 20  # that a process gets at once
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError if a key stands there twice, of which readers take either."""
+    """An object of JSON; ValueError if a key is repeated, of which readers take either."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {max(names, key=names.count)} stands there twice")
+        raise ValueError(f"the key {max(names, key=names.count)} is repeated")
     return made
 
 

@@ -84,7 +84,7 @@ def answer(
         ]
     else:
         ids = tokenizer(prompt)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # it would begin anew
+        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
         inputs,
