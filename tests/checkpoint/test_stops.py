@@ -153,6 +153,9 @@ def test_a_checkpoint_has_all_templates_of_the_model_and_one_of_the_users_in_its
     inline = {"chat_template": "four", "eos_token": "ü", "auto_map": {"AutoTokenizer": "mine.T"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(inline))
     found = small_files(tiny_llama(), tmp_path, [], None)
+    assert json.loads(found["tokenizer_config.json"]) == {"eos_token": "ü"}
+    (tmp_path / "chat_template.jinja").unlink()
+    found = small_files(tiny_llama(), tmp_path, [], None)
     assert json.loads(found["tokenizer_config.json"]) == {"chat_template": "four", "eos_token": "ü"}
     found = small_files(tiny_llama(), tmp_path, [], "three")
     assert found["chat_template.jinja"] == b"three"

@@ -11,6 +11,7 @@ import torch
 
 WEIGHTS = "model.safetensors"
 CONFIG, GENERATION = "config.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 JSON_FILES = (CONFIG, GENERATION, "tokenizer_config.json")
 TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokenizer it is
     "tokenizer*",
@@ -108,10 +109,10 @@ def small_files(
         if template is None or not pattern.startswith(TEMPLATE_PATTERNS):
             for path in model_folder.glob(pattern):
                 found[str(path.relative_to(model_folder))] = path.read_bytes()
-    for name in {*JSON_FILES} & found.keys():
-        found[name] = as_learned(name, found[name], ends, template is not None)
     if template is not None:
-        found["chat_template.jinja"] = template.encode()
+        found[TEMPLATE] = template.encode()
+    for name in {*JSON_FILES} & found.keys():  # a template has a file of its own, or is in one
+        found[name] = as_learned(name, found[name], ends, TEMPLATE in found)
     return found
 
 
