@@ -9,16 +9,12 @@ from trainstack.storage import layout
 
 @dataclass(frozen=True)
 class Asset:
-    """A model or a data set that a configuration names.
-
-    ``folder`` is where it is once it is whole; ``lock`` lets one process at a time bring it there.
-    """
+    """A model or a data set that a configuration names."""
 
     kind: str  # model or dataset, the Hub's words
     name: str
     revision: str
-    folder: Path
-    lock: Path
+    home: Path  # the project's folder
     needs_weights: bool = False
     subset: str | None = None
     splits: tuple[str, ...] = ()
@@ -27,52 +23,34 @@ class Asset:
         return f"{'model' if self.kind == 'model' else 'data set'} {self.name}"
 
     @property
+    def folder(self) -> Path:
+        """Where it is once it is whole."""
+        if self.kind == "model":
+            return layout.model_folder(self.home, self.name)
+        return layout.dataset_folder(self.home, self.name, self.subset)
+
+    @property
     def aside(self) -> Path:
         """Where the old folder is while a new one takes its place."""
         return self.folder.with_name(f".{self.folder.name}.old")
 
+    @property
+    def lock(self) -> Path:
+        """Of the one process at a time that brings it there."""
+        name = str(self.folder.relative_to(self.home)).replace("/", "--")
+        return self.home / "cache" / "locks" / name
+
 
 def named_assets(config: Config, home: Path) -> list[Asset]:
-    """What the configuration names, but not the demo, which is made here."""
-    named = [named_model(config, home), *named_data(config, home)]
-    return [asset for asset in named if asset.name != layout.DEMO]
+    """What the configuration names, but not the demo, which is made here.
 
-
-def named_model(config: Config, home: Path) -> Asset:
-    model = config.model
-    folder = layout.model_folder(home, model.name)
-    return Asset(
-        kind="model",
-        name=model.name,
-        revision=model.revision,
-        folder=folder,
-        lock=lock_path(home, folder),
-        needs_weights=model.init == "pretrained",
-    )
-
-
-def named_data(config: Config, home: Path) -> list[Asset]:
-    """One asset for each subset of a data set, with all splits that the mixture takes of it."""
-    splits: dict[tuple[str, str | None, str], list[str]] = {}
+    One asset for each subset of a data set, with all splits that the mixture takes of it.
+    """
+    model, splits = config.model, dict[tuple[str, str, str | None], list[str]]()
+    assets = [Asset("model", model.name, model.revision, home, model.init == "pretrained")]
     for data in config.data.sources:
-        wanted = splits.setdefault((data.name, data.subset, data.revision), [])
+        wanted = splits.setdefault((data.name, data.revision, data.subset), [])
         wanted += [s for s in (data.split, data.eval_split) if s and s not in wanted]
-    assets = []
-    for (name, subset, revision), wanted in splits.items():
-        folder = layout.dataset_folder(home, name, subset)
-        assets.append(
-            Asset(
-                kind="dataset",
-                name=name,
-                revision=revision,
-                folder=folder,
-                lock=lock_path(home, folder),
-                subset=subset,
-                splits=tuple(wanted),
-            )
-        )
-    return assets
-
-
-def lock_path(home: Path, folder: Path) -> Path:
-    return home / "cache" / "locks" / str(folder.relative_to(home)).replace("/", "--")
+    for (name, revision, subset), wanted in splits.items():
+        assets.append(Asset("dataset", name, revision, home, subset=subset, splits=tuple(wanted)))
+    return [asset for asset in assets if asset.name != layout.DEMO]

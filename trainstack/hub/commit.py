@@ -2,8 +2,8 @@
 
 huggingface_hub gives up at once on a 5xx answer to a file, on a reset connection and on a busy
 Hub's first answer; where it does wait, it says nothing, and waits for any time. It compares sizes,
-not contents. These gaps are closed here. That library
-reads the environment (HF_TOKEN, HF_ENDPOINT, the caches) when this file is imported: set it before.
+not contents. These gaps are closed here. It reads the environment (HF_TOKEN, HF_ENDPOINT, the
+caches) when this file is imported: set it before.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, first_words
+from trainstack.hub.asset import Asset
 from trainstack.storage import files
 
 TRIES = 5  # of a request, the first one included
@@ -52,10 +54,10 @@ set_client_factory(make_client)
 
 
 class HubCommit:
-    """An origin: what a revision of ``name`` means now, and which of its files are in ``folder``.
+    """An origin: what an asset's revision means now, and which of its files are in ``folder``.
 
-    ``kind`` is model or dataset; ``sizes`` has the bytes of every file of the commit. ``folder``
-    is ``parent/.LAST_NAME.COMMIT.partial``: a call after an interrupted one finds the whole files.
+    ``sizes`` has the bytes of every file of the commit. ``folder`` is beside the asset's,
+    ``.LAST_NAME.COMMIT.partial``: a call after an interrupted one finds the whole files.
     ``is_resumable`` says after a ConfigError whether that folder is worth keeping. An OSError of
     the disk is raised as it is.
     """
@@ -64,23 +66,15 @@ class HubCommit:
     facts = {"source": "hub"}  # for the manifest
 
     def __init__(
-        self,
-        kind: str,
-        name: str,
-        revision: str,
-        final: Path,
-        retry_delay: float,
-        say: Callable[[str], None],
-        is_cache_used: bool,
+        self, asset: Asset, retry_delay: float, say: Callable[[str], None], is_cache_used: bool
     ):
-        self.kind, self.name, self.revision = kind, name, revision
-        self._retry_delay, self._say = retry_delay, say
+        self.asset, self._retry_delay, self._say = asset, retry_delay, say
         self.is_resumable = False
         self._limited_until = 0.0  # in the clock of time.monotonic
-        repo, api = {"repo_id": name, "repo_type": kind}, HfApi()
+        repo, api = {"repo_id": asset.name, "repo_type": asset.kind}, HfApi()
         self.commit: str = self._persist(
-            f"the commit of {revision}",
-            lambda: api.repo_info(**repo, revision=revision, timeout=ANSWER_SECONDS).sha,
+            f"the commit of {asset.revision}",
+            lambda: api.repo_info(**repo, revision=asset.revision, timeout=ANSWER_SECONDS).sha,
         )
         entries = self._persist(
             "the list of files",
@@ -88,7 +82,8 @@ class HubCommit:
         )
         self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
         self.sizes = {name: file.size for name, file in self._files.items()}
-        self.folder = final.with_name(f".{final.name}.{self.commit[:12]}.partial")
+        partial_name = f".{asset.folder.name}.{self.commit[:12]}.partial"
+        self.folder = asset.folder.with_name(partial_name)
         self.entries: dict[str, dict[str, Any]] = {}
         self._repo = {**repo, "revision": self.commit, "local_dir": self.folder}
         if not is_cache_used:  # files in the user's own cache of the Hub are taken, unless forced
@@ -115,12 +110,8 @@ class HubCommit:
     def _fetch(self, name: str) -> dict[str, Any]:
         """Bring one file; its manifest entry. A file with other bytes is fetched once more."""
         for is_second in (False, True):
-            path = self._persist(
-                name,
-                lambda is_fresh=is_second: hf_hub_download(
-                    filename=name, force_download=is_fresh, **self._repo
-                ),
-            )
+            options = {**self._repo, "filename": name, "force_download": is_second}
+            path = self._persist(name, partial(hf_hub_download, **options))
             if entry := verified_entry(Path(path), self._files[name]):
                 return entry
             os.unlink(path)
@@ -165,8 +156,8 @@ class HubCommit:
 
     def _explain(self, error: Exception) -> str:
         """One line on a fault that stays: what it is and what to do."""
-        key, kind = ("data", "datasets/") if self.kind == "dataset" else ("model", "")
-        page = f"{constants.ENDPOINT}/{kind}{self.name}"
+        key, kind = ("data", "datasets/") if self.asset.kind == "dataset" else ("model", "")
+        page = f"{constants.ENDPOINT}/{kind}{self.asset.name}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.GatedRepoError):
             return f"gated; accept its licence at {page}, then set HF_TOKEN to your token"
@@ -177,8 +168,8 @@ class HubCommit:
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return (
-                f"has no revision {self.revision}; set {key}.revision to a branch, tag or commit"
-                f" of {page}"
+                f"has no revision {self.asset.revision}; set {key}.revision to a branch, tag or"
+                f" commit of {page}"
             )
         if isinstance(error, errors.HFValidationError):
             return f"not a name on the Hub; set {key}.name to org/name, or to ./folder for a local"
@@ -250,5 +241,4 @@ def brief(error: Exception) -> str:
     if response is not None:
         is_much = " (too many requests)" if is_limited(error) else ""
         return f"HTTP {response.status_code}{is_much}"
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words[:160]}" if words else type(error).__name__
+    return first_words(error)

@@ -144,7 +144,7 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
 
 def change_of_originals(asset: Asset, manifest: dict[str, Any]) -> str:
     """How linked originals differ from what was linked; an empty text if they do not."""
-    modified_ns = LocalFiles(asset.kind, asset.name, asset.folder).modified_ns
+    modified_ns = LocalFiles(asset).modified_ns
     is_touched = modified_ns != manifest["modified_ns"]
     wrong = next(damage(asset.folder, None if is_touched else TRUSTED_BY_SIZE), "")
     if not wrong and modified_ns.keys() != manifest["modified_ns"].keys():
@@ -183,17 +183,11 @@ def obtain(
 def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit | LocalFiles":
     """Where the asset comes from: a commit on the Hub, or local files."""
     if layout.is_local(asset.name):
-        return LocalFiles(asset.kind, asset.name, asset.folder)
+        return LocalFiles(asset)
     from trainstack.hub.commit import HubCommit
 
     return HubCommit(
-        asset.kind,
-        asset.name,
-        asset.revision,
-        asset.folder,
-        retry_delay,
-        say=lambda text: say(f"{asset}: {text}"),
-        is_cache_used=not is_forced,
+        asset, retry_delay, say=lambda text: say(f"{asset}: {text}"), is_cache_used=not is_forced
     )
 
 
@@ -248,17 +242,10 @@ def swap_in(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any
                 path.rmdir()
         elif str(path.relative_to(origin.folder)) not in origin.entries:
             path.unlink()
-    write_manifest(
-        origin.folder,
-        origin.entries,
-        kind=asset.kind,
-        name=asset.name,
-        revision=None if layout.is_local(asset.name) else asset.revision,
-        commit=origin.commit,
-        fetched_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        **origin.facts,
-        **facts,
-    )
+    facts |= origin.facts | {"kind": asset.kind, "name": asset.name, "commit": origin.commit}
+    facts["revision"] = None if layout.is_local(asset.name) else asset.revision
+    facts["fetched_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    write_manifest(origin.folder, origin.entries, **facts)
     remove_folder(asset.aside)
     if asset.folder.exists():
         os.rename(asset.folder, asset.aside)
@@ -317,7 +304,3 @@ def redacted(text: str) -> str:
         if token := os.environ.get(key, "").strip():
             text = text.replace(token, "[token]")
     return re.sub(r"hf_[A-Za-z0-9]{10,}", "[token]", text)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
+from trainstack.hub.asset import Asset
 from trainstack.storage import manifest
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -24,8 +25,8 @@ class LocalFiles:
     doing, done = "linking", "linked"
     is_resumable = False  # links are made again in no time
 
-    def __init__(self, kind: str, name: str, final: Path):
-        original, is_model = Path(name), kind == "model"
+    def __init__(self, asset: Asset):
+        original, is_model = Path(asset.name), asset.kind == "model"
         if not original.exists():
             key = "model" if is_model else "data"
             raise ConfigError(f"no such file or folder; check {key}.name")
@@ -47,7 +48,7 @@ class LocalFiles:
                 self.sizes[relative], self.modified_ns[relative] = stat.st_size, stat.st_mtime_ns
             elif can_matter(relative) and path.is_symlink() and not path.exists():
                 raise ConfigError(f"{relative} links to what is not there; fix or remove it")
-        self.folder = final.with_name(f".{final.name}.local.partial")
+        self.folder = asset.folder.with_name(f".{asset.folder.name}.local.partial")
         self.entries: dict[str, dict[str, Any]] = {}
         self.facts = {"source": "local", "modified_ns": self.modified_ns}
 
