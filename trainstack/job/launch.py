@@ -22,7 +22,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainstack.errors import USAGE_ERROR
+from trainstack.errors import ConfigError
 from trainstack.job.preflight import preflight
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
@@ -40,12 +40,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop-file", type=Path, required=True)
     options = parser.parse_args(arguments[:split])
     run, job, attempt = RunFolder(options.run), options.job, options.attempt
-    found = preflight(arguments[split + 1 :], run.logs)
-    if found and found.is_fatal:
-        note_agent(run, job, attempt, found.text, USAGE_ERROR)  # it is not tried again
+    try:
+        if remark := preflight(arguments[split + 1 :], run.logs):
+            say(remark)
+    except ConfigError as error:
+        note_agent(run, job, attempt, str(error), error.code)  # it is not tried again
         return 1
-    if found:
-        say(found.text)
     killed_before = kernel_kills()
     failed_mark = run.failed_mark(job, attempt)
     stop_by_signal(options.stop_file, failed_mark)

@@ -6,20 +6,13 @@ import os
 import socket
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from trainstack.errors import ConfigError
 
 PORTS_TRIED = 50
 MOST_SKEW_SECONDS = 10  # torchrun evicts a node whose clock is fifteen seconds off
 TOLD_SKEW_SECONDS = 2
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What may keep the nodes from meeting, in one line."""
-
-    text: str
-    is_fatal: bool
 
 
 def free_port(first: int) -> int:
@@ -31,40 +24,39 @@ def free_port(first: int) -> int:
     raise SystemExit(f"train.slurm: error: no free port in {first}..{port}; set MASTER_PORT")
 
 
-def preflight(torchrun_arguments: list[str], logs: Path) -> Finding | None:
-    """What would make the meeting fail or hang, found before it; None if there is nothing.
+def preflight(torchrun_arguments: list[str], logs: Path) -> str | None:
+    """A line on what may make the meeting fail or hang; ConfigError for what surely will.
 
     ``logs``: a folder on the file system that all nodes share, whose clock they have in common.
     """
     host = socket.gethostname()
     endpoint = [w for w in torchrun_arguments if w.startswith("--rdzv-endpoint=")]
     head = endpoint[0].partition("=")[2].rpartition(":")[0] if endpoint else None
-    problem = name_problem(host, head) if head else None
-    if problem:
-        return Finding(problem, is_fatal=True)
+    if head:
+        check_name(host, head)
     skew = clock_skew(logs)
     clock = f"the clock of {host} is"
     if abs(skew) > MOST_SKEW_SECONDS:
-        text = f"{clock} {skew:+.0f} s off that of the file system; fix its NTP"
-        return Finding(text, is_fatal=True)
+        raise ConfigError(f"{clock} {skew:+.0f} s off that of the file system; fix its NTP")
     if abs(skew) > TOLD_SKEW_SECONDS:
-        return Finding(f"{clock} {skew:+.1f} s off that of the file system", is_fatal=False)
+        return f"{clock} {skew:+.1f} s off that of the file system"
     return None
 
 
-def name_problem(host: str, head: str) -> str | None:
-    """Why this host would not find the head node: torchrun would wait ten minutes for it."""
+def check_name(host: str, head: str) -> None:
+    """ConfigError if this host cannot find the head node: torchrun would wait ten minutes."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(head, None)}
     except OSError as error:
-        return f"{host} cannot find {head}, where the nodes meet ({error}); fix its DNS or hosts"
+        raise ConfigError(
+            f"{host} cannot find {head}, where the nodes meet ({error}); fix its DNS or hosts"
+        ) from None
     is_head = host.partition(".")[0] == head.partition(".")[0]  # one may have its domain
     if not is_head and all(ipaddress.ip_address(address).is_loopback for address in found):
-        return (
+        raise ConfigError(
             f"{host} takes {head}, where the nodes meet, for itself ({', '.join(found)}); fix "
             "its /etc/hosts"
         )
-    return None
 
 
 def clock_skew(folder: Path) -> float:
