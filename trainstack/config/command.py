@@ -31,7 +31,3 @@ def main(arguments: list[str]) -> int:
         print(f"# {config.train.max_steps:,} steps = {tokens:,} tokens")
         print("# train.num_train_epochs is not used: train.max_steps decides")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

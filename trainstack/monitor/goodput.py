@@ -7,7 +7,6 @@ wall time. Goodput is the time in steps that count: those that no later attempt 
 run was killed and has not resumed yet, the steps beyond its newest checkpoint still count.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -39,9 +38,8 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack goodput", description=__doc__)
-    history.add_run_arguments(parser, os.environ.get("TRAINSTACK_HOME"))
-    options = parser.parse_args(arguments)
+    home = os.environ.get("TRAINSTACK_HOME")
+    options = history.parse_run(arguments, SPEAKER, __doc__, home)
     try:
         run = RunFolder(history.find_run(options.run, options.home))
     except ConfigError as error:
@@ -200,7 +198,3 @@ def signs_of(attempt: Attempt) -> list[tuple[float, str, dict[str, Any]]]:
     signs = [(history.seconds(event["at"]), event["event"], event) for event in events]
     signs += [(e.at, "step", {"step": e.step}) for e in attempt.executions]
     return sorted(signs, key=lambda sign: sign[0])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -53,12 +53,17 @@ class Attempt:
         return [e for e in self.executions if e.step <= self.redone_above]
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, home: str | None) -> None:
-    """The arguments of a command about one run, for ``find_run``."""
+def parse_run(
+    arguments: list[str], command: str, description: str, home: str | None
+) -> argparse.Namespace:
+    """The command line of a command about one run, for ``find_run``; ``home``: its default."""
+    prog = f"python -m trainstack {command}"
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("run", metavar="RUN", help="name or folder of a run")
     parser.add_argument(
         "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
     )
+    return parser.parse_args(arguments)
 
 
 def find_run(run: str, home: Path | None) -> Path:

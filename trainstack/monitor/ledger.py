@@ -7,7 +7,6 @@ The log is samples.jsonl. The effective history is checked: of every step the ex
 later attempt did again, up to the newest checkpoint, or to the end of a run that is DONE.
 """
 
-import argparse
 import itertools
 import os
 import sys
@@ -57,9 +56,8 @@ class Findings:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack ledger", description=__doc__)
-    history.add_run_arguments(parser, os.environ.get("TRAINSTACK_HOME"))
-    options = parser.parse_args(arguments)
+    home = os.environ.get("TRAINSTACK_HOME")
+    options = history.parse_run(arguments, SPEAKER, __doc__, home)
     try:
         run = RunFolder(history.find_run(options.run, options.home))
         own_home = run.path.parent.parent
@@ -72,9 +70,8 @@ def main(arguments: list[str]) -> int:
 
 def audit(run: RunFolder, home: Path) -> int:
     """Check one run and print what was found; the exit code."""
-    attempts = history.attempts_of(
-        run.events(), history.read_executions(run.path / "samples.jsonl")
-    )
+    executions = history.read_executions(run.path / "samples.jsonl")
+    attempts = history.attempts_of(run.events(), executions)
     last = history.last_durable_step(run.status(), run.checkpoints)
     state = run.status().get("state", "no status")
     print(f"run {run.path.name}: {state}, attempts: {len(attempts)}")
@@ -187,8 +184,8 @@ def remarks(findings: Findings, sampler, attempts: Sequence[Attempt]) -> Iterato
         yield "not yet", f"{ahead:,} steps beyond step {findings.steps:,} wait for a checkpoint"
     left_out = sum(window["steps"] for window in sampler.left_out)
     if left_out:
-        text = f"{left_out:,} steps = {left_out * batch:,} samples, on purpose, by rollbacks"
-        yield "left out", text
+        samples = f"{left_out * batch:,} samples"
+        yield "left out", f"{left_out:,} steps = {samples}, on purpose, by rollbacks"
     skips = [
         event["step"]
         for attempt in attempts
@@ -224,7 +221,3 @@ def ranges(steps: Iterable[int]) -> Iterator[tuple[int, str]]:
     for _, pairs in by_range:
         first, *rest = [step for _, step in pairs]
         yield first, f"steps {first:,} to {rest[-1]:,}" if rest else f"step {first:,}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,9 +18,6 @@ from trainstack.run.states import EXIT_CODES, RUNNING
 from trainstack.storage import layout
 from trainstack.units import NOTHING, age, duration
 
-COLUMNS = (
-    "RUN", "JOB", "SLURM", "STATE", "STEP", "LOSS", "TOK/S", "JOB LEFT", "RUN ETA", "CHECKPOINT",
-)  # fmt: skip
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "KILLED": "its processes are gone and did not report why; the same command continues it",
     "LOST": "Slurm no longer has its job, which did not report why; the same command continues it",
@@ -119,16 +116,10 @@ def view_of(run: RunFolder, jobs: dict[str, SlurmJob] | None) -> View:
     job = (jobs or {}).get(job_id)
     measured, evaluated = last_measurements(run)
     return View(
-        run=run,
-        status=status,
-        events=events,
-        state=true_state(status, job, jobs),
-        job_id=job_id,
-        job=job or NO_JOB,
-        measured=measured,
-        evaluated=evaluated,
+        run=run, status=status, events=events, state=true_state(status, job, jobs), job_id=job_id,
+        job=job or NO_JOB, measured=measured, evaluated=evaluated,
         checkpoint=newest[0] if newest else None,
-    )
+    )  # fmt: skip
 
 
 def true_state(
@@ -161,21 +152,22 @@ def last_measurements(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def show_table(views: Iterable[View]) -> None:
-    """Print one line for each run, in columns."""
-    rows = [COLUMNS, *(cells_of(view) for view in views)]
+    """Print one line for each run, of which there is at least one, in columns."""
+    cells = [cells_of(view) for view in views]
+    rows = [cells[0].keys(), *(row.values() for row in cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(padded).rstrip())
 
 
-def cells_of(view: View) -> list[str]:
-    """The cells of one run, in the order of COLUMNS."""
+def cells_of(view: View) -> dict[str, str]:
+    """The cells of one run by the titles of their columns, in order."""
     measured = view.measured
     loss = f"{measured['loss']:.3f}" if measured else NOTHING
     speed = f"{measured['tokens_per_second']:,.0f}" if measured else NOTHING
     is_of_slurm = bool(view.job_id) and not is_local_job(view.job_id)
-    cells = {
+    return {
         "RUN": view.run.path.name,
         "JOB": view.job_id if is_of_slurm else NOTHING,
         "SLURM": view.job.state or NOTHING,
@@ -187,7 +179,6 @@ def cells_of(view: View) -> list[str]:
         "RUN ETA": duration(view.seconds_left),
         "CHECKPOINT": newest_checkpoint(view),
     }
-    return [cells[column] for column in COLUMNS]
 
 
 def steps(view: View) -> str:
