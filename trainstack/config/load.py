@@ -10,7 +10,6 @@ from trainstack.config.problems import describe, known_prefix, suggestion
 from trainstack.config.schema import Config, SourceSection
 from trainstack.config.strict_yaml import read_yaml, to_values
 from trainstack.errors import ConfigError, shown
-from trainstack.storage.layout import absolute
 
 SHIPPED = Path(__file__).resolve().parents[2] / "config.yaml"
 OWN_OF_A_SOURCE = {"revision": "main", "subset": None}  # not as the first data set's
@@ -32,8 +31,7 @@ def load(path: Path, overrides: list[str]) -> Config:
         raise ConfigError(*without_echoes([*problems, *found])) from None
     if problems:
         raise ConfigError(*problems)
-    model = config.model.model_copy(update={"name": absolute(config.model.name)})
-    return config.model_copy(update={"model": model})
+    return config
 
 
 def add_shipped(values: dict, path: Path) -> None:

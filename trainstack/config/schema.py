@@ -42,6 +42,8 @@ def said(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(said)]
 Name = Annotated[Text, Field(min_length=1)]
+AssetName = Annotated[Name, AfterValidator(absolute)]  # of a model or a data set
+FilePath = Annotated[Name, AfterValidator(lambda path: str(Path(path).expanduser().resolve()))]
 
 
 class Section(BaseModel):
@@ -56,7 +58,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    name: Name
+    name: AssetName
     revision: Name
     init: Literal["scratch", "pretrained"]
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -65,7 +67,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """One data set; ``weight``: its share of the sequences, relative to the others' weights."""
 
-    name: Name
+    name: AssetName
     revision: Name
     subset: Name | None
     split: Name
@@ -76,22 +78,12 @@ class SourceSection(Section):
     columns: dict[Name, Name]
     learn: Literal["all", "last"]
     each_turn: bool
-    chat_template: Name | None
+    chat_template: FilePath | None
     chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
     special_tokens: Literal["text", "tokens"] | None
     split_on: Name | None
     max_bad_records: Annotated[int, Field(ge=0)]
     weight: PositiveFloat | None
-
-    @field_validator("name")
-    @classmethod
-    def make_absolute(cls, name: str) -> str:
-        return absolute(name)
-
-    @field_validator("chat_template")
-    @classmethod
-    def make_path_absolute(cls, path: str | None) -> str | None:
-        return path and str(Path(path).expanduser().resolve())
 
     @field_validator("chat_date")
     @classmethod
