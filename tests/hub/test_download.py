@@ -103,6 +103,8 @@ def test_a_pretrained_model_and_a_data_set_of_the_hub_train(checkout, hub, data,
     fetched = user(checkout, hub, "download_data_model.sh", *settings)
     assert fetched.returncode == 0, fetched.stderr
     assert "documents (text) -> " in fetched.stderr
+    submit = "bash submit.sh" + ("" if shutil.which("sbatch") else " --local")
+    assert f"or type next: {submit} model.name=org/tiny" in fetched.stderr
     run = f"run.name=hub-{data.split('/')[1]}"
     trained = user(checkout, hub, "submit.sh", "--local", run, "train.max_steps=10", *settings)
     assert trained.returncode == 0, trained.stdout + trained.stderr
