@@ -571,7 +571,7 @@ def test_of_the_hubs_conversion_a_subset_with_its_splits_arrives(server, home, f
         assert "has the subsets all, finance; set data.subset" in result.lines[0]
     result = fetch(*branch, "data.subset=finance", "data.split=train_sft")
     assert result.code == 0, result
-    assert "converted only the first part of it (finance/partial-train_sft" in result.lines[0]
+    assert "converted only the first part of it (finance/partial-train_sft" in result.lines[1]
     manifest = read_manifest(layout.dataset_folder(home, "org/hc3", "finance"))
     assert {split: [*map(Path, names)] for split, names in manifest["splits"].items()} == {
         "train_sft": [Path("finance/partial-train_sft/0000.parquet")],
@@ -1057,3 +1057,17 @@ def test_a_readme_that_wants_files_read_otherwise_is_refused(name, settings, sai
         return
     with pytest.raises(ConfigError, match=re.escape(said)):
         splits_of(settings, None, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [((), "split test, validation"), (("data.eval_split=validation",), "split test")],
+)
+def test_splits_that_are_there_and_not_used_are_named(tmp_path, call, settings, said):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("train", "validation", "test"):
+        (folder / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    result = call(f"data.name={folder}", *settings)
+    lines = [line for line in result.lines if "not used: split" in line]
+    assert [f"not used: {said} (data.split" in line for line in lines] == [True]

@@ -205,6 +205,8 @@ def collect_needed(
     else:
         wanted, facts = choose.choose_data(origin, asset.name, asset.subset)
         check_splits(asset, facts)
+        if others := [name for name in sorted(facts["splits"]) if name not in asset.splits]:
+            say(f"{asset}: not used: split {', '.join(others)} (data.split, data.eval_split)")
         unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
         if unused and not asset.subset:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
