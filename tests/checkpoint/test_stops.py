@@ -69,6 +69,7 @@ def test_generation_ends_where_turns_end_and_at_the_models_own_end(tmp_path):
         ([5, 0], [0], [5, 0]),
         (7, [0], [0]),  # w7, a word of the tokenizer
         ([0, 7, 95], [0, 6], [0, 6]),  # 95: a row of the model that the tokenizer does not have
+        ([7, -1], [0], [0]),
     ],
 )
 def test_the_models_own_ends_come_first_none_twice_and_no_words(

@@ -175,9 +175,9 @@ def own_ends(causal_lm: nn.Module) -> list[int]:
 def words(model_folder: Path, ids: set[int]) -> dict[int, str]:
     """Those ids that are no special tokens of the tokenizer, with what they are to it."""
     tokenizer = load_tokenizer(model_folder)
-    added = tokenizer.added_tokens_decoder
-    odd = sorted(number for number in ids if number not in added)
-    return {number: repr(tokenizer.decode([number])) for number in odd}
+    odd = sorted(ids - tokenizer.added_tokens_decoder.keys())
+    known = range(len(tokenizer))
+    return {n: repr(tokenizer.decode([n])) if n in known else "no token" for n in odd}
 
 
 def ends_at(odd: dict[int, str]) -> str:
