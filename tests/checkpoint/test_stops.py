@@ -80,7 +80,7 @@ def test_the_models_own_ends_come_first_none_twice_and_no_words(
     is_odd = not {*(own if isinstance(own, list) else [own])} <= {None, 0, 5, 6}
     assert ("7, which is 'w7'" in caplog.text) == is_odd
     notes = notes_on(tiny_llama(eos_token_id=own), tmp_path)
-    assert ["eos_token_id 7, which is 'w7'" in note for note in notes] == [True] * is_odd
+    assert ["7, which is 'w7'" in note for note in notes] == [True] * is_odd
 
 
 @pytest.mark.parametrize(
