@@ -303,11 +303,12 @@ def test_what_people_wrote_is_known_to_the_character(chat_with):
 
 @pytest.mark.parametrize("role", ["client", "Guide", "a b"])
 def test_a_role_that_the_template_does_not_name_is_an_error(role):
-    messages = [{"role": role, "content": "one"}, TWO_ROUNDS[1]]
-    with pytest.raises(DataError, match=f"message 1 is from {role}, a role that the chat template"):
+    messages = [{"role": role, "content": "one"}, {"role": "bard", "content": "two"}]
+    match = f"a:1: message 1 is from {role}, message 2 is from bard, which the chat template"
+    with pytest.raises(DataError, match=match):
         check_roles("a:1", messages, TEMPLATES["chatml"])
     named = TEMPLATES["chatml"].replace("{{ m.role }}", "{{ m.role if m.role != 'ROLE' else 5 }}")
-    check_roles("a:1", messages, named.replace("ROLE", role))
+    check_roles("a:1", [messages[0], TWO_ROUNDS[1]], named.replace("ROLE", role))
 
 
 def test_turns_that_begin_otherwise_than_the_last_are_counted(chat_with):

@@ -229,7 +229,7 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"messages": [{"role": "user"}]}, "message 1 of messages has no content"),
         (
             {"conversations": [{"from": "Bob", "value": "x"}]},
-            "message 1 is from Bob, a role that",
+            "message 1 is from Bob, which the",
         ),
         (
             {"conversations": [{"from": "gpt", "value": None}]},

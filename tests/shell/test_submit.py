@@ -472,8 +472,8 @@ def shorten_model(home: Path) -> None:
 
 
 INPUTS = [
-    (remove_model, "model tiny is not here yet"),
-    (remove_data, "data set tiny is not here yet"),
+    (remove_model, "model tiny is not in the project's folder yet"),
+    (remove_data, "data set tiny is not in the project's folder yet"),
     (remove_tokens, "the tokens of tiny are not ready"),
     (damage_tokens, "the tokens of tiny are not ready (train.bin: hash differs)"),
     (shorten_model, "model tiny is damaged"),
@@ -501,8 +501,9 @@ def test_inputs_that_do_not_fit_the_settings_are_named(site):
 def test_the_command_to_run_names_the_config_file_and_settings_that_it_needs(site):
     shutil.copy(site.checkout / "config.yaml", site.cwd / "my own.yaml")
     line = complaint(site.submit("--config", "my own.yaml", "model.name=org/x", "run.name=b"), 1)
-    assert "model org/x is not here yet" in line
-    assert line.endswith("; run: bash download_data_model.sh 'my own.yaml' model.name=org/x")
+    assert "model org/x is not in the project's folder yet" in line
+    command = "bash download_data_model.sh --config 'my own.yaml' model.name=org/x"
+    assert line.endswith(f"; run: {command}")
 
 
 def other_model(site, **changes) -> None:

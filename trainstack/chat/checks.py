@@ -16,14 +16,17 @@ class Dropped(DataError):
 
 
 def check_roles(location: str, messages: list[dict], template: str) -> None:
-    """DataError for a role that is none of ours, and that the template does not name."""
+    """DataError for roles that are none of ours, and that the template does not name."""
+    odd = {}
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
-            raise DataError(
-                f"{location}: message {number} is from {shown(role)}, a role that the chat "
-                f"template does not know; say what it is: data.columns={{user: {role}}}"
-            )
+            odd.setdefault(role, f"message {number} is from {shown(role)}")
+    if odd:
+        raise DataError(
+            f"{location}: {', '.join(odd.values())}, which the chat template does not know; say "
+            "who each is: data.columns={system: ITS_ROLE, user: ITS_ROLE, assistant: ITS_ROLE}"
+        )
 
 
 def check_shape(messages: list[dict], text: str) -> None:

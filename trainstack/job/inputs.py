@@ -32,7 +32,7 @@ def download_command(repository: Path, config_file: Path, overrides: list[str]) 
     """What fetches the inputs of this run: with its config file and its choice of inputs."""
     command = ["bash", "download_data_model.sh"]
     if config_file != repository / "config.yaml":
-        command.append(str(config_file))
+        command += ["--config", str(config_file)]
     command += [word for word in overrides if word.startswith(("model.", "data."))]
     return shlex.join(command)
 
@@ -78,7 +78,7 @@ def input_problem(
 def asset_problem(name: str, folder: Path, revision: str) -> str | None:
     """Why a model or a data set in its folder cannot be used."""
     if not (folder / MANIFEST).exists():
-        return f"{name} is not here yet"
+        return f"{name} is not in the project's folder yet"
     problem = next(damage(folder, TRUSTED_BY_SIZE), None)
     if problem:
         return f"{name} is damaged ({folder}: {problem})"
