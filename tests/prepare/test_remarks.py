@@ -112,10 +112,26 @@ def test_a_class_that_does_not_do_as_tokenizer_json_is_told_with_a_way_out(
 
 @pytest.mark.parametrize("more", [{}, {"system_prompt": "Be kind.", "id": 7}])
 def test_columns_that_nobody_reads_are_named(tmp_path, capsys, more):
-    records = {"train.jsonl": [*numbered(30), {"text": "one", **more}]}
+    records = {"train.jsonl": [*numbered(90) * 9, {"text": "one", **more}]}
     told = lines_from(tmp_path, capsys, words(), records, "data.eval_fraction=0")
-    said = [line for line in told if "columns that nothing reads" in line]
-    assert [": system_prompt, id" in line for line in said] == [True] * bool(more)
+    said = [line for line in told if "nothing reads these columns" in line]
+    assert [line.endswith(": id, system_prompt") for line in said] == [True] * bool(more)
+
+
+@pytest.mark.parametrize(("key", "is_told"), [("mask", True), ("mood", False), ("name", False)])
+def test_keys_of_turns_that_nobody_reads_are_named(tmp_path, capsys, key, is_told):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}{{ m.mood }}>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant{{ none }}>{% endif %}"
+    )
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    odd = [turns[0], {**turns[1], key: "three"}]
+    records = {"train.jsonl": [*[{"messages": turns}] * 300, {"messages": odd}]}
+    options = ("data.eval_fraction=0", "data.packing=best_fit", f"data.chat_template={template}")
+    told = lines_from(tmp_path, capsys, lines(), records, *options)
+    said = [line for line in told if "nothing reads these columns" in line]
+    assert [line.endswith(": turn.mask") for line in said] == [True] * is_told
 
 
 @pytest.mark.parametrize("is_behind", [True, False])

@@ -15,7 +15,7 @@ The key of the newest rules may be a link to the store that the rules before mad
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ REMARKS = {
     "shared_documents": "held-out documents are in the training split too, so their loss says "
     "little; take them out of one",
 }  # counts of which people are told, if they are not 0
+SHOWN = 8  # columns
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
 
@@ -78,6 +79,7 @@ class Counts:
     written_documents: int = 0  # plain ones that hold a special token, as text
     first_written: str = ""  # location and token of the first
     largest_id: int = 0  # of all tokens
+    unread: list[str] = field(default_factory=list)  # columns, and keys of turns
 
 
 def made_from(
@@ -184,3 +186,6 @@ class TokenStore:
             if count := getattr(self.counts, name):
                 yield f"{count:,} {text}"
         yield from self.meta.get("notes", ())
+        if unread := self.counts.unread:
+            more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
+            yield f"nothing reads these columns: {', '.join(unread[:SHOWN])}{more}"

@@ -6,11 +6,11 @@ assistant's turns, the completion.
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainstack.chat.checks import check_roles
+from trainstack.chat.checks import check_roles, unread_keys
 from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS, decoded, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
@@ -70,6 +70,7 @@ class Document:
     before: str = ""
     after: str = ""
     remarks: dict[str, int] = field(default_factory=dict)  # as a Rendered has them
+    unread: Set[str] = frozenset()  # keys of its turns that nothing reads
 
 
 def renamed(record: Any, section: SourceSection) -> Any:
@@ -256,8 +257,9 @@ def _rendered(
         raise DataError(f"{location}: {NOTHING_LEARNED}")
     parts = [learned[: at + 1] for at in range(len(learned))] if section.each_turn else [learned]
     made = (chat.render(location, messages, tools, part, section.each_turn) for part in parts)
+    unread = unread_keys(messages, chat.template_for(tools))
     return [
-        Document(location, text, ranges, written, is_rendered=True, remarks=remarks)
+        Document(location, text, ranges, written, True, remarks=remarks, unread=unread)
         for text, ranges, written, remarks in made
     ]
 

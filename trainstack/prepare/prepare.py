@@ -181,7 +181,7 @@ def write_store(
     meta = meta_of(home, model_name, section, tokenise)
     stop_ids, *others = encoder.ends_of_turns(splits[TRAIN]) if meta["template"] else ([], 0, "")
     meta["stop_ids"] = stop_ids
-    meta["notes"] = notes_on(section, model_folder, tokenise, data_files, *others)
+    meta["notes"] = notes_on(model_folder, tokenise, data_files, *others)
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
@@ -258,6 +258,7 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
             raise DataError(f"{reason}{more}")
         writer.leave_out(location, reason)
     writer.counts.empty_documents += found.empty
+    writer.counts.unread += sorted(found.unread - {*writer.counts.unread})
     for name, count in found.remarks.items():
         setattr(writer.counts, name, getattr(writer.counts, name) + count)
     writer.counts.written_documents += len(found.written)

@@ -88,6 +88,7 @@ class Tokenised:
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
     remarks: Counter = field(default_factory=Counter)  # counts under names of REMARKS
     written: list[str] = field(default_factory=list)  # plain documents: the first special token
+    unread: set[str] = field(default_factory=set)  # columns, and keys of turns
 
 
 @dataclass
@@ -159,6 +160,7 @@ class Tokeniser:
     def documents(self, task: Task, found: Tokenised) -> Iterator[tuple[Document, str]]:
         """Each document of a chunk with its split; what is none is noted in ``found``."""
         section = self.section
+        read = formats.columns_read(self.format, section)
         for location, record, part, split in self._records(task):
             try:
                 if isinstance(record, DataError):
@@ -170,6 +172,7 @@ class Tokeniser:
                 found.bad.append((location, str(error)))
                 continue
             found.empty += not documents
+            found.unread.update(record.keys() - read, *(d.unread for d in documents))
             whole = documents[-1].text if documents else ""
             if split is None:  # turns of one conversation are on one side
                 split = EVAL if is_held_out(whole, section.eval_fraction, part) else TRAIN

@@ -7,13 +7,11 @@ from pathlib import Path
 from trainstack.config.schema import DataSection
 from trainstack.data.store import TokenStore
 from trainstack.data.writer import BAD_RECORDS
-from trainstack.prepare import formats
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 from trainstack.prepare.tokenizer import tokens_of_file
 
 SPEAKER = "prepare"
 LOOKED_AT, COMPARED = 100, 5000  # the first records, and characters of a text
-SHOWN_COLUMNS = 8
 OTHER_TOKENS = (
     "transformers makes other tokens of it than tokenizer.json ({!r} for {!r}), and the model "
     "learns those; if it was trained with the others, write in its tokenizer_config.json: "
@@ -67,9 +65,8 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
 
 
 def notes_on(
-    section: DataSection, model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile],
-    unended: int, end: str,
-) -> list[str]:  # fmt: skip
+    model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile], unended: int, end: str
+) -> list[str]:
     """What nobody counts, of the first records and of the tokenizer.
 
     ``unended``: how many turns end with ``end``, where nothing stops the model.
@@ -80,23 +77,9 @@ def notes_on(
     texts = (document.text[:COMPARED] for document in itertools.islice(documents, LOOKED_AT))
     if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
         notes.append(OTHER_TOKENS.format(*tokens))
-    if unread := unread_columns(section, tokenise, data_files):
-        more = f" and {len(unread) - SHOWN_COLUMNS} more" if len(unread) > SHOWN_COLUMNS else ""
-        notes.append(f"columns that nothing reads: {', '.join(unread[:SHOWN_COLUMNS])}{more}")
     own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
     if after and tokenise.format in ("text", "prompt_completion"):
         notes.append(BEHIND_PROMPTS.format(" ".join(after)))
     if unended:
         notes.append(NO_END.format(unended, end, own_end))
     return notes
-
-
-def unread_columns(
-    section: DataSection, tokenise: Tokeniser, data_files: list[DataFile]
-) -> list[str]:
-    """The columns of the first records that the format does not read, in their order."""
-    tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
-    records = (record for _, chunk, _ in tasks for _, record in chunk.records())
-    first = [r for r in itertools.islice(records, LOOKED_AT) if isinstance(r, dict)]
-    read = formats.columns_read(tokenise.format, section)
-    return [key for key in dict.fromkeys(key for r in first for key in r) if key not in read]
