@@ -118,7 +118,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path, capsys, more):
     assert [line.endswith(": id, system_prompt") for line in said] == [True] * bool(more)
 
 
-@pytest.mark.parametrize(("key", "is_told"), [("mask", True), ("mood", False), ("name", False)])
+@pytest.mark.parametrize(("key", "is_told"), [("mask", True), ("mood", False), ("name", True)])
 def test_keys_of_turns_that_nobody_reads_are_named(tmp_path, capsys, key, is_told):
     template = tmp_path / "template.jinja"
     template.write_text(
@@ -131,7 +131,7 @@ def test_keys_of_turns_that_nobody_reads_are_named(tmp_path, capsys, key, is_tol
     options = ("data.eval_fraction=0", "data.packing=best_fit", f"data.chat_template={template}")
     told = lines_from(tmp_path, capsys, lines(), records, *options)
     said = [line for line in told if "nothing reads these columns" in line]
-    assert [line.endswith(": turn.mask") for line in said] == [True] * is_told
+    assert [line.endswith(f": turn.{key}") for line in said] == [True] * is_told
 
 
 @pytest.mark.parametrize("is_behind", [True, False])

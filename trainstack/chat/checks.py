@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from trainstack.chat.marks import CALL, REASONING, Marked, Piece, Rendering
-from trainstack.chat.messages import KNOWN_KEYS, KNOWN_ROLES
+from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
 
@@ -27,12 +27,6 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
             f"{location}: {', '.join(odd.values())}, which the chat template does not know; say "
             "who each is: data.columns={system: ITS_ROLE, user: ITS_ROLE, assistant: ITS_ROLE}"
         )
-
-
-def unread_keys(messages: list[dict], template: str) -> set[str]:
-    """The keys of turns that neither we nor the template know, as ``turn.KEY``."""
-    keys = {key for message in messages for key in message.keys() - KNOWN_KEYS}
-    return {f"turn.{key}" for key in keys if not re.search(rf"\b{re.escape(key)}\b", template)}
 
 
 def check_shape(messages: list[dict], text: str) -> None:

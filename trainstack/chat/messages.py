@@ -17,7 +17,7 @@ ROLES = {  # of ShareGPT, LLaMA-Factory, OpenAssistant, older interfaces of Open
 }  # fmt: skip
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 CALL_ROLES = ("function_call", "tool_call")  # their text is a call, as JSON
-KNOWN_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+KNOWN_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id"}
 MARKS = (  # of a turn: whether it is learned
     "weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight",
 )  # fmt: skip

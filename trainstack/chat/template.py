@@ -18,6 +18,7 @@ from trainstack.chat.checks import (
     unnamed,
 )
 from trainstack.chat.marks import TEXT, Marked, Rendering, invitation
+from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
 from trainstack.config.schema import DataSection
@@ -199,6 +200,20 @@ class Chat:
         }
         places = sorted(place for places in whole.places.values() for place in places)
         return Rendered(text, ranges, merged(places), {k: v for k, v in remarks.items() if v})
+
+    def unread(self, messages: list[dict], tools: list | None) -> set[str]:
+        """The keys of turns without which the template writes the same text, as turn.KEY."""
+        template, found = self.template_for(tools), set()
+        keys = {key for message in messages for key in message.keys() - KNOWN_KEYS}
+        for way, given in variants(messages, tools, template) if keys else ():
+            with contextlib.suppress(DataError):  # another way is right
+                text = self._written(template, given, way, False)
+                for key in keys:
+                    without = [{k: v for k, v in m.items() if k != key} for m in way]
+                    if self._written(template, given, without, False) == text:
+                        found.add(f"turn.{key}")
+                break
+        return found
 
     def _ignored(self, template: str, messages: list[dict], tools: list | None, text: str) -> int:
         """How many tools the model is not told of; one that a call names may still be such."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trainstack.chat.checks import check_roles, unread_keys
+from trainstack.chat.checks import check_roles
 from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS, decoded, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
@@ -257,7 +257,7 @@ def _rendered(
         raise DataError(f"{location}: {NOTHING_LEARNED}")
     parts = [learned[: at + 1] for at in range(len(learned))] if section.each_turn else [learned]
     made = (chat.render(location, messages, tools, part, section.each_turn) for part in parts)
-    unread = unread_keys(messages, chat.template_for(tools))
+    unread = chat.unread(messages, tools)
     return [
         Document(location, text, ranges, written, True, remarks=remarks, unread=unread)
         for text, ranges, written, remarks in made
