@@ -355,3 +355,9 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(chat_with, tmp_path,
     who = "the model's chat template" if is_own else f"data.chat_template={file}"
     with pytest.raises(ConfigError, match=f"^{who}: line 2 is no Jinja .*; correct it$"):
         chat.load()
+
+
+def test_white_space_of_a_person_makes_no_turn_begin_otherwise(chat_with):
+    chat = chat_with(TEMPLATES["chatml"].replace(" | trim", ""))
+    spaced = [TWO_ROUNDS[0], {"role": "assistant", "content": " one"}, *TWO_ROUNDS[2:]]
+    assert chat.render("a:1", spaced, None).remarks == {}

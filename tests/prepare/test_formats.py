@@ -351,3 +351,14 @@ def test_a_column_that_no_format_has_is_refused_with_the_nearest():
         ConfigError, match=r"data.columns=.nonsense: foo.: no format has nonsense; w"
     ):
         formats.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))
+
+
+@pytest.mark.parametrize("own", ["response", "answers"])
+def test_a_mapping_to_a_column_that_is_not_there_is_named(own):
+    mapped = section(columns={"completion": own, "system": "setup"})
+    record = {"prompt": "q", "response ": "a"}
+    match = (
+        rf"a:1: data.columns=\{{completion: {own}\}}, but the record has: prompt, 'response '; name"
+    )
+    with pytest.raises(DataError, match=match):
+        formats.recognise("a:1", record, mapped)

@@ -351,7 +351,7 @@ def test_a_config_file_is_found_from_the_folder_of_the_user(site):
     result = site.submit("--config", "my own.yaml", "run.name=other")
     assert result.stdout == "4711\n", result.stderr
     assert "my own.yaml ok" in result.stderr
-    assert (site.home / "runs" / "other" / "config.yaml").exists()
+    assert (site.shared / "trainstack" / "runs" / "other" / "config.yaml").exists()
 
 
 def test_a_second_submit_is_refused_while_the_job_of_the_first_waits(site):
@@ -698,3 +698,17 @@ def test_a_local_run_takes_the_gpus_that_it_may_see(site, smi, visible, processe
     assert result.returncode == 0, result.stderr
     (call,) = site.commands.calls("torchrun")
     assert f"--nproc-per-node={processes}" in call
+
+
+@pytest.mark.parametrize(
+    ("visible", "more", "processes"),
+    [("0,1,2", {}, 3), ("", {}, 2), ("", {"NPROC_PER_NODE": "5"}, 5)],
+)
+def test_a_batch_that_the_processes_of_this_machine_cannot_share_is_known_at_once(
+    site, visible, more, processes
+):
+    batch = ["train.global_batch_size=8", "train.micro_batch_size=8"]
+    result = site.submit("--local", *batch, CUDA_VISIBLE_DEVICES=visible, **more)
+    line = complaint(result, 2)
+    assert "train.global_batch_size=8" in line and f"{processes} processes" in line
+    assert not (site.shared / "trainstack" / "runs").exists()

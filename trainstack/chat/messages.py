@@ -92,7 +92,7 @@ def learned_mark(message: dict) -> bool:
     marks = {key: message.pop(key) for key in MARKS if key in message}
     for key, value in marks.items():
         if value not in (0, 1):
-            raise ValueError(f"has {key}: {shown(value)}; write 0 or 1, false or true")
+            raise ValueError(f"has {key}: {value!r}; write 0 or 1, false or true, without quotes")
     return all(marks.values())
 
 

@@ -34,8 +34,8 @@ REMARKS = {
     UNNAMED: "tool calls that the template writes without their name",
     UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
     "writes it",
-    UNEVEN: "turns that the template begins otherwise than a last one, such as without an empty "
-    "thought; data.each_turn=true writes each as at inference",
+    UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
+    "without an empty thought; data.each_turn=true learns each as it is asked",
 }
 NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
 
@@ -287,7 +287,7 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
         own = [n for n, piece in enumerate(marked.pieces) if piece.message == number]
         places = [first for n in own for first, _ in whole.places.get(n, ())]
         if turn.is_asked and places and marked.pieces[own[0]].kind == TEXT:
-            begins.append(whole.text[turn.first : min(places)])
+            begins.append(whole.text[turn.first : min(places)].strip())  # space may be a person's
     return sum(begin != begins[-1] for begin in begins)
 
 

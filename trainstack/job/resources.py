@@ -72,7 +72,7 @@ def _number(text: str) -> int | None:
     return int(last) if last.isdigit() else None
 
 
-def check_batch(config: Config, resources: Resources, is_local: bool, processes: str) -> None:
+def check_batch(config: Config, resources: Resources, processes: str) -> None:
     """ConfigError if the global batch cannot be spread over the job's processes.
 
     ``processes``: NPROC_PER_NODE of the environment, as text; empty if it is not set.
@@ -82,7 +82,8 @@ def check_batch(config: Config, resources: Resources, is_local: bool, processes:
             f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"
         )
     per_node = int(processes) if processes else resources.processes_per_node
-    if is_local or None in (resources.nodes, resources.gpus_per_node, per_node):
+    if per_node == 0 and resources.gpus_per_node is not None:
+        per_node = resources.gpus_per_node or 2
+    if resources.nodes is None or not per_node:
         return  # train.py checks it as well, when it knows
-    per_node = per_node or resources.gpus_per_node or 2
     config.batch_plan(resources.nodes * per_node)

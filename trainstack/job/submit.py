@@ -7,8 +7,9 @@ model that it tries for the first time (model/proof.py).
 
 import argparse
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainstack.checkpoint import names
@@ -93,8 +94,9 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     home, config_file, overrides = request.home, request.config_file, request.overrides
     run = RunFolder(layout.run_folder(home, config.run.name))
     resources = read_resources(request.repository / "train.slurm", request.sbatch_options)
-    processes = os.environ.get("NPROC_PER_NODE", "")
-    check_batch(config, resources, request.is_local, processes)
+    if request.is_local:
+        resources = replace(resources, nodes=1, gpus_per_node=local_gpus())
+    check_batch(config, resources, os.environ.get("NPROC_PER_NODE", ""))
     wanted = os.environ.get("TRAINSTACK_FAULT", "")
     if faults.parse(wanted):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
@@ -125,6 +127,14 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     else:
         say(f"{resources} | code and config kept in {run.path}/code")
     return "ready", run
+
+
+def local_gpus() -> int | None:
+    """GPUs of this machine that a job would use, as job.sh counts them; None: only it can know."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len(visible.split(",")) if visible else 0
+    return None if shutil.which("nvidia-smi") else 0
 
 
 def say(text: str) -> None:

@@ -107,6 +107,10 @@ def recognise(location: str, record: Any, section: SourceSection) -> str:
     if fitting:
         names = " and ".join(fitting)
         raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
+    for ours, own in section.columns.items() if isinstance(given, dict) else ():
+        if own not in given and ours in our_columns("auto", section) - {*KNOWN_ROLES}:
+            wrong = f"data.columns={{{ours}: {own}}}, but {_has(given)}"
+            raise DataError(f"{location}: {wrong}; name one of these")
     if hint := _odd_shape(given):
         raise DataError(f"{location}: {_has(given)}; {hint}")
     known = ", ".join("+".join(needed) for needed in COLUMNS.values())
@@ -160,7 +164,8 @@ def text_column(record: Any, section: SourceSection) -> str:
 
 def _has(record: Any) -> str:
     if isinstance(record, dict):
-        return f"the record has: {', '.join(map(str, record))}"
+        names = (name if str(name).split() == [name] else repr(name) for name in record)
+        return f"the record has: {', '.join(names)}"
     return f"the record is a {type(record).__name__}"
 
 
@@ -198,10 +203,8 @@ def _text(location: str, record: dict, column: str, is_optional: bool = False) -
         return ""
     if isinstance(value, str):
         return value
-    what, found = "no text", ""
-    if column in record:
-        kind = "null" if value is None else type(value).__name__
-        what, found = "no string", f" but {kind}"
+    kind = "null" if value is None else type(value).__name__
+    what, found = ("no string", f" but {kind}") if column in record else ("no text", "")
     setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
     raise DataError(f"{location}: {what} in {setting}{found}; {_has(record)}")
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from trainstack.storage import layout
 from trainstack.storage.files import read_object
 
 MOST_TURNS = 100_000  # that are looked at for what ends them
-SHOWN_TOKENS = 12  # of the end of a turn
+SHOWN_TOKENS, SHOWN_TURNS = 12, 100  # of the end of a turn, and of which turns
 RARE_END = 0.01  # share of turns; what ends fewer is not taken for an end of turns
 
 
@@ -219,7 +220,7 @@ class Encoder:
     def ends_of_turns(self, split: Split) -> tuple[list[int], int, str]:
         """The tokens that end what is learned in conversations, where generating has to stop.
 
-        Then how many turns end with none, and the end of the first of them; 0 for a rare few.
+        Then how many turns end with none, and what the first of them end with; 0 for a rare few.
         """
         stops = split.spans[:MOST_TURNS, 1]
         lasts = split.ids[stops - 1]
@@ -229,8 +230,9 @@ class Encoder:
         others = stops[~np.isin(lasts, ends)]
         if len(others) < max(1, RARE_END * len(lasts)):
             return ends, 0, ""
-        last = split.ids[max(0, others[0] - SHOWN_TOKENS) : others[0]].tolist()
-        text = self.tokenizer.decode(last, skip_special_tokens=False)
+        lasts = [split.ids[max(0, o - SHOWN_TOKENS) : o].tolist() for o in others[:SHOWN_TURNS]]
+        texts = self.tokenizer.decode_batch(lasts, skip_special_tokens=False)
+        text = os.path.commonprefix([text[::-1] for text in texts])[::-1]  # what all end with
         return ends, len(others), (TAG.findall(text) or [text])[-1][-SHOWN_TOKENS:]
 
     def cut(self, text: str) -> tuple[int, int, int] | None:
