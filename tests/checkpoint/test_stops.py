@@ -97,6 +97,13 @@ def test_a_row_of_the_embedding_that_is_not_learned_is_told_if_texts_use_it(tmp_
     assert any("no gradient" in note for note in notes_on(model, tmp_path)) == is_told
 
 
+def test_what_is_no_number_is_no_end(tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["7", null, 8]}')
+    (note,) = notes_on(tiny_llama(), tmp_path)
+    assert "eos_token_id 8, which is 'w8' to its tokenizer" in note
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_no_file_of_a_checkpoint_stops_at_a_word(tmp_path, name):
     found = small_files(tiny_llama(eos_token_id=7), tmp_path, [0], None)

@@ -158,3 +158,20 @@ def test_turns_that_end_with_no_token_of_their_own_are_told(tmp_path, capsys, en
     told = lines_from(tmp_path, capsys, lines(), records, *options)
     said = [line for line in told if "which is no token of its own" in line]
     assert [f"30 turns end with {end!r}" in line for line in said] == [True] * is_told
+
+
+@pytest.mark.parametrize("is_bytes", [True, False])
+@pytest.mark.parametrize("alphabet", ["letters", "all"])
+def test_characters_that_vanish_are_counted(tmp_path, capsys, is_bytes, alphabet):
+    made = Tokenizer(models.BPE())  # without a token for what it does not know
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = split if is_bytes else pre_tokenizers.WhitespaceSplit()
+    every = pre_tokenizers.ByteLevel.alphabet() if is_bytes else [*"twoне"]
+    trainer = BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=every if alphabet == "all" else []
+    )
+    made.train_from_iterator(["one two"] * 9, trainer)
+    records = {"train.jsonl": [{"text": "one two"}] * 20 + [{"text": "one не two е"}] * 5}
+    told = lines_from(tmp_path, capsys, made, records, "data.eval_fraction=0")
+    said = [line for line in told if "characters are lost" in line]
+    assert [": 15 characters" in line for line in said] == [True] * (alphabet == "letters")

@@ -138,4 +138,4 @@ def as_learned(name: str, content: bytes, ends: list[int], has_template: bool) -
 def ends_in(settings: dict[str, Any]) -> list[int]:
     """The ids of the tokens at which a model stops, by its settings, which name one or several."""
     ends = settings.get("eos_token_id")
-    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]

@@ -47,6 +47,8 @@ REMARKS = {
     "the prompt ends otherwise; take white space away where they meet",
     "unknown_tokens": "tokens stand for what the tokenizer does not know; choose a model made for "
     "such texts",
+    "lost_characters": "characters are lost, for the tokenizer has no token that they could be of; "
+    "choose a model made for such texts",
     "shared_documents": "held-out documents are in the training split too, so their loss says "
     "little; take them out of one",
 }  # counts of which people are told, if they are not 0
@@ -75,6 +77,7 @@ class Counts:
     uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
     merged_answers: int = 0  # that begin within a token
     unknown_tokens: int = 0  # the tokenizer's own for what it does not know
+    lost_characters: int = 0  # for which there is no token, not even one for what is not known
     shared_documents: int = 0  # held out, and in the training split too
     written_documents: int = 0  # plain ones that hold a special token, as text
     first_written: str = ""  # location and token of the first

@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,34 @@ class Encoder:
             remarks = {
                 "merged_answers": merged,
                 "unknown_tokens": int((ids == self._unknown_id).sum()),
+                "lost_characters": self._lost_in(document.text) if self._alphabet else 0,
             }
             if not document.is_rendered:
                 meant, flags = self._whole(document, meant, flags)
             yield document, Encoded(meant, flags, written, remarks, problem)
+
+    @functools.cached_property
+    def _alphabet(self) -> set[str]:
+        """The characters of its tokens, if others would get lost; empty if none can."""
+        from tokenizers import models, pre_tokenizers
+
+        model = self.tokenizer.model
+        if not isinstance(model, models.BPE) or model.unk_token or model.byte_fallback:
+            return set()
+        found = {*"".join(self.tokenizer.get_vocab())}
+        return set() if {*pre_tokenizers.ByteLevel.alphabet()} <= found else found
+
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - there is one for a preparation
+    def _is_lost(self, sign: str) -> bool:
+        """Whether a character has no token. One that its pre-tokenizer takes away is not meant."""
+        normalizer, splitter = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        text = normalizer.normalize_str(sign) if normalizer else sign
+        pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
+        return not {*"".join(pieces)} <= self._alphabet
+
+    def _lost_in(self, text: str) -> int:
+        text = self._pattern.sub("", text)
+        return sum(text.count(sign) for sign in {*text} if self._is_lost(sign))
 
     def ends_of_turns(self, split: Split) -> tuple[list[int], int, str]:
         """The tokens that end what is learned in conversations, where generating has to stop.
@@ -287,24 +311,6 @@ class Encoder:
                 "choose another model.name; data.special_tokens=text keeps special tokens as text"
             )
         return None
-
-
-def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
-    """Where tokenizer.json makes other tokens of a text than ``tokenizer``: the first, of both.
-
-    A class of transformers that a tokenizer_config.json names may have rules of its own.
-    """
-    from tokenizers import Tokenizer
-
-    if not (model_folder / "tokenizer.json").exists():
-        return None
-    both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
-    for text in texts:
-        pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
-        for ours, theirs in zip(*pair, strict=False):
-            if ours != theirs:
-                return ours, theirs
-    return None
 
 
 def special_ids(tokenizer) -> dict[str, int]:

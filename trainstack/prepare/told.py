@@ -2,13 +2,13 @@
 
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainstack.config.schema import DataSection
 from trainstack.data.store import TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
-from trainstack.prepare.tokenizer import tokens_of_file
 
 SPEAKER = "prepare"
 LOOKED_AT, COMPARED = 100, 5000  # the first records, and characters of a text
@@ -83,3 +83,21 @@ def notes_on(
     if unended:
         notes.append(NO_END.format(unended, end, own_end))
     return notes
+
+
+def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
+    """Where tokenizer.json makes other tokens of a text than ``tokenizer``: the first, of both.
+
+    A class of transformers that a tokenizer_config.json names may have rules of its own.
+    """
+    from tokenizers import Tokenizer
+
+    if not (model_folder / "tokenizer.json").exists():
+        return None
+    both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    for text in texts:
+        pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
+        for ours, theirs in zip(*pair, strict=False):
+            if ours != theirs:
+                return ours, theirs
+    return None
