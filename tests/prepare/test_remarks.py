@@ -175,3 +175,12 @@ def test_characters_that_vanish_are_counted(tmp_path, capsys, is_bytes, alphabet
     told = lines_from(tmp_path, capsys, made, records, "data.eval_fraction=0")
     said = [line for line in told if "characters are lost" in line]
     assert [": 15 characters" in line for line in said] == [True] * (alphabet == "letters")
+
+
+def test_what_a_tokenizer_was_saved_with_cuts_and_fills_nothing(tmp_path, capsys):
+    made = words()
+    made.enable_truncation(2)
+    made.enable_padding(length=40)
+    told = lines_from(tmp_path, capsys, made, {"train.jsonl": numbered(90)}, "data.eval_fraction=0")
+    assert not any("other tokens" in line for line in told)
+    assert any("90 documents (text) -> 360 tokens" in line for line in told)

@@ -95,6 +95,8 @@ def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple
     if not (model_folder / "tokenizer.json").exists():
         return None
     both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    both[1].no_truncation()
+    both[1].no_padding()
     for text in texts:
         pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
         for ours, theirs in zip(*pair, strict=False):
