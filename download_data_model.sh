@@ -111,7 +111,7 @@ run() {
 # A job reads the config file, so values that were only given here must be given to it as well.
 tell_next_step() {
   local submit="bash submit.sh" given
-  command -v sbatch >/dev/null || submit+=" --local"  # as on a machine of one's own
+  command -v sbatch >/dev/null || submit+=" --local" # as on a machine of one's own
   if [[ "$CONFIG" != "$HERE/config.yaml" ]]; then submit+=" --config $(printf '%q' "$CONFIG")"; fi
   if ((${#OVERRIDES[@]} == 0)) || [[ "$(resolved)" == "$(resolved "${OVERRIDES[@]}")" ]]; then
     log "ready; next: $submit"
