@@ -71,7 +71,8 @@ def test_tokens_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys, t
     told = lines_from(tmp_path, capsys, words(), records, "data.eval_fraction=0")
     number = 30 * len([word for word in text.split() if word not in tiny.WORDS])
     said = [line for line in told if "for what the tokenizer does not know" in line]
-    assert [f": {number} tokens are the unknown token" in line for line in said] == [True] * bool(number)
+    told_all = [f": {number} tokens are the unknown token" in line for line in said]
+    assert told_all == [True] * bool(number)
 
 
 @pytest.mark.parametrize("number", [4, 0])
