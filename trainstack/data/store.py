@@ -45,8 +45,8 @@ REMARKS = {
     **template.REMARKS,
     "merged_answers": "answers begin within a token that the prompt begins, so that at inference "
     "the prompt ends otherwise; take white space away where they meet",
-    "unknown_tokens": "tokens are the unknown token, for what the tokenizer does not know; choose a "
-    "model made for such texts",
+    "unknown_tokens": "tokens are the unknown token, for what the tokenizer does not know; choose "
+    "a model made for such texts",
     "lost_characters": "characters are lost, for the tokenizer has no token that they could be of; "
     "choose a model made for such texts",
     "shared_documents": "held-out documents are in the training split too, so their loss says "
