@@ -10,13 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import (
-    Dropped,
-    check_pieces,
-    check_shape,
-    check_turn,
-    unnamed,
-)
+from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
 from trainstack.chat.marks import TEXT, Marked, Rendering, invitation
 from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn

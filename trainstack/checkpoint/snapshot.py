@@ -122,20 +122,19 @@ def as_learned(name: str, content: bytes, ends: list[int], has_template: bool) -
     Changed as JSON: transformers 5 refuses to save settings that contradict each other once one is
     changed.
     """
-    settings = json.loads(content)
-    known = ends_in(settings)
+    before = json.loads(content)
+    settings, known = dict(before), ends_in(before.get("eos_token_id"))
     is_odd = not {*known} <= {*ends}  # for those who read config.json alone
     if (name == GENERATION and {*known} != {*ends}) or (name == CONFIG and is_odd):
         settings["eos_token_id"] = ends
     settings.pop("auto_map", None)  # names code that was not run, and that is not here
     if has_template:
         settings.pop("chat_template", None)
-    if settings == json.loads(content):
+    if settings == before:
         return content
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def ends_in(settings: dict[str, Any]) -> list[int]:
-    """The ids of the tokens at which a model stops, by its settings, which name one or several."""
-    ends = settings.get("eos_token_id")
+def ends_in(ends: Any) -> list[int]:
+    """The ids in an eos_token_id of a model's settings, which may name one, several or none."""
     return [n for n in (ends if isinstance(ends, list) else [ends]) if isinstance(n, int)]

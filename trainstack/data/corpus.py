@@ -8,7 +8,7 @@ import numpy as np
 from trainstack.checkpoint.names import kept_stores
 from trainstack.config.schema import Config
 from trainstack.data.split import Split
-from trainstack.data.store import TokenStore, find_store
+from trainstack.data.store import PLAIN, TokenStore, find_store
 from trainstack.errors import ConfigError
 
 
@@ -51,8 +51,7 @@ class Corpus:
         self.sizes = [store.train.num_samples for store in stores.values()]
         metas = [store.meta for store in stores.values()]
         ends = (number for m in metas for number in (m["end_id"], *m.get("stop_ids", ())))
-        plain = ("text", "prompt_completion")
-        self.is_chat = all(m.get("template") and m["format"] not in plain for m in metas)
+        self.is_chat = all(m.get("template") and m["format"] not in PLAIN for m in metas)
         self.ends = list(dict.fromkeys(ends))
         self.chat_template = next(filter(None, (m.get("chat_template") for m in metas)), None)
 

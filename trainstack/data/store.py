@@ -52,6 +52,7 @@ REMARKS = {
     "shared_documents": "held-out documents are in the training split too, so their loss says "
     "little; take them out of one",
 }  # counts of which people are told, if they are not 0
+PLAIN = ("text", "prompt_completion")  # formats that no chat template writes
 SHOWN = 8  # columns
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 

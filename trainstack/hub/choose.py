@@ -153,7 +153,7 @@ def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
 
     ConfigError if a file is not in the safetensors format, or settings are no JSON object.
     """
-    for name in {*OBJECTS} & {*names}:
+    for name in [name for name in OBJECTS if name in names]:
         read_object(origin.folder / name)
     weights = [name for name in names if name.endswith(".safetensors")]
     shapes = [shape for n in weights for shape in shapes_of(origin.folder / n).values()]

@@ -159,8 +159,9 @@ def ends_of(causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]) ->
 
     What of its own is a word of the tokenizer, and no end, is left out, which is logged.
     """
-    known = own_ends(causal_lm)
-    odd = {*known} - {*learned} and words(model_folder, {*known} - {*learned})
+    known, odd = own_ends(causal_lm), {}
+    if unknown := {*known} - {*learned}:
+        odd = words(load_tokenizer(model_folder), unknown)
     if odd:
         log.warning("model: %s; the checkpoints do not stop there", ends_at(odd))
     return list(dict.fromkeys([*(number for number in known if number not in odd), *learned]))
@@ -169,12 +170,11 @@ def ends_of(causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]) ->
 def own_ends(causal_lm: nn.Module) -> list[int]:
     """The ids of the tokens at which a model says that it stops."""
     settings = causal_lm.generation_config if causal_lm.can_generate() else causal_lm.config
-    return ends_in({"eos_token_id": settings.eos_token_id})
+    return ends_in(settings.eos_token_id)
 
 
-def words(model_folder: Path, ids: set[int]) -> dict[int, str]:
+def words(tokenizer: Any, ids: set[int]) -> dict[int, str]:
     """Those ids that are no special tokens of the tokenizer, with what they are to it."""
-    tokenizer = load_tokenizer(model_folder)
     odd = sorted(ids - tokenizer.added_tokens_decoder.keys())
     known = range(len(tokenizer))
     return {n: repr(tokenizer.decode([n])) if n in known else "no token" for n in odd}
@@ -187,14 +187,14 @@ def ends_at(odd: dict[int, str]) -> str:
 
 def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
     """Lines on tokens that are others to its tokenizer; nothing if that cannot be loaded."""
-    ends = own_ends(causal_lm) + ends_in(read_object(model_folder / GENERATION))
-    notes = []
+    generation = read_object(model_folder / GENERATION)
+    ends, notes = own_ends(causal_lm) + ends_in(generation.get("eos_token_id")), []
     row = getattr(causal_lm.get_input_embeddings(), "padding_idx", None)
     with contextlib.suppress(ConfigError):  # preparing the data says it
-        if odd := words(model_folder, {*ends}):
+        tokenizer = load_tokenizer(model_folder)
+        if odd := words(tokenizer, {*ends}):
             notes.append(f"{ends_at(odd)}; its checkpoints will not stop there")
-        is_text = row is not None and (row in ends or words(model_folder, {row}))
-        if is_text:
+        if row is not None and (row in ends or words(tokenizer, {row})):
             notes.append(
                 f"its pad_token_id={row} stands in texts, and torch gives that row of its "
                 "embedding no gradient; take pad_token_id out of its config.json"

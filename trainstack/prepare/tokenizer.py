@@ -254,8 +254,8 @@ class Encoder:
         others = stops[~np.isin(lasts, ends)]
         if len(others) < max(1, RARE_END * len(lasts)):
             return ends, 0, ""
-        lasts = [split.ids[max(0, o - SHOWN_TOKENS) : o].tolist() for o in others[:SHOWN_TURNS]]
-        texts = self.tokenizer.decode_batch(lasts, skip_special_tokens=False)
+        tails = [split.ids[max(0, o - SHOWN_TOKENS) : o].tolist() for o in others[:SHOWN_TURNS]]
+        texts = self.tokenizer.decode_batch(tails, skip_special_tokens=False)
         text = os.path.commonprefix([text[::-1] for text in texts])[::-1]  # what all end with
         return ends, len(others), (TAG.findall(text) or [text])[-1][-SHOWN_TOKENS:]
 

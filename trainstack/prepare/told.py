@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainstack.config.schema import DataSection
-from trainstack.data.store import TokenStore
+from trainstack.data.store import PLAIN, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 
@@ -17,7 +17,6 @@ OTHER_TOKENS = (
     "learns those; if it was trained with the others, write in its tokenizer_config.json: "
     '"tokenizer_class": "PreTrainedTokenizerFast"'
 )
-
 BEHIND_PROMPTS = (
     "at inference its tokenizer puts {} behind a prompt, and after it the model has learned to "
     "begin another text; take it away from prompts"
@@ -78,7 +77,7 @@ def notes_on(
     if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
         notes.append(OTHER_TOKENS.format(*tokens))
     own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
-    if after and tokenise.format in ("text", "prompt_completion"):
+    if after and tokenise.format in PLAIN:
         notes.append(BEHIND_PROMPTS.format(" ".join(after)))
     if unended:
         notes.append(NO_END.format(unended, end, own_end))

@@ -63,7 +63,7 @@ def read_chunks(path: Path, wanted: Wanted = ALL) -> Iterator[Chunk]:
         yield from READERS[suffix](path, wanted)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 at byte {error.start}; convert the file") from None
-    except (EOFError, OSError, zlib.error, csv.Error) as error:
+    except (EOFError, OSError, zlib.error) as error:
         if getattr(error, "errno", None):
             error.filename = error.filename or str(path)
             raise

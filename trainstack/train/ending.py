@@ -53,11 +53,9 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
 
         _, newest = newest_checkpoint(run.checkpoints)
         tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
-        text, stopped = answer(
-            strategy.causal_lm, tokenizer, section.sample_prompt, is_chat,
-            ends_in(read_object(newest / GENERATION)), section.sample_tokens,
-            attempt.config.run.seed,
-        )  # fmt: skip
+        ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
+        seed = attempt.config.run.seed
+        text, stopped = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed)
         text = f"{section.sample_prompt} -> {text}" if is_chat else text
         log.info("sample  %s", text.replace("\n", "\\n"))
         end = (

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from trainstack.config.batch import IGNORED_LABEL
+from trainstack.config.schema import EvalSection
 from trainstack.data.feed import Batch, Feed
 from trainstack.distributed import World, any_rank
 
@@ -62,34 +63,27 @@ def evaluate(
 
 @torch.no_grad()
 def answer(
-    causal_lm: nn.Module,
-    tokenizer,
-    prompt: str,
-    is_chat: bool,
-    ends: list[int],
-    most: int,
-    seed: int,
+    causal_lm: nn.Module, tokenizer, section: EvalSection, is_chat: bool, ends: list[int], seed: int
 ) -> tuple[str, int | None]:
-    """What the model says after a prompt, and after how many tokens it stopped; None: it did not.
+    """What the model says to eval.sample_prompt, and after how many tokens it stopped.
 
-    Drawn with a fixed seed. ``is_chat``: the prompt is a question, else the beginning of a text.
-    ``ends``: tokens at which it stops; ``most``: tokens at which it is stopped.
+    None: it was stopped at eval.sample_tokens. Drawn with a fixed seed. ``is_chat``: the prompt is
+    a question, else the beginning of a text. ``ends``: tokens at which it stops.
     """
     causal_lm.eval()
     torch.manual_seed(seed)
     if is_chat:
-        question = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        question = [{"role": "user", "content": section.sample_prompt}]
+        asked = {"add_generation_prompt": True, "return_dict": True}
+        ids = tokenizer.apply_chat_template(question, **asked)["input_ids"]
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer(section.sample_prompt)["input_ids"]
         ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=most,
+        max_new_tokens=section.sample_tokens,
         do_sample=True,
         temperature=0.8,
         top_k=50,
