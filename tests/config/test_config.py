@@ -69,6 +69,10 @@ FILES = {
         changed("name: demo ", 'name: !!python/object/apply:os.system ["touch CANARY"] '),
         r"config\.yaml:8: run\.name: the tag .*python/object/apply:os\.system is not allowed",
     ),
+    "a sign taken for a comment": (
+        changed("  split_on: null", "  split_on: ###"),
+        r"config\.yaml:\d+: data\.split_on: no value but a comment, ###.*; quote it if # is part",
+    ),
     "a section as a number": (changed("log:\n", "log: 5\nlog2:\n"), None),
 }
 
@@ -175,6 +179,21 @@ def test_all_problems_are_told_at_once():
 def test_every_way_to_write_a_number_is_one(text):
     loaded = load(tiny.ROOT / "config.yaml", [f"optim.learning_rate={text}"])
     assert loaded.optim.learning_rate == float(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["###", "a #b", "---", "--- b", "...", "***", "&a", "!", "%", "|", ">", "? x", "- x", "  "],
+)
+def test_a_text_on_the_command_line_is_whole(text):
+    loaded = load(tiny.ROOT / "config.yaml", [f"data.split_on={text}"])
+    assert loaded.data.split_on == text
+
+
+@pytest.mark.parametrize("text", ["'###'", '"###"', " '###' "])
+def test_quotes_on_the_command_line_are_as_in_the_file(text):
+    loaded = load(tiny.ROOT / "config.yaml", [f"data.split_on={text}"])
+    assert loaded.data.split_on == "###"
 
 
 def test_a_thousand_may_be_written_with_an_underscore():

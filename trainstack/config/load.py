@@ -65,16 +65,32 @@ def apply_overrides(values: dict, locations: dict[str, str], overrides: list[str
         if not isinstance(target, dict):
             problems.append(f"{location}: no such key; {suggestion(dotted)}")
             continue
-        try:
-            node = yaml.compose(text, Loader=yaml.BaseLoader)
-            value = to_values(node, dotted, "command line", {}, problems) if node else None
-        except yaml.YAMLError:  # a text such as "a: b: c"
-            value = text
+        node = whole_node(text)
+        value = to_values(node, dotted, "command line", {}, problems) if node else text or None
         target[last] = value
         for replaced in [key for key in locations if key.startswith(f"{dotted}.")]:
             del locations[replaced]
         locations[dotted] = location
     return problems
+
+
+def whole_node(text: str) -> yaml.Node | None:
+    """The value that YAML reads in a text; None if it takes a part of it for something else.
+
+    Such as a comment (###), a document's beginning (---), an anchor (&a), a block (|).
+    """
+    text = text.strip()
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:  # "a: b: c", say
+        return None
+    if node is None or (node.start_mark.index, node.end_mark.index) != (0, len(text)):
+        return None
+    if isinstance(node, yaml.ScalarNode):
+        is_whole = node.value == text if node.style is None else node.style in "'\""
+    else:
+        is_whole = node.flow_style
+    return node if is_whole else None
 
 
 def complete_mixture(values: dict) -> None:

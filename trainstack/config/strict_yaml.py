@@ -67,6 +67,11 @@ def to_values(node: yaml.Node, key: str, file: str, locations: dict, problems: l
         problems.append(f"{location}: {key}: the tag {tag} is not allowed; write a plain value")
         return None
     if isinstance(node, yaml.ScalarNode):
+        end = node.end_mark
+        rest = end.buffer[end.index :].partition("\n")[0].strip(" \r\0")
+        if not node.value and node.style is None and rest.startswith("#"):
+            fix = "quote it if # is part of the value, else write null"
+            problems.append(f"{location}: {key}: no value but a comment, {shown(rest)}; {fix}")
         return scalar(node.value) if node.style is None else node.value
     if isinstance(node, yaml.SequenceNode):
         return [to_values(item, key, file, locations, problems) for item in node.value]
