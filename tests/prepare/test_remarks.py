@@ -12,6 +12,8 @@ from trainstack.prepare import prepare
 from trainstack.storage import layout
 
 UNKNOWN = "<unk>"
+JOINED = r"\s*\n+|[^\s]+|\s"  # ends of lines are one token
+GPT_2 = r"\s+(?!\S)|\s+|[^\s]+"  # but for the last, which is before what follows
 TEXT = "one two three 2023 650841823 one\n\ntwo\n\nthree\n"
 
 
@@ -23,7 +25,7 @@ def words():
     return made
 
 
-def lines(pattern: str = r"\s*\n+|[^\s]+|\s"):
+def lines(pattern: str = JOINED):
     """A byte-level tokenizer that joins the ends of lines."""
     made = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -33,7 +35,7 @@ def lines(pattern: str = r"\s*\n+|[^\s]+|\s"):
     trainer = BpeTrainer(
         vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    made.train_from_iterator([TEXT] * 9, trainer)
+    made.train_from_iterator([f"{TEXT}\n"] * 9, trainer)
     return made
 
 
@@ -84,15 +86,21 @@ def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, n
     assert [f": {number} held-out documents" in line for line in said] == [True] * bool(number)
 
 
-@pytest.mark.parametrize(("prompt", "answer", "is_merged"), [
-    ("one\n", "\ntwo", True), ("one", "\n\ntwo", False), ("one ", "two", False),
+@pytest.mark.parametrize("filler", ["", "two three\n" * 900], ids=["short", "long"])
+@pytest.mark.parametrize(("pattern", "prompt", "answer", "others"), [
+    (JOINED, "one\n", "\ntwo", True), (JOINED, "one", "\n\ntwo", False),
+    (JOINED, "one ", "two", False), (JOINED, "one\n\n", "two", False),
+    (GPT_2, "one\n\n", "two", True), (GPT_2, "one\n", "two", False),
 ])  # fmt: skip
-def test_answers_that_begin_within_a_token_are_counted(tmp_path, capsys, prompt, answer, is_merged):
-    records = {"train.jsonl": [{"prompt": prompt, "completion": answer}] * 30}
+def test_prompts_that_end_otherwise_before_an_answer_are_counted(
+    tmp_path, capsys, filler, pattern, prompt, answer, others
+):
+    records = {"train.jsonl": [{"prompt": filler + prompt, "completion": answer}] * 3}
     options = ("data.eval_fraction=0", "data.packing=best_fit")
-    told = lines_from(tmp_path, capsys, lines(), records, *options)
-    said = [line for line in told if "begin within a token" in line]
-    assert [": 30 answers" in line for line in said] == [True] * is_merged
+    made = lines(pattern)
+    told = lines_from(tmp_path, capsys, made, records, *options)
+    said = [line for line in told if "end with other tokens" in line]
+    assert [": 3 prompts" in line for line in said] == [True] * others
 
 
 @pytest.mark.parametrize(

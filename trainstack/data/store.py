@@ -43,8 +43,8 @@ SINCE_VERSION_3 = {
 }  # fmt: skip
 REMARKS = {
     **template.REMARKS,
-    "merged_answers": "answers begin within a token that the prompt begins, so that at inference "
-    "the prompt ends otherwise; take white space away where they meet",
+    "merged_answers": "prompts end with other tokens when their answers follow than alone, as at "
+    "inference; take white space away where they meet",
     "unknown_tokens": "tokens are the unknown token, for what the tokenizer does not know; choose "
     "a model made for such texts",
     "lost_characters": "characters are lost, for the tokenizer has no token that they could be of; "
@@ -76,7 +76,7 @@ class Counts:
     unnamed_calls: int = 0  # of tools, without the name
     unasked_turns: int = 0  # without the generation prompt of inference before them
     uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
-    merged_answers: int = 0  # that begin within a token
+    merged_answers: int = 0  # before which a prompt ends with other tokens than alone
     unknown_tokens: int = 0  # the tokenizer's own for what it does not know
     lost_characters: int = 0  # for which there is no token, not even one for what is not known
     shared_documents: int = 0  # held out, and in the training split too

@@ -1,6 +1,6 @@
 """Long texts as tokens in parts that overlap, with the tokens of the whole."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -106,21 +106,45 @@ def joined(arrays: list, dtype) -> np.ndarray:
 
 
 def learned_tokens(
-    offsets: Sequence | np.ndarray, learned: Ranges | None, ids: np.ndarray, special: Set[int]
-) -> tuple[Flags, int]:
+    tokenizer, text: str, ids: np.ndarray, offsets: Sequence | np.ndarray, learned: Ranges | None,
+    special: np.ndarray,
+) -> tuple[Flags, int]:  # fmt: skip
     """Per token, whether it is, at least in part, in one of the ranges of characters; bool.
 
     Not a special token that begins before a range: with ``rstrip`` it takes the white space behind
-    it, and is still what the model is given. Also how many ranges begin within another token.
+    it, and is still what the model is given. Also before how many ranges the text has other tokens
+    than it has without what follows, as at inference.
     """
     if learned is None:
         return None, 0
     offsets = np.array(offsets).reshape(-1, 2)
-    flags, merged = np.zeros(len(ids), bool), 0
+    flags, others = np.zeros(len(ids), bool), 0
+    is_special = np.isin(ids, special)
     for first, last in learned:
         begin = np.searchsorted(offsets[:, 1], first, "right")
         if begin < len(ids) and offsets[begin, 0] < first:
-            is_given = int(ids[begin]) in special
-            begin, merged = begin + is_given, merged + (not is_given)
+            begin += is_special[begin]
+        others += not is_prompt(tokenizer, text, ids[:begin], offsets, is_special, first)
         flags[begin : np.searchsorted(offsets[:, 0], last, "left")] = True
-    return flags, merged
+    return flags, others
+
+
+def is_prompt(
+    tokenizer, text: str, ids: np.ndarray, offsets: np.ndarray, is_special: np.ndarray, stop: int
+) -> bool:
+    """Whether the text up to ``stop`` ends with the same tokens if nothing follows it.
+
+    ``ids``: the tokens before that place. Looks at what follows the last special token, or at the
+    last SAME characters.
+    """
+    specials = np.flatnonzero(is_special[: len(ids)])
+    first = specials[-1] if len(specials) else 0
+    cuts = offsets[: len(ids), 0]
+    if len(ids) and stop - cuts[first] > OVERLAP:
+        first = np.searchsorted(cuts, stop - OVERLAP, "right") - 1
+    start = int(cuts[first]) if len(ids) else 0
+    alone, places = part(tokenizer, text, start, stop)
+    if first and not is_special[first]:  # the first tokens may be others than in the whole
+        first = np.searchsorted(cuts, stop - SAME)
+        alone = alone[np.searchsorted(places[:, 0], stop - SAME) :]
+    return np.array_equal(ids[first:], alone)

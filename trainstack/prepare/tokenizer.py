@@ -185,9 +185,9 @@ class Encoder:
         self.tokenizer.encode_special_tokens = is_text
         texts = [self._marked(d) if is_text and d.written is not None else d.text for d, _ in run]
         needs_offsets = any(document.learned for document, _ in run)  # a quarter of the speed
-        tokenizer, special = self.tokenizer, {*self._special.values()}
+        tokenizer, special = self.tokenizer, [*self._special.values()]
         if is_text and any(d.written for d, _ in run):
-            special |= {*np.flatnonzero(np.isin(self._marks[1], [*special])).tolist()}
+            special += np.flatnonzero(np.isin(self._marks[1], special)).tolist()
         encode_batch = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
         whole = zip(texts, run, strict=True)
         short = [
@@ -206,11 +206,11 @@ class Encoder:
                 encoding = next(encodings)
                 ids = np.array(encoding.ids, np.int32)
                 offsets = encoding.offsets if document.learned else ()
-            flags, merged = learned_tokens(offsets, document.learned, ids, special)
+            flags, others = learned_tokens(tokenizer, text, ids, offsets, document.learned, special)
             meant = ids if text is document.text else self._marks[1][ids]
             problem = self._problem(document, written, ids, meant)
             remarks = {
-                "merged_answers": merged,
+                "merged_answers": others,
                 "unknown_tokens": int((ids == self._unknown_id).sum()),
                 "lost_characters": self._lost_in(document.text) if self._alphabet else 0,
             }
