@@ -14,6 +14,7 @@ from trainstack.config.schema import DataSection
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import formats
 from trainstack.prepare.tokenizer import Encoder
+from trainstack.records import columns
 
 END = "<|im_end|>"
 SPECIAL = [END, "<|im_start|>"]
@@ -82,7 +83,7 @@ def chats(tmp_path_factory):
 def test_each_format_of_the_settings_can_be_built_and_recognised():
     settings = get_args(DataSection.model_fields["format"].annotation)
     assert {*settings} == {"auto", "text", *formats.BUILDERS}
-    assert formats.BUILDERS.keys() == formats.COLUMNS.keys()
+    assert formats.BUILDERS.keys() == columns.COLUMNS.keys()
 
 
 def section(**changes) -> SimpleNamespace:
@@ -92,7 +93,7 @@ def section(**changes) -> SimpleNamespace:
 
 
 def documents(record: dict, chat: Chat, **changes) -> list[formats.Document]:
-    name = formats.recognise("a.jsonl:1", record, section(**changes))
+    name = columns.recognise("a.jsonl:1", record, section(**changes))
     return formats.to_documents("a.jsonl:1", record, name, section(**changes), chat)
 
 
@@ -258,9 +259,20 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"id;text": "0;one"}, "the record has: id;text; columns of a .csv are separated by comm"),
         (
             {"dialog": [{"who": "a", "said": "b"}] * 2},
-            "if dialog holds turns, write data.columns=",
+            "if dialog holds turns, write 'data.columns=",
         ),
-        ({"dialog": TURNS}, "say where its turns are: data.columns={messages: dialog}"),
+        ({"dialog": TURNS}, "say where its turns are: 'data.columns={messages: dialog}'"),
+        ({"TEXT": "a", "id": 1}, "write data.text_field=TEXT$"),
+        ({"story": "a"}, "write data.text_field=story$"),
+        ({"question": "a", "answer": "b", "id": 1}, r"\{prompt: question, completion: answer}'$"),
+        ({"prompt": "a", "response ": "b"}, "write 'data.columns={completion: \"response \"}'$"),
+        (
+            {"instruction": "a", "context": "", "response": "b"},
+            "write 'data.columns={output: response, input: context}'$",
+        ),
+        ({"input_ids": [1], "labels": [1]}, "tokens are made here, .*: bring the texts"),
+        ({"text": b"a\xff"}, "text is not UTF-8 at byte 1"),
+        ({"text": ["a"]}, "but list; the record has: text; write a string there"),
         ({"data": [{"text": "a"}, {"text": "b"}]}, "write the list data alone, an array of rec"),
     ],
 )
@@ -319,7 +331,7 @@ def test_an_example_of_the_page_gives_what_the_page_says(chats, name, record, ex
     assert chat.template
     chat._tokenizer.chat_template = CHATML
     record = json.loads(record)
-    assert formats.recognise("a", record, section()) == name
+    assert columns.recognise("a", record, section()) == name
     [document] = documents(record, chat)
     text, end = document.text, "" if document.is_rendered else "<|endoftext|>"
     ranges = [(0, len(text))] if document.learned is None else document.learned
@@ -344,21 +356,19 @@ def test_the_names_of_roles_may_be_the_datas_own(chats, who):
 
 
 def test_a_column_that_no_format_has_is_refused_with_the_nearest():
-    formats.check_columns(section(columns={"messages": "x", "role": "y", "user": "z", "text": "t"}))
+    columns.check_columns(section(columns={"messages": "x", "role": "y", "user": "z", "text": "t"}))
     with pytest.raises(ConfigError, match="no format has mesages, did you mean messages"):
-        formats.check_columns(section(columns={"mesages": "dialogue"}))
+        columns.check_columns(section(columns={"mesages": "dialogue"}))
     with pytest.raises(
-        ConfigError, match=r"data.columns=.nonsense: foo.: no format has nonsense; w"
+        ConfigError, match=r"'data.columns=.nonsense: foo.': no format has nonsense; w"
     ):
-        formats.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))
+        columns.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))
 
 
 @pytest.mark.parametrize("own", ["response", "answers"])
 def test_a_mapping_to_a_column_that_is_not_there_is_named(own):
     mapped = section(columns={"completion": own, "system": "setup"})
     record = {"prompt": "q", "response ": "a"}
-    match = (
-        rf"a:1: data.columns=\{{completion: {own}\}}, but the record has: prompt, 'response '; name"
-    )
+    match = rf"a:1: 'data.columns=\{{completion: {own}\}}', but the record has: prompt, 'response '"
     with pytest.raises(DataError, match=match):
-        formats.recognise("a:1", record, mapped)
+        columns.recognise("a:1", record, mapped)

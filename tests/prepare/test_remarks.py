@@ -109,7 +109,7 @@ def test_prompts_that_end_otherwise_before_an_answer_are_counted(
 def test_a_class_that_does_not_do_as_tokenizer_json_is_told_with_a_way_out(
     tmp_path, capsys, named, differs
 ):
-    records = {"train.jsonl": [{"text": TEXT}] * 30}
+    records = {"train.jsonl": [{"text": f"{tiny.END} {TEXT}"}] * 30}
     made = lines(r"\d|\s*\n+|[^\s\d]+|\s")  # each digit apart, which GPT-2 does not
     told = lines_from(
         tmp_path, capsys, made, records, "data.eval_fraction=0", tokenizer_class=named

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
@@ -16,10 +17,12 @@ from trainstack.config.load import load
 from trainstack.data import writer
 from trainstack.data.store import TokenStore, store_folder
 from trainstack.errors import DataError
-from trainstack.prepare import formats, prepare
+from trainstack.prepare import prepare
+from trainstack.prepare.formats import to_documents
 from trainstack.prepare.held_out import is_held_out
 from trainstack.records import chunks
 from trainstack.records.chunks import Wanted
+from trainstack.records.columns import columns_read
 from trainstack.records.readers import is_readable, read_chunks
 from trainstack.storage import layout, manifest
 
@@ -253,7 +256,7 @@ def test_a_column_that_nobody_reads_may_hold_anything(tmp_path, kind):
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
     table = pyarrow.table({"crawled": YEAR_10000, "text": ["one", "two"]})
     write_table(path, table, kind == "stream")
-    [chunk] = read_chunks(path, Wanted(formats.columns_read("auto", AS_SHIPPED)))
+    [chunk] = read_chunks(path, Wanted(columns_read("auto", AS_SHIPPED)))
     records = [record for _, record in chunk.records()]
     assert records == [{"text": text, "crawled": None} for text in ("one", "two")]
     with pytest.raises(DataError, match=r"no column body; it has: crawled, text; .*text_field"):
@@ -275,6 +278,28 @@ def test_rows_of_arrow_reach_a_process_alone(tmp_path, monkeypatch):
     assert [r["text"] for chunk in found for _, r in chunk.records()] == texts
     assert all(len(pickle.dumps(chunk)) < 20_000 for chunk in found)
     assert [c.first for c in found] == [1, *(chunk.stop for chunk in found[:-1])]
+
+
+TEXTS = pyarrow.array(["one", "one", "zwölf"])
+COLUMNS = {
+    "large": TEXTS.cast(pyarrow.large_string()),
+    "view": TEXTS.cast(pyarrow.string_view()),
+    "binary": TEXTS.cast(pyarrow.binary()),
+    "dictionary": TEXTS.dictionary_encode(),
+    "runs": pyarrow.compute.run_end_encode(TEXTS),  # not in parquet
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{c}.{suffix}" for c in COLUMNS for suffix in ("parquet", "arrow")][:-2] + ["runs.arrow"],
+)
+def test_texts_of_a_table_are_alike_in_every_type(tmp_path, name):
+    path = tmp_path / name
+    write_table(path, pyarrow.table({"text": COLUMNS[path.stem]}))
+    [chunk] = read_chunks(path, Wanted({"text"}))
+    made = [to_documents("a", r, "text", AS_SHIPPED, None)[0].text for _, r in chunk.records()]
+    assert made == TEXTS.to_pylist()
 
 
 ONE_LINE = b'{"text": "x"}\n'

@@ -25,7 +25,7 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
     if odd:
         raise DataError(
             f"{location}: {', '.join(odd.values())}, which the chat template does not know; say "
-            "who each is: data.columns={system: ITS_ROLE, user: ITS_ROLE, assistant: ITS_ROLE}"
+            "who each is: 'data.columns={system: ITS_ROLE, user: ITS_ROLE, assistant: ITS_ROLE}'"
         )
 
 

@@ -64,7 +64,7 @@ def message_of(turn: dict) -> tuple[dict, bool]:
     content = message.pop("value", None) if content is None else content
     if not isinstance(who, str):
         has = ", ".join(map(str, turn))
-        fix = "say which it is: data.columns={role: ITS_KEY, content: ITS_KEY}"
+        fix = "say which it is: 'data.columns={role: ITS_KEY, content: ITS_KEY}'"
         raise ValueError(f"has no role; the turn has: {has}; {fix}")
     role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else who)
     is_learned = learned_mark(message)

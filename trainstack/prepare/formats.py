@@ -4,32 +4,18 @@ Of a ``text`` all tokens carry loss, of the other formats only what the model ha
 assistant's turns, the completion.
 """
 
-import difflib
-import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainstack.chat.checks import check_roles
-from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS, decoded, messages_of, tools_of
+from trainstack.chat.messages import KNOWN_ROLES, decoded, messages_of, tools_of
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
-from trainstack.errors import ConfigError, DataError
+from trainstack.errors import DataError
 from trainstack.records.chunks import Part
+from trainstack.records.columns import CHAT_COLUMNS, advice, has, renamed
 
-COLUMNS = {  # what makes a record one of a format; text is recognised by data.text_field
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-}
-CHAT_COLUMNS = ("messages", "conversations", "conversation")  # each with turns of either shape
-MORE_COLUMNS = {  # that a format reads where they are there
-    "messages": (*CHAT_COLUMNS, "system", "tools", "functions"),
-    "sharegpt": (*CHAT_COLUMNS, "system", "tools", "functions"),
-    "prompt_completion": ("system", "tools", "functions"),
-    "alpaca": ("input", "system", "history"),
-}
 # The prompts of Stanford Alpaca's train.py (Taori and others, 2023), with an input and without.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -43,7 +29,6 @@ ALPACA_WITHOUT_INPUT = (
 NOTHING_LEARNED = (
     "no token of it carries loss, for no assistant says anything; fix it, or leave it out"
 )
-IN_TURNS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name")
 # Named by a format itself; any other column that is read is data.text_field.
 FIXED_COLUMNS = {"prompt", "completion", "instruction", "input", "output", "system"}
 
@@ -73,102 +58,6 @@ class Document:
     unread: Set[str] = frozenset()  # keys of its turns that nothing reads
 
 
-def renamed(record: Any, section: SourceSection) -> Any:
-    """A record with its columns under our names, as data.columns says."""
-    if not section.columns or not isinstance(record, dict):
-        return record
-    taken = {*section.columns.values()}
-    rest = {key: value for key, value in record.items() if key not in taken}
-    return rest | {ours: record[own] for ours, own in section.columns.items() if own in record}
-
-
-def check_columns(section: SourceSection) -> None:
-    """ConfigError if data.columns maps what no format reads."""
-    known = {*our_columns("auto", section), *IN_TURNS, *MARKS, *THOUGHTS, *KNOWN_ROLES}
-    if odd := sorted(section.columns.keys() - known):
-        near = difflib.get_close_matches(odd[0], known, 1)
-        raise ConfigError(
-            f"data.columns={{{odd[0]}: {section.columns[odd[0]]}}}: no format has {odd[0]}"
-            f"{f', did you mean {near[0]}?' if near else ''}; write our name first, then the data's"
-        )
-
-
-def recognise(location: str, record: Any, section: SourceSection) -> str:
-    """The format of a record by its columns. DataError if none or several fit."""
-    given, record = record, renamed(record, section)
-    columns = record.keys() if isinstance(record, dict) else ()
-    fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
-    if "conversation" in columns and not fitting:
-        fitting.append("sharegpt")
-    if section.text_field in columns:
-        fitting.insert(0, "text")
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        names = " and ".join(fitting)
-        raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
-    for ours, own in section.columns.items() if isinstance(given, dict) else ():
-        if own not in given and ours in our_columns("auto", section) - {*KNOWN_ROLES}:
-            wrong = f"data.columns={{{ours}: {own}}}, but {_has(given)}"
-            raise DataError(f"{location}: {wrong}; name one of these")
-    if hint := _odd_shape(given):
-        raise DataError(f"{location}: {_has(given)}; {hint}")
-    known = ", ".join("+".join(needed) for needed in COLUMNS.values())
-    raise DataError(
-        f"{location}: no text in data.text_field={section.text_field}, nor any of {known}; "
-        f"{_has(given)}; name its column as data.text_field, or map it: "
-        "data.columns={messages: ITS_NAME}"
-    )
-
-
-def _odd_shape(record: Any) -> str:
-    """What to do with a record that no column of it can help; empty if one may."""
-    if isinstance(record, list):
-        return 'write an object with its turns: {"conversations": [...]}'
-    if not isinstance(record, dict):
-        return ""
-    if len(record) == 1 and re.search("[;\t]", next(iter(record))):
-        return "columns of a .csv are separated by commas; write it again with commas"
-    lists = [key for key, value in record.items() if isinstance(value, list) and len(value) > 1]
-    whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
-    if not whole:
-        return ""
-    columns = record[whole][0].keys()
-    if {"role", "from"} & columns:
-        return f"say where its turns are: data.columns={{messages: {whole}}}"
-    if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
-        return f"write the list {whole} alone, an array of records"
-    return (
-        f"if {whole} holds turns, write data.columns={{messages: {whole}, role: ITS_KEY, content: "
-        "ITS_KEY}; if it holds records, write that list alone"
-    )
-
-
-def our_columns(name: str, section: SourceSection) -> set[str]:
-    """The columns that the format ``name``, or auto, may read, under our names."""
-    names = COLUMNS if name == "auto" else {name} - {"text"}
-    read = {column for n in names for column in (*COLUMNS[n], *MORE_COLUMNS[n])}
-    return read | ({section.text_field} if name in ("auto", "text") else set())
-
-
-def columns_read(name: str, section: SourceSection) -> set[str]:
-    """The columns of a record that the format ``name``, or auto, may read; no other one matters."""
-    return {section.columns.get(column, column) for column in our_columns(name, section)}
-
-
-def text_column(record: Any, section: SourceSection) -> str:
-    """The column that holds the text of a plain document; in a .txt data.columns finds no other."""
-    own = section.columns.get(section.text_field)
-    return own if isinstance(record, dict) and own in record else section.text_field
-
-
-def _has(record: Any) -> str:
-    if isinstance(record, dict):
-        names = (name if str(name).split() == [name] else repr(name) for name in record)
-        return f"the record has: {', '.join(names)}"
-    return f"the record is a {type(record).__name__}"
-
-
 def to_documents(
     location: str, record: Any, name: str, section: SourceSection, chat: Chat,
     part: Part | None = None,
@@ -179,7 +68,7 @@ def to_documents(
     text it is; none of them is empty.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{location}: {_has(record)}, not an object; write one with the columns")
+        raise DataError(f"{location}: {has(record)}, not an object; write one with the columns")
     record = renamed(record, section)
     if name == "text":
         text = _text(location, record, section.text_field)
@@ -201,12 +90,18 @@ def _text(location: str, record: dict, column: str, is_optional: bool = False) -
     value = record.get(column)
     if value is None and is_optional:
         return ""
+    if isinstance(value, bytes):  # parquet of tools that do not say that a column is text
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{location}: {column} is not UTF-8 at byte {error.start}") from None
     if isinstance(value, str):
         return value
     kind = "null" if value is None else type(value).__name__
     what, found = ("no string", f" but {kind}") if column in record else ("no text", "")
     setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
-    raise DataError(f"{location}: {what} in {setting}{found}; {_has(record)}")
+    fix = "write a string there, or leave the record out" if found else advice(record)
+    raise DataError(f"{location}: {what} in {setting}{found}; {has(record)}; {fix}")
 
 
 def check_text(location: str, text: str) -> None:
@@ -272,7 +167,7 @@ def _conversation(
 ) -> list[Document]:
     column = next((name for name in CHAT_COLUMNS if name in record), None)
     if column is None:
-        raise DataError(f"{location}: no {', '.join(CHAT_COLUMNS)}; {_has(record)}")
+        raise DataError(f"{location}: no {', '.join(CHAT_COLUMNS)}; {has(record)}")
     turns = _with_columns(record[column], section)
     return _rendered(location, record, *messages_of(location, turns, column), section, chat)
 

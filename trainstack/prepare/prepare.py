@@ -33,7 +33,7 @@ from trainstack.data.store import (
 )
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
-from trainstack.prepare import demo, earlier, formats
+from trainstack.prepare import demo, earlier
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,
@@ -47,6 +47,7 @@ from trainstack.prepare.tokenise import (
 from trainstack.prepare.tokenizer import check_vocabulary, load_encoder
 from trainstack.prepare.told import SPEAKER, describe, notes_on, say
 from trainstack.processes import end_on_interrupt
+from trainstack.records.columns import check_columns
 from trainstack.storage import files, layout, manifest
 
 FEW_BYTES = 4 << 20  # of data, for which one process is enough
@@ -158,7 +159,7 @@ def write_store(
     model_folder = layout.model_folder(home, model_name)
     encoder = load_encoder(home, model_name, section.special_tokens)
     data_files = data_files_of(home, section)
-    formats.check_columns(section)
+    check_columns(section)
     chat = Chat.of(model_folder, section)
     form = format_of(data_files, section) if section.format == "auto" else section.format
     if form != "text":

@@ -24,12 +24,12 @@ from trainstack.config.schema import DataSection
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.writer import TokenBatch
 from trainstack.errors import DataError
-from trainstack.prepare import formats
-from trainstack.prepare.formats import Document
+from trainstack.prepare.formats import NOTHING_LEARNED, Document, to_documents
 from trainstack.prepare.held_out import Boundary, is_held_out
 from trainstack.prepare.long_texts import Flags
 from trainstack.prepare.tokenizer import Encoder
 from trainstack.records.chunks import Chunk, Part, Wanted
+from trainstack.records.columns import columns_read, recognise, text_column
 from trainstack.records.readers import read_chunks, split_files
 from trainstack.storage import layout
 
@@ -52,13 +52,13 @@ def data_files_of(home: Path, section: DataSection) -> list[DataFile]:
 def format_of(data_files: list[DataFile], section: DataSection) -> str:
     """The format of the first record that has one. DataError beyond data.max_bad_records."""
     failed, last = 0, None
-    wanted = Wanted(formats.columns_read("auto", section))
+    wanted = Wanted(columns_read("auto", section))
     for _, chunk, _ in tasks_from(data_files, wanted, [0, 1]):
         for location, record in chunk.records():
             try:
                 if isinstance(record, DataError):
                     raise record
-                return formats.recognise(location, record, section)
+                return recognise(location, record, section)
             except DataError as error:
                 failed, last = failed + 1, error
                 if failed > section.max_bad_records:
@@ -105,7 +105,7 @@ class Tokeniser:
     @property
     def wanted(self) -> Wanted:
         """What is to be read of a file."""
-        columns = formats.columns_read(self.format, self.section)
+        columns = columns_read(self.format, self.section)
         return Wanted(columns, self._end_of_piece, is_one=not self.section.split_on)
 
     def _end_of_piece(self, text: str) -> tuple[int, int, int] | None:
@@ -130,7 +130,7 @@ class Tokeniser:
             for (document, last), (_, tokens) in zip(group, encoded, strict=True):
                 reason = tokens.problem
                 if tokens.flags is not None and not tokens.flags[1:].any():
-                    reason = reason or f"{document.location}: {formats.NOTHING_LEARNED}"
+                    reason = reason or f"{document.location}: {NOTHING_LEARNED}"
                 if reason and chunk.part:  # the other parts cannot be left out too
                     raise DataError(reason)
                 if reason:
@@ -160,14 +160,12 @@ class Tokeniser:
     def documents(self, task: Task, found: Tokenised) -> Iterator[tuple[Document, str]]:
         """Each document of a chunk with its split; what is none is noted in ``found``."""
         section = self.section
-        read = formats.columns_read(self.format, section)
+        read = columns_read(self.format, section)
         for location, record, part, split in self._records(task):
             try:
                 if isinstance(record, DataError):
                     raise record
-                documents = formats.to_documents(
-                    location, record, self.format, section, self.chat, part
-                )
+                documents = to_documents(location, record, self.format, section, self.chat, part)
             except DataError as error:
                 found.bad.append((location, str(error)))
                 continue
@@ -186,14 +184,14 @@ class Tokeniser:
         for location, record in self._split(chunk.records()):
             pieces = [(record, chunk.part, given)]
             if self.boundary:
-                column = formats.text_column(record, self.section)
+                column = text_column(record, self.section)
                 pieces = self.boundary.divide(file, location, record, chunk.part, column)
             yield from ((location, *piece) for piece in pieces)
 
     def _split(self, records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
         """Records, texts as data.split_on divides them; what is empty is left out."""
         for location, record in records:
-            column = formats.text_column(record, self.section)
+            column = text_column(record, self.section)
             text = record.get(column) if self._sign and isinstance(record, dict) else None
             if not isinstance(text, str):
                 yield location, record

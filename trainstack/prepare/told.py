@@ -96,6 +96,7 @@ def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple
     both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     both[1].no_truncation()
     both[1].no_padding()
+    both[1].encode_special_tokens = tokenizer.encode_special_tokens  # told elsewhere
     for text in texts:
         pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
         for ours, theirs in zip(*pair, strict=False):

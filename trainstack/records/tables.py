@@ -6,6 +6,7 @@ from pathlib import Path
 from trainstack.errors import DataError, first_line
 from trainstack.records import chunks
 from trainstack.records.chunks import Chunk, Wanted
+from trainstack.records.columns import advice
 
 CHUNK_ROWS = 10_000  # whose sizes say little where texts are repeated
 
@@ -61,11 +62,20 @@ def read_arrow(path: Path, wanted: Wanted) -> Iterator[Chunk]:
                 rows = min(max(1, rows), CHUNK_ROWS)
                 for start in range(0, batch.num_rows, rows):
                     part = batch.slice(start, rows)
-                    part = part.take(pyarrow.array(range(len(part))))  # pickled: not as the whole
-                    yield Chunk(path.name, "row", first, part, unread)
+                    yield Chunk(path.name, "row", first, _apart(part), unread)
                     first += len(part)
     except pyarrow.ArrowException as error:
         raise _not_whole(path, "arrow", error) from None
+
+
+def _apart(part):
+    """The rows of a slice with memory of their own: pickled, a slice takes all of its batch."""
+    import pyarrow
+
+    try:
+        return part.take(pyarrow.array(range(len(part))))
+    except pyarrow.ArrowNotImplementedError:  # views of strings, runs of equal values
+        return pyarrow.RecordBatch.from_pylist(part.to_pylist())
 
 
 def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tuple[str, ...]]:
@@ -74,11 +84,14 @@ def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tu
     read = [column for column in names if is_all or column in wanted.columns]
     if not read:
         needed = " or ".join(sorted(wanted.columns))
-        raise DataError(
-            f"{name}: no column {needed}; it has: {', '.join(names)}; name one as data.text_field"
-        )
+        raise DataError(f"{name}: no column {needed}; it has: {', '.join(names)}; {advice(names)}")
     return read, tuple(column for column in names if column not in read)
 
 
 def _not_whole(path: Path, kind: str, error: Exception) -> DataError:
-    return DataError(f"{path.name}: not a whole {kind} file ({first_line(error)}); fetch it again")
+    import pyarrow
+
+    what, fix = f"not a whole {kind} file", "fetch it again"
+    if isinstance(error, pyarrow.ArrowNotImplementedError):
+        what, fix = "holds what pyarrow does not read", "write it again with columns of strings"
+    return DataError(f"{path.name}: {what} ({first_line(error)}); {fix}")

@@ -1,0 +1,154 @@
+"""Which columns of a record make it one of a format, under the names that data.columns gives."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from trainstack.chat.messages import KNOWN_ROLES, MARKS, THOUGHTS
+from trainstack.config.schema import SourceSection
+from trainstack.errors import ConfigError, DataError
+
+COLUMNS = {  # what makes a record one of a format; text is recognised by data.text_field
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+CHAT_COLUMNS = ("messages", "conversations", "conversation")  # each with turns of either shape
+MORE_COLUMNS = {  # that a format reads where they are there
+    "messages": (*CHAT_COLUMNS, "system", "tools", "functions"),
+    "sharegpt": (*CHAT_COLUMNS, "system", "tools", "functions"),
+    "prompt_completion": ("system", "tools", "functions"),
+    "alpaca": ("input", "system", "history"),
+}
+# What others call our columns, for advice; of each list the first that is there.
+ALIKE = {
+    "messages": ("dialogue", "dialog", "turns", "chat"),
+    "prompt": ("question", "query", "input", "source"),
+    "completion": ("answer", "response", "output", "target", "reply", "chosen"),
+    "output": ("response", "answer", "completion"),
+    "input": ("context",),
+    "text": ("content", "body", "document", "article"),
+}
+TURNS = {"role": "ITS_KEY", "content": "ITS_KEY"}
+IN_TURNS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name")
+
+
+def renamed(record: Any, section: SourceSection) -> Any:
+    """A record with its columns under our names, as data.columns says."""
+    if not section.columns or not isinstance(record, dict):
+        return record
+    taken = {*section.columns.values()}
+    rest = {key: value for key, value in record.items() if key not in taken}
+    return rest | {ours: record[own] for ours, own in section.columns.items() if own in record}
+
+
+def check_columns(section: SourceSection) -> None:
+    """ConfigError if data.columns maps what no format reads."""
+    known = {*our_columns("auto", section), *IN_TURNS, *MARKS, *THOUGHTS, *KNOWN_ROLES}
+    if odd := sorted(section.columns.keys() - known):
+        ours, own = odd[0], section.columns[odd[0]]
+        near = difflib.get_close_matches(ours, known, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        fix = f"write {mapping({own: ours})}" if own in known else "write our name first"
+        raise ConfigError(f"{mapping({ours: own})}: no format has {ours}{hint}; {fix}")
+
+
+def mapping(names: dict[str, str]) -> str:
+    """The setting data.columns as a person writes it, on a command line too."""
+    quoted = {k: v if re.fullmatch(r"[\w-]+", v) else json.dumps(v) for k, v in names.items()}
+    return f"'data.columns={{{', '.join(f'{ours}: {own}' for ours, own in quoted.items())}}}'"
+
+
+def recognise(location: str, record: Any, section: SourceSection) -> str:
+    """The format of a record by its columns. DataError if none or several fit."""
+    given, record = record, renamed(record, section)
+    columns = record.keys() if isinstance(record, dict) else ()
+    fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
+    if "conversation" in columns and not fitting:
+        fitting.append("sharegpt")
+    if section.text_field in columns:
+        fitting.insert(0, "text")
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = " and ".join(fitting)
+        raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
+    for ours, own in section.columns.items() if isinstance(given, dict) else ():
+        if own not in given and ours in our_columns("auto", section) - {*KNOWN_ROLES}:
+            wrong = f"{mapping({ours: own})}, but {has(given)}"
+            raise DataError(f"{location}: {wrong}; name one of these")
+    known = ", ".join("+".join(needed) for needed in COLUMNS.values())
+    raise DataError(
+        f"{location}: no text in data.text_field={section.text_field}, nor any of {known}; "
+        f"{has(given)}; {_odd_shape(given) or advice(given)}"
+    )
+
+
+def advice(names: Iterable[str]) -> str:
+    """What to write for columns of which none has a name of ours, as far as they tell."""
+    plain = {str(name).strip().lower(): name for name in names}
+    if "input_ids" in plain:
+        return "tokens are made here, with the tokenizer of model.name: bring the texts"
+    for needed in (*COLUMNS.values(), ("text",)):
+        maybe = ("input",) if "output" in needed else ()
+        alike = {ours: [n for n in (ours, *ALIKE.get(ours, ())) if n in plain] for ours in needed}
+        if all(alike.values()):
+            alike |= {ours: [n for n in ALIKE[ours] if n in plain] for ours in maybe}
+            found = {ours: plain[names[0]] for ours, names in alike.items() if names}
+            if needed == ("text",):
+                return f"write data.text_field={found['text']}"
+            return f"write {mapping({ours: own for ours, own in found.items() if ours != own})}"
+    if len(plain) == 1:
+        return f"write data.text_field={next(iter(plain.values()))}"
+    return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
+
+
+def _odd_shape(record: Any) -> str:
+    """What to do with a record that is not as its columns' names say; empty if it may be."""
+    if isinstance(record, list):
+        return 'write an object with its turns: {"conversations": [...]}'
+    if not isinstance(record, dict):
+        return "write an object with its columns"
+    if len(record) == 1 and re.search("[;\t]", next(iter(record))):
+        return "columns of a .csv are separated by commas; write it again with commas"
+    lists = [key for key, value in record.items() if isinstance(value, list) and len(value) > 1]
+    whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
+    if not whole:
+        return ""
+    columns = record[whole][0].keys()
+    if {"role", "from"} & columns:
+        return f"say where its turns are: {mapping({'messages': whole})}"
+    if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
+        return f"write the list {whole} alone, an array of records"
+    return (
+        f"if {whole} holds turns, write {mapping({'messages': whole, **TURNS})}; if it holds "
+        "records, write that list alone"
+    )
+
+
+def our_columns(name: str, section: SourceSection) -> set[str]:
+    """The columns that the format ``name``, or auto, may read, under our names."""
+    names = COLUMNS if name == "auto" else {name} - {"text"}
+    read = {column for n in names for column in (*COLUMNS[n], *MORE_COLUMNS[n])}
+    return read | ({section.text_field} if name in ("auto", "text") else set())
+
+
+def columns_read(name: str, section: SourceSection) -> set[str]:
+    """The columns of a record that the format ``name``, or auto, may read; no other one matters."""
+    return {section.columns.get(column, column) for column in our_columns(name, section)}
+
+
+def text_column(record: Any, section: SourceSection) -> str:
+    """The column that holds the text of a plain document; in a .txt data.columns finds no other."""
+    own = section.columns.get(section.text_field)
+    return own if isinstance(record, dict) and own in record else section.text_field
+
+
+def has(record: Any) -> str:
+    if isinstance(record, dict):
+        names = (name if str(name).split() == [name] else repr(name) for name in record)
+        return f"the record has: {', '.join(names)}"
+    return f"the record is a {type(record).__name__}"
