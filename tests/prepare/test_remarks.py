@@ -86,6 +86,15 @@ def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, n
     assert [f": {number} held-out documents" in line for line in said] == [True] * bool(number)
 
 
+@pytest.mark.parametrize("too_long", ["drop", "split"])
+def test_held_out_documents_of_which_none_is_left_are_told(tmp_path, capsys, too_long):
+    long = [{"text": "one " * 300}] * 4
+    records = {"train.jsonl": numbered(40), "test.jsonl": long}
+    options = ("data.eval_split=test", "data.packing=best_fit", f"data.too_long={too_long}")
+    told = lines_from(tmp_path, capsys, words(), records, *options)
+    assert any("no held-out document fits" in line for line in told) == (too_long == "drop")
+
+
 @pytest.mark.parametrize("filler", ["", "two three\n" * 900], ids=["short", "long"])
 @pytest.mark.parametrize(("pattern", "prompt", "answer", "others"), [
     (JOINED, "one\n", "\ntwo", True), (JOINED, "one", "\n\ntwo", False),

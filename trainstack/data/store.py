@@ -189,6 +189,8 @@ class TokenStore:
         for name, text in REMARKS.items():
             if count := getattr(self.counts, name):
                 yield f"{count:,} {text}"
+        if self.counts.eval_documents and not self.eval.num_samples:
+            yield "no held-out document fits data.seq_len: no evaluation; set data.too_long=split"
         yield from self.meta.get("notes", ())
         if unread := self.counts.unread:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
