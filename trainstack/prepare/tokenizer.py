@@ -306,10 +306,12 @@ class Encoder:
         largest = int(meant.max(initial=0))
         if largest >= rows:
             name = self.tokenizer.id_to_token(largest)
-            return (
-                f"{holds} {name}, token {largest:,} of a model that has {rows:,}; leave it out, or "
-                "choose another model.name; data.special_tokens=text keeps special tokens as text"
-            )
+            fix = "leave it out, or choose another model.name"
+            if name in self._special:
+                fix = "keep it as text with data.special_tokens=text"
+                if document.is_rendered:
+                    fix = "the chat template writes it: set another data.chat_template"
+            return f"{holds} {name}, token {largest:,} of a model that has {rows:,}; {fix}"
         return None
 
 
