@@ -78,13 +78,10 @@ def start(promised_world_size: int | None) -> World:
             f"{world.world_size} processes met, but the job has {promised_world_size}; "
             "look for a node whose name does not resolve on the others"
         )
+    timeout = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+    arguments = {"backend": world.backend, "timeout": timeout}
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    arguments = {
-        "backend": world.backend,
-        "timeout": datetime.timedelta(seconds=COLLECTIVE_SECONDS),
-    }
-    if world.device.type == "cuda":
         arguments["device_id"] = world.device  # connects now, not in the first step
     if "RANK" in os.environ:
         dist.init_process_group(**arguments)

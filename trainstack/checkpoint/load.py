@@ -21,29 +21,22 @@ def newest_whole(folder: Path, moves: Callable[[], None] = lambda: None) -> Path
     A damaged one is named and set aside, and the one before is taken. ConfigError if checkpoints
     exist and none verifies: never silently start over. ``moves`` is called for each piece hashed.
     """
-    candidates, problems = checkpoints(folder), []
-    for _, path in candidates:
+    damaged: dict[Path, str] = {}  # with what is wrong
+    for _, path in checkpoints(folder):
         log.info("resume  verifying %s, every byte of it", path.name)
         problem = next(manifest.damage(path, moves=moves), None)
         if problem is None:
-            for broken in problems:
-                log.warning("resume  %s; using %s instead", broken, path.name)
-            _set_aside_newer(candidates, path)
+            for broken, text in damaged.items():
+                log.warning("resume  %s; using %s instead", text, path.name)
+                set_aside(broken)
             return path
-        problems.append(f"{path.name} is damaged ({problem})")
-    if problems:
+        damaged[path] = f"{path.name} is damaged ({problem})"
+    if damaged:
         raise ConfigError(
-            f"no checkpoint verifies: {'; '.join(problems)}; restore one into {folder}, or move "
-            "them away to start over"
+            f"no checkpoint verifies: {'; '.join(damaged.values())}; restore one into {folder}, or "
+            "move them away to start over"
         )
     return None
-
-
-def _set_aside_newer(candidates: list[tuple[int, Path]], good: Path) -> None:
-    for _, path in candidates:
-        if path == good:
-            return
-        set_aside(path)
 
 
 def read_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -19,8 +19,7 @@ from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_
 def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
     """Build the built-in demo if the configuration names it and it is not there."""
     names = {config.model.name, *(section.name for section in config.data.sources)}
-    is_demo = names == {layout.DEMO}
-    if not is_demo or not input_problem(home, config, fix=""):
+    if names != {layout.DEMO} or not input_problem(home, config, fix=""):
         return
     command = [sys.executable, "-m", "trainstack", "prepare", "--home", home]
     command += ["--config", config_file, *overrides]

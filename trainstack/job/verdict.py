@@ -36,13 +36,9 @@ class Ending:
 
 
 def decide(
-    run: RunFolder,
-    owner: Owner,
-    code: int,
-    stop_file: Path | None,
-    is_taken_back: bool,
+    run: RunFolder, owner: Owner, code: int, stop_file: Path | None, is_taken_back: bool,
     is_ending: bool,
-) -> Ending:
+) -> Ending:  # fmt: skip
     """How an attempt ended, and what follows. Writes nothing; the first that holds decides.
 
     ``code``: of srun or torchrun, which counts only if no rank reported. ``is_taken_back``: Slurm
@@ -77,13 +73,9 @@ def decide(
 
 
 def decide_failed(
-    run: RunFolder,
-    owner: Owner,
-    failure: dict[str, Any],
-    is_ours: bool,
-    stop_file: Path | None,
+    run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, stop_file: Path | None,
     is_ending: bool,
-) -> Ending:
+) -> Ending:  # fmt: skip
     """What follows a failure, by the report of the rank that is to blame."""
     is_of_rank = not isinstance(failure["rank"], str)
     who = f"rank {failure['rank']} on {failure['host']}: " if is_of_rank else ""
@@ -160,14 +152,13 @@ def is_stuck(run: RunFolder, job: str) -> bool:
 
 def has_trained(run: RunFolder, owner: Owner) -> bool:
     """Whether an attempt came as far as its first step."""
-    events = run.events()
-    begun = [
-        index
-        for index, event in enumerate(events)
-        if event["event"] == "attempt"
-        and (event["job"], event["attempt"]) == (owner.job, owner.attempt)
-    ]
-    return bool(begun) and any(event["event"] == "training" for event in events[begun[-1] :])
+    is_training_seen = False
+    for event in reversed(run.events()):
+        is_training_seen |= event["event"] == "training"
+        is_attempt = event["event"] == "attempt"
+        if is_attempt and (event["job"], event["attempt"]) == (owner.job, owner.attempt):
+            return is_training_seen
+    return False
 
 
 def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """What a rank leaves when it fails: a line for people, a report for the job's shell, a code."""
 
-import contextlib
 import logging
 import sys
 import time
@@ -20,7 +19,8 @@ STATES = {code: state for state, code in EXIT_CODES.items()}
 
 def explain(error: BaseException, run: RunFolder | None, job: str | None, attempt: int) -> int:
     """Say what went wrong, leave this rank's failure report, and return the exit code."""
-    is_main = distributed.rank_of_process() == 0
+    rank = distributed.rank_of_process()
+    is_main = rank == 0
     state, code, facts = "FAILED", EXIT_CODES["FAILED"], {}
     if isinstance(error, ConfigError):  # all ranks raise it; one of them tells
         state, code = STATES.get(error.code, "FAILED"), error.code
@@ -46,7 +46,8 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
         kind = type(error).__name__
         cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
         facts = {"traceback": "".join(lines[-3:]).splitlines()[-8:]}
-    record_failure(run, job, attempt, state, code, cause, is_victim, **facts)
+    if run is not None and run.path.is_dir():
+        run.add_failure(job, attempt, rank, state, code, cause, is_victim, **facts)
     if is_victim:
         time.sleep(PEER_LOST_SECONDS)  # the first to end is taken for the cause
     return code
@@ -61,14 +62,3 @@ def roll_back(run: RunFolder, error: Diverged) -> str:
         f"{error}; back to step {newest:,}: the data of steps {newest + 1:,} to {error.step:,} is "
         "left out"
     )
-
-
-def record_failure(
-    run: RunFolder | None, job: str | None, attempt: int, state: str, code: int, cause: str,
-    is_victim: bool, **facts,
-) -> None:  # fmt: skip
-    """Leave this rank's failure report for the job's shell, which decides whom to blame."""
-    if run is not None and run.path.is_dir():
-        rank = distributed.rank_of_process()
-        with contextlib.suppress(OSError):
-            run.add_failure(job, attempt, rank, state, code, cause, is_victim, **facts)

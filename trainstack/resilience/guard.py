@@ -93,8 +93,7 @@ class Policy:
             return skips_in_a_row + 1
         if action == "skip":
             text += f"; {self.section.max_skips} updates in a row were skipped before"
-        rate = self.learning_rate
-        advice = f"lower optim.learning_rate (now {rate:g}), or look at the data"
+        advice = f"lower optim.learning_rate (now {self.learning_rate:g}), or look at the data"
         raise Diverged(step, f"{text}; {advice}")
 
 

@@ -75,30 +75,17 @@ class RunFolder:
     # --- Why an attempt failed: logs/<job>.<attempt>.*
 
     def add_failure(
-        self,
-        job: str | None,
-        attempt: int,
-        rank: int | str,
-        state: str,
-        code: int,
-        cause: str,
-        is_victim: bool,
-        **facts: Any,
-    ) -> None:
+        self, job: str | None, attempt: int, rank: int | str, state: str, code: int, cause: str,
+        is_victim: bool, **facts: Any,
+    ) -> None:  # fmt: skip
         """Leave one rank's failure report.
 
         ``is_victim``: it only lost a peer, or fails as all do and rank 0 tells.
         """
         record = {
-            "at": now(),
-            **facts,
-            "rank": rank,
-            "host": socket.gethostname(),
-            "state": state,
-            "exit_code": code,
-            "cause": cause,
-            "is_victim": is_victim,
-        }
+            "at": now(), **facts, "rank": rank, "host": socket.gethostname(), "state": state,
+            "exit_code": code, "cause": cause, "is_victim": is_victim,
+        }  # fmt: skip
         path = self._log(job, attempt, f"rank{rank}.failure.json")
         with contextlib.suppress(OSError):  # the disk may be the very cause
             files.replace_file(path, json.dumps(record).encode())
@@ -110,7 +97,8 @@ class RunFolder:
         for path in self.logs.glob(f"{job}.{attempt}.rank*.failure.json"):
             with contextlib.suppress(OSError, ValueError):
                 records.append(json.loads(path.read_bytes()))
-        return sorted(records, key=_order_of_failure)
+        # Before victims come aborts: NCCL does that to ranks that wait.
+        return sorted(records, key=lambda r: (r["is_victim"], r.get("is_abort", False), r["at"]))
 
     def failed_mark(self, job: str | None, attempt: int) -> Path:
         """A file that is there once any rank of an attempt has failed: cheap to look for."""
@@ -159,8 +147,3 @@ class RunFolder:
                 return False
             time.sleep(0.1)
         return True
-
-
-def _order_of_failure(record: dict[str, Any]) -> tuple[bool, bool, str]:
-    """Victims last; before them aborts, since NCCL does that to ranks that wait; then by time."""
-    return record["is_victim"], record.get("is_abort", False), record["at"]

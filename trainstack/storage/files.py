@@ -215,12 +215,8 @@ def make_folder(path: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Make a file's content durable, if there is such a file."""
-    with contextlib.suppress(FileNotFoundError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -25,7 +25,11 @@ class Metrics:
         self.ledger = run_folder / "samples.jsonl"
         self.attempt = attempt
         self._hashes: list[str] = []
-        self._trim(resumed_step)
+        if self.file.exists():
+            lines = self.file.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= resumed_step]
+            if len(kept) != len(lines):
+                files.replace_file(self.file, b"".join(kept))
         self.tensorboard = None
         if "tensorboard" in report_to:
             from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
@@ -33,14 +37,6 @@ class Metrics:
             self.tensorboard = SummaryWriter(
                 run_folder / "tensorboard", purge_step=resumed_step + 1, flush_secs=30
             )
-
-    def _trim(self, resumed_step: int) -> None:
-        if not self.file.exists():
-            return
-        lines = self.file.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
-        if len(kept) != len(lines):
-            files.replace_file(self.file, b"".join(kept))
 
     def log_step(self, values: dict[str, Any], max_steps: int, memory_gb: float) -> None:
         """One logged step; ``values`` has the keys of metrics.jsonl."""
