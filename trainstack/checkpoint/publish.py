@@ -58,7 +58,8 @@ class Publisher:
                 manifest.remove_folder(temporary)
             raise problem if isinstance(problem, Refused) else SaveError(problem)
         if self.world.is_main:
-            prune(self.folder, self.keep)
+            for _, path in checkpoints(self.folder)[max(2, self.keep) :]:
+                manifest.remove_folder(path)
         return sum(entry["size"] for entry in whole.values())
 
     def _prepare(self, temporary: Path) -> None:
@@ -122,9 +123,3 @@ def set_aside(folder: Path) -> None:
     aside = folder.with_name(f"damaged-{folder.name}")
     manifest.remove_folder(aside)
     files.rename(folder, aside)
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` (at least two) checkpoints, a manifest always first."""
-    for _, path in checkpoints(folder)[max(2, keep) :]:
-        manifest.remove_folder(path)

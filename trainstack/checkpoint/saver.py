@@ -90,9 +90,8 @@ class Saver:
 
     def poll(self) -> Saved | None:
         """``wait`` if the save that was begun has ended; None if it is still under way."""
-        if self._thread is None or self._thread.is_alive():
-            return None
-        return self.wait()
+        is_writing = self._thread is not None and self._thread.is_alive()
+        return None if is_writing else self.wait()
 
     def wait(self) -> Saved | None:
         """Wait for the end of the save that was begun; None if there is none.

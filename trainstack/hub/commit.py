@@ -82,8 +82,7 @@ class HubCommit:
         )
         self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
         self.sizes = {name: file.size for name, file in self._files.items()}
-        partial_name = f".{asset.folder.name}.{self.commit[:12]}.partial"
-        self.folder = asset.folder.with_name(partial_name)
+        self.folder = asset.folder.with_name(f".{asset.folder.name}.{self.commit[:12]}.partial")
         self.entries: dict[str, dict[str, Any]] = {}
         self._repo = {**repo, "revision": self.commit, "local_dir": self.folder}
         if not is_cache_used:  # files in the user's own cache of the Hub are taken, unless forced

@@ -120,9 +120,8 @@ def is_false_stop(stop_file: Path | None) -> bool:
 
     If Slurm wants the job to end as well, the job's shell itself hears of it.
     """
-    if stop_file is None or not stop_file.exists():
-        return False
-    return stop_file.read_text().startswith(TORCHRUN_GOT)
+    is_there = stop_file is not None and stop_file.exists()
+    return is_there and stop_file.read_text().startswith(TORCHRUN_GOT)
 
 
 def is_replaced(run: RunFolder, owner: Owner) -> bool:
@@ -141,10 +140,9 @@ def is_replaced(run: RunFolder, owner: Owner) -> bool:
 
 def is_stuck(run: RunFolder, job: str) -> bool:
     """Whether the last attempts of a job all ended without a newer checkpoint, in whatever way."""
-    own = attempts_of(run, job)
-    if len(own) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
+    last = attempts_of(run, job)[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    if len(last) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return False
-    last = own[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
     newest, _ = names.newest_checkpoint(run.checkpoints)
     # The least of them: a damaged checkpoint may have been the newest once, and is set aside.
     return newest <= min(event["newest"] for event in last)

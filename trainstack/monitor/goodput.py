@@ -38,8 +38,7 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 
 def main(arguments: list[str]) -> int:
-    home = os.environ.get("TRAINSTACK_HOME")
-    options = history.parse_run(arguments, SPEAKER, __doc__, home)
+    options = history.parse_run(arguments, SPEAKER, __doc__, os.environ.get("TRAINSTACK_HOME"))
     try:
         run = RunFolder(history.find_run(options.run, options.home))
     except ConfigError as error:
@@ -137,7 +136,9 @@ def seconds_by_cause(
     next_begins = [*(attempt.begins_at for attempt in attempts), math.inf][1:]
     for attempt, next_begin in zip(attempts, next_begins, strict=True):
         timeline.limit = end
-        is_requeued = is_paused and is_of_a_job(attempt)
+        # An attempt that was started by hand, not by a job's shell, waits in no queue.
+        is_of_a_job = any(event["event"] == "attempt" for event in attempt.events)
+        is_requeued = is_paused and is_of_a_job
         add_wait(timeline, attempt.begins_at, submitted, ended_at, is_requeued)
         timeline.limit = min(end, max(timeline.now, next_begin))
         failed = [moment for moment in failures if attempt.begins_at <= moment < next_begin]
@@ -156,11 +157,6 @@ def add_wait(
     if not is_requeued or between:
         timeline.until(min(between, default=begin), "down")
     timeline.until(begin, "queue")
-
-
-def is_of_a_job(attempt: Attempt) -> bool:
-    """Whether a job's shell began it; an attempt that was started by hand waits in no queue."""
-    return any(event["event"] == "attempt" for event in attempt.events)
 
 
 def add_attempt(timeline: Timeline, attempt: Attempt, failed_at: float) -> bool:

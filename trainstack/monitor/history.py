@@ -140,17 +140,13 @@ def _add_executions(attempts: list[Attempt], executions: Iterable[Execution]) ->
         by_name.setdefault(attempt.name, []).append(attempt)
     for execution in executions:
         if execution.attempt not in by_name:
-            by_name[execution.attempt] = [_insert_attempt(attempts, execution)]
+            found = Attempt(execution.attempt, execution.at)
+            later = [i for i, other in enumerate(attempts) if other.begins_at > found.begins_at]
+            attempts.insert(later[0] if later else len(attempts), found)
+            by_name[found.name] = [found]
         same = by_name[execution.attempt]  # several if a process id was used again
         begun = (attempt for attempt in reversed(same) if attempt.begins_at <= execution.at)
         next(begun, same[0]).executions.append(execution)
-
-
-def _insert_attempt(attempts: list[Attempt], execution: Execution) -> Attempt:
-    attempt = Attempt(execution.attempt, execution.at)
-    later = [index for index, other in enumerate(attempts) if other.begins_at > execution.at]
-    attempts.insert(later[0] if later else len(attempts), attempt)
-    return attempt
 
 
 def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:

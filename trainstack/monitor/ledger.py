@@ -56,8 +56,7 @@ class Findings:
 
 
 def main(arguments: list[str]) -> int:
-    home = os.environ.get("TRAINSTACK_HOME")
-    options = history.parse_run(arguments, SPEAKER, __doc__, home)
+    options = history.parse_run(arguments, SPEAKER, __doc__, os.environ.get("TRAINSTACK_HOME"))
     try:
         run = RunFolder(history.find_run(options.run, options.home))
         own_home = run.path.parent.parent

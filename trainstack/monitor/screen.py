@@ -131,9 +131,7 @@ def true_state(
         return state if job is None or job.state != "PENDING" else f"{state}, QUEUED"
     if job is not None:
         return "QUEUED" if job.state == "PENDING" else state
-    if state == "QUEUED":
-        return state if jobs is None else "LOST"
-    if is_local_job(status.get("job") or ""):
+    if state != "QUEUED" and is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"

@@ -41,15 +41,10 @@ OPTIMIZERS = {"adamw": AdamW}  # what a second one needs beside this: doc/extend
 
 
 def build_optimizer(model: nn.Module, section: OptimSection, name: str = "adamw") -> Optimizer:
-    """The optimizer of that name over the model's parameters; matrices decay, vectors do not."""
-    return OPTIMIZERS[name](decay_groups(model, section.weight_decay), section)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups: matrices with weight decay, vectors (biases, norms) without."""
+    """The optimizer of that name; matrices decay, vectors (biases, norms) do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": section.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return OPTIMIZERS[name]([group for group in groups if group["params"]], section)

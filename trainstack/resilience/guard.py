@@ -98,7 +98,6 @@ class Policy:
 
 
 def describe_bad(step: int, loss: float, grad_norm: float) -> str:
-    """A bad step in words."""
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     what = "a spike of" if is_finite else "not finite:"
     return f"step {step}: {what} loss {loss:.4g}, gradient norm {grad_norm:.4g}"

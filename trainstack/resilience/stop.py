@@ -43,12 +43,9 @@ class Stop:
     def _from_clock(self, step_seconds: float, saves: int) -> str | None:
         if self.ends_at is None:
             return None
-        saves_seconds = saves * self.save_seconds
-        left = self.ends_at - time.time()
-        # The flag is read one step later, hence two steps.
-        if 2 * step_seconds + saves_seconds + MARGIN_SECONDS <= left:
+        needed, left = step_seconds + saves * self.save_seconds, self.ends_at - time.time()
+        # The flag is read one step later, hence another step.
+        if step_seconds + needed + MARGIN_SECONDS <= left:
             return None
-        return (
-            f"{max(0, left):.0f} s to the end of the job, a step and a save take "
-            f"{step_seconds + saves_seconds:.0f} s"
-        )
+        end = f"{max(0, left):.0f} s to the end of the job"
+        return f"{end}, a step and a save take {needed:.0f} s"

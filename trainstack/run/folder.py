@@ -52,8 +52,7 @@ class RunFolder:
     def pause(self, job: str, attempt: int, cause: str, **facts: Any) -> None:
         """Record that an attempt ended in order; the same command continues the run."""
         facts |= {"job": job, "attempt": attempt, "cause": cause}
-        code = EXIT_CODES["PAUSED"]
-        self.set_status("PAUSED", **facts, exit_code=code, next_action=CONTINUES)
+        self.set_status("PAUSED", **facts, exit_code=EXIT_CODES["PAUSED"], next_action=CONTINUES)
         self.add_event("paused", **facts)
 
     # --- What happened: events.jsonl

@@ -72,12 +72,9 @@ class Lease:
                 f"{self._file(number)}"
             )
         self.record = {
-            **asdict(owner),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": process_start(os.getpid()),
-            "taken_at": now(),
-        }
+            **asdict(owner), "host": socket.gethostname(), "pid": os.getpid(),
+            "process_started": process_start(os.getpid()), "taken_at": now(),
+        }  # fmt: skip
         if not files.create_file(self._file(number + 1), json.dumps(self.record).encode()):
             raise LeaseHeld(f"another job took {self.folder.parent} at this moment; try again")
         self.number = number + 1
