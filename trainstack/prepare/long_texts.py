@@ -140,8 +140,8 @@ def is_prompt(
     specials = np.flatnonzero(is_special[: len(ids)])
     first = specials[-1] if len(specials) else 0
     cuts = offsets[: len(ids), 0]
-    if len(ids) and stop - cuts[first] > OVERLAP:
-        first = np.searchsorted(cuts, stop - OVERLAP, "right") - 1
+    if len(ids) and stop - cuts[first] > 2 * SAME:
+        first = np.searchsorted(cuts, stop - 2 * SAME, "right") - 1
     start = int(cuts[first]) if len(ids) else 0
     alone, places = part(tokenizer, text, start, stop)
     if first and not is_special[first]:  # the first tokens may be others than in the whole
