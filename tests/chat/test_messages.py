@@ -88,7 +88,11 @@ def test_arguments_that_are_no_json_stay_text_and_lists_without_a_call_are_none(
     ("turn", "told"),
     [
         ({"content": "one"}, "has no role; the turn has: content"),
-        ({"role": "user"}, "has no content"),
+        ({"role": "user"}, "has no content; write a text"),
+        (
+            {"role": "user", "text": "a"},
+            "or say which of text it is: 'data.columns",
+        ),
         ({"role": "user", "content": {"a": 1}}, "a content that is a dict"),
         ({"role": "assistant", "content": "one", "weight": 0.5}, "has weight: 0.5; write 0 or 1"),
         ({"from": "function_call", "value": "rain"}, "has function_call that is no JSON"),

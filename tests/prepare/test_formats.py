@@ -272,7 +272,10 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ),
         ({"input_ids": [1], "labels": [1]}, "tokens are made here, .*: bring the texts"),
         ({"text": b"a\xff"}, "text is not UTF-8 at byte 1"),
-        ({"text": ["a"]}, "but list; the record has: text; write a string there"),
+        ({"text": ["a"]}, "but list; the record has: text; write a record for each"),
+        ({"translation": {"en": "a"}}, "write what is in translation as columns"),
+        ({"hello world": "a text"}, "a .csv has the names of its columns in its first row"),
+        ("a text", "the record is a str; write objects: "),
         ({"data": [{"text": "a"}, {"text": "b"}]}, "write the list data alone, an array of rec"),
     ],
 )

@@ -89,10 +89,11 @@ def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, n
 @pytest.mark.parametrize("too_long", ["drop", "split"])
 def test_held_out_documents_of_which_none_is_left_are_told(tmp_path, capsys, too_long):
     long = [{"text": "one " * 300}] * 4
-    records = {"train.jsonl": numbered(40), "test.jsonl": long}
     options = ("data.eval_split=test", "data.packing=best_fit", f"data.too_long={too_long}")
-    told = lines_from(tmp_path, capsys, words(), records, *options)
-    assert any("no held-out document fits" in line for line in told) == (too_long == "drop")
+    for train, what in ((numbered(40), "no evaluation"), (long, "nothing to train on")):
+        records = {"train.jsonl": train, "test.jsonl": long}
+        told = lines_from(tmp_path / what, capsys, words(), records, *options)
+        assert any(f"fits data.seq_len: {what}" in line for line in told) == (too_long == "drop")
 
 
 @pytest.mark.parametrize("filler", ["", "two three\n" * 900], ids=["short", "long"])
@@ -128,12 +129,12 @@ def test_a_class_that_does_not_do_as_tokenizer_json_is_told_with_a_way_out(
     assert all('"tokenizer_class": "PreTrainedTokenizerFast"' in line for line in said)
 
 
-@pytest.mark.parametrize("more", [{}, {"system_prompt": "Be kind.", "id": 7}])
+@pytest.mark.parametrize("more", [{}, {"": 1, "system_prompt": "Be kind.", "id": 7}])
 def test_columns_that_nobody_reads_are_named(tmp_path, capsys, more):
     records = {"train.jsonl": [*numbered(90) * 9, {"text": "one", **more}]}
     told = lines_from(tmp_path, capsys, words(), records, "data.eval_fraction=0")
     said = [line for line in told if "nothing reads these columns" in line]
-    assert [line.endswith(": id, system_prompt") for line in said] == [True] * bool(more)
+    assert [line.endswith(": '', id, system_prompt") for line in said] == [True] * bool(more)
 
 
 @pytest.mark.parametrize(("key", "is_told"), [("mask", True), ("mood", False), ("name", True)])

@@ -74,7 +74,9 @@ def message_of(turn: dict) -> tuple[dict, bool]:
     if who.lower() in CALL_ROLES:
         text, calls = "", [*calls, *calls_in(from_json(text, who))]
     if text is None and not calls and not (thoughts or thought):
-        raise ValueError("has no content; write a text")
+        others = ", ".join(key for key in turn if key not in ("role", "from", "content", "value"))
+        way = f", or say which of {others} it is: 'data.columns={{content: ITS_KEY}}'"
+        raise ValueError(f"has no content; write a text{way if others else ''}")
     message = {"role": role, "content": text or "", **message}
     if calls:
         message["tool_calls"] = calls

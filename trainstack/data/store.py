@@ -189,9 +189,12 @@ class TokenStore:
         for name, text in REMARKS.items():
             if count := getattr(self.counts, name):
                 yield f"{count:,} {text}"
+        if self.train.rows is not None and not self.train.num_samples:
+            yield "no document fits data.seq_len: nothing to train on; set data.too_long=split"
         if self.counts.eval_documents and not self.eval.num_samples:
             yield "no held-out document fits data.seq_len: no evaluation; set data.too_long=split"
         yield from self.meta.get("notes", ())
         if unread := self.counts.unread:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
-            yield f"nothing reads these columns: {', '.join(unread[:SHOWN])}{more}"
+            names = (name if name.strip() else repr(name) for name in unread[:SHOWN])
+            yield f"nothing reads these columns: {', '.join(names)}{more}"

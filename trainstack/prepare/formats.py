@@ -101,6 +101,7 @@ def _text(location: str, record: dict, column: str, is_optional: bool = False) -
     what, found = ("no string", f" but {kind}") if column in record else ("no text", "")
     setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
     fix = "write a string there, or leave the record out" if found else advice(record)
+    fix = "write a record for each of its texts" if isinstance(value, list) else fix
     raise DataError(f"{location}: {what} in {setting}{found}; {has(record)}; {fix}")
 
 

@@ -87,6 +87,12 @@ def recognise(location: str, record: Any, section: SourceSection) -> str:
     )
 
 
+def text_field(name: str) -> str:
+    return (
+        f"data.text_field={name}" if re.fullmatch(r"[\w.-]+", name) else f"'data.text_field={name}'"
+    )
+
+
 def advice(names: Iterable[str]) -> str:
     """What to write for columns of which none has a name of ours, as far as they tell."""
     plain = {str(name).strip().lower(): name for name in names}
@@ -98,11 +104,12 @@ def advice(names: Iterable[str]) -> str:
         if all(alike.values()):
             alike |= {ours: [n for n in ALIKE[ours] if n in plain] for ours in maybe}
             found = {ours: plain[names[0]] for ours, names in alike.items() if names}
-            if needed == ("text",):
-                return f"write data.text_field={found['text']}"
-            return f"write {mapping({ours: own for ours, own in found.items() if ours != own})}"
+            others = {ours: own for ours, own in found.items() if ours != own}
+            if not others:
+                return f"those of {' and '.join(needed)} belong into a data set of their own"
+            return f"write {mapping(others) if len(needed) > 1 else text_field(found['text'])}"
     if len(plain) == 1:
-        return f"write data.text_field={next(iter(plain.values()))}"
+        return f"write {text_field(*plain.values())}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
 
 
@@ -111,9 +118,15 @@ def _odd_shape(record: Any) -> str:
     if isinstance(record, list):
         return 'write an object with its turns: {"conversations": [...]}'
     if not isinstance(record, dict):
-        return "write an object with its columns"
-    if len(record) == 1 and re.search("[;\t]", next(iter(record))):
-        return "columns of a .csv are separated by commas; write it again with commas"
+        return 'write objects: {"text": ...}'
+    if len(record) == 1:
+        [(name, value)] = record.items()
+        if re.search("[;\t]", name):
+            return "columns of a .csv are separated by commas; write it again with commas"
+        if " " in name.strip():
+            return "a .csv has the names of its columns in its first row; write them there"
+        if isinstance(value, dict):
+            return f"write what is in {name} as columns of the record"
     lists = [key for key, value in record.items() if isinstance(value, list) and len(value) > 1]
     whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
     if not whole:
