@@ -77,6 +77,16 @@ def test_tokens_that_the_tokenizer_does_not_know_are_counted(tmp_path, capsys, t
     assert told_all == [True] * bool(number)
 
 
+@pytest.mark.parametrize(("text", "made", "is_changed"), [
+    ("one\ntwo three", words, True), ("one two", words, False), ("one\n a\u0301 ", lines, False),
+])  # fmt: skip
+def test_a_tokenizer_that_changes_texts_is_told(tmp_path, capsys, text, made, is_changed):
+    records = {"train.jsonl": [{"text": text}] * 30}
+    told = lines_from(tmp_path, capsys, made(), records, "data.eval_fraction=0")
+    said = [line for line in told if "its tokenizer changes texts" in line]
+    assert [r"('one\ntwo thr' becomes 'one two thr')" in x for x in said] == [True] * is_changed
+
+
 @pytest.mark.parametrize("number", [4, 0])
 def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, number):
     every = numbered(60)

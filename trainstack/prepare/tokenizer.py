@@ -130,7 +130,7 @@ class Encoder:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._unknown = getattr(tokenizer.model, "unk_token", "<unk>")  # Unigram does not tell
         unknown_id = tokenizer.token_to_id(self._unknown or "")
-        self._unknown_id = -1 if unknown_id in (None, end_id) else unknown_id
+        self.unknown_id = -1 if unknown_id in (None, end_id) else unknown_id
 
     @functools.cached_property
     def _marks(self) -> tuple[dict[str, str], np.ndarray]:
@@ -211,8 +211,8 @@ class Encoder:
             problem = self._problem(document, written, ids, meant)
             remarks = {
                 "merged_answers": others,
-                "unknown_tokens": int((ids == self._unknown_id).sum()),
-                "lost_characters": self._lost_in(document.text) if self._alphabet else 0,
+                "unknown_tokens": int((ids == self.unknown_id).sum()),
+                "lost_characters": self.lost_in(document.text),
             }
             if not document.is_rendered:
                 meant, flags = self._whole(document, meant, flags)
@@ -237,7 +237,10 @@ class Encoder:
         pieces = [piece for piece, _ in splitter.pre_tokenize_str(text)] if splitter else [text]
         return not {*"".join(pieces)} <= self._alphabet
 
-    def _lost_in(self, text: str) -> int:
+    def lost_in(self, text: str) -> int:
+        """How many characters of a text no token could be of."""
+        if not self._alphabet:
+            return 0
         text = self._pattern.sub("", text)
         return sum(text.count(sign) for sign in {*text} if self._is_lost(sign))
 

@@ -1,7 +1,9 @@
 """What people are told of a data set and its store."""
 
 import itertools
+import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from trainstack.config.schema import DataSection
 from trainstack.data.store import PLAIN, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
+from trainstack.prepare.tokenizer import Encoder
 
 SPEAKER = "prepare"
 LOOKED_AT, COMPARED = 100, 5000  # the first records, and characters of a text
@@ -16,6 +19,10 @@ OTHER_TOKENS = (
     "transformers makes other tokens of it than tokenizer.json ({!r} for {!r}), and the model "
     "learns those; if it was trained with the others, write in its tokenizer_config.json: "
     '"tokenizer_class": "PreTrainedTokenizerFast"'
+)
+OTHER_TEXTS = (
+    "its tokenizer changes texts, at inference too ({!r} becomes {!r}); if that matters, choose a "
+    "model whose tokenizer does not"
 )
 BEHIND_PROMPTS = (
     "at inference its tokenizer puts {} behind a prompt, and after it the model has learned to "
@@ -71,9 +78,12 @@ def notes_on(
     ``unended``: how many turns end with ``end``, where nothing stops the model.
     """
     encoder, notes = tokenise.encoder, []
+    encoder.tokenizer.encode_special_tokens = True  # what is written for one is told elsewhere
     tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
     documents = (d for task in tasks for d, _ in tokenise.documents(task, Tokenised()))
-    texts = (document.text[:COMPARED] for document in itertools.islice(documents, LOOKED_AT))
+    texts = [document.text[:COMPARED] for document in itertools.islice(documents, LOOKED_AT)]
+    if pair := other_text(encoder, texts):
+        notes.append(OTHER_TEXTS.format(*pair))
     if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
         notes.append(OTHER_TOKENS.format(*tokens))
     own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
@@ -82,6 +92,24 @@ def notes_on(
     if unended:
         notes.append(NO_END.format(unended, end, own_end))
     return notes
+
+
+def other_text(encoder: Encoder, texts: Iterable[str]) -> tuple[str, str] | None:
+    """Where tokens are decoded to another text than they were made of: the first, of both.
+
+    White space at its ends and the form of composed characters (NFC) do not count, nor texts with
+    characters that are unknown.
+    """
+    for text in texts:
+        ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        if encoder.unknown_id in ids or encoder.lost_in(text):
+            continue
+        other = encoder.tokenizer.decode(ids, skip_special_tokens=False)
+        pair = [unicodedata.normalize("NFC", found.strip()) for found in (text, other)]
+        at = len(os.path.commonprefix(pair))
+        if pair[0] != pair[1]:
+            return tuple(found[max(0, at - 8) : at + 8] for found in pair)
+    return None
 
 
 def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
@@ -96,7 +124,7 @@ def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple
     both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
     both[1].no_truncation()
     both[1].no_padding()
-    both[1].encode_special_tokens = tokenizer.encode_special_tokens  # told elsewhere
+    both[1].encode_special_tokens = tokenizer.encode_special_tokens
     for text in texts:
         pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
         for ours, theirs in zip(*pair, strict=False):

@@ -104,10 +104,11 @@ def advice(names: Iterable[str]) -> str:
         if all(alike.values()):
             alike |= {ours: [n for n in ALIKE[ours] if n in plain] for ours in maybe}
             found = {ours: plain[names[0]] for ours, names in alike.items() if names}
-            others = {ours: own for ours, own in found.items() if ours != own}
-            if not others:
-                return f"those of {' and '.join(needed)} belong into a data set of their own"
-            return f"write {mapping(others) if len(needed) > 1 else text_field(found['text'])}"
+            if needed == ("text",):
+                return f"write {text_field(found['text'])}"
+            if others := {ours: own for ours, own in found.items() if ours != own}:
+                return f"write {mapping(others)}"
+            return f"those of {' and '.join(needed)} belong into a data set of their own"
     if len(plain) == 1:
         return f"write {text_field(*plain.values())}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
