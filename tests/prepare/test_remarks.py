@@ -84,7 +84,8 @@ def test_a_tokenizer_that_changes_texts_is_told(tmp_path, capsys, text, made, is
     records = {"train.jsonl": [{"text": text}] * 30}
     told = lines_from(tmp_path, capsys, made(), records, "data.eval_fraction=0")
     said = [line for line in told if "its tokenizer changes texts" in line]
-    assert [r"('one\ntwo thr' becomes 'one two thr')" in x for x in said] == [True] * is_changed
+    told = [r"('one\ntwo thr' becomes 'one two thr')" in line for line in said]
+    assert told == [True] * is_changed
 
 
 @pytest.mark.parametrize("number", [4, 0])
