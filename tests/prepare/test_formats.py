@@ -375,3 +375,15 @@ def test_a_mapping_to_a_column_that_is_not_there_is_named(own):
     match = rf"a:1: 'data.columns=\{{completion: {own}\}}', but the record has: prompt, 'response '"
     with pytest.raises(DataError, match=match):
         columns.recognise("a:1", record, mapped)
+
+
+@pytest.mark.parametrize(("form", "record", "fix"), [
+    ("auto", {"prompt": "a", "completion": "b"}, "this is prompt_completion, the first record is"),
+    ("text", {"prompt": "a", "completion": "b"}, "write data.format=prompt_completion$"),
+    ("messages", {"text": "a"}, "write data.format=text$"),
+    ("prompt_completion", {"prompt": "a", "answer": "b"}, r"\{completion: answer\}'$"),
+])  # fmt: skip
+def test_a_record_of_another_format_is_named_with_what_it_is(chats, form, record, fix):
+    name = "text" if form == "auto" else form
+    with pytest.raises(DataError, match=f"^a:1: no .*{fix}"):
+        formats.to_documents("a:1", record, name, section(format=form), chats[0]["smollm2"])

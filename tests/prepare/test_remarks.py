@@ -148,6 +148,22 @@ def test_columns_that_nobody_reads_are_named(tmp_path, capsys, more):
     assert [line.endswith(": '', id, system_prompt") for line in said] == [True] * bool(more)
 
 
+@pytest.mark.parametrize(("sign", "is_told"), [("###", True), (" two", False), ("line", True)])
+def test_a_text_that_nothing_divides_is_told(tmp_path, capsys, sign, is_told):
+    records = {"train.jsonl": numbered(30)}
+    options = ("data.eval_fraction=0", f"data.split_on='{sign}'")
+    told = lines_from(tmp_path, capsys, words(), records, *options)
+    assert any("no text holds data.split_on" in line for line in told) == is_told
+
+
+@pytest.mark.parametrize(("setting", "is_told"), [("learn=last", True), ("learn=all", False)])
+def test_settings_of_turns_are_told_where_there_are_none(tmp_path, capsys, setting, is_told):
+    records = {"train.jsonl": numbered(30)}
+    options = ("data.eval_fraction=0", f"data.{setting}")
+    told = lines_from(tmp_path, capsys, words(), records, *options)
+    assert any("data.learn does nothing" in line for line in told) == is_told
+
+
 @pytest.mark.parametrize(("key", "is_told"), [("mask", True), ("mood", False), ("name", True)])
 def test_keys_of_turns_that_nobody_reads_are_named(tmp_path, capsys, key, is_told):
     template = tmp_path / "template.jinja"

@@ -24,6 +24,7 @@ import numpy as np
 from trainstack.chat import template
 from trainstack.config.schema import DataSection
 from trainstack.data.split import EVAL, TRAIN, Split
+from trainstack.errors import ConfigError
 from trainstack.storage import manifest
 from trainstack.storage.files import read_object
 from trainstack.storage.layout import dataset_folder, model_folder
@@ -80,6 +81,7 @@ class Counts:
     unknown_tokens: int = 0  # the tokenizer's own for what it does not know
     lost_characters: int = 0  # for which there is no token, not even one for what is not known
     shared_documents: int = 0  # held out, and in the training split too
+    divided_texts: int = 0  # in which data.split_on is
     written_documents: int = 0  # plain ones that hold a special token, as text
     first_written: str = ""  # location and token of the first
     largest_id: int = 0  # of all tokens
@@ -169,7 +171,11 @@ def store_settings(section: DataSection, is_earlier: bool = False) -> dict[str, 
     if not is_earlier and section.special_tokens != "tokens":
         settings["special_tokens"] = None  # text and null make the same tokens
     if not is_earlier and section.chat_template:  # another path with the same content is the same
-        content = Path(section.chat_template).read_bytes()
+        try:
+            content = Path(section.chat_template).read_bytes()
+        except OSError as error:
+            name = f"data.chat_template={section.chat_template}"
+            raise ConfigError(f"{name}: {error.strerror}; name a file that is there") from None
         settings["chat_template"] = hashlib.sha256(content).hexdigest()
     return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}
 
@@ -189,6 +195,9 @@ class TokenStore:
         for name, text in REMARKS.items():
             if count := getattr(self.counts, name):
                 yield f"{count:,} {text}"
+        is_divided = self.meta["settings"].get("split_on")  # stores from before did not count
+        if is_divided and self.meta["counts"].get("divided_texts") == 0:
+            yield "no text holds data.split_on, so each is one document; write what does end them"
         if self.train.rows is not None and not self.train.num_samples:
             yield "no document fits data.seq_len: nothing to train on; set data.too_long=split"
         if self.counts.eval_documents and not self.eval.num_samples:

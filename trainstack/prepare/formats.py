@@ -14,7 +14,7 @@ from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
 from trainstack.errors import DataError
 from trainstack.records.chunks import Part
-from trainstack.records.columns import CHAT_COLUMNS, advice, has, renamed
+from trainstack.records.columns import CHAT_COLUMNS, has, other_format, renamed
 
 # The prompts of Stanford Alpaca's train.py (Taori and others, 2023), with an input and without.
 ALPACA_WITH_INPUT = (
@@ -71,7 +71,7 @@ def to_documents(
         raise DataError(f"{location}: {has(record)}, not an object; write one with the columns")
     record = renamed(record, section)
     if name == "text":
-        text = _text(location, record, section.text_field)
+        text = _text(location, record, section.text_field, section)
         documents = [Document(location, text, None, None, is_rendered=False)]
         if part:
             place = {"is_begun": part.start > 0, "is_continued": part.is_continued}
@@ -86,7 +86,9 @@ def to_documents(
     return documents
 
 
-def _text(location: str, record: dict, column: str, is_optional: bool = False) -> str:
+def _text(
+    location: str, record: dict, column: str, section: SourceSection, is_optional: bool = False
+) -> str:
     value = record.get(column)
     if value is None and is_optional:
         return ""
@@ -100,8 +102,11 @@ def _text(location: str, record: dict, column: str, is_optional: bool = False) -
     kind = "null" if value is None else type(value).__name__
     what, found = ("no string", f" but {kind}") if column in record else ("no text", "")
     setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
-    fix = "write a string there, or leave the record out" if found else advice(record)
-    fix = "write a record for each of its texts" if isinstance(value, list) else fix
+    fix = other_format(record, section)
+    if found:
+        fix = "write a string there, or leave the record out"
+    if isinstance(value, list):
+        fix = "write a record for each of its texts"
     raise DataError(f"{location}: {what} in {setting}{found}; {has(record)}; {fix}")
 
 
@@ -138,7 +143,7 @@ def _rendered(
     """The conversation by the chat template; ``marks``: which messages may be learned."""
     if not messages:
         return []
-    system = _text(location, record, "system", is_optional=True)
+    system = _text(location, record, "system", section, is_optional=True)
     if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
         raise DataError(f"{location}: two texts of the system, one as a column; write one of them")
     if system and messages[0]["role"] != "system":
@@ -168,7 +173,10 @@ def _conversation(
 ) -> list[Document]:
     column = next((name for name in CHAT_COLUMNS if name in record), None)
     if column is None:
-        raise DataError(f"{location}: no {', '.join(CHAT_COLUMNS)}; {has(record)}")
+        raise DataError(
+            f"{location}: no {', '.join(CHAT_COLUMNS)}; {has(record)}; "
+            f"{other_format(record, section)}"
+        )
     turns = _with_columns(record[column], section)
     return _rendered(location, record, *messages_of(location, turns, column), section, chat)
 
@@ -197,17 +205,17 @@ def _prompt_completion(
         answer, marks = messages_of(location, _with_columns(said, section), "completion")
         marks = [*(False for _ in asked), *marks]
         return _rendered(location, record, [*asked, *answer], marks, section, chat)
-    prompt = _text(location, record, "prompt")
-    completion = _text(location, record, "completion")
+    prompt = _text(location, record, "prompt", section)
+    completion = _text(location, record, "completion", section)
     if not completion.strip():
         raise DataError(f"{location}: its completion is empty; fix it, or leave it out")
     return _answered(location, record, prompt, completion)
 
 
 def _alpaca(location: str, record: dict, section: SourceSection, chat: Chat) -> list[Document]:
-    instruction = _text(location, record, "instruction")
-    answer = _text(location, record, "output")
-    given = _text(location, record, "input", is_optional=True)
+    instruction = _text(location, record, "instruction", section)
+    answer = _text(location, record, "output", section)
+    given = _text(location, record, "input", section, is_optional=True)
     if not answer.strip():
         raise DataError(f"{location}: its output is empty; fix it, or leave it out")
     if chat.template is None:

@@ -99,7 +99,9 @@ def system_problem(error: OSError, home: Path) -> str:
     if error.errno == errno.ENOMEM:
         return error.strerror
     path = error.filename or home
-    return f"{path}: {error.strerror} ({files.free_bytes(Path(path)) / 1e9:.1f} GB free)"
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    free = f" ({files.free_bytes(Path(path)) / 1e9:.1f} GB free)" if is_full else ""
+    return f"{path}: {error.strerror}{free}"
 
 
 def make_demo(home: Path, config: Config, force: bool) -> None:
@@ -245,9 +247,9 @@ def fill(
                 say(section, f"{done}, in file {file + 1} of {len(data_files)}")
                 told_at = time.monotonic()
     if not writer.counts.train_documents:
-        raise DataError(
-            f"{section.name}: no document to train on; look at data.format, data.text_field"
-        )
+        empty = writer.counts.empty_documents
+        reason = f"its {empty:,} documents are empty" if empty else "look at what was downloaded"
+        raise DataError(f"{section.name}: no document to train on; {reason}")
 
 
 def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:

@@ -161,7 +161,7 @@ class Tokeniser:
         """Each document of a chunk with its split; what is none is noted in ``found``."""
         section = self.section
         read = columns_read(self.format, section)
-        for location, record, part, split in self._records(task):
+        for location, record, part, split in self._records(task, found):
             try:
                 if isinstance(record, DataError):
                     raise record
@@ -178,17 +178,21 @@ class Tokeniser:
                 found.remarks.update(document.remarks)
                 yield document, split
 
-    def _records(self, task: Task) -> Iterator[tuple[str, Any, Part | None, str | None]]:
+    def _records(
+        self, task: Task, found: Tokenised
+    ) -> Iterator[tuple[str, Any, Part | None, str | None]]:
         """Each record of a chunk with its split, None if a hash decides; texts are divided."""
         file, chunk, given = task
-        for location, record in self._split(chunk.records()):
+        for location, record in self._split(chunk.records(), found):
             pieces = [(record, chunk.part, given)]
             if self.boundary:
                 column = text_column(record, self.section)
                 pieces = self.boundary.divide(file, location, record, chunk.part, column)
             yield from ((location, *piece) for piece in pieces)
 
-    def _split(self, records: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    def _split(
+        self, records: Iterator[tuple[str, Any]], found: Tokenised
+    ) -> Iterator[tuple[str, Any]]:
         """Records, texts as data.split_on divides them; what is empty is left out."""
         for location, record in records:
             column = text_column(record, self.section)
@@ -196,6 +200,7 @@ class Tokeniser:
             if not isinstance(text, str):
                 yield location, record
                 continue
+            found.remarks["divided_texts"] += self._sign in text
             for number, piece in enumerate(text.split(self._sign), start=1):
                 piece = piece.removeprefix("\r").removeprefix("\n").removesuffix("\r")
                 if piece.strip():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainstack.config.schema import DataSection
-from trainstack.data.store import PLAIN, TokenStore
+from trainstack.data.store import PLAIN, SINCE_VERSION_3, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 from trainstack.prepare.tokenizer import Encoder
@@ -86,6 +86,10 @@ def notes_on(
         notes.append(OTHER_TEXTS.format(*pair))
     if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
         notes.append(OTHER_TOKENS.format(*tokens))
+    of_turns = ("learn", "each_turn", "chat_template")
+    given = [key for key in of_turns if getattr(tokenise.section, key) != SINCE_VERSION_3[key]]
+    if given and tokenise.format == "text":
+        notes.append(f"texts have no turns, so data.{' and data.'.join(given)} does nothing")
     own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
     if after and tokenise.format in PLAIN:
         notes.append(BEHIND_PROMPTS.format(" ".join(after)))

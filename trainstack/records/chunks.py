@@ -139,7 +139,9 @@ def _read_line(location: str, line: bytes) -> Any:
     try:
         return DECODER.decode(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        return DataError(f"{location}: {error.msg} at column {error.colno}; fix the line")
+        fix = "write an object a line, each on one line"
+        fix = fix if "Extra data" in error.msg or line.strip() in (b"{", b"[") else "fix the line"
+        return DataError(f"{location}: {error.msg} at column {error.colno}; {fix}")
     except UnicodeDecodeError as error:
         what = "not UTF-8 (UTF-16, it seems)" if b"\0" in line else "not UTF-8"
         return DataError(f"{location}: {what} at byte {error.start} of the line; convert the file")

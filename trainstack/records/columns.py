@@ -64,13 +64,7 @@ def mapping(names: dict[str, str]) -> str:
 
 def recognise(location: str, record: Any, section: SourceSection) -> str:
     """The format of a record by its columns. DataError if none or several fit."""
-    given, record = record, renamed(record, section)
-    columns = record.keys() if isinstance(record, dict) else ()
-    fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
-    if "conversation" in columns and not fitting:
-        fitting.append("sharegpt")
-    if section.text_field in columns:
-        fitting.insert(0, "text")
+    given, fitting = record, fitting_formats(renamed(record, section), section)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
@@ -93,6 +87,23 @@ def text_field(name: str) -> str:
     )
 
 
+def fitting_formats(record: Any, section: SourceSection) -> list[str]:
+    """The formats whose columns a record has, under our names."""
+    columns = record.keys() if isinstance(record, dict) else ()
+    fitting = [name for name, needed in COLUMNS.items() if {*needed} <= {*columns}]
+    if "conversation" in columns and not fitting:
+        fitting.append("sharegpt")
+    return ["text", *fitting] if section.text_field in columns else fitting
+
+
+def other_format(record: dict, section: SourceSection) -> str:
+    """What to write for a record that is not of the format of its data set."""
+    fitting = fitting_formats(record, section)
+    if fitting and section.format == "auto":
+        return f"this is {fitting[0]}, the first record is not; a data set has one format"
+    return f"write data.format={fitting[0]}" if fitting else advice(record)
+
+
 def advice(names: Iterable[str]) -> str:
     """What to write for columns of which none has a name of ours, as far as they tell."""
     plain = {str(name).strip().lower(): name for name in names}
@@ -106,9 +117,8 @@ def advice(names: Iterable[str]) -> str:
             found = {ours: plain[names[0]] for ours, names in alike.items() if names}
             if needed == ("text",):
                 return f"write {text_field(found['text'])}"
-            if others := {ours: own for ours, own in found.items() if ours != own}:
-                return f"write {mapping(others)}"
-            return f"those of {' and '.join(needed)} belong into a data set of their own"
+            others = {ours: own for ours, own in found.items() if ours != own}
+            return f"write {mapping(others)}" if others else "see data.format, it is another one"
     if len(plain) == 1:
         return f"write {text_field(*plain.values())}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
