@@ -88,7 +88,13 @@ def test_each_format_of_the_settings_can_be_built_and_recognised():
 
 def section(**changes) -> SimpleNamespace:
     """The settings of a data set that a format reads, as config.yaml ships them but ``changes``."""
-    known = {"text_field": "text", "columns": {}, "learn": "all", "each_turn": False}
+    known = {
+        "format": "auto",
+        "text_field": "text",
+        "columns": {},
+        "learn": "all",
+        "each_turn": False,
+    }
     return SimpleNamespace(**{**known, **changes})
 
 
