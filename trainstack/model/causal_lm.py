@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import GENERATION, ends_in
+from trainstack.checkpoint.snapshot import ENDS, GENERATION, tokens_in
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub import choose
 from trainstack.storage.files import read_object
 
 log = logging.getLogger("trainstack")
+NO_TOKEN = "no token"
 
 
 def build_causal_lm(
@@ -154,51 +155,59 @@ def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
     return revert_weight_conversion(causal_lm, weights)
 
 
-def ends_of(causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]) -> list[int]:
-    """Where a model stops when it generates: its own ends, then those that are ``learned``.
+def special_tokens(
+    causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]
+) -> tuple[list[int], set[int]]:
+    """Where a model stops when it generates, and the ids that its settings do not mean.
 
-    What of its own is a word of the tokenizer, and no end, is left out, which is logged.
+    It stops at its own ends, then at those that are ``learned``. What of its settings is a word of
+    the tokenizer, or no token, is left out, which is logged.
     """
-    known, odd = own_ends(causal_lm), {}
-    if unknown := {*known} - {*learned}:
+    named, odd = tokens_in(settings_of(causal_lm)), {}
+    if unknown := {number for ids in named.values() for number in ids} - {*learned}:
         odd = words(load_tokenizer(model_folder), unknown)
     if odd:
-        log.warning("model: %s; the checkpoints do not stop there", ends_at(odd))
-    return list(dict.fromkeys([*(number for number in known if number not in odd), *learned]))
+        log.warning("model: %s; the checkpoints leave that out", named_as(named, odd))
+    own = (number for number in named.get(ENDS, ()) if number not in odd)
+    return list(dict.fromkeys([*own, *learned])), {*odd}
 
 
-def own_ends(causal_lm: nn.Module) -> list[int]:
-    """The ids of the tokens at which a model says that it stops."""
-    settings = causal_lm.generation_config if causal_lm.can_generate() else causal_lm.config
-    return ends_in(settings.eos_token_id)
+def settings_of(causal_lm: nn.Module) -> dict[str, Any]:
+    """What a model does when it generates."""
+    is_able = causal_lm.can_generate()
+    return (causal_lm.generation_config if is_able else causal_lm.config).to_dict()
 
 
 def words(tokenizer: Any, ids: set[int]) -> dict[int, str]:
     """Those ids that are no special tokens of the tokenizer, with what they are to it."""
     odd = sorted(ids - tokenizer.added_tokens_decoder.keys())
     known = range(len(tokenizer))
-    return {n: repr(tokenizer.decode([n])) if n in known else "no token" for n in odd}
+    return {n: repr(tokenizer.decode([n])) if n in known else NO_TOKEN for n in odd}
 
 
-def ends_at(odd: dict[int, str]) -> str:
-    named = " and ".join(f"{number:,}, which is {text}" for number, text in odd.items())
-    return f"its settings name as eos_token_id {named} to its tokenizer"
+def named_as(named: dict[str, list[int]], odd: dict[int, str]) -> str:
+    """The special tokens of a model's settings that are none, with what they are."""
+    found = [f"{key} {n:,}, which is {odd[n]}" for key in named for n in named[key] if n in odd]
+    return f"its settings name as {' and as '.join(found)} to its tokenizer"
 
 
 def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
     """Lines on tokens that are others to its tokenizer; nothing if that cannot be loaded."""
-    generation = read_object(model_folder / GENERATION)
-    ends, notes = own_ends(causal_lm) + ends_in(generation.get("eos_token_id")), []
+    named, notes = tokens_in(settings_of(causal_lm)), []
+    for key, ids in tokens_in(read_object(model_folder / GENERATION)).items():
+        named[key] = list(dict.fromkeys([*named.get(key, ()), *ids]))
     row = getattr(causal_lm.get_input_embeddings(), "padding_idx", None)
     with contextlib.suppress(ConfigError):  # preparing the data says it
         tokenizer = load_tokenizer(model_folder)
-        if odd := words(tokenizer, {*ends}):
-            notes.append(f"{ends_at(odd)}; its checkpoints will not stop there")
-        if row is not None and (row in ends or words(tokenizer, {row})):
+        odd = words(tokenizer, {number for ids in named.values() for number in ids})
+        is_used = row in named.get(ENDS, ()) or odd.get(row, NO_TOKEN) != NO_TOKEN
+        if row is not None and is_used:
             notes.append(
                 f"its pad_token_id={row} stands in texts, and torch gives that row of its "
                 "embedding no gradient; take pad_token_id out of its config.json"
             )
+        if odd:
+            notes.append(f"{named_as(named, odd)}; its checkpoints will leave that out")
     return notes
 
 
