@@ -44,21 +44,30 @@ def evaluate(
     ``rounds``. ``wants_stop`` is asked in every round; if any rank's is true, all end there.
     Collective: every rank must call this.
     """
-    loss_model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches = iter(batches)
+    batches, is_cut, before = iter(batches), False, changes_of(loss_model)
+    loss_model.eval()
     try:
         for _ in range(rounds):
-            if any_rank(wants_stop(), world):
-                return None
+            if is_cut := any_rank(wants_stop(), world):
+                break
             for batch in itertools.islice(batches, 1):
                 sums[0] += loss_model(*batch)
                 sums[1] += (batch[1] != IGNORED_LABEL).sum()
     finally:
         loss_model.train()
+    if changes_of(loss_model) != before:  # RWKV scales its weights, and back when it is trained
+        loss_model(*batch)
+    if is_cut:
+        return None
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
     return loss / max(1, tokens), int(tokens)
+
+
+def changes_of(loss_model: nn.Module) -> int:
+    """How often its weights were changed in place."""
+    return sum(parameter._version for parameter in loss_model.parameters())
 
 
 @torch.no_grad()
