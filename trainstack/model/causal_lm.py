@@ -6,26 +6,82 @@ place: what they name may be a word to it.
 
 import contextlib
 import copy
+import difflib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import ENDS, GENERATION, tokens_in
+from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub import choose
 from trainstack.storage.files import read_object
 
 log = logging.getLogger("trainstack")
+GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 NO_TOKEN = "no token"
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a model as transformers reads it; no code of others is run."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the class of that configuration raises
+        kind, fix = read_object(folder / CONFIG).get("model_type", ""), "correct it"
+        if kind not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(kind).lower(), CONFIG_MAPPING, 1)
+            fix = f'write "model_type": "{near[0]}" in it' if near else fix
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot read its config.json "
+            f"({first_words(error)}); {fix}, or choose another model"
+        ) from None
+
+
+def check_kind(real: Any, init: str) -> None:
+    """ConfigError if this is no decoder-only language model, or its weights cannot be trained."""
+    names = real.architectures or []
+    names = [names] if isinstance(names, str) else names
+    named = " ".join([real.model_type, *(f"({name})" for name in names)])
+    other = [name for name in names if not generates(name, real, init)]
+    problem, fix = None, "choose a causal LM such as Llama or Qwen"
+    if real.is_encoder_decoder:
+        problem = "is an encoder-decoder model, and only decoder-only ones are trained here"
+    elif type(real) not in AutoModelForCausalLM._model_mapping:
+        problem = "is no causal LM: transformers has none for it"
+        if real.sub_configs:
+            problem = "is made of several parts, and transformers has no causal LM of its text part"
+            fix = "choose the text-only model that it was made from"
+    elif other:
+        problem = f"is no causal LM: {other[0]} has another head, or none"
+        fix = "choose the model that it was made from"
+        if init == "scratch":
+            own = AutoModelForCausalLM._model_mapping[type(real)].__name__
+            fix = f'write "architectures": ["{own}"] in its config.json'
+    elif init == "pretrained" and quantisation(real):
+        problem = f"has quantised weights ({quantisation(real)}), which cannot be trained"
+        fix = "name a repository that has them in bf16 or fp32"
+    if problem:
+        raise ConfigError(f"{named} {problem}; {fix}")
+
+
+def generates(architecture: str, real: Any, init: str) -> bool:
+    """Whether a class that a config.json names is a language model, or one without its head."""
+    known = getattr(transformers, architecture, None)
+    if known is None:
+        return bool(GENERATES.search(architecture))
+    is_bare = architecture == type(real).__name__.replace("Config", "Model")
+    has_head = init == "scratch" or getattr(real, "tie_word_embeddings", False)
+    return (is_bare and has_head) or issubclass(known, transformers.GenerationMixin)
 
 
 def build_causal_lm(
