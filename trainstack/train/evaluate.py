@@ -11,6 +11,8 @@ from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import EvalSection
 from trainstack.data.feed import Batch, Feed
 from trainstack.distributed import World, any_rank
+from trainstack.errors import ConfigError
+from trainstack.model.trial import positions_of
 
 
 def evaluate_all(
@@ -72,12 +74,18 @@ def changes_of(loss_model: nn.Module) -> int:
 
 @torch.no_grad()
 def answer(
-    causal_lm: nn.Module, tokenizer, section: EvalSection, is_chat: bool, ends: list[int], seed: int
-) -> tuple[str, int | None]:
-    """What the model says to eval.sample_prompt, and after how many tokens it stopped.
+    causal_lm: nn.Module,
+    tokenizer,
+    section: EvalSection,
+    is_chat: bool,
+    ends: list[int],
+    seed: int,
+    seq_len: int,
+) -> tuple[str, str]:
+    """What the model says to eval.sample_prompt, and how that ended, for people.
 
-    None: it was stopped at eval.sample_tokens. Drawn with a fixed seed. ``is_chat``: the prompt is
-    a question, else the beginning of a text. ``ends``: tokens at which it stops.
+    Drawn with a fixed seed. ``is_chat``: the prompt is a question, else the beginning of a text.
+    ``ends``: tokens at which it stops. No longer than the model has positions, or ``seq_len``.
     """
     causal_lm.eval()
     torch.manual_seed(seed)
@@ -88,11 +96,19 @@ def answer(
     else:
         ids = tokenizer(section.sample_prompt)["input_ids"]
         ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
+    most, positions = section.sample_tokens, max(positions_of(causal_lm), seq_len)
+    if positions_of(causal_lm):
+        most = min(most, positions - len(ids))
+    if most < 1:
+        raise ConfigError(
+            f"eval.sample_prompt has {len(ids):,} of the {positions:,} tokens that the model can "
+            "read; shorten it"
+        )
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=section.sample_tokens,
+        max_new_tokens=most,
         do_sample=True,
         temperature=0.8,
         top_k=50,
@@ -102,4 +118,9 @@ def answer(
     causal_lm.train()
     said = output[0, len(ids) :].tolist()
     text = tokenizer.decode(said if is_chat else [*ids, *said], skip_special_tokens=True)
-    return text, len(said) if said[-1] in ends else None
+    end = "was cut, and did not stop"
+    if said[-1] in ends:
+        end = f"stopped by itself, after {len(said)} tokens"
+    elif most < section.sample_tokens:
+        end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can read"
+    return text, f"{end} (eval.sample_tokens={section.sample_tokens})"
