@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
@@ -122,6 +122,15 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     shapes and no memory: it knows the names of earlier releases, and what it makes of experts.
     """
     notes = []
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        pass  # there is none
+    except Exception as error:  # loading the weights reads it too
+        raise ConfigError(
+            f"transformers cannot read its {GENERATION} ({first_words(error)}); correct it, or "
+            "remove it"
+        ) from None
     one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
     with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
         weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
