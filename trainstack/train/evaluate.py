@@ -89,13 +89,7 @@ def answer(
     """
     causal_lm.eval()
     torch.manual_seed(seed)
-    if is_chat:
-        question = [{"role": "user", "content": section.sample_prompt}]
-        asked = {"add_generation_prompt": True, "return_dict": True}
-        ids = tokenizer.apply_chat_template(question, **asked)["input_ids"]
-    else:
-        ids = tokenizer(section.sample_prompt)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
+    ids = prompt_of(tokenizer, section.sample_prompt, is_chat)
     most, positions = section.sample_tokens, max(positions_of(causal_lm), seq_len)
     if positions_of(causal_lm):
         most = min(most, positions - len(ids))
@@ -124,3 +118,13 @@ def answer(
     elif most < section.sample_tokens:
         end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can read"
     return text, f"{end} (eval.sample_tokens={section.sample_tokens})"
+
+
+def prompt_of(tokenizer, text: str, is_chat: bool) -> list[int]:
+    """A question, or the beginning of a text, as tokens."""
+    if is_chat:
+        question = [{"role": "user", "content": text}]
+        asked = {"add_generation_prompt": True, "return_dict": True}
+        return tokenizer.apply_chat_template(question, **asked)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
