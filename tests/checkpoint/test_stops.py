@@ -12,14 +12,14 @@ from trainstack.checkpoint.names import newest_checkpoint
 from trainstack.checkpoint.snapshot import small_files
 from trainstack.config.load import load
 from trainstack.data.corpus import Corpus, open_corpus
-from trainstack.model.causal_lm import ends_of, notes_on
+from trainstack.model.causal_lm import notes_on, special_tokens
 
 PROMPT = torch.tensor([[5, 6, 7]])
 
 
 def tiny_llama(**settings) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = {**tiny.CONFIG, "vocab_size": 96, "bos_token_id": 1, "eos_token_id": 0, **settings}
+    config = {**tiny.CONFIG, "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0, **settings}
     return transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), dtype=torch.float32
     )
@@ -76,7 +76,8 @@ def test_the_models_own_ends_come_first_none_twice_and_no_words(
     tmp_path, own, learned, expected, caplog
 ):
     make_tokenizer(tmp_path)
-    assert ends_of(tiny_llama(eos_token_id=own), tmp_path, learned) == expected
+    ends, _ = special_tokens(tiny_llama(eos_token_id=own), tmp_path, learned)
+    assert ends == expected
     is_odd = not {*(own if isinstance(own, list) else [own])} <= {None, 0, 5, 6}
     assert ("7, which is 'w7'" in caplog.text) == is_odd
     notes = notes_on(tiny_llama(eos_token_id=own), tmp_path)
@@ -85,7 +86,7 @@ def test_the_models_own_ends_come_first_none_twice_and_no_words(
 
 @pytest.mark.parametrize(
     ("row", "is_told"),
-    [(0, True), (5, False), (7, True), (-1, True), (None, False)],
+    [(0, True), (5, False), (7, True), (-1, False), (None, False)],
 )
 def test_a_row_of_the_embedding_that_is_not_learned_is_told_if_texts_use_it(tmp_path, row, is_told):
     make_tokenizer(tmp_path)
@@ -102,6 +103,26 @@ def test_what_is_no_number_is_no_end(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["7", null, 8]}')
     (note,) = notes_on(tiny_llama(), tmp_path)
     assert "eos_token_id 8, which is 'w8' to its tokenizer" in note
+
+
+KEYS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(("own", "said"), [(6, None), (7, "'w7'"), (95, "no token"), (-1, "no")])
+def test_of_other_special_tokens_a_word_is_left_out_too_and_that_is_said_once(
+    tmp_path, caplog, key, own, said
+):
+    make_tokenizer(tmp_path)
+    model = tiny_llama(**{key: own})
+    told = [note for note in notes_on(model, tmp_path) if "its settings name" in note]
+    ends, odd = special_tokens(model, tmp_path, [0])
+    settings = json.loads(small_files(model, tmp_path, ends, None, odd)["generation_config.json"])
+    assert (ends, settings.get(key)) == ([0], None if said else own)
+    assert len(told) == caplog.text.count("its settings name") == bool(said)
+    if said:
+        assert f"its settings name as {key} {own}, which is {said}" in told[0]
+        assert f"as {key} {own}, which is {said}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])

@@ -1,6 +1,7 @@
 """The order of the data: exact, the same at any world size, and without memory."""
 
 import itertools
+import json
 import os
 
 import numpy as np
@@ -116,6 +117,14 @@ def test_tokens_that_are_gone_from_under_a_run_are_an_error_not_a_crash(tmp_path
     assert store.train.read(np.array([0]))[0].tolist() == [list(range(10))]
     with pytest.raises(OSError, match="shorter than it was.*train.bin"):
         store.train.read(np.array([3]))
+
+
+def test_a_store_of_later_code_which_counts_more_is_read(tmp_path):
+    make_store(tmp_path, [(range(50), None)], 10)
+    path = tmp_path / "store" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "counts": {**meta["counts"], "later": 3}}))
+    assert TokenStore(tmp_path / "store", 10).counts.train_tokens == 50
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 12, 21, 25])

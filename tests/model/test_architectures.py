@@ -15,6 +15,7 @@ from trainstack.errors import ConfigError
 from trainstack.model.causal_lm import build_causal_lm, saved_weights
 from trainstack.model.ddp import wrap
 from trainstack.model.loss import CausalLMLoss
+from trainstack.train.evaluate import evaluate
 
 CPU = torch.device("cpu")
 TRAIN = {
@@ -312,6 +313,15 @@ def test_what_text_never_reaches_is_frozen_counted_kept_and_ddp_goes_on(make, fi
         ddp(*batch()).backward()
         ddp.zero_grad(set_to_none=True)
     assert len(saved_weights(causal_lm)) >= total, "what is frozen is saved all the same"
+
+
+def test_an_evaluation_leaves_the_weights_as_they_are_trained(world):
+    causal_lm = build("rwkv", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4,
+                               "rescale_every": 2})  # fmt: skip
+    wrapped = loss_model(causal_lm)
+    before = {name: tensor.clone() for name, tensor in saved_weights(causal_lm).items()}
+    evaluate(wrapped, [batch()], 1, world, lambda: False)
+    assert wrapped.training and is_same(before, saved_weights(causal_lm))
 
 
 def test_an_expert_that_gets_no_token_is_not_frozen_and_ddp_goes_on(world):

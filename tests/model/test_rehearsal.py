@@ -18,6 +18,7 @@ from trainstack.model import proof, rehearsal
 from trainstack.model.causal_lm import build_causal_lm
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.small_copy import small_configs
+from trainstack.model.trial import TOKENS, logits_of, some_tokens
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -58,6 +59,11 @@ CONFIGS = {
     "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
         text_config=GROUPED, vision_config={**VISION, "out_hidden_size": 32}
     ),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **GROUPED, use_sliding_window=True, max_window_layers=0
+    ),
+    "bamba": lambda: transformers.BambaConfig(num_hidden_layers=10, attn_layer_indices=[9]),
+    "bamba without attention": lambda: transformers.BambaConfig(num_hidden_layers=10),
     "emu3": lambda: transformers.Emu3Config(),
     "gemma3n": lambda: transformers.Gemma3nConfig(),
 }
@@ -93,7 +99,7 @@ def refusal(folder: Path, name: str, *overrides: str, **changes) -> str:
 )
 def test_what_is_no_causal_lm_is_refused_with_the_reason(tmp_path, name, reason):
     line = refusal(tmp_path, name)
-    assert re.search(reason, line) and "; choose " in line
+    assert re.search(reason, line) and "choose " in line.rpartition("; ")[2]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +217,66 @@ def test_a_setting_with_which_its_code_fails_is_named_as_the_way_out(tmp_path, m
     assert "this kernel" in line and line.endswith("; write train.precision=fp32")
 
 
+WRONG = [  # model and its config.json, and what of it is to be written or corrected
+    ("llama", {"num_key_value_heads": 3}, 'write "num_key_value_heads": null in its config.json'),
+    ("llama", {"hidden_act": "swiglu"}, 'correct "hidden_act" in its config.json'),
+    ("llama", {"rms_norm_eps": "1e-6"}, 'correct "rms_norm_eps" in its config.json'),
+    ("llama", {"rms_norm_eps": -1.0}, 'correct "rms_norm_eps" in its config.json'),
+    ("llama", {"rope_parameters": {"rope_type": "own"}}, 'write "rope_parameters": null in its'),
+    ("llama", {"pad_token_id": 96}, 'or write "pad_token_id": null in its config.json'),
+    ("llama", {"attention_dropout": 2.0}, 'correct "attention_dropout" in its config.json'),
+    ("llama", {"return_dict": False}, 'write "return_dict": null in its config.json'),
+    ("qwen2", {"layer_types": ["full_attention"]}, 'write "layer_types": null in its config.json'),
+    ("llama", {"model_type": "LLaMA"}, 'write "model_type": "llama" in it, or choose another'),
+    ("llama", {"architectures": "OwnModel"}, 'write "architectures": ["LlamaForCausalLM"] in its'),
+    ("bert", {}, 'write "is_decoder": true in its config.json, or choose a causal LM such as'),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong", "fix"), WRONG, ids=range(len(WRONG)))
+def test_a_wrong_value_of_config_json_is_named_with_what_helps(tmp_path, name, wrong, fix):
+    line = refusal(tmp_path, name, **wrong)
+    assert fix in line.rpartition("; ")[2]
+
+
+WINDOWED = {"mistral": {}, "qwen2": {"use_sliding_window": True, "max_window_layers": 0}}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("window", [0, -1])
+def test_what_trains_and_cannot_generate_is_refused_with_the_line_of_config_json(
+    tmp_path, monkeypatch, name, window
+):
+    written = transformers.PreTrainedConfig(model_type=name, **GROUPED, **WINDOWED[name])
+    monkeypatch.setitem(CONFIGS, name, lambda: written)  # without what the class makes of it
+    line = refusal(tmp_path, name, model_type=name, sliding_window=window)
+    assert line.startswith("it trains, but generate() fails with it (RuntimeError: ")
+    assert re.search('; .*write "sliding_window": null.* in its config.json$', line)
+    for other in (None, 8):
+        assert len(rehearse(tmp_path, name, model_type=name, sliding_window=other).notes) == 1
+
+
+def test_a_model_that_transformers_cannot_ask_is_a_line(tmp_path):
+    (*_, line) = rehearse(tmp_path, "bamba without attention").notes
+    assert line.startswith("it trains, but generate() fails with it (ValueError: ")
+    short = rehearse(tmp_path, "gpt2", "data.seq_len=16", n_positions=16).notes
+    assert not any("generate()" in note for note in short)
+    assert len(rehearse(tmp_path, "bamba").notes) == 1  # its one layer of attention is the tenth
+
+
+def test_a_model_that_generates_by_other_logits_than_it_learns_by_is_a_line(tmp_path, monkeypatch):
+    forward = transformers.LlamaForCausalLM.forward
+
+    def other(self, *arguments, past_key_values=None, **named):
+        output = forward(self, *arguments, past_key_values=past_key_values, **named)
+        output.logits = output.logits * (1 if past_key_values is None else 1.5)
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", other)
+    (*_, line) = rehearse(tmp_path, "llama").notes
+    assert line == "it trains, but generate() has other logits than training, by 50%"
+
+
 def test_of_a_model_with_parts_only_its_text_is_saved_and_that_is_said(tmp_path):
     notes = rehearse(tmp_path, "qwen3_5 with vision").notes
     assert notes[-1].endswith("for text is trained and saved, as Qwen3_5ForCausalLM")
@@ -272,9 +338,9 @@ def test_every_architecture_has_the_loss_of_its_logits_or_is_refused(tmp_path, n
     small.save_pretrained(tmp_path)
     config = load(tiny.ROOT / "config.yaml", [])
     causal_lm = build_causal_lm(tmp_path, "scratch", config.model, "fp32", 0).eval()
-    tokens = rehearsal.some_tokens(causal_lm, rehearsal.TOKENS)
+    tokens = some_tokens(causal_lm, TOKENS)
     loss_model = CausalLMLoss(causal_lm, config.train, torch.device("cpu")).eval()
-    logits = rehearsal.logits_of(causal_lm, tokens).detach().float()
+    logits = logits_of(causal_lm, tokens).detach().float()
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), tokens.flatten(), reduction="sum"
     )

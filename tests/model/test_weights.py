@@ -94,6 +94,14 @@ def test_tensors_that_are_not_used_are_counted(tmp_path):
     assert "9 of the 21 tensors of its weights are not used, such as model.layers.1." in line
 
 
+def test_settings_of_generating_that_cannot_be_loaded_are_refused(tmp_path):
+    folder = saved(tmp_path)
+    assert check(folder) == []
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 2}')
+    with pytest.raises(ConfigError, match="cannot read its generation_config.json .*; correct it"):
+        check(folder)
+
+
 def test_two_tensors_that_config_json_calls_one_are_a_line(tmp_path):
     folder = saved(tmp_path, "tied")
     weights = load_file(folder / "model.safetensors")

@@ -28,8 +28,9 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert all(line.startswith("submit.sh: ") for line in lines)
     assert "config.yaml ok | model and tokens present and verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
-    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[3]
-    assert "run first is queued; look: bash monitor.sh first" in lines[4]
+    assert lines[3] == "submit.sh: train.num_train_epochs is not used: max_steps decides"
+    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[4]
+    assert "run first is queued; look: bash monitor.sh first" in lines[5]
     run = RunFolder(site.run_dir)
     assert run.status()["state"] == "QUEUED"
     assert [(event["event"], event["job"]) for event in run.events()] == [("submitted", "4711")]
@@ -396,7 +397,15 @@ def test_settings_of_another_experiment_are_refused_with_the_difference(site):
 
 def test_a_setting_that_may_change_continues_the_run(site):
     site.make_checkpoint(5)
-    assert site.submit("optim.learning_rate=0.5").stdout == "4711\n"
+    assert "other settings" not in site.submit("--dry-run").stderr
+    changes = ("optim.learning_rate=0.5", "optim.weight_decay=0.2", "train.max_steps=30")
+    told = (
+        "submit.sh: run first continues with other settings: train.max_steps: 20 -> 30, "
+        "optim.learning_rate: 0.01 -> 0.5, optim.weight_decay: 0.1 -> 0.2\n"
+    )
+    assert told in site.submit("--dry-run", *changes).stderr
+    result = site.submit(*changes)
+    assert result.stdout == "4711\n" and told in result.stderr
     kept = load(site.run_dir / "config.yaml", [])
     assert kept.optim.learning_rate == 0.5
 

@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 import tiny
 from trainstack.checkpoint.names import checkpoints
 from trainstack.checkpoint.state import read_state
+from trainstack.config.load import load
 from trainstack.data import order
+from trainstack.errors import ConfigError
 from trainstack.run.folder import RunFolder
+from trainstack.train.evaluate import answer
 
 
 def weights_hash(home: Path, run: str, step: int = 20) -> str:
@@ -42,6 +47,21 @@ def test_a_run_learns_evaluates_and_ends_with_a_sample(home, reference):
     assert "perplexity" in reference.stdout
     assert "sample  one" in reference.stdout and "was cut, and did not stop" in reference.stdout
     assert "rank 1 on" in reference.stdout
+
+
+@pytest.mark.parametrize("end", [[], [*range(1, 96)]])
+def test_a_sample_is_no_longer_than_the_model_has_positions(home, end):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=8, vocab_size=96)
+    model = transformers.GPT2LMHeadModel(config)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "models/tiny")
+    section = load(home / "config.yaml", ["eval.sample_tokens=48"]).eval
+    _, ended = answer(model, tokenizer, section, False, end, seed=0, seq_len=4)
+    cut = "was cut after 7 tokens: with the prompt they are the 8 it can read"
+    assert ended == f"{'stopped by itself, after 1 tokens' if end else cut} (eval.sample_tokens=48)"
+    long = section.model_copy(update={"sample_prompt": "one " * 8})
+    with pytest.raises(ConfigError, match="has 8 of the 8 tokens that the model can read"):
+        answer(model, tokenizer, long, False, end, seed=0, seq_len=4)
 
 
 def test_metrics_have_their_stable_keys(home, reference):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainstack.checkpoint.state import read_state
+from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.storage import manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
@@ -28,8 +28,8 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
     return next(iter(checkpoints(folder)), (0, None))
 
 
-def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
-    """Step and identity of the newest checkpoint whose small files verify; (0, None) if none does.
+def newest_state(folder: Path) -> tuple[int, TrainState | None]:
+    """Step and state of the newest checkpoint whose small files verify; (0, None) if none does.
 
     A damaged one is passed over: the job names it, and takes the one before. Refused if another
     version of the code wrote it.
@@ -37,8 +37,14 @@ def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
     for step, path in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):
             if not any(manifest.damage(path, STATE_BYTES)):
-                return step, read_state(path).identity
+                return step, read_state(path)
     return 0, None
+
+
+def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
+    """The same, with the identity alone."""
+    step, state = newest_state(folder)
+    return step, state.identity if state else None
 
 
 def kept_stores(folder: Path | None) -> list[str]:

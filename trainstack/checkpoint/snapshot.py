@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 WEIGHTS = "model.safetensors"
 CONFIG, GENERATION = "config.json", "generation_config.json"
+ENDS = "eos_token_id"
 TEMPLATE = "chat_template.jinja"
 JSON_FILES = (CONFIG, GENERATION, "tokenizer_config.json")
 TOKENIZER_PATTERNS = (  # of what is copied beside the weights, whatever tokenizer it is
@@ -90,12 +91,17 @@ def replicated_share(
 
 
 def small_files(
-    causal_lm: torch.nn.Module, model_folder: Path, ends: list[int], template: str | None
+    causal_lm: torch.nn.Module,
+    model_folder: Path,
+    ends: list[int],
+    template: str | None,
+    odd: Collection[int] = (),
 ) -> dict[str, bytes]:
     """What from_pretrained needs beside the weights: the model's configuration, the tokenizer.
 
     ``ends``: the tokens at which the model stops when it generates. ``template``: a chat template
-    that took the place of all that the model has; None: none did.
+    that took the place of all that the model has; None: none did. ``odd``: ids of tokens that the
+    model's settings name and do not mean.
     """
     found = {}
     causal_lm.config.architectures = [type(causal_lm).__name__]
@@ -112,27 +118,38 @@ def small_files(
     if template is not None:
         found[TEMPLATE] = template.encode()
     for name in {*JSON_FILES} & found.keys():  # a template has a file of its own, or is in one
-        found[name] = as_learned(name, found[name], ends, TEMPLATE in found)
+        found[name] = as_learned(name, found[name], ends, TEMPLATE in found, odd)
     return found
 
 
-def as_learned(name: str, content: bytes, ends: list[int], has_template: bool) -> bytes:
+def as_learned(
+    name: str, content: bytes, ends: list[int], has_template: bool, odd: Collection[int]
+) -> bytes:
     """A file of settings that says what was learned; the same bytes where it does already.
 
     Changed as JSON: transformers 5 refuses to save settings that contradict each other once one is
     changed.
     """
     before = json.loads(content)
-    settings, known = dict(before), ends_in(before.get("eos_token_id"))
+    settings, known = dict(before), ends_in(before.get(ENDS))
     is_odd = not {*known} <= {*ends}  # for those who read config.json alone
     if (name == GENERATION and {*known} != {*ends}) or (name == CONFIG and is_odd):
-        settings["eos_token_id"] = ends
+        settings[ENDS] = ends
+    if name == GENERATION:  # config.json also says which row of the embedding is for padding
+        for key, ids in tokens_in(before).items():
+            if key != ENDS and not {*odd}.isdisjoint(ids):
+                del settings[key]
     settings.pop("auto_map", None)  # names code that was not run, and that is not here
     if has_template:
         settings.pop("chat_template", None)
     if settings == before:
         return content
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def tokens_in(settings: dict[str, Any]) -> dict[str, list[int]]:
+    """The ids of special tokens that a model's settings name, by their keys."""
+    return {key: ends_in(ids) for key, ids in settings.items() if key.endswith("_token_id")}
 
 
 def ends_in(ends: Any) -> list[int]:

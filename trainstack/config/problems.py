@@ -1,14 +1,19 @@
 """What is wrong with a setting, in one line: its location, its value, and the fix."""
 
+import contextlib
 import difflib
+import math
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 from trainstack.config.other_names import OTHER_NAMES, OTHER_VALUES
 from trainstack.config.schedules import settings_of
-from trainstack.config.schema import Config
+from trainstack.config.schema import NOTHING, Config
 from trainstack.errors import shown
+
+YES, NO = ("yes", "on", "y", "1", "true"), ("no", "off", "n", "0", "false")
 
 
 def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) -> str:
@@ -34,6 +39,10 @@ def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) 
         key = location if is_override else f"{location}: {shown(dotted)}"
         return f"{key}: no such key; {suggestion(dotted)}"
     setting = location if is_override else f"{location}: {dotted}={shown(value)}"
+    if kind in ("string_type", "string_too_short"):
+        return f"{setting}: not a text; {text_meant(value, location if is_override else '')}"
+    if is_word_for_nothing(value) and is_optional(dotted):
+        return f"{setting}: write null if you mean none"
     return f"{setting}: {expectation(kind, limits, value, dotted)}"
 
 
@@ -68,9 +77,16 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         return "not a finite number; write for example 2e-5"
     if kind.startswith(("int", "float")):
         example, noun = ("8", "whole number") if kind.startswith("int") else ("2e-5", "number")
-        return f"not a {noun}; write for example {example}"
+        meant = number_meant(str(value), noun)
+        return f"not a {noun}; write {meant or f'for example {example}'}"
     if kind.startswith("bool"):
-        return "neither true nor false; write one of the two"
+        word = str(value).strip().lower()
+        meant = "true" if word in YES else "false" if word in NO else "one of the two"
+        return f"neither true nor false; write {meant}"
+    if kind == "list_type":
+        return f"not a list; write [{'' if value is None else shown(value)}]"
+    if kind == "dict_type":
+        return "no keys with values; write {key: value, other: value}, or {} for none"
     if kind == "literal_error":
         options = limits["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), re.split(r", | or ", options), 1)
@@ -80,11 +96,42 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
     if kind == "nothing":
         return "would be taken as a text; write null if you mean none"
-    if kind in ("string_type", "string_too_short"):
-        return 'not a text; write it in quotes, for example "name"'
     if kind in ("model_type", "model_attributes_type"):
         return f"not a section; put its keys below {dotted}:, indented by two spaces"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
+
+
+def number_meant(text: str, noun: str) -> str:
+    """The number that was written in another way, as we read it; empty if there is none."""
+    plain = re.sub(r"[,_](?=\d{3}\b)", "", text.strip()).lower()
+    factors = {"%": 0.01, "k": 1e3, "m": 1e6}
+    factor = factors.get(plain[-1:], 1)
+    with contextlib.suppress(ValueError):
+        number = float(plain[:-1] if factor != 1 else plain) * factor
+        if noun == "number" and math.isfinite(number):
+            return f"{number:g}"
+        if number.is_integer():
+            return f"{int(number)}"
+    return ""
+
+
+def text_meant(value: Any, override: str) -> str:
+    """The fix for what YAML takes for no text; the shell takes quotes away from an override."""
+    key, _, text = override.removesuffix(" (command line)").partition("=")
+    if isinstance(value, (int, float)) and text:
+        return f"write it in quotes: {key}='\"{text}\"'"
+    return 'write it in quotes, for example "name"'
+
+
+def is_word_for_nothing(value: Any) -> bool:
+    return value is False or str(value).strip().lower() in (*NOTHING, "off", "never", "no")
+
+
+def is_optional(dotted: str) -> bool:
+    """Whether a setting may be null."""
+    section, _, key = dotted.partition(".")
+    field = Config.model_fields[section].annotation.model_fields.get(key)
+    return field is not None and type(None) in typing.get_args(field.annotation)
 
 
 def schedule_problem(optim: dict, key: str) -> str:
@@ -103,6 +150,8 @@ def suggestion(dotted: str) -> str:
     """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
     dotted = re.sub(r"\.mixture\[\d+\]", "", dotted)
     name = dotted.rpartition(".")[2]
+    if dotted in Config.model_fields:
+        return f"{dotted} is a section: write {dotted}.key=value"
     keys = all_keys()
     if name in OTHER_NAMES and OTHER_NAMES[name] is None:
         return "it is derived from the batch sizes and the number of processes; remove it"

@@ -88,7 +88,12 @@ class SourceSection(Section):
     @field_validator("chat_date")
     @classmethod
     def check_date(cls, date: str) -> str:
-        datetime.date.fromisoformat(date)  # ValueError: no such day
+        try:
+            datetime.date.fromisoformat(date)
+        except ValueError:
+            raise ValueError(
+                f"data.chat_date={date}: no such day; write for example 2026-01-01"
+            ) from None
         return date
 
     @property

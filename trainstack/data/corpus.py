@@ -115,3 +115,17 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
             "a shorter data.seq_len or a smaller batch"
         )
     return samples
+
+
+def not_used(config: Config, corpus: Corpus) -> list[str]:
+    """Settings that have no effect in this run, each with the reason."""
+    lines = []
+    if config.train.max_steps is not None:
+        lines.append("train.num_train_epochs is not used: max_steps decides")
+    if not any(store.eval.num_samples for store in corpus.stores.values()):
+        lines.append("no held-out documents: there will be no evaluation")
+    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
+        lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
+    if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
+        lines.append("checkpoint.failure_hours is not used: save_steps is a number")
+    return lines

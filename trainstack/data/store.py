@@ -87,6 +87,11 @@ class Counts:
     largest_id: int = 0  # of all tokens
     unread: list[str] = field(default_factory=list)  # columns, and keys of turns
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Counts":
+        """As they were written down; those that only later code has are left out."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
 
 def made_from(
     home: Path, model_name: str, section: DataSection, version: int = FORMAT_VERSION
@@ -186,7 +191,7 @@ class TokenStore:
     def __init__(self, folder: Path, seq_len: int):
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_bytes())
-        self.counts = Counts(**self.meta["counts"])
+        self.counts = Counts.of(self.meta["counts"])
         dtype = np.dtype(self.meta["dtype"])
         self.train, self.eval = (Split(folder, s, dtype, seq_len) for s in (TRAIN, EVAL))
 

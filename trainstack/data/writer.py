@@ -59,7 +59,7 @@ class TokenWriter:
         self.dtype = ids_dtype(vocab_size)
         self._entries: dict[str, dict[str, Any]] = {}
         progress = read_progress(earlier) if earlier else {}
-        self.counts = Counts(**progress.get("counts", {}))
+        self.counts = Counts.of(progress.get("counts", {}))
         # In the data files: the number of the file, from 0, and of its next record, from 1.
         self.position: list[int] = progress.get("position", [0, 1])
         temporary.mkdir(parents=True)

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_stores, newest_identity
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_stores, newest_state
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
 from trainstack.errors import Failed
 from trainstack.run.folder import RunFolder
-from trainstack.run.identity import check_identity, identity
+from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
 from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
 
@@ -88,12 +88,16 @@ def asset_problem(name: str, folder: Path, revision: str) -> str | None:
     return None
 
 
-def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> int:
-    """The step that the run has reached; Refused if another experiment made it."""
-    step, saved = newest_identity(run.checkpoints)
-    if saved:
-        check_identity(saved, identity(config, corpus.key), config.run.name)
-    return step
+def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int, list[str]]:
+    """The step that the run has reached, and the settings that it continues with and had not.
+
+    Refused if another experiment made it.
+    """
+    step, saved = newest_state(run.checkpoints)
+    if saved is None:
+        return step, []
+    check_identity(saved.identity, identity(config, corpus.key), config.run.name)
+    return step, changed_settings(saved.settings, config.model_dump())
 
 
 def check_space(home: Path, config: Config, parameters: int) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config, OptimSection
+from trainstack.data.corpus import not_used
 from trainstack.errors import ConfigError, Failed, Refused
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
@@ -110,7 +111,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     for label in corpus.earlier:
         say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")
     rates = describe_schedule(config.optim, max_steps)
-    step = inputs.check_progress(run, config, corpus)
+    step, changes = inputs.check_progress(run, config, corpus)
     if step >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
         say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
@@ -118,8 +119,10 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
         return "complete", run
     space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
-    for line in (*rates, *rate_jump(run, config.optim, step, max_steps)):
+    for line in (*rates, *not_used(config, corpus), *rate_jump(run, config.optim, step, max_steps)):
         say(line)
+    if changes:
+        say(f"run {config.run.name} continues with other settings: {', '.join(changes)}")
     if not request.is_dry_run:
         make_run_folder(request.repository, config, run, request.is_local)
     if request.is_local:

@@ -6,25 +6,82 @@ place: what they name may be a word to it.
 
 import contextlib
 import copy
+import difflib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import GENERATION, ends_in
+from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub import choose
 from trainstack.storage.files import read_object
 
 log = logging.getLogger("trainstack")
+GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
+NO_TOKEN = "no token"
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a model as transformers reads it; no code of others is run."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the class of that configuration raises
+        kind, fix = read_object(folder / CONFIG).get("model_type", ""), "correct it"
+        if kind not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(str(kind).lower(), CONFIG_MAPPING, 1)
+            fix = f'write "model_type": "{near[0]}" in it' if near else fix
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot read its config.json "
+            f"({first_words(error)}); {fix}, or choose another model"
+        ) from None
+
+
+def check_kind(real: Any, init: str) -> None:
+    """ConfigError if this is no decoder-only language model, or its weights cannot be trained."""
+    names = real.architectures or []
+    names = [names] if isinstance(names, str) else names
+    named = " ".join([real.model_type, *(f"({name})" for name in names)])
+    other = [name for name in names if not generates(name, real, init)]
+    problem, fix = None, "choose a causal LM such as Llama or Qwen"
+    if real.is_encoder_decoder:
+        problem = "is an encoder-decoder model, and only decoder-only ones are trained here"
+    elif type(real) not in AutoModelForCausalLM._model_mapping:
+        problem = "is no causal LM: transformers has none for it"
+        if real.sub_configs:
+            problem = "is made of several parts, and transformers has no causal LM of its text part"
+            fix = "choose the text-only model that it was made from"
+    elif other:
+        problem = f"is no causal LM: {other[0]} has another head, or none"
+        fix = "choose the model that it was made from"
+        if init == "scratch":
+            own = AutoModelForCausalLM._model_mapping[type(real)].__name__
+            fix = f'write "architectures": ["{own}"] in its config.json'
+    elif init == "pretrained" and quantisation(real):
+        problem = f"has quantised weights ({quantisation(real)}), which cannot be trained"
+        fix = "name a repository that has them in bf16 or fp32"
+    if problem:
+        raise ConfigError(f"{named} {problem}; {fix}")
+
+
+def generates(architecture: str, real: Any, init: str) -> bool:
+    """Whether a class that a config.json names is a language model, or one without its head."""
+    known = getattr(transformers, architecture, None)
+    if known is None:
+        return bool(GENERATES.search(architecture))
+    is_bare = architecture == type(real).__name__.replace("Config", "Model")
+    has_head = init == "scratch" or getattr(real, "tie_word_embeddings", False)
+    return (is_bare and has_head) or issubclass(known, transformers.GenerationMixin)
 
 
 def build_causal_lm(
@@ -65,6 +122,15 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     shapes and no memory: it knows the names of earlier releases, and what it makes of experts.
     """
     notes = []
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        pass  # there is none
+    except Exception as error:  # loading the weights reads it too
+        raise ConfigError(
+            f"transformers cannot read its {GENERATION} ({first_words(error)}); correct it, or "
+            "remove it"
+        ) from None
     one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
     with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
         weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
@@ -154,51 +220,59 @@ def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
     return revert_weight_conversion(causal_lm, weights)
 
 
-def ends_of(causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]) -> list[int]:
-    """Where a model stops when it generates: its own ends, then those that are ``learned``.
+def special_tokens(
+    causal_lm: nn.Module, model_folder: Path, learned: Sequence[int]
+) -> tuple[list[int], set[int]]:
+    """Where a model stops when it generates, and the ids that its settings do not mean.
 
-    What of its own is a word of the tokenizer, and no end, is left out, which is logged.
+    It stops at its own ends, then at those that are ``learned``. What of its settings is a word of
+    the tokenizer, or no token, is left out, which is logged.
     """
-    known, odd = own_ends(causal_lm), {}
-    if unknown := {*known} - {*learned}:
+    named, odd = tokens_in(settings_of(causal_lm)), {}
+    if unknown := {number for ids in named.values() for number in ids} - {*learned}:
         odd = words(load_tokenizer(model_folder), unknown)
     if odd:
-        log.warning("model: %s; the checkpoints do not stop there", ends_at(odd))
-    return list(dict.fromkeys([*(number for number in known if number not in odd), *learned]))
+        log.warning("model: %s; the checkpoints leave that out", named_as(named, odd))
+    own = (number for number in named.get(ENDS, ()) if number not in odd)
+    return list(dict.fromkeys([*own, *learned])), {*odd}
 
 
-def own_ends(causal_lm: nn.Module) -> list[int]:
-    """The ids of the tokens at which a model says that it stops."""
-    settings = causal_lm.generation_config if causal_lm.can_generate() else causal_lm.config
-    return ends_in(settings.eos_token_id)
+def settings_of(causal_lm: nn.Module) -> dict[str, Any]:
+    """What a model does when it generates."""
+    is_able = causal_lm.can_generate()
+    return (causal_lm.generation_config if is_able else causal_lm.config).to_dict()
 
 
 def words(tokenizer: Any, ids: set[int]) -> dict[int, str]:
     """Those ids that are no special tokens of the tokenizer, with what they are to it."""
     odd = sorted(ids - tokenizer.added_tokens_decoder.keys())
     known = range(len(tokenizer))
-    return {n: repr(tokenizer.decode([n])) if n in known else "no token" for n in odd}
+    return {n: repr(tokenizer.decode([n])) if n in known else NO_TOKEN for n in odd}
 
 
-def ends_at(odd: dict[int, str]) -> str:
-    named = " and ".join(f"{number:,}, which is {text}" for number, text in odd.items())
-    return f"its settings name as eos_token_id {named} to its tokenizer"
+def named_as(named: dict[str, list[int]], odd: dict[int, str]) -> str:
+    """The special tokens of a model's settings that are none, with what they are."""
+    found = [f"{key} {n:,}, which is {odd[n]}" for key in named for n in named[key] if n in odd]
+    return f"its settings name as {' and as '.join(found)} to its tokenizer"
 
 
 def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
     """Lines on tokens that are others to its tokenizer; nothing if that cannot be loaded."""
-    generation = read_object(model_folder / GENERATION)
-    ends, notes = own_ends(causal_lm) + ends_in(generation.get("eos_token_id")), []
+    named, notes = tokens_in(settings_of(causal_lm)), []
+    for key, ids in tokens_in(read_object(model_folder / GENERATION)).items():
+        named[key] = list(dict.fromkeys([*named.get(key, ()), *ids]))
     row = getattr(causal_lm.get_input_embeddings(), "padding_idx", None)
     with contextlib.suppress(ConfigError):  # preparing the data says it
         tokenizer = load_tokenizer(model_folder)
-        if odd := words(tokenizer, {*ends}):
-            notes.append(f"{ends_at(odd)}; its checkpoints will not stop there")
-        if row is not None and (row in ends or words(tokenizer, {row})):
+        odd = words(tokenizer, {number for ids in named.values() for number in ids})
+        is_used = row in named.get(ENDS, ()) or odd.get(row, NO_TOKEN) != NO_TOKEN
+        if row is not None and is_used:
             notes.append(
                 f"its pad_token_id={row} stands in texts, and torch gives that row of its "
                 "embedding no gradient; take pad_token_id out of its config.json"
             )
+        if odd:
+            notes.append(f"{named_as(named, odd)}; its checkpoints will leave that out")
     return notes
 
 

@@ -5,14 +5,12 @@ has. It cannot find out about their values, about memory and about the kernels o
 said too.
 """
 
-import bisect
 import contextlib
 import importlib.util
-import inspect
 import logging
-import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,36 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from trainstack.checkpoint.snapshot import CONFIG
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
 from trainstack.model.causal_lm import (
     build_causal_lm,
+    check_kind,
     check_weights,
     count_parameters,
     notes_on,
     quantisation,
+    read_config,
 )
 from trainstack.model.loss import CausalLMLoss
-from trainstack.model.small_copy import small_configs
-from trainstack.model.trial import TOKENS, some_tokens
+from trainstack.model.small_copy import corrected, is_number, small_configs
+from trainstack.model.trial import (
+    TOKENS,
+    check_future,
+    check_positions,
+    generation_problem,
+    logits_of,
+    some_tokens,
+)
+from trainstack.storage.files import read_object
 
+NO_FIX = "choose another model"  # if no value of its config.json is to blame
+MOST_SECONDS = 20  # to find one
 MOST_PARAMETERS = 110e6  # of a small copy; with its gradients in fp32 that is 0.9 GB
-MOST_TOKENS = 4096  # of a sequence that is tried whole
 CPU = torch.device("cpu")
-GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
-LIMITS = ("max_position_embeddings", "max_seq_len", "context_length")  # names of config.json
 WAYS_OUT = (  # settings that may help
     ("model", "attn_implementation", "auto"),
     ("train", "activation_checkpointing", False),
@@ -65,22 +73,27 @@ def rehearse(folder: Path, config: Config) -> Rehearsal:
     transformers.logging.set_verbosity_error()  # what matters is said in our lines
     transformers.logging.disable_progress_bar()
     try:
-        real = read_config(folder)
-        check_kind(real, config.model.init)
-        check_flash(real, config)
-        whole = build_whole(real)
-        if type(whole.config) not in AutoModelForCausalLM._model_mapping:
-            raise ConfigError(
-                f"its part for text alone ({whole.config.model_type}) is saved as a model that "
-                "transformers does not load as a causal LM; choose another model"
-            )
-        small, reason = small_copy(real)
-        notes = checked(small, config) if small else [f"no small copy could be tried ({reason})"]
-        notes += check_weights(folder, whole) if config.model.init == "pretrained" else []
-        notes += notes_on(whole, folder)
+        return rehearsed(folder, config)
     except ConfigError as error:
         name = config.model.name
         raise ConfigError(f"model {name} cannot be trained as configured: {error}") from None
+
+
+def rehearsed(folder: Path, config: Config) -> Rehearsal:
+    """The same; ConfigError without the name of the model."""
+    try:
+        real = read_config(folder)
+        check_kind(real, config.model.init)
+        check_flash(real, config)
+        whole, notes = tried(real, config)
+    except ConfigError as error:
+        problem, _, fix = str(error).rpartition("; ")
+        if fix.endswith(NO_FIX):
+            fix = remedy(folder, lambda other: tried(other, config)) or fix
+        raise ConfigError(f"{problem}; {fix}") from None
+    notes += check_generation(folder, real)
+    notes += check_weights(folder, whole) if config.model.init == "pretrained" else []
+    notes += notes_on(whole, folder)
     if type(whole.config) is not type(real):
         notes.append(f"only its part for text is trained and saved, as {type(whole).__name__}")
     if quantisation(real):
@@ -88,47 +101,31 @@ def rehearse(folder: Path, config: Config) -> Rehearsal:
     return Rehearsal(count_parameters(whole), notes)
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration of a model as transformers reads it; no code of others is run."""
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the class of that configuration raises
+def tried(real: Any, config: Config) -> tuple[nn.Module, list[str]]:
+    """The real model without memory, and lines on a small copy that was trained for a step."""
+    whole = build_whole(real)
+    if type(whole.config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
-            f"transformers {transformers.__version__} cannot read its config.json "
-            f"({first_words(error)}); choose another model"
-        ) from None
+            f"its part for text alone ({whole.config.model_type}) is saved as a model that "
+            f"transformers does not load as a causal LM; {NO_FIX}"
+        )
+    small, reason = small_copy(real)
+    return whole, checked(small, config) if small else [f"no small copy could be tried ({reason})"]
 
 
-def check_kind(real: Any, init: str) -> None:
-    """ConfigError if this is no decoder-only language model, or its weights cannot be trained."""
-    named = " ".join([real.model_type, *(f"({name})" for name in real.architectures or [])])
-    other = [name for name in real.architectures or [] if not generates(name, real, init)]
-    problem, fix = None, "choose a causal LM such as Llama or Qwen"
-    if real.is_encoder_decoder:
-        problem = "is an encoder-decoder model, and only decoder-only ones are trained here"
-    elif type(real) not in AutoModelForCausalLM._model_mapping:
-        problem = "is no causal LM: transformers has none for it"
-        if real.sub_configs:
-            problem = "is made of several parts, and transformers has no causal LM of its text part"
-            fix = "choose the text-only model that it was made from"
-    elif other:
-        problem = f"is no causal LM: {other[0]} has another head, or none"
-        fix = "choose the model that it was made from"
-    elif init == "pretrained" and quantisation(real):
-        problem = f"has quantised weights ({quantisation(real)}), which cannot be trained"
-        fix = "name a repository that has them in bf16 or fp32"
-    if problem:
-        raise ConfigError(f"{named} {problem}; {fix}")
-
-
-def generates(architecture: str, real: Any, init: str) -> bool:
-    """Whether a class that a config.json names is a language model, or one without its head."""
-    known = getattr(transformers, architecture, None)
-    if known is None:
-        return bool(GENERATES.search(architecture))
-    is_bare = architecture == type(real).__name__.replace("Config", "Model")
-    has_head = init == "scratch" or getattr(real, "tie_word_embeddings", False)
-    return (is_bare and has_head) or issubclass(known, transformers.GenerationMixin)
+def remedy(
+    folder: Path,
+    works: Callable[[Any], Any],
+    may_be_wrong: Callable[[Any], bool] = lambda value: True,
+) -> str:
+    """What to change in config.json so that it works: what helps by itself; empty if nothing."""
+    found, until = {}, time.monotonic() + MOST_SECONDS
+    for key, fix, values in corrected(read_object(folder / CONFIG), may_be_wrong):
+        if key not in found and time.monotonic() < until:
+            with contextlib.suppress(Exception):  # whatever it is, this does not help
+                if works(CONFIG_MAPPING[values["model_type"]].from_dict(values)):
+                    found[key] = fix
+    return f"{' or '.join(found.values())} in its config.json" if found else ""
 
 
 def check_flash(real: Any, config: Config) -> None:
@@ -155,9 +152,9 @@ def build_whole(real: Any) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(real, dtype=torch.float32)
     except Exception as error:  # whatever the model's class raises
-        what, fix = "transformers builds no model from its config.json", "choose another model"
+        what, fix = "transformers builds no model from its config.json", f"correct it, or {NO_FIX}"
         if isinstance(error, ImportError):
-            what, fix = "a package that it needs is missing", "install it into the environment"
+            what, fix = "a package that it needs is missing", f"install it, or {NO_FIX}"
         raise ConfigError(f"{what} ({first_words(error)}); {fix}") from None
 
 
@@ -181,7 +178,7 @@ def small_copy(real: Any) -> tuple[Any, str]:
         except Exception as error:  # its code may not go with what was made smaller
             reasons.append(first_words(error))
     if not reasons[-1].startswith("the smallest has"):
-        raise ConfigError(f"its own code fails with text ({reasons[-1]}); choose another model")
+        raise ConfigError(f"its own code fails with text ({reasons[-1]}); {NO_FIX}")
     return None, reasons[0]
 
 
@@ -201,7 +198,7 @@ def checked(small: Any, config: Config) -> list[str]:
         if ways:
             reason = f"{reason.partition('; ')[0]}; write {ways}"
         elif not isinstance(error, ConfigError):
-            reason = f"{reason}; choose another model"
+            reason = f"{reason}; {NO_FIX}"
         raise ConfigError(reason) from None
     untried = "the values of real weights, memory, the kernels of a GPU"
     untried += ", torch_compile" if config.train.torch_compile else ""
@@ -209,6 +206,35 @@ def checked(small: Any, config: Config) -> list[str]:
     parts = [attention, config.train.precision, f"packing {config.data.packing}"]
     summary = f"a small copy of it learns with {', '.join(parts)}; not tried: {untried}"
     return [summary, *notes, *lines]
+
+
+def check_generation(folder: Path, real: Any) -> list[str]:
+    """A line if what is trained could not be asked; ConfigError if its config.json is why."""
+    problem = no_generation(real)
+    if not problem:
+        return []
+    line = f"it trains, but {problem}"
+    fix = remedy(folder, lambda other: not no_generation(other), lambda v: is_number(v) and v < 1)
+    if fix:
+        raise ConfigError(f"{line}; {fix}")
+    return [line]
+
+
+def no_generation(real: Any) -> str:
+    """Why no small copy generates as it is trained, few layers or all; empty if one does."""
+    problems = {}
+    for values in small_configs(real.to_dict()):
+        with contextlib.suppress(Exception):  # its code may not go with what was made smaller
+            small = type(real).from_dict(values)
+            layers = getattr(small.get_text_config(), "num_hidden_layers", 0)
+            if layers in problems or count_parameters(build_whole(small)) > MOST_PARAMETERS:
+                continue
+            causal_lm = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+            logits_of(causal_lm, some_tokens(causal_lm, TOKENS))
+            problems[layers] = generation_problem(causal_lm)
+            if not problems[layers]:
+                return ""
+    return next(iter(problems.values()), "no small copy runs")
 
 
 def step(small: Any, config: Config) -> tuple[str, list[str]]:
@@ -231,7 +257,7 @@ def step(small: Any, config: Config) -> tuple[str, list[str]]:
         loss = loss_model(tokens, tokens.roll(-1), positions)
         loss.backward()
     if not loss.isfinite():
-        raise ConfigError("its loss is not finite at the first step; choose another model")
+        raise ConfigError(f"its loss is not finite at the first step; {NO_FIX}")
     return f"{causal_lm.config._attn_implementation} attention", [*lines]
 
 
@@ -251,57 +277,6 @@ def changed(config: Config, section: str, key: str, value: Any) -> Config:
     """The same configuration with another value of one setting."""
     part = getattr(config, section).model_copy(update={key: value})
     return config.model_copy(update={section: part})
-
-
-@torch.no_grad()
-def check_future(causal_lm: nn.Module) -> None:
-    """ConfigError if what a token predicts depends on a token behind it."""
-    tokens = some_tokens(causal_lm, TOKENS)
-    other = tokens.clone()
-    other[:, -1] = tokens[:, 0]
-    before, after = (logits_of(causal_lm, inputs)[:, :-1] for inputs in (tokens, other))
-    if (before - after).abs().max() > 1e-5 * before.abs().max():
-        raise ConfigError(
-            f"{type(causal_lm).__name__} is not causal: a token sees the tokens behind it, as in "
-            "an encoder such as BERT; choose a causal LM such as Llama or Qwen"
-        )
-
-
-@torch.no_grad()
-def check_positions(causal_lm: nn.Module, seq_len: int) -> list[str]:
-    """A line if sequences are longer than the model was made for; ConfigError if it cannot."""
-    text = causal_lm.config.get_text_config()
-    limit = next((getattr(text, key) for key in LIMITS if getattr(text, key, None)), 0)
-    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
-
-    def has(number: int) -> bool:
-        """Whether a sequence may have so many tokens; if possible only the last are tried."""
-        positions = torch.arange(max(0, number - 2) if takes_positions else 0, number)
-        arguments = {"position_ids": positions.unsqueeze(0)} if takes_positions else {}
-        tokens = some_tokens(causal_lm, len(positions))
-        try:
-            causal_lm(input_ids=tokens, **arguments, use_cache=False)
-        except Exception:  # IndexError of an embedding, RuntimeError of another table
-            return False
-        return True
-
-    is_tried = takes_positions or 0 < limit < seq_len <= MOST_TOKENS
-    if is_tried and not has(seq_len) and has(2):
-        most = bisect.bisect_left(range(seq_len), True, key=lambda number: not has(number + 1))
-        raise ConfigError(
-            f"data.seq_len={seq_len}: it has a table of {most} positions, and none beyond; write "
-            f"data.seq_len={most} or less"
-        )
-    if 0 < limit < seq_len:
-        return [
-            f"data.seq_len={seq_len} is beyond the {limit} positions of its config.json; they are "
-            "computed, so it trains, but it may not know those beyond"
-        ]
-    return []
-
-
-def logits_of(causal_lm: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return causal_lm(input_ids=tokens, use_cache=False, return_dict=True).logits
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ positions and experts. There are fewer layers, heads, experts, channels and toke
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MOST_ROWS = 512  # of an embedding
@@ -111,6 +111,19 @@ def common_divisor(sizes: dict[str, int], wanted: int) -> int:
         if is_even and all(value % (divisor * LEAST_SIZE) == 0 for value in hidden):
             return divisor
     return 1
+
+
+def corrected(
+    values: dict[str, Any], may_be_wrong: Callable[[Any], bool]
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """One value of a config.json corrected: its key, what a person writes, and all values then."""
+    for key, value in values.items():
+        if PARTS.fullmatch(key) and isinstance(value, dict):
+            for name, fix, part in corrected(value, may_be_wrong):
+                yield name, fix, {**values, key: part}
+        elif may_be_wrong(value):
+            yield key, f'write "{key}": null', {**values, key: None}
+            yield key, f'correct "{key}"', {k: v for k, v in values.items() if k != key}
 
 
 def is_number(value: Any) -> bool:

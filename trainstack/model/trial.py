@@ -1,5 +1,6 @@
 """What a model's own code makes of a few tokens, tried before the first step."""
 
+import bisect
 import contextlib
 import inspect
 import logging
@@ -13,7 +14,9 @@ from trainstack.config.batch import IGNORED_LABEL
 from trainstack.errors import ConfigError, first_words
 
 log = logging.getLogger("trainstack")
-TOKENS = 16
+TOKENS, NEW_TOKENS = 16, 4
+MOST_TOKENS = 4096  # of a sequence that is tried whole
+LIMITS = ("max_position_embeddings", "max_seq_len", "context_length")  # names of config.json
 LOGIT = 4096.0  # in the trial of a head: beyond every cap, and exact in bf16 and fp16
 BALANCING = re.compile(r"aux_loss_(coef|alpha)|moe_loss_weight")  # settings of experts
 FAULTS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
@@ -167,3 +170,79 @@ def reached(loss_model: nn.Module, number: int) -> set[int]:
     found = {id(p) for p in loss_model.parameters() if p.grad is not None}
     loss_model.zero_grad(set_to_none=True)
     return found
+
+
+@torch.no_grad()
+def check_future(causal_lm: nn.Module) -> None:
+    """ConfigError if what a token predicts depends on a token behind it."""
+    tokens = some_tokens(causal_lm, TOKENS)
+    other = tokens.clone()
+    other[:, -1] = tokens[:, 0]
+    before, after = (logits_of(causal_lm, inputs)[:, :-1] for inputs in (tokens, other))
+    if (before - after).abs().max() > 1e-5 * before.abs().max():
+        is_settable = getattr(causal_lm.config, "is_decoder", None) is False
+        fix = 'write "is_decoder": true in its config.json, or ' if is_settable else ""
+        raise ConfigError(
+            f"{type(causal_lm).__name__} is not causal: a token sees the tokens behind it, as in "
+            f"an encoder such as BERT; {fix}choose a causal LM such as Llama or Qwen"
+        )
+
+
+@torch.no_grad()
+def check_positions(causal_lm: nn.Module, seq_len: int) -> list[str]:
+    """A line if sequences are longer than the model was made for; ConfigError if it cannot."""
+    limit = positions_of(causal_lm)
+    takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
+
+    def has(number: int) -> bool:
+        """Whether a sequence may have so many tokens; if possible only the last are tried."""
+        positions = torch.arange(max(0, number - 2) if takes_positions else 0, number)
+        arguments = {"position_ids": positions.unsqueeze(0)} if takes_positions else {}
+        tokens = some_tokens(causal_lm, len(positions))
+        try:
+            causal_lm(input_ids=tokens, **arguments, use_cache=False)
+        except Exception:  # IndexError of an embedding, RuntimeError of another table
+            return False
+        return True
+
+    is_tried = takes_positions or 0 < limit < seq_len <= MOST_TOKENS
+    if is_tried and not has(seq_len) and has(2):
+        most = bisect.bisect_left(range(seq_len), True, key=lambda number: not has(number + 1))
+        raise ConfigError(
+            f"data.seq_len={seq_len}: it has a table of {most} positions, and none beyond; write "
+            f"data.seq_len={most} or less"
+        )
+    if 0 < limit < seq_len:
+        return [
+            f"data.seq_len={seq_len} is beyond the {limit} positions of its config.json; they are "
+            "computed, so it trains, but it may not know those beyond"
+        ]
+    return []
+
+
+def positions_of(causal_lm: nn.Module) -> int:
+    """How many positions its config.json speaks of; 0 if of none."""
+    text = causal_lm.config.get_text_config()
+    return next((getattr(text, key) for key in LIMITS if getattr(text, key, None)), 0)
+
+
+@torch.no_grad()
+def generation_problem(causal_lm: nn.Module) -> str:
+    """What is wrong when it generates with its cache, as at inference; empty if nothing is."""
+    most = (positions_of(causal_lm) or TOKENS + NEW_TOKENS) - NEW_TOKENS
+    tokens = some_tokens(causal_lm, max(1, min(TOKENS, most)))
+    try:
+        made = causal_lm.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, use_cache=True,
+            min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever its code raises
+        return f"generate() fails with it ({first_words(error)})"
+    expected = logits_of(causal_lm, made.sequences[:, :-1])[0, tokens.shape[1] - 1 :]
+    apart = (torch.cat(made.logits) - expected).abs().max() / expected.abs().max()
+    return f"generate() has other logits than training, by {apart:.0%}" if apart > 0.01 else ""
+
+
+def logits_of(causal_lm: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    return causal_lm(input_ids=tokens, use_cache=False, return_dict=True).logits

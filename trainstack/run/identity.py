@@ -42,10 +42,11 @@ def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """One line for each setting ``section.key`` that differs between two configurations.
 
     One that was not there before, in an earlier version of the code, was not changed by anybody.
+    Those of the data are left out: what of them may change makes the same tokens.
     """
     return [
         f"{section}.{key}: {saved[section][key]} -> {value}"
         for section, values in now.items()
         for key, value in values.items()
-        if key in saved.get(section, {}) and saved[section][key] != value
+        if section != "data" and key in saved.get(section, {}) and saved[section][key] != value
     ]

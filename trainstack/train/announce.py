@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from trainstack.checkpoint.state import read_state
+from trainstack.data.corpus import not_used
 from trainstack.data.feed import Feed
 from trainstack.model.causal_lm import describe
 from trainstack.model.strategy import Strategy
@@ -31,7 +32,7 @@ def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | No
     log.info("%s  %s steps = %.2f epochs", indent, f"{attempt.max_steps:,}", epochs)
     if len(config.data.sources) > 1:
         announce_mixture(attempt, feed, indent)
-    for line in not_used(attempt, feed):
+    for line in not_used(config, feed.corpus):
         log.info("%s  %s", indent, line)
     for window in feed.sampler.left_out:
         log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,
@@ -51,20 +52,6 @@ def announce_mixture(attempt: Attempt, feed: Feed, indent: str) -> None:
         log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it%s", indent, 100 * share,
                  section.label, f"{size:,}", share * drawn / size,
                  "" if is_held else "; none of it is held out")  # fmt: skip
-
-
-def not_used(attempt: Attempt, feed: Feed) -> list[str]:
-    """Settings that have no effect in this run, each with the reason."""
-    config, lines = attempt.config, []
-    if config.train.max_steps is not None:
-        lines.append("train.num_train_epochs is not used: max_steps decides")
-    if not any(store.eval.num_samples for store in feed.corpus.stores.values()):
-        lines.append("no held-out documents: there will be no evaluation")
-    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
-        lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
-    if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
-        lines.append("checkpoint.failure_hours is not used: save_steps is a number")
-    return lines
 
 
 def announce_resume(attempt: Attempt, newest: Path) -> None:

@@ -54,14 +54,11 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         _, newest = newest_checkpoint(run.checkpoints)
         tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
         ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
-        seed = attempt.config.run.seed
-        text, stopped = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed)
+        seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
+        text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
         text = f"{section.sample_prompt} -> {text}" if is_chat else text
         log.info("sample  %s", text.replace("\n", "\\n"))
-        end = (
-            f"stopped by itself, after {stopped} tokens" if stopped else "was cut, and did not stop"
-        )
-        log.info("        %s (eval.sample_tokens=%d)", end, section.sample_tokens)
+        log.info("        %s", end)
         (run.path / "sample.txt").write_text(text + "\n")
     except Exception as error:  # the run is complete all the same
         log.warning("sample  could not be made: %s: %s", type(error).__name__, error)

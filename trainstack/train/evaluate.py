@@ -11,6 +11,8 @@ from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import EvalSection
 from trainstack.data.feed import Batch, Feed
 from trainstack.distributed import World, any_rank
+from trainstack.errors import ConfigError
+from trainstack.model.trial import positions_of
 
 
 def evaluate_all(
@@ -44,46 +46,63 @@ def evaluate(
     ``rounds``. ``wants_stop`` is asked in every round; if any rank's is true, all end there.
     Collective: every rank must call this.
     """
-    loss_model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches = iter(batches)
+    batches, is_cut, before = iter(batches), False, changes_of(loss_model)
+    loss_model.eval()
     try:
         for _ in range(rounds):
-            if any_rank(wants_stop(), world):
-                return None
+            if is_cut := any_rank(wants_stop(), world):
+                break
             for batch in itertools.islice(batches, 1):
                 sums[0] += loss_model(*batch)
                 sums[1] += (batch[1] != IGNORED_LABEL).sum()
     finally:
         loss_model.train()
+    if changes_of(loss_model) != before:  # RWKV scales its weights, and back when it is trained
+        loss_model(*batch)
+    if is_cut:
+        return None
     dist.all_reduce(sums)
     loss, tokens = sums.tolist()
     return loss / max(1, tokens), int(tokens)
 
 
+def changes_of(loss_model: nn.Module) -> int:
+    """How often its weights were changed in place."""
+    return sum(parameter._version for parameter in loss_model.parameters())
+
+
 @torch.no_grad()
 def answer(
-    causal_lm: nn.Module, tokenizer, section: EvalSection, is_chat: bool, ends: list[int], seed: int
-) -> tuple[str, int | None]:
-    """What the model says to eval.sample_prompt, and after how many tokens it stopped.
+    causal_lm: nn.Module,
+    tokenizer,
+    section: EvalSection,
+    is_chat: bool,
+    ends: list[int],
+    seed: int,
+    seq_len: int,
+) -> tuple[str, str]:
+    """What the model says to eval.sample_prompt, and how that ended, for people.
 
-    None: it was stopped at eval.sample_tokens. Drawn with a fixed seed. ``is_chat``: the prompt is
-    a question, else the beginning of a text. ``ends``: tokens at which it stops.
+    Drawn with a fixed seed. ``is_chat``: the prompt is a question, else the beginning of a text.
+    ``ends``: tokens at which it stops. No longer than the model has positions, or ``seq_len``.
     """
     causal_lm.eval()
     torch.manual_seed(seed)
-    if is_chat:
-        question = [{"role": "user", "content": section.sample_prompt}]
-        asked = {"add_generation_prompt": True, "return_dict": True}
-        ids = tokenizer.apply_chat_template(question, **asked)["input_ids"]
-    else:
-        ids = tokenizer(section.sample_prompt)["input_ids"]
-        ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow
+    ids = prompt_of(tokenizer, section.sample_prompt, is_chat)
+    most, positions = section.sample_tokens, max(positions_of(causal_lm), seq_len)
+    if positions_of(causal_lm):
+        most = min(most, positions - len(ids))
+    if most < 1:
+        raise ConfigError(
+            f"eval.sample_prompt has {len(ids):,} of the {positions:,} tokens that the model can "
+            "read; shorten it"
+        )
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
         inputs,
         attention_mask=torch.ones_like(inputs),
-        max_new_tokens=section.sample_tokens,
+        max_new_tokens=most,
         do_sample=True,
         temperature=0.8,
         top_k=50,
@@ -93,4 +112,19 @@ def answer(
     causal_lm.train()
     said = output[0, len(ids) :].tolist()
     text = tokenizer.decode(said if is_chat else [*ids, *said], skip_special_tokens=True)
-    return text, len(said) if said[-1] in ends else None
+    end = "was cut, and did not stop"
+    if said[-1] in ends:
+        end = f"stopped by itself, after {len(said)} tokens"
+    elif most < section.sample_tokens:
+        end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can read"
+    return text, f"{end} (eval.sample_tokens={section.sample_tokens})"
+
+
+def prompt_of(tokenizer, text: str, is_chat: bool) -> list[int]:
+    """A question, or the beginning of a text, as tokens."""
+    if is_chat:
+        question = [{"role": "user", "content": text}]
+        asked = {"add_generation_prompt": True, "return_dict": True}
+        return tokenizer.apply_chat_template(question, **asked)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # another text would follow

@@ -19,7 +19,7 @@ from trainstack.config.schema import Config
 from trainstack.data.corpus import Corpus
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
-from trainstack.model.causal_lm import ends_of
+from trainstack.model.causal_lm import special_tokens
 from trainstack.model.strategy import Strategy
 from trainstack.resilience.guard import Guard
 from trainstack.resilience.stop import Stop
@@ -148,8 +148,8 @@ def restore(
 
 def small_files(causal_lm: torch.nn.Module, model_folder: Path, corpus: Corpus) -> dict[str, bytes]:
     """What a checkpoint has beside the weights: the model writes and stops as it learned."""
-    ends = ends_of(causal_lm, model_folder, corpus.ends)
-    return snapshot.small_files(causal_lm, model_folder, ends, corpus.chat_template)
+    ends, odd = special_tokens(causal_lm, model_folder, corpus.ends)
+    return snapshot.small_files(causal_lm, model_folder, ends, corpus.chat_template, odd)
 
 
 def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: World) -> str:
