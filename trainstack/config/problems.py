@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trainstack.config.names import SEVERAL, SEVERAL_SPLITS
 from trainstack.config.other_names import OTHER_NAMES, OTHER_VALUES
 from trainstack.config.schedules import settings_of
 from trainstack.config.schema import Config
@@ -80,6 +81,11 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
     if kind == "nothing":
         return "would be taken as a text; write null if you mean none"
+    if kind == "name":
+        return limits["fix"]
+    one = re.fullmatch(r"data\.(?:.*\.)?(name|split|eval_split|subset)", dotted)
+    if kind == "string_type" and one and isinstance(value, list | dict):
+        return f"not a text; {SEVERAL if one[1] == 'name' else SEVERAL_SPLITS}"
     if kind in ("string_type", "string_too_short"):
         return 'not a text; write it in quotes, for example "name"'
     if kind in ("model_type", "model_attributes_type"):
