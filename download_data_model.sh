@@ -14,9 +14,9 @@
 set -euo pipefail
 
 # --- Edit; each can also be set in the environment. Empty: what the config file says. -----------
-MODEL_NAME="${MODEL_NAME:-}"             # org/name on the Hugging Face Hub, a local folder, or demo
+MODEL_NAME="${MODEL_NAME:-}"             # org/name on the Hugging Face Hub, ./folder here, or demo
 MODEL_REVISION="${MODEL_REVISION:-}"     # branch, tag or commit
-DATASET_NAME="${DATASET_NAME:-}"         # org/name on the Hub, a local file or folder, or demo
+DATASET_NAME="${DATASET_NAME:-}"         # org/name on the Hub, ./file or ./folder here, or demo
 DATASET_REVISION="${DATASET_REVISION:-}" # branch, tag or commit
 DATASET_SUBSET="${DATASET_SUBSET:-}"     # configuration of the data set
 DATASET_SPLIT="${DATASET_SPLIT:-}"       # split that is trained on

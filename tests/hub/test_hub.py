@@ -25,7 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from hub_server import HubServer
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
+from trainstack.hub.asset import Asset
 from trainstack.hub.fetch import disk_problem, main
+from trainstack.job.inputs import asset_problem
 from trainstack.records.readers import read_chunks, split_files
 from trainstack.storage import layout
 from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, hash_file, read_manifest
@@ -449,7 +451,7 @@ def refuse(server, case: str) -> tuple[list[str], dict[str, str]]:
     if case == "no such revision":
         return [*PRETRAINED, "model.revision=v9"], {}
     if case == "no name":
-        return ["model.name=org/a/b"], {}
+        return ["model.name=org/a--b"], {}
     return PRETRAINED, {"HF_HUB_OFFLINE": "1"} if case == "offline" else {}
 
 
@@ -464,7 +466,7 @@ def refuse(server, case: str) -> tuple[list[str], dict[str, str]]:
         ("no name", "not a name on the Hub", "org/name"),
         ("pickles", "pytorch_model.bin", "model.safetensors"),
         ("remote code", "auto_map", "built in"),
-        ("no config", "config.json", "name a model"),
+        ("no config", "config.json", "name another model"),
         ("no tokenizer", "no tokenizer", "beside its config.json"),
         ("missing shard", "model-00002-of-00002.safetensors", "name another"),
         ("wrong bytes", "model.safetensors arrived twice", "another network"),
@@ -724,6 +726,29 @@ def local_model(tmp_path, tokenizer_json) -> tuple[Path, list[str], Path]:
     return folder, arguments, layout.model_folder(tmp_path / "home", str(folder))
 
 
+@pytest.mark.parametrize("name", ["texts/train.jsonl", "texts/deep", "texts", "train.jsonl"])
+@pytest.mark.parametrize("key", ["data", "model"])
+def test_a_name_that_is_here_too_is_asked_about_without_a_request(tmp_path, home, call, key, name):
+    for path in ("texts/train.jsonl", "texts/deep/a.jsonl", "train.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text('{"text": "a"}\n')
+    result = call(f"{key}.name={name}")
+    kind = "file" if name.endswith("l") else "folder"
+    said = f"{name}: is a {kind} here; write ./{name} if you mean it, or run this in another"
+    assert result.code == 1 and len(result.lines) == 1 and said in result.lines[0], result
+    assert visible(home) == []
+
+
+@pytest.mark.parametrize("name", ["*.jsonl", "a.jsonl,./b.jsonl", "[ab].jsonl"])
+def test_a_pattern_and_a_list_of_local_files_are_told_what_takes_several(tmp_path, call, name):
+    for path in ("a.jsonl", "b.jsonl"):
+        (tmp_path / path).write_text('{"text": "a"}\n')
+    result = call(f"data.name='./{name}'")
+    assert result.code == 1 and "no such file or folder; for several" in result.lines[0], result
+    mixture = "data.mixture=[{name: ./b.jsonl, weight: null}]"
+    assert call("data.name=./a.jsonl", mixture).code == 0, "as that line says"
+
+
 def test_a_local_model_is_linked_not_copied(tmp_path, call, tokenizer_json):
     original, arguments, folder = local_model(tmp_path, tokenizer_json)
     assert call(*arguments).code == 0
@@ -761,6 +786,25 @@ def test_a_changed_local_original_is_an_error_until_it_is_meant(tmp_path, call, 
     assert call(*arguments).code == 0
 
 
+def test_submit_and_download_say_the_same_of_a_changed_original(tmp_path, home, call):
+    original, others = tmp_path / "a.jsonl", ["model.name=demo"]
+    original.write_text('{"text": "a"}\n')
+    name = [f"data.name={original}", *others]
+    asset = Asset("dataset", str(original), "main", home)
+    command = f"bash download_data_model.sh data.name={original}"
+    assert asset_problem(asset, command) == f"is not in the project's folder yet; run: {command}"
+    assert call(*name).code == 0 and not asset_problem(asset, command)
+    original.write_text('{"text": "b"}\n')
+    downloaded = call(*name).lines[0]
+    submitted = asset_problem(asset, command)
+    same = f"changed since {read_manifest(asset.folder)['fetched_at']} (a.jsonl: hash differs)"
+    assert f"{same}; if that is meant, run this again with FORCE_REFRESH=1" in downloaded
+    assert submitted == f"{same}; if that is meant, run: FORCE_REFRESH=1 {command}"
+    assert call(*name, "--force").code == 0 and not asset_problem(asset, command)
+    original.unlink()
+    assert asset_problem(asset, command).startswith("cannot be used: no such file or folder")
+
+
 def test_a_large_local_original_of_the_same_size_is_compared_when_it_was_touched(tmp_path, call):
     original = tmp_path / "large.txt"
     original.write_bytes(b"word " * (TRUSTED_BY_SIZE // 5 + 1))
@@ -788,6 +832,52 @@ def test_a_file_that_joins_a_local_data_folder_is_noticed(tmp_path, call):
     (folder / "c.jsonl").write_text('{"text": "c"}\n')
     result = call(*arguments)
     assert result.code == 1 and "files were added or removed" in result.lines[0]
+
+
+FOLDERS = [
+    (["adapter_config.json", "adapter_model.safetensors"], "is an adapter to another model"),
+    (["config.json", "adapter_config.json", "adapter_model.safetensors"], "is an adapter to"),
+    (["model-Q4.gguf"], "has its weights as GGUF; name what they were made from"),
+    (["config.json", "model-Q4.gguf"], "has its weights as GGUF; name what they were made from"),
+    (["config.json", "optimizer.pt"], "has no model.safetensors; bring it too"),
+    (["checkpoint-9/config.json"], "has config.json only further down (checkpoint-9); name that"),
+    (["checkpoints/checkpoint-9/config.json"], "down (checkpoints/checkpoint-9); name that folder"),
+    (["tokenizer.json"], "has no config.json, which says what the model is; put it there"),
+]
+
+
+@pytest.mark.parametrize(("names", "said"), FOLDERS, ids=str)
+def test_what_a_folder_is_that_is_no_whole_model_is_said_with_what_to_name(
+    tmp_path, home, call, names, said
+):
+    for name in names:
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("{}")
+    result = call("model.name=./mine", "model.init=pretrained")
+    assert result.code == 1 and len(result.lines) == 1 and said in result.lines[0], result
+    assert visible(home) == []
+
+
+def test_an_adapter_beside_whole_weights_is_not_loaded_and_said(tmp_path, call, tokenizer_json):
+    original, arguments, folder = local_model(tmp_path, tokenizer_json)
+    (original / "adapter_config.json").write_text("{}")
+    assert "not used: its adapter (adapter_config.json)" in call(*arguments).lines[0]
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_a_gguf_file_is_no_model(tmp_path, call):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert "has its weights as GGUF" in call("model.name=./m.gguf").lines[0]
+
+
+def test_files_of_no_split_may_be_named_after_the_one_that_is_missing(tmp_path, call):
+    for name in ("data.jsonl", "eval.jsonl"):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text('{"text": "a"}\n')
+    (line,) = call("data.name=./texts").errors
+    assert "one of: test; or put train into the names of its files (1 file belongs to no" in line
+    (tmp_path / "texts/data.jsonl").rename(tmp_path / "texts/data-train.jsonl")
+    assert call("data.name=./texts").code == 0, "as that line says"
 
 
 @pytest.mark.parametrize(
@@ -840,6 +930,7 @@ def test_a_data_folder_without_data_is_refused(tmp_path, home, call):
     (tmp_path / "texts" / "data.xlsx").write_text("")
     result = call("data.name=./texts")
     assert result.code == 1 and len(result.lines) == 1 and "has no .jsonl," in result.lines[0]
+    assert "file (it has README.md, data.xlsx); convert to one" in result.lines[0]
     assert visible(home) == []
 
 
@@ -863,6 +954,13 @@ LAYOUTS = [
     (["en/a.jsonl", "de/b.jsonl"], "de", {"train": ["de/b.jsonl"]}),
     (["en/a.jsonl", "de/b.jsonl"], "fr", "BuilderConfig 'fr' not found"),
     (["data.py", "a.jsonl"], None, {"train": ["a.jsonl"]}),
+    (["DATA.JSONL", "b.Jsonl.GZ"], None, {"train": ["DATA.JSONL", "b.Jsonl.GZ"]}),
+    (["Train.Parquet", "Test.Parquet"], None,
+     {"train": ["Train.Parquet"], "test": ["Test.Parquet"]}),
+    (["TRAIN/a.csv", "Eval/b.csv"], None, {"train": ["TRAIN/a.csv"], "test": ["Eval/b.csv"]}),
+    (["a.jsonl", "A.jsonl"], None, {"train": ["A.jsonl", "a.jsonl"]}),
+    (["data/Train_A-00000-of-00001.csv"], None, {"Train_A": ["data/Train_A-00000-of-00001.csv"]}),
+    (["train.jsonl", "test.csv"], None, "files of one type"),
 ]  # fmt: skip
 
 
@@ -925,6 +1023,39 @@ def test_a_link_that_leads_nowhere_and_a_pointer_of_git_lfs_are_named(tmp_path, 
     (said,) = call(f"data.name={folder}").errors
     assert "c.parquet is a pointer of git-lfs" in said and f"in {folder}: git lfs pull" in said
     assert visible(home) == []
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path, call):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for path in (folder / "v1/a.jsonl", elsewhere / "b.jsonl", folder / ".git/c.jsonl"):
+        path.parent.mkdir(parents=True)
+        path.write_text('{"text": "a"}\n')
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "latest").symlink_to(folder / "v1")
+    (folder / "v1" / "up").symlink_to(tmp_path)
+    (elsewhere / "round").symlink_to(elsewhere)
+    assert call(f"data.name={folder}").code == 0
+    linked = read_manifest(layout.dataset_folder(tmp_path / "home", str(folder), None))
+    assert linked["splits"] == {"train": ["more/b.jsonl", "v1/a.jsonl"]}
+
+
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_what_may_not_be_read_is_named_and_no_advice_on_writing(
+    tmp_path, call, tokenizer_json, monkeypatch, kind
+):
+    folder = write_model(tmp_path / "mine", tokenizer_json)
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    refused = folder / ("a.jsonl" if kind == "data" else "config.json")
+    usual = Path.open
+
+    def open_but_one(path, *arguments, **options):
+        if path == refused:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_but_one)
+    (line,) = [n for n in call(f"{kind}.name={folder}").lines if "error" in n]
+    assert f"{refused} cannot be read (Permission denied); ask its owner" in line
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b""])
@@ -1015,7 +1146,7 @@ def test_weights_whose_end_is_missing_are_refused(tmp_path, call, tokenizer_json
 
 
 @pytest.mark.parametrize("content", ["[]", '{"eos_token": ', "\udcff"])
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 def test_settings_that_are_no_json_object_are_refused(
     tmp_path, call, tokenizer_json, name, content
 ):
@@ -1033,6 +1164,22 @@ def splits_of(
     own = f"- config_name: {subset or 'default'}\n  data_files: {name}\n{settings}"
     card = f"---\nconfigs:\n{own}---\n"
     return choose.resolve_splits([name, "README.md"], {"README.md": card.encode()}, subset)
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("configs:\n- config_name: a\n  data_files: b.jsonl\n", "find 'b.jsonl'); set data.subset"),
+        ("configs: [\n", "correct its README.md"),
+        ("license: [\n", "correct its README.md"),
+        ("configs:\n- config_name: a\n  data_files: A.JSONL\n", "give A.JSONL a suffix in small"),
+    ],
+)
+def test_a_readme_that_leads_nowhere_is_to_be_corrected(card, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        choose.resolve_splits(
+            ["A.JSONL", "README.md"], {"README.md": f"---\n{card}---".encode()}, None
+        )
 
 
 @pytest.mark.parametrize("subset", ["no", "2024", "1.0", "null", "plain"])

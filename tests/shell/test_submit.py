@@ -502,7 +502,7 @@ def test_inputs_that_are_missing_or_damaged_are_named_with_the_command_to_run(si
 
 def test_inputs_that_do_not_fit_the_settings_are_named(site):
     line = complaint(site.submit("model.init=pretrained"), 1)
-    assert "model tiny was fetched without weights" in line
+    assert "model tiny is here without its weights" in line
     assert line.endswith("model.init=pretrained, or set model.init=scratch")
     assert "the tokens of tiny are not ready" in complaint(site.submit("data.text_field=body"), 1)
 

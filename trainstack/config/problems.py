@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from trainstack.config.names import SEVERAL, SEVERAL_SPLITS
 from trainstack.config.other_names import OTHER_NAMES, OTHER_VALUES
 from trainstack.config.schedules import settings_of
 from trainstack.config.schema import NOTHING, Config
@@ -40,7 +41,11 @@ def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) 
         return f"{key}: no such key; {suggestion(dotted)}"
     setting = location if is_override else f"{location}: {dotted}={shown(value)}"
     if kind in ("string_type", "string_too_short"):
-        return f"{setting}: not a text; {text_meant(value, location if is_override else '')}"
+        fix = text_meant(value, location if is_override else "")
+        one = re.fullmatch(r"data\.(?:.*\.)?(name|split|eval_split|subset)", dotted)
+        if one and isinstance(value, list | dict):
+            fix = SEVERAL if one[1] == "name" else SEVERAL_SPLITS
+        return f"{setting}: not a text; {fix}"
     if is_word_for_nothing(value) and is_optional(dotted):
         return f"{setting}: write null if you mean none"
     return f"{setting}: {expectation(kind, limits, value, dotted)}"
@@ -96,6 +101,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
     if kind == "nothing":
         return "would be taken as a text; write null if you mean none"
+    if kind == "name":
+        return limits["fix"]
     if kind in ("model_type", "model_attributes_type"):
         return f"not a section; put its keys below {dotted}:, indented by two spaces"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"

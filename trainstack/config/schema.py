@@ -22,9 +22,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainstack.config.batch import BatchPlan, batch_problem
+from trainstack.config.names import asset_name, split_name
 from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
-from trainstack.storage.layout import absolute
 
 MOST_SOURCES = 32  # data sets of a mixture
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -42,7 +42,8 @@ def said(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(said)]
 Name = Annotated[Text, Field(min_length=1)]
-AssetName = Annotated[Name, AfterValidator(absolute)]  # of a model or a data set
+AssetName = Annotated[Name, AfterValidator(asset_name)]  # of a model or a data set
+SplitName = Annotated[Name, AfterValidator(split_name)]
 FilePath = Annotated[Name, AfterValidator(lambda path: str(Path(path).expanduser().resolve()))]
 
 
@@ -70,8 +71,8 @@ class SourceSection(Section):
     name: AssetName
     revision: Name
     subset: Name | None
-    split: Name
-    eval_split: Name | None
+    split: SplitName
+    eval_split: SplitName | None
     eval_fraction: Annotated[float, Field(ge=0, lt=1)]
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"]
     text_field: Name

@@ -42,7 +42,7 @@ class Asset:
 
 
 def named_assets(config: Config, home: Path) -> list[Asset]:
-    """What the configuration names, but not the demo, which is made here.
+    """What the configuration names.
 
     One asset for each subset of a data set, with all splits that the mixture takes of it.
     """
@@ -53,4 +53,4 @@ def named_assets(config: Config, home: Path) -> list[Asset]:
         wanted += [s for s in (data.split, data.eval_split) if s and s not in wanted]
     for (name, revision, subset), wanted in splits.items():
         assets.append(Asset("dataset", name, revision, home, subset=subset, splits=tuple(wanted)))
-    return [asset for asset in assets if asset.name != layout.DEMO]
+    return assets

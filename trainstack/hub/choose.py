@@ -9,20 +9,17 @@ import logging
 import math
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainstack.errors import ConfigError
+from trainstack.hub.weights import INDEX, WEIGHTS, shapes_of, shards_of
 from trainstack.records import readers
 from trainstack.storage import layout, manifest
 from trainstack.storage.files import read_object
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 OBJECTS = (  # files of JSON that decide what a model or its tokenizer is
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -36,6 +33,8 @@ CONVERTED = "refs/convert/parquet"  # the branch with the Hub's own conversion o
 PARTIAL = "partial-"  # of a folder in it, if the data set is large
 SAVED = "state.json"  # of a folder that save_to_disk wrote: names its files
 SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
+A_SPLIT = re.compile(rf"(?i)(?<![a-z])(?:{SPLIT_WORDS})(?![a-z])")
+A_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # A subset, and in the Hub's conversion the split.
 SUBSET_FOLDER = re.compile(
     rf"(?!(?:{SPLIT_WORDS})/)([^/]+)/"
@@ -48,6 +47,12 @@ READING = (
     "quotechar", "quoting", "escapechar", "comment", "encoding", "sample_by", "field", "filters",
 )  # fmt: skip
 READABLE = ", ".join(readers.SUFFIXES)
+GGUF = "has its weights as GGUF; name what they were made from, which has model.safetensors"
+ADAPTER = "adapter_config.json"  # of the library peft
+UNMERGED = (
+    f"is an adapter to another model ({ADAPTER}); merge them first (peft: merge_and_unload, then"
+    " save_pretrained) and name the folder with the result"
+)
 
 
 class Origin(Protocol):
@@ -55,6 +60,7 @@ class Origin(Protocol):
 
     sizes: dict[str, int]  # bytes of each file
     folder: Path  # where collected files are
+    listing: list[str]  # what else is there, to be named
 
     def collect(self, names: Iterable[str]) -> None:
         """Bring these files into ``folder``."""
@@ -78,16 +84,18 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
     """The files that transformers loads; ConfigError if some are missing, or code would run."""
     names = [name for name in origin.sizes if is_model_file(name)]
     if "config.json" not in names:
-        raise ConfigError("has no config.json; name a model that transformers can load")
+        raise ConfigError(without_config(origin.listing))
     origin.collect(["config.json"])
     refuse_code(origin.folder / "config.json")
     weights = choose_weights(origin) if wants_weights else []
-    pickles = [name for name in names if name.endswith(PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES) and "model" in name]
     if wants_weights and pickles and not weights:
         raise ConfigError(
             f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
             " name a repository with model.safetensors, or convert it with save_pretrained"
         )
+    if wants_weights and not weights and ADAPTER in names:
+        raise ConfigError(UNMERGED)
     others = [name for name in names if name.endswith(".safetensors")]
     if wants_weights and others and not weights:
         raise ConfigError(
@@ -95,14 +103,32 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
             " repository of it, or convert it with save_pretrained"
         )
     if wants_weights and not weights:
-        raise ConfigError(f"has no {WEIGHTS}; name another model, or set model.init=scratch")
+        is_gguf = any(name.endswith(".gguf") for name in origin.listing)
+        problem = GGUF if is_gguf else f"has no {WEIGHTS}; bring it too, name another model"
+        raise ConfigError(f"{problem}, or set model.init=scratch")
     if not any(A_TOKENIZER.fullmatch(name) for name in names):
         raise ConfigError(
-            "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put one"
-            " beside its config.json, or name another model"
+            "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put that"
+            " of the model that it was made from beside its config.json, or name another model"
         )
-    settings = [n for n in names if n.endswith(SETTINGS) and not n.endswith(".index.json")]
-    return settings + weights
+    unused = (".index.json", ADAPTER)
+    return [n for n in names if n.endswith(SETTINGS) and not n.endswith(unused)] + weights
+
+
+def without_config(names: list[str]) -> str:
+    """What that is which has no config.json, and what to name instead."""
+    inner = [name.removesuffix("/config.json") for name in names if name.endswith("/config.json")]
+    if ADAPTER in names:
+        return UNMERGED
+    if inner:
+        some = ", ".join(inner[:3]) + (" ..." if len(inner) > 3 else "")
+        return (
+            f"has config.json only further down ({some}); name that folder, of the Hub once it is"
+            " here (hf download)"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return GGUF
+    return "has no config.json, which says what the model is; put it there, or name another model"
 
 
 def choose_weights(origin: Origin) -> list[str]:
@@ -112,21 +138,10 @@ def choose_weights(origin: Origin) -> list[str]:
     origin.collect([INDEX])
     shards = shards_of(origin.folder / INDEX)
     if missing := [name for name in shards if name not in origin.sizes]:
-        raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; name another model")
+        raise ConfigError(
+            f"{INDEX} names {missing[0]}, which is not there; bring it too, or name another model"
+        )
     return [INDEX, *shards]
-
-
-def shards_of(index: Path) -> list[str]:
-    """The files that an index names, whatever they are called; ConfigError if that cannot be."""
-    try:
-        shards = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
-        odd = [n for n in shards if not n.endswith(".safetensors") or {"", ".."} & {*n.split("/")}]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        shards, odd = [], []
-    if odd or not shards:
-        named = f"{odd[0]}, which is no safetensors file within it" if odd else "no shards"
-        raise ConfigError(f"{index.name} names {named}; name another model")
-    return shards
 
 
 def refuse_code(config: Path) -> None:
@@ -134,11 +149,8 @@ def refuse_code(config: Path) -> None:
 
     An auto_map alone does no harm: many models kept theirs after transformers took them in.
     """
-    try:
-        content = json.loads(config.read_bytes())
-        model_type, code = content.get("model_type") or "", content.get("auto_map")
-    except (ValueError, AttributeError):
-        raise ConfigError("its config.json is no JSON object; name another model") from None
+    content = read_object(config)
+    model_type, code = str(content.get("model_type") or ""), content.get("auto_map")
     transformers = importlib.util.find_spec("transformers")  # finds it, does not import it
     built_in = Path(transformers.origin).parent / "models" / model_type.replace("-", "_")
     if code and not (model_type and built_in.is_dir()):
@@ -164,30 +176,6 @@ def model_facts(origin: Origin, names: list[str]) -> dict[str, Any]:
     }
 
 
-def shapes_of(path: Path) -> dict[str, list[int]]:
-    """The shapes of all tensors in a safetensors file, from its header alone.
-
-    ConfigError if it is none, or if its end is missing. The format
-    (github.com/huggingface/safetensors): an 8-byte little-endian length, a JSON header, tensors.
-    """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
-        header.pop("__metadata__", None)
-        size = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        shapes = {name: [*map(int, tensor["shape"])] for name, tensor in header.items()}
-    except (ValueError, AttributeError, LookupError, TypeError, struct.error):
-        raise ConfigError(
-            f"{path.name} is no safetensors file; if the folder is a git clone: git lfs pull"
-        ) from None
-    if (missing := 8 + length + size - path.stat().st_size) > 0:
-        raise ConfigError(
-            f"{path.name} was cut: {missing:,} bytes are missing at its end; copy it there again"
-        )
-    return shapes
-
-
 def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:
     """The files of one subset, with all its splits, and the facts of them for the manifest.
 
@@ -201,8 +189,9 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
             f"{CONVERTED}, where the Hub keeps what such a script made, or name another data set"
         )
     if not has_data:
+        some = ", ".join(n for n in origin.listing if "." in n.lstrip("."))[:60] or "nothing"
         raise ConfigError(
-            f"has no {READABLE} file; name another data set, and unpack archives such as .zip first"
+            f"has no {READABLE} file (it has {some}); convert to one, unpack archives such as .zip"
         )
     if not subset and layout.is_local(name) and Path(name).is_file():
         return [*origin.sizes], {"subset": None, "splits": {"train": [*origin.sizes]}}
@@ -212,7 +201,7 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
     if odd := [path for path in paths if not readers.is_readable(path)]:
-        raise ConfigError(f"consists of files such as {odd[0]}; name one with {READABLE} files")
+        raise ConfigError(f"consists of files such as {odd[0]}; convert them to one of {READABLE}")
     if missing := [path for path in paths if path not in origin.sizes]:
         raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
     return [*cards, *paths], {"subset": subset, "splits": splits}
@@ -233,7 +222,7 @@ def resolve_splits(
     those that a README defines, else folders: those whose own folders are splits, as in the Hub's
     conversions (SUBSET/SPLIT/0000.parquet), or the one that is asked for.
     """
-    if any(re.search(rb"^configs:", text, re.MULTILINE) for text in cards.values()):
+    if is_defined(cards):
         return ask_datasets(names, cards, subset)
     files = [name for name in names if is_data_file(name) and name not in cards]
     in_folders = [SUBSET_FOLDER.fullmatch(name) for name in files]
@@ -279,16 +268,19 @@ def ask_datasets(
     """The files of each split of a subset, as the library ``datasets`` finds them.
 
     The library is given empty files of these names, so that it sends no request and treats a local
-    folder alike. It is asked now, while all names are known: asked for one subset, it wants the
-    files of the first too.
+    folder alike; without capitals, which it does not know. It is asked now, while all names are
+    known: asked for one subset, it wants the files of the first too.
     """
     import datasets
 
     datasets.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    stand_ins = {name if is_defined(cards) else small(name): name for name in names}
+    if len(stand_ins) < len([*names]):  # some differ by their capitals alone
+        stand_ins = {name: name for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch).resolve() / "data"
-        for name in names:
+        for name in stand_ins:
             if name.endswith(".py"):  # data.py would be taken for a script
                 continue
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -297,14 +289,36 @@ def ask_datasets(
         try:
             builder = datasets.load_dataset_builder(str(root), subset, cache_dir=scratch)
         except Exception as error:  # of YAML, of zip, ValueError, FileNotFoundError, its own
-            words = " ".join(str(error).partition("Example of")[0].split()).replace(str(root), "it")
-            raise ConfigError(
-                f"datasets cannot resolve its files ({words[:300]}); set data.subset to one that it"
-                " has, or name local files"
-            ) from None
+            words = re.split("Example of|with any supported", str(error))[0].replace(f"{root}/", "")
+            words = " ".join(words.replace(str(root), "it").split())[:300].strip()
+            fixes = ["set data.subset to one that it has"] if subset or is_defined(cards) else []
+            if "README.md" in cards:
+                fixes.append("correct its README.md (for one of the Hub: in a copy here)")
+            loud = (n for n in names if n in words and not n.endswith(readers.suffix_of(n)))
+            if odd := next(loud, None):
+                fixes = [f"give {odd} a suffix in small letters, here and in its README.md"]
+            fix = ", or ".join(fixes) or "give its splits files of one type, or name the one file"
+            raise ConfigError(f"datasets cannot resolve its files ({words}); {fix}") from None
         refuse_settings(builder.config)
         found = (builder.config.data_files or {}).items()
-        return {str(split): [os.path.relpath(p, root) for p in paths] for split, paths in found}
+        return {
+            str(split): [stand_ins[os.path.relpath(p, root)] for p in paths]
+            for split, paths in found
+        }
+
+
+def is_defined(cards: dict[str, bytes]) -> bool:
+    """Whether a README says what the subsets and splits are."""
+    return any(re.search(rb"^configs:", text, re.MULTILINE) for text in cards.values())
+
+
+def small(name: str) -> str:
+    """A file's name with its suffix and the words for splits in small letters."""
+    suffix = readers.suffix_of(name)
+    stem = name[: len(name) - len(suffix)]
+    if not A_SHARD.search(stem):  # it begins with the split's own name
+        stem = A_SPLIT.sub(lambda found: found[0].lower(), stem)
+    return stem + suffix
 
 
 def refuse_settings(config: Any) -> None:

@@ -83,6 +83,7 @@ class HubCommit:
         self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
         self.sizes = {name: file.size for name, file in self._files.items()}
         self.folder = asset.folder.with_name(f".{asset.folder.name}.{self.commit[:12]}.partial")
+        self.listing = [*self._files]
         self.entries: dict[str, dict[str, Any]] = {}
         self._repo = {**repo, "revision": self.commit, "local_dir": self.folder}
         if not is_cache_used:  # files in the user's own cache of the Hub are taken, unless forced
@@ -162,8 +163,8 @@ class HubCommit:
             return f"gated; accept its licence at {page}, then set HF_TOKEN to your token"
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
-                f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name, or set"
-                " HF_TOKEN to a token that may read it"
+                f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name (a path"
+                " starts with ./ or /), or set HF_TOKEN to a token that may read it"
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return (

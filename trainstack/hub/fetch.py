@@ -39,6 +39,8 @@ from trainstack.units import bytes_text
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
 
+CHANGED = "changed since"  # of local originals, which may be meant
+NO_WEIGHTS = "is here without its weights"
 RETRY_SECONDS = 2.0  # before the second try; doubles with each, 30 s in all
 
 
@@ -54,6 +56,8 @@ def main(arguments: list[str]) -> int:
     end_on_interrupt("hub: stopped; what has arrived is kept, run it again to continue")
     exit_code = 0
     for asset in named_assets(config, home):
+        if asset.name == layout.DEMO:
+            continue  # made here, by prepare
         try:
             provide(asset, options.force, options.retry_delay)
         except ConfigError as error:
@@ -91,12 +95,12 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
     """Leave the asset whole in its folder; ConfigError says why not, and then the old one stays."""
     manifest, problem = {}, "absent"
     try:
-        manifest, problem = inspect(asset, is_forced)
+        manifest, problem = inspect(asset)
         if problem or is_forced:
             waiting = f"{asset}: another process is bringing it; waiting"
             with files.only_one(asset.lock, lambda: say(waiting)):
                 put_back(asset)
-                manifest, problem = inspect(asset, is_forced)  # another may have brought it
+                manifest, problem = inspect(asset)  # another may have brought it
                 if problem or is_forced:
                     obtain(asset, manifest, problem, is_forced, retry_delay)
                     return
@@ -110,10 +114,10 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
     say(f"{asset} is here ({summary(manifest)})")
 
 
-def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
+def inspect(asset: Asset) -> tuple[dict[str, Any], str]:
     """What is in the asset's folder: its manifest, and its problem, an empty text if it has none.
 
-    ConfigError if local originals changed, unless that is meant: ``is_forced``.
+    ConfigError if local originals cannot be read.
     """
     if not asset.folder.exists():
         return {}, "absent"
@@ -126,19 +130,17 @@ def inspect(asset: Asset, is_forced: bool) -> tuple[dict[str, Any], str]:
         wrong = change_of_originals(asset, manifest)
     else:
         wrong = next(damage(asset.folder, TRUSTED_BY_SIZE), "")
-    if is_local and wrong and not is_forced:
-        raise ConfigError(
-            f"changed since {manifest['fetched_at']} ({wrong}); if that is meant, run this again"
-            " with FORCE_REFRESH=1"
-        )
+    if is_local and wrong:
+        return manifest, f"{CHANGED} {manifest['fetched_at']} ({wrong})"
     if not wrong and manifest["kind"] != asset.kind:
         wrong = f"it is a {manifest['kind']}"
     if wrong:
-        return manifest, f"damaged ({wrong})"
-    if asset.revision not in (manifest["revision"], manifest["commit"]) and not is_local:
-        return manifest, f"here at revision {manifest['revision']}, not {asset.revision}"
+        return manifest, f"is damaged ({wrong})"
+    revision = manifest["revision"]  # None: it is no repository
+    if revision is not None and asset.revision not in (revision, manifest["commit"]):
+        return manifest, f"is here at revision {revision}, not {asset.revision}"
     if asset.needs_weights and not manifest["weight_bytes"]:
-        return manifest, "here without its weights"
+        return manifest, NO_WEIGHTS
     return manifest, ""
 
 
@@ -162,10 +164,12 @@ def obtain(
     asset: Asset, manifest: dict[str, Any], problem: str, is_forced: bool, retry_delay: float
 ) -> None:
     """Fetch or link the asset beside its folder, then swap. ``manifest``: of what is here."""
+    if problem.startswith(CHANGED) and not is_forced:
+        raise ConfigError(f"{problem}; if that is meant, run this again with FORCE_REFRESH=1")
     started = time.monotonic()
     origin = open_origin(asset, is_forced, retry_delay)
     if asset.folder.exists() and problem:
-        say(f"{asset} is {problem}; {origin.doing} it again")
+        say(f"{asset} {problem}; {origin.doing} it again")
     remove_partials(asset, keep=origin.folder)
     try:
         facts = collect_needed(asset, origin, bool(manifest.get("weight_bytes")))
@@ -184,6 +188,11 @@ def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit
     """Where the asset comes from: a commit on the Hub, or local files."""
     if layout.is_local(asset.name):
         return LocalFiles(asset)
+    if (here := Path(asset.name)).exists():
+        raise ConfigError(
+            f"is a {'folder' if here.is_dir() else 'file'} here; write ./{asset.name} if you mean"
+            " it, or run this in another folder if you mean the Hub's"
+        )
     from trainstack.hub.commit import HubCommit
 
     return HubCommit(
@@ -202,13 +211,16 @@ def collect_needed(
     if asset.kind == "model":
         # Weights that were here may be those of another run.
         wanted = choose.choose_model(origin, asset.needs_weights or had_weights)
+        if choose.ADAPTER in origin.sizes:
+            say(f"{asset}: not used: its adapter ({choose.ADAPTER}); merge it first if it is meant")
     else:
         wanted, facts = choose.choose_data(origin, asset.name, asset.subset)
-        check_splits(asset, facts)
+        unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
+        unused = [] if asset.subset else unused
+        check_splits(asset, facts, unused)
         if others := [name for name in sorted(facts["splits"]) if name not in asset.splits]:
             say(f"{asset}: not used: split {', '.join(others)} (data.split, data.eval_split)")
-        unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
-        if unused and not asset.subset:
+        if unused:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
         if part := next((name for name in wanted if f"/{choose.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
@@ -219,12 +231,18 @@ def collect_needed(
     return choose.model_facts(origin, wanted) if asset.kind == "model" else facts
 
 
-def check_splits(asset: Asset, facts: dict[str, Any]) -> None:
+def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
+    """ConfigError for a split that is not there. ``unused``: files that belong to no split."""
     for split in asset.splits:
         if split not in facts["splits"]:
             known = ", ".join(facts["splits"])
             keys = "data.split, or data.eval_split,"
-            raise ConfigError(f"has no split {split}; set {keys} to one of: {known}")
+            fix = f"set {keys} to one of: {known}"
+            if unused and layout.is_local(asset.name):
+                fix += (
+                    f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
+                )
+            raise ConfigError(f"has no split {split}; {fix}")
 
 
 def check_space(asset: Asset, needed_bytes: int) -> None:

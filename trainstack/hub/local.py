@@ -1,15 +1,20 @@
 """A model or data set of this machine: linked and hashed, so that a change is noticed."""
 
+import contextlib
 import hashlib
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trainstack.config.names import PATTERN, SEVERAL
 from trainstack.errors import ConfigError
 from trainstack.hub import choose
 from trainstack.hub.asset import Asset
+from trainstack.hub.weights import INDEX, shards_of
 from trainstack.storage import manifest
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -26,31 +31,48 @@ class LocalFiles:
     is_resumable = False  # links are made again in no time
 
     def __init__(self, asset: Asset):
-        original, is_model = Path(asset.name), asset.kind == "model"
+        self.original = Path(asset.name)
+        self.folder = asset.folder.with_name(f".{asset.folder.name}.local.partial")
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.sizes, self.modified_ns = {}, {}
+        self.facts = {"source": "local", "modified_ns": self.modified_ns}
+        with readable():
+            self._look(asset.kind == "model")
+
+    def _look(self, is_model: bool) -> None:
+        original = self.original
         if not original.exists():
+            several = SEVERAL if PATTERN.search(str(original)) else ""
             key = "model" if is_model else "data"
-            raise ConfigError(f"no such file or folder; check {key}.name")
+            raise ConfigError(f"no such file or folder; {several or f'check {key}.name'}")
         if is_model and not original.is_dir():
-            raise ConfigError("is a file; name the folder that holds config.json")
+            is_gguf = original.name.endswith(".gguf")
+            raise ConfigError(
+                choose.GGUF if is_gguf else "is a file; name the folder that holds config.json"
+            )
         self.root = original if original.is_dir() else original.parent
-        inside = [*(self.root.iterdir() if is_model else self.root.rglob("*"))]
+        inside = [*self.root.iterdir()] if is_model else [*files_below(original)]
         inside += (self.root / choose.TEMPLATES).glob("*") if is_model else []
         can_matter = choose.is_model_file if is_model else choose.is_data_file
         named: set[str] = set()  # by an index of weights, also in folders
-        if is_model and (self.root / choose.INDEX).is_file():
-            named = {*choose.shards_of(self.root / choose.INDEX)}
+        if is_model and (self.root / INDEX).is_file():
+            named = {*shards_of(self.root / INDEX)}
             inside += [self.root / name for name in named if "/" in name]
-        self.sizes, self.modified_ns = {}, {}
-        for path in sorted(inside) if original.is_dir() else [original]:
+        for path in sorted(inside):
             relative = str(path.relative_to(self.root))
             if (relative in named or can_matter(relative)) and path.is_file():
                 stat = path.stat()
                 self.sizes[relative], self.modified_ns[relative] = stat.st_size, stat.st_mtime_ns
             elif can_matter(relative) and path.is_symlink() and not path.exists():
                 raise ConfigError(f"{relative} links to what is not there; fix or remove it")
-        self.folder = asset.folder.with_name(f".{asset.folder.name}.local.partial")
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.facts = {"source": "local", "modified_ns": self.modified_ns}
+
+    @property
+    def listing(self) -> list[str]:
+        """What is there, whether it matters or not; deeper down only models."""
+        if self.original.is_file():
+            return [self.original.name]
+        found = (self.root.glob(p) for p in ("*", "*/*", "*/*/config.json"))
+        return [str(p.relative_to(self.root)) for p in sorted(itertools.chain(*found))]
 
     @property
     def commit(self) -> str:
@@ -66,10 +88,43 @@ class LocalFiles:
         if not self.entries:
             shutil.rmtree(self.folder, ignore_errors=True)
         for name in set(names) - self.entries.keys():
-            with (self.root / name).open("rb") as file:
+            with readable(), (self.root / name).open("rb") as file:
                 if file.read(len(POINTER)) == POINTER:
                     fix = f"run in {self.root}: git lfs pull"
                     raise ConfigError(f"{name} is a pointer of git-lfs, not the file; {fix}")
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).symlink_to(self.root / name)
-            self.entries[name] = manifest.hash_file(self.root / name)
+            with readable():
+                self.entries[name] = manifest.hash_file(self.root / name)
+
+
+def files_below(original: Path) -> Iterator[Path]:
+    """A file itself; of a folder all files, also behind links to folders, each folder once."""
+    if original.is_file():
+        yield original
+        return
+    seen = set()
+    for folder, folders, files in os.walk(original, onerror=refuse, followlinks=True):
+        yield from (Path(folder, name) for name in files)
+        inner, folders[:] = sorted(folders), []
+        for path in (Path(folder, name) for name in inner if not name.startswith(".")):
+            real = path.resolve()
+            is_around = original.is_relative_to(real) or real.is_relative_to(original)
+            if real not in seen and not (path.is_symlink() and is_around):
+                seen.add(real)
+                folders.append(path.name)
+
+
+def refuse(error: OSError) -> None:
+    raise error
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """ConfigError for what the system does not let us read."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename} cannot be read ({error.strerror}); ask its owner, or bring it again"
+        ) from None

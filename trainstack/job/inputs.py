@@ -9,17 +9,19 @@ from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_stores, newest
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
-from trainstack.errors import Failed
+from trainstack.errors import ConfigError, Failed
+from trainstack.hub.asset import Asset, named_assets
+from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
-from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
+from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage
 
 
 def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
     """Build the built-in demo if the configuration names it and it is not there."""
     names = {config.model.name, *(section.name for section in config.data.sources)}
-    if names != {layout.DEMO} or not input_problem(home, config, fix=""):
+    if names != {layout.DEMO} or not input_problem(home, config, command=""):
         return
     command = [sys.executable, "-m", "trainstack", "prepare", "--home", home]
     command += ["--config", config_file, *overrides]
@@ -36,12 +38,12 @@ def download_command(repository: Path, config_file: Path, overrides: list[str]) 
     return shlex.join(command)
 
 
-def check_inputs(home: Path, config: Config, fix: str, checkpoints: Path) -> Corpus:
+def check_inputs(home: Path, config: Config, command: str, checkpoints: Path) -> Corpus:
     """What the run learns from, once model, data and tokens are known to be there and whole.
 
-    ``checkpoints``: of the run. Failed, with ``fix``, if something is missing or damaged.
+    ``checkpoints``: of the run. Failed, with the ``command`` that fixes it, if something is not.
     """
-    problem = input_problem(home, config, fix, checkpoints)
+    problem = input_problem(home, config, command, checkpoints)
     if problem:
         raise Failed(problem)
     corpus = open_corpus(home, config, checkpoints)
@@ -50,42 +52,35 @@ def check_inputs(home: Path, config: Config, fix: str, checkpoints: Path) -> Cor
 
 
 def input_problem(
-    home: Path, config: Config, fix: str, checkpoints: Path | None = None
+    home: Path, config: Config, command: str, checkpoints: Path | None = None
 ) -> str | None:
     """What is missing or damaged of model, data sets and tokens, and what fixes it."""
-    model = layout.model_folder(home, config.model.name)
-    model_label = f"model {config.model.name}"
-    wanted = [(model_label, model, config.model.revision)]
-    for section in config.data.sources:
-        folder = layout.dataset_folder(home, section.name, section.subset)
-        wanted.append((f"data set {section.name}", folder, section.revision))
-    for name, folder, revision in wanted:
-        problem = asset_problem(name, folder, revision)
-        if problem:
-            return f"{problem}; {fix}"
+    for asset in named_assets(config, home):
+        if problem := asset_problem(asset, command):
+            return f"{asset} {problem}"
     kept = kept_stores(checkpoints)
     for section in config.data.sources:
         folder = store.find_store(home, config.model.name, section, kept)
         problem = next(damage(folder, TRUSTED_BY_SIZE), None)
         if problem:
-            return f"the tokens of {section.name} are not ready ({problem}); {fix}"
-    if config.model.init == "pretrained" and not read_manifest(model).get("weight_bytes"):
-        return f"{model_label} was fetched without weights; {fix}, or set model.init=scratch"
+            return f"the tokens of {section.name} are not ready ({problem}); run: {command}"
     return None
 
 
-def asset_problem(name: str, folder: Path, revision: str) -> str | None:
-    """Why a model or a data set in its folder cannot be used."""
-    if not (folder / MANIFEST).exists():
-        return f"{name} is not in the project's folder yet"
-    problem = next(damage(folder, TRUSTED_BY_SIZE), None)
-    if problem:
-        return f"{name} is damaged ({folder}: {problem})"
-    manifest = read_manifest(folder)
-    fetched = manifest.get("revision")
-    if fetched is not None and revision not in (fetched, manifest.get("commit")):
-        return f"{name} is here in revision {fetched}, not {revision}"
-    return None
+def asset_problem(asset: Asset, command: str) -> str | None:
+    """Why a model or a data set in its folder cannot be used, and what fixes it."""
+    if not asset.folder.exists():
+        return f"is not in the project's folder yet; run: {command}"
+    try:
+        _, problem = inspect(asset)
+    except ConfigError as error:
+        return f"cannot be used: {error}"
+    if problem.startswith(CHANGED):
+        return f"{problem}; if that is meant, run: FORCE_REFRESH=1 {command}"
+    if problem == NO_WEIGHTS and asset.name == layout.DEMO:
+        return "has no weights; set model.init=scratch"
+    scratch = ", or set model.init=scratch" if problem == NO_WEIGHTS else ""
+    return problem and f"{problem}; run: {command}{scratch}"
 
 
 def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int, list[str]]:

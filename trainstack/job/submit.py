@@ -105,8 +105,8 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     check_owner(run, request.queue)
     if request.is_local:
         inputs.prepare_demo(home, config_file, overrides, config)
-    fix = f"run: {inputs.download_command(request.repository, config_file, overrides)}"
-    corpus = inputs.check_inputs(home, config, fix, run.checkpoints)
+    command = inputs.download_command(request.repository, config_file, overrides)
+    corpus = inputs.check_inputs(home, config, command, run.checkpoints)
     max_steps = config.steps_for(corpus.train.num_samples)
     for label in corpus.earlier:
         say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")

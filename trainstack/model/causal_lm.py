@@ -24,7 +24,7 @@ from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, first_words
-from trainstack.hub import choose
+from trainstack.hub.weights import INDEX, WEIGHTS, shapes_of, shards_of
 from trainstack.storage.files import read_object
 
 log = logging.getLogger("trainstack")
@@ -184,10 +184,10 @@ def check_found(found: dict[str, Any], weights: str = "its weights") -> None:
 
 def shapes(folder: Path) -> dict[str, list[int]]:
     """By name, from the files that transformers reads."""
-    names = [choose.WEIGHTS]
-    if not (folder / choose.WEIGHTS).exists():
-        names = choose.shards_of(folder / choose.INDEX)
-    return {key: shape for n in names for key, shape in choose.shapes_of(folder / n).items()}
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).exists():
+        names = shards_of(folder / INDEX)
+    return {key: shape for n in names for key, shape in shapes_of(folder / n).items()}
 
 
 def quantisation(config: Any) -> str | None:

@@ -45,7 +45,7 @@ from trainstack.prepare.tokenise import (
     tasks_from,
 )
 from trainstack.prepare.tokenizer import check_vocabulary, load_encoder
-from trainstack.prepare.told import SPEAKER, describe, notes_on, say
+from trainstack.prepare.told import SPEAKER, describe, notes_on_data, say
 from trainstack.processes import end_on_interrupt
 from trainstack.records.columns import check_columns
 from trainstack.storage import files, layout, manifest
@@ -184,7 +184,7 @@ def write_store(
     meta = meta_of(home, model_name, section, tokenise)
     stop_ids, *others = encoder.ends_of_turns(splits[TRAIN]) if meta["template"] else ([], 0, "")
     meta["stop_ids"] = stop_ids
-    meta["notes"] = notes_on(model_folder, tokenise, data_files, *others)
+    meta["notes"] = notes_on_data(model_folder, tokenise, data_files, *others)
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return

@@ -70,7 +70,7 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         say(section, f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
 
 
-def notes_on(
+def notes_on_data(
     model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile], unended: int, end: str
 ) -> list[str]:
     """What nobody counts, of the first records and of the tokenizer.

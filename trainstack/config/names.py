@@ -1,0 +1,61 @@
+"""Names of models, data sets and splits; what is none, or several, is refused with what to write.
+
+A name on the Hub that is a file or a folder here too is told apart later, by hub/fetch.py.
+"""
+
+import re
+
+from pydantic_core import PydanticCustomError
+
+from trainstack.storage.layout import absolute, is_local
+
+ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_URL = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/|models/)?"
+    r"([\w.-]+(?:/(?!(?:tree|blob|raw|resolve|viewer)/)[\w.-]+)?)(?:[/@?#].*)?"
+)
+PATTERN = re.compile(r"[*?\[,]")  # several files, as a shell or a list has them
+SLICE, SUM = re.compile(r"([\w.-]+)\[.*\].*"), re.compile(r"[\w.-]+(?:\+[\w.-]+)+")
+SEVERAL = (
+    "for several files name their folder, or one here and the others in data.mixture, each as"
+    " {name: ./b.jsonl, weight: null}"
+)
+SEVERAL_SPLITS = (
+    "write one; data.mixture takes others to train on, each as {name: org/name, split: other,"
+    " weight: null}"
+)
+
+
+def asset_name(name: str) -> str:
+    """The name of a model or a data set: on the Hub, or a path, which becomes absolute."""
+    if is_local(name) or ON_HUB.fullmatch(name):
+        return absolute(name)
+    if url := HUB_URL.fullmatch(name):
+        raise _refusal(f"a URL of the Hub; write {url[1]}")
+    if "://" in name:
+        raise _refusal(
+            "a URL; bring what it names to this machine, and write its path there, such as"
+            " ./data.jsonl (if it is a mirror of the Hub: org/name, and HF_ENDPOINT)"
+        )
+    if PATTERN.search(name):
+        raise _refusal(f"neither org/name on the Hub nor a path; {SEVERAL}")
+    raise _refusal(
+        "neither org/name on the Hub nor a path; a path starts with ./ or /, and a revision, a"
+        " subset and a split are settings of their own"
+    )
+
+
+def split_name(name: str) -> str:
+    """The name of one whole split."""
+    if part := SLICE.fullmatch(name):
+        raise _refusal(
+            f"a part of a split; write a whole one ({part[1]}). data.eval_fraction holds a share of"
+            " it out, train.max_steps ends sooner; for other records write a file of them"
+        )
+    if SUM.fullmatch(name):
+        raise _refusal(f"several splits; {SEVERAL_SPLITS}")
+    return name
+
+
+def _refusal(text: str) -> PydanticCustomError:
+    return PydanticCustomError("name", "{fix}", {"fix": text})
