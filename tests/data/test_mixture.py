@@ -222,7 +222,7 @@ PROBLEMS = [
     (["data.mixture=[{weight: 1}]"], "data.mixture[0].name: missing; each data set of a mixture"),
     (["data.mixture=[{name: two, weight: 0}]"], "write a number more than 0"),
     (["data.mixture=[{name: two, wieght: 1}]"], "did you mean data.weight?"),
-    (["data.mixture=two"], "data.mixture=two (command line): wrong type"),
+    (["data.mixture=two"], "not a list; write [{name: two, weight: null}]"),
 ]
 
 

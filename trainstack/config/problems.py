@@ -89,7 +89,9 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         meant = "true" if word in YES else "false" if word in NO else "one of the two"
         return f"neither true nor false; write {meant}"
     if kind == "list_type":
-        return f"not a list; write [{'' if value is None else shown(value)}]"
+        item = "" if value is None else shown(value)
+        item = f"{{name: {item}, weight: null}}" if dotted == "data.mixture" and item else item
+        return f"not a list; write [{item}]"
     if kind == "dict_type":
         return "no keys with values; write {key: value, other: value}, or {} for none"
     if kind == "literal_error":
