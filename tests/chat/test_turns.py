@@ -361,3 +361,23 @@ def test_white_space_of_a_person_makes_no_turn_begin_otherwise(chat_with):
     chat = chat_with(TEMPLATES["chatml"].replace(" | trim", ""))
     spaced = [TWO_ROUNDS[0], {"role": "assistant", "content": " one"}, *TWO_ROUNDS[2:]]
     assert chat.render("a:1", spaced, None).remarks == {}
+
+
+@pytest.mark.parametrize(("reads", "content", "is_stray"), [
+    (False, "hm</think>4", True), (False, "<think>hm</think>4", False), (False, "4", False),
+    (True, "hm</think>4", False),
+])  # fmt: skip
+def test_turns_that_close_a_thought_that_nothing_opens_are_counted(
+    chat_with, reads, content, is_stray
+):
+    """As the answer of a model whose generation prompt opens the thought."""
+    said = (
+        "{{ m.content if '</think>' in m.content or m.role == 'user' else '</think>' + m.content }}"
+    )
+    said = said if reads else said.replace("'</think>' in", "'<think>' in")
+    opened = "{{ '<think>' if m.role == 'assistant' and '<think>' not in m.content }}"
+    template = TEMPLATES["chatml"].replace("{{ m.content | trim }}", opened + said)
+    template = template.replace("assistant\\n'", "assistant\\n<think>'")
+    messages = [TWO_ROUNDS[0], {"role": "assistant", "content": content}]
+    remarks = chat_with(template).render("a:1", messages, None).remarks
+    assert remarks.get("stray_ends", 0) == is_stray

@@ -253,3 +253,16 @@ def test_a_data_set_without_a_sample_is_named(home):
     loaded = load(home / "config.yaml", list(map(str, arguments[4:])))
     with pytest.raises(ConfigError, match="data set short has less than one sequence of 32"):
         enough_samples(loaded, open_corpus(home, loaded))
+    arguments += ["data.packing=none", "data.seq_len=2", "data.too_long=drop"]
+    tiny.run_command("prepare", *arguments)
+    loaded = load(home / "config.yaml", list(map(str, arguments[4:])))
+    with pytest.raises(ConfigError, match="has only documents longer than data.seq_len; set data."):
+        enough_samples(loaded, open_corpus(home, loaded))
+
+
+def test_a_fault_in_a_file_names_the_data_set_of_a_mixture(home):
+    tiny.publish(layout.dataset_folder(home, "void", None), {"train.jsonl": ""}, kind="dataset")
+    arguments = ["--home", home, "--config", home / "config.yaml", "data.eval_fraction=0"]
+    mixed_in = "data.mixture=[{name: void, weight: null}]"
+    result = tiny.run_command("prepare", *arguments, "data.name=one", mixed_in, check=False)
+    assert "prepare: error: void: train.jsonl: is empty" in result.stderr

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainstack.config.schema import OptimSection
-from trainstack.optim.optimizer import OPTIMIZERS, build_optimizer
+from trainstack.optim.optimizer import OPTIMIZERS, build_optimizer, undecayed_matrices
 
 SECTION = OptimSection(
     learning_rate=0.1, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
@@ -53,6 +53,28 @@ def test_a_withheld_update_changes_neither_weights_nor_state_and_the_next_one_do
     update(model, optimizer, 1.0)
     assert not are_equal(everything(model, optimizer), before)
     assert optimizer.updates_done() == 2
+
+
+class HeadNorm(nn.Module):
+    """A norm for each head, as Cohere's; beside it what a model marks, and what RWKV mixes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(4))
+
+
+@every_optimizer
+def test_matrices_decay_and_norms_do_not_whatever_shape_they_have(name):
+    model = small_model()
+    model.norm, model.gate = HeadNorm(), nn.Linear(4, 1)
+    model.A_log, model.time_mix = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(1, 1, 3))
+    model.A_log._no_weight_decay = True
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, SECTION, name)
+    update(model, optimizer, 0.0)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {"0.weight", "gate.weight"}
+    assert len(undecayed_matrices(model)) == 3
 
 
 @every_optimizer

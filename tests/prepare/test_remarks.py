@@ -88,6 +88,16 @@ def test_a_tokenizer_that_changes_texts_is_told(tmp_path, capsys, text, made, is
     assert told == [True] * is_changed
 
 
+def test_special_tokens_of_a_template_are_no_texts_that_a_tokenizer_changes(tmp_path, capsys):
+    template = tmp_path / "template.jinja"
+    template.write_text(f"{{% for m in messages %}}{{{{ m.content }}}} {tiny.END} {{% endfor %}}")
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    records = {"train.jsonl": [{"messages": turns}] * 30}
+    options = ("data.eval_fraction=0", f"data.chat_template={template}")
+    told = lines_from(tmp_path, capsys, words(), records, *options)
+    assert not any("its tokenizer changes texts" in line for line in told)
+
+
 @pytest.mark.parametrize("number", [4, 0])
 def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, number):
     every = numbered(60)

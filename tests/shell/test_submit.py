@@ -28,7 +28,9 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert all(line.startswith("submit.sh: ") for line in lines)
     assert "config.yaml ok | model and tokens present and verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
-    assert lines[3] == "submit.sh: train.num_train_epochs is not used: max_steps decides"
+    assert lines[3].startswith(
+        "submit.sh: train.num_train_epochs is not used: train.max_steps is not"
+    )
     assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[4]
     assert "run first is queued; look: bash monitor.sh first" in lines[5]
     run = RunFolder(site.run_dir)
@@ -417,6 +419,8 @@ def test_a_complete_run_says_so_and_submits_nothing(site):
     assert (result.returncode, result.stdout) == (0, "")
     assert "run first is complete: 20 steps" in result.stderr
     assert "raise train.max_steps" in result.stderr
+    fewer = site.submit("train.max_steps=null", "train.num_train_epochs=0.01").stderr
+    assert "complete: 20 steps, and 1 are wanted" in fewer and "raise train.num_train" in fewer
     assert site.commands.calls("sbatch") == []
     assert site.submit("train.max_steps=30").stdout == "4711\n"
 

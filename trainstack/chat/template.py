@@ -21,11 +21,14 @@ from trainstack.errors import ConfigError, DataError, first_line
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
-UNNAMED, UNEVEN = "unnamed_calls", "uneven_turns"
+UNNAMED, UNEVEN, STRAY = "unnamed_calls", "uneven_turns", "stray_ends"
+CLOSING = re.compile(r"</(\w+)>")
 REMARKS = {
     DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
     IGNORED: "tools that the template does not tell the model of",
     UNNAMED: "tool calls that the template writes without their name",
+    STRAY: "turns close with a tag such as </think> what nothing opens, for the template does not "
+    "take thoughts out of the text; write them as reasoning_content",
     UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
     "writes it",
     UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
@@ -190,6 +193,7 @@ class Chat:
             IGNORED: ignored,
             UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
             UNEVEN: uneven(marked, whole, numbered),
+            STRAY: sum(is_stray(whole, turn, marked.invitation, template) for turn in turns),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
@@ -283,6 +287,13 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
         if turn.is_asked and places and marked.pieces[own[0]].kind == TEXT:
             begins.append(whole.text[turn.first : min(places)].strip())  # space may be a person's
     return sum(begin != begins[-1] for begin in begins)
+
+
+def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
+    """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
+    text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
+    names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
+    return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)
 
 
 def behind_prompt(whole: Rendering, turn: Turn, ranges: Ranges) -> tuple[Rendering, Ranges]:

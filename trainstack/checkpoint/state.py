@@ -1,7 +1,7 @@
 """TrainState: what a checkpoint remembers beside tensors; the only one who knows state.json."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TrainState:
     guard: dict[str, Any]  # the losses and norms by which a spike is judged
     world_size: int
     torch: str  # its version
+    undecayed: bool = False  # norms and other vectors in the shape of a matrix; once they decayed
 
     @classmethod
     def at_start(
@@ -44,7 +45,7 @@ class TrainState:
         return cls(
             step=0, updates=0, samples_seen=0, tokens_seen=0, is_evaluated=True, skips_in_a_row=0,
             drawn=[0] * data_sets if data_sets > 1 else None, left_out=left_out, identity=identity,
-            settings=settings, scaler={}, guard={}, world_size=0, torch="",
+            settings=settings, scaler={}, guard={}, world_size=0, torch="", undecayed=True,
         )  # fmt: skip
 
     def to_json(self) -> bytes:
@@ -58,8 +59,9 @@ class TrainState:
         ValueError if it is not JSON. Refused if another version wrote it: nothing is guessed.
         """
         values = json.loads(content)
-        known = {field.name for field in fields(cls)}
-        odd = ", ".join(sorted(known ^ values.keys()))
+        known = {field.name: field.default is MISSING for field in fields(cls)}
+        lacking = {name for name, is_needed in known.items() if is_needed} - values.keys()
+        odd = ", ".join(sorted(lacking | (values.keys() - known.keys())))
         if odd:
             raise Refused(
                 f"{origin} was written by another version (it differs in {odd}); resume this run "

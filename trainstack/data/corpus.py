@@ -101,12 +101,14 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
 
     ConfigError if a data set has none, or if all of them do not fill one global batch.
     """
-    for label, size in zip(corpus.stores, corpus.sizes, strict=True):
-        if not size:
-            raise ConfigError(
-                f"data set {label} has less than one sequence of {config.data.seq_len} tokens; use "
-                "more data, a shorter data.seq_len, or leave it out"
-            )
+    for (label, store), size in zip(corpus.stores.items(), corpus.sizes, strict=True):
+        if size:
+            continue
+        fix = "use more data, a shorter data.seq_len, or leave it out"
+        problem = f"has less than one sequence of {config.data.seq_len} tokens; {fix}"
+        if store.counts.dropped_documents:
+            problem = "has only documents longer than data.seq_len; set data.too_long=split"
+        raise ConfigError(f"data set {label} {problem}")
     samples = corpus.train.num_samples
     if samples < config.train.global_batch_size:
         raise ConfigError(
@@ -121,7 +123,7 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
     lines = []
     if config.train.max_steps is not None:
-        lines.append("train.num_train_epochs is not used: max_steps decides")
+        lines.append("train.num_train_epochs is not used: train.max_steps is not null")
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":

@@ -75,6 +75,7 @@ class Counts:
     dropped_thoughts: int = 0  # turns whose thoughts the chat template left out
     ignored_tools: int = 0  # that it did not write
     unnamed_calls: int = 0  # of tools, without the name
+    stray_ends: int = 0  # turns that close what nothing opens
     unasked_turns: int = 0  # without the generation prompt of inference before them
     uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
     merged_answers: int = 0  # before which a prompt ends with other tokens than alone

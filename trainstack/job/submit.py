@@ -114,8 +114,10 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     step, changes = inputs.check_progress(run, config, corpus)
     if step >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
-        say(f"run {config.run.name} is complete: {max_steps:,} steps, {newest}")
-        say("to go further raise train.max_steps; for a new run choose another run.name")
+        key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+        more = f", and {max_steps:,} are wanted" if step > max_steps else ""
+        say(f"run {config.run.name} is complete: {step:,} steps{more}, {newest}")
+        say(f"to go further raise train.{key}; for a new run choose another run.name")
         return "complete", run
     space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")

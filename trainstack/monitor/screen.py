@@ -16,7 +16,7 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, RUNNING
 from trainstack.storage import layout
-from trainstack.units import NOTHING, age, duration
+from trainstack.units import NOTHING, age, duration, rounded
 
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "KILLED": "its processes are gone and did not report why; the same command continues it",
@@ -238,7 +238,9 @@ def learning(view: View) -> Iterator[tuple[str, str]]:
         yield "speed", f"{speed}, {measured['step_seconds']:.2f} s per step"
         yield "seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"
     if evaluated:
-        perplexity = f"perplexity {evaluated['eval_perplexity']:.2f} at step {evaluated['step']:,}"
+        perplexity = (
+            f"perplexity {rounded(evaluated['eval_perplexity'])} at step {evaluated['step']:,}"
+        )
         yield "held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"
     if view.seconds_left is not None:
         yield "run ETA", duration(view.seconds_left)

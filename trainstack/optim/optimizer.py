@@ -43,8 +43,22 @@ OPTIMIZERS = {"adamw": AdamW}  # what a second one needs beside this: doc/extend
 def build_optimizer(model: nn.Module, section: OptimSection, name: str = "adamw") -> Optimizer:
     """The optimizer of that name; matrices decay, vectors (biases, norms) do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = {id(p) for p in parameters if p.dim() >= 2} - {*map(id, undecayed_matrices(model))}
+    decay = section.weight_decay
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": decay},
+        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
     ]
     return OPTIMIZERS[name]([group for group in groups if group["params"]], section)
+
+
+def undecayed_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What is a vector in the shape of a matrix, a norm per head, or marked so by its model."""
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    found = {id(p) for module in norms for p in module.parameters(recurse=False)}
+
+    def is_vector(p: nn.Parameter) -> bool:
+        is_long = p.dim() > 2 and p.squeeze().dim() < 2
+        return id(p) in found or is_long or getattr(p, "_no_weight_decay", False)
+
+    return [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and is_vector(p)]

@@ -119,7 +119,12 @@ def prepare(home: Path, config: Config, force: bool, processes: int | None = Non
     must_be_whole(config.model.name, layout.model_folder(home, config.model.name))
     processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     for section in config.data.sources:
-        prepare_one(home, config.model.name, section, force, processes)
+        try:
+            prepare_one(home, config.model.name, section, force, processes)
+        except DataError as error:
+            if len(config.data.sources) == 1 or section.name in str(error):
+                raise
+            raise DataError(f"{section.label}: {error}") from None
 
 
 def prepare_one(

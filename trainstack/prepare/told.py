@@ -81,7 +81,11 @@ def notes_on_data(
     encoder.tokenizer.encode_special_tokens = True  # what is written for one is told elsewhere
     tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
     documents = (d for task in tasks for d, _ in tokenise.documents(task, Tokenised()))
-    texts = [document.text[:COMPARED] for document in itertools.islice(documents, LOOKED_AT)]
+    texts = [
+        document.text[first:last][:COMPARED]
+        for document in itertools.islice(documents, LOOKED_AT)
+        for first, last in document.written or [(0, len(document.text))]
+    ]  # what people wrote
     if pair := other_text(encoder, texts):
         notes.append(OTHER_TEXTS.format(*pair))
     if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.storage import files
-from trainstack.units import duration
+from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
 HEADER = "           step    epoch     loss       lr    grad  tokens/s  mem GB  left"
@@ -63,11 +63,11 @@ class Metrics:
         if is_mixture:
             values["source_eval_loss"] = {label: own for label, (own, _) in results.items()}
         files.append_line(self.file, values)
-        log.info("eval    step %s   loss %.4f   perplexity %.2f   (%s held-out tokens)",
-                 f"{step:,}", loss, perplexity, f"{tokens:,}")  # fmt: skip
+        log.info("eval    step %s   loss %.4f   perplexity %s   (%s held-out tokens)",
+                 f"{step:,}", loss, rounded(perplexity), f"{tokens:,}")  # fmt: skip
         for label, (own, number) in results.items() if is_mixture else ():
-            log.info("        %s: loss %.4f   perplexity %.2f   (%s tokens)", label, own,
-                     perplexity_of(own), f"{number:,}")  # fmt: skip
+            log.info("        %s: loss %.4f   perplexity %s   (%s tokens)", label, own,
+                     rounded(perplexity_of(own)), f"{number:,}")  # fmt: skip
         if self.tensorboard:
             self.tensorboard.add_scalar("eval/loss", loss, step)
             self.tensorboard.add_scalar("eval/perplexity", perplexity, step)

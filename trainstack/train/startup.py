@@ -18,9 +18,10 @@ from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
 from trainstack.data.corpus import Corpus
 from trainstack.distributed import World
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, Refused
 from trainstack.model.causal_lm import special_tokens
 from trainstack.model.strategy import Strategy
+from trainstack.optim.optimizer import undecayed_matrices
 from trainstack.resilience.guard import Guard
 from trainstack.resilience.stop import Stop
 from trainstack.resilience.watchdog import Watch
@@ -141,6 +142,13 @@ def restore(
     if newest is None:
         return at_start
     state = read_state(newest)
+    decays = at_start.settings["optim"]["weight_decay"] and not state.undecayed
+    if decays and undecayed_matrices(strategy.causal_lm):
+        raise Refused(
+            f"{newest} is of a version that let norms of this model decay; resume the run with the "
+            "version that began it (its environment.json names the commit), or choose another "
+            "run.name"
+        )
     strategy.load(newest, state)
     guard.restore(state.guard)
     return replace(state, settings=at_start.settings, left_out=at_start.left_out)
