@@ -58,6 +58,11 @@ WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"ci
     [
         {"tool_calls": [WEATHER]},
         {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Bern"}'}}]},
+        {
+            "tool_calls": [
+                {"name": "weather", "arguments": json.dumps(json.dumps({"city": "Bern"}))}
+            ]
+        },
         {"tool_calls": [{"name": "weather", "arguments": {"city": "Bern"}}]},
         {"tool_calls": '[{"name": "weather", "arguments": {"city": "Bern"}}]'},
         {"tool_calls": ['{"name": "weather", "parameters": {"city": "Bern"}}']},

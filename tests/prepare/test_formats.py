@@ -393,3 +393,9 @@ def test_a_record_of_another_format_is_named_with_what_it_is(chats, form, record
     name = "text" if form == "auto" else form
     with pytest.raises(DataError, match=f"^a:1: no .*{fix}"):
         formats.to_documents("a:1", record, name, section(format=form), chats[0]["smollm2"])
+
+
+@pytest.mark.parametrize("system", [None, "", " \n"])
+def test_a_blank_system_column_is_as_if_it_were_not_there(chats, system):
+    record = {"messages": TURNS}
+    assert marked(chats, "tagged", {**record, "system": system}) == marked(chats, "tagged", record)

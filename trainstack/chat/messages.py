@@ -180,4 +180,5 @@ def decoded(text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
+    value = decoded(value) if isinstance(value, str) else value  # encoded twice
     return value if isinstance(value, dict | list) else text

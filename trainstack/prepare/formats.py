@@ -144,6 +144,7 @@ def _rendered(
     if not messages:
         return []
     system = _text(location, record, "system", section, is_optional=True)
+    system = system if system.strip() else ""
     if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
         raise DataError(f"{location}: two texts of the system, one as a column; write one of them")
     if system and messages[0]["role"] != "system":

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainstack.chat.ends import Ends, ends_of_turns
 from trainstack.chat.template import Chat
 from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
@@ -187,9 +188,12 @@ def write_store(
     if section.eval_split:  # else the hash of a text puts copies on one side
         writer.counts.shared_documents = shared_documents(splits[TRAIN], splits[EVAL])
     meta = meta_of(home, model_name, section, tokenise)
-    stop_ids, *others = encoder.ends_of_turns(splits[TRAIN]) if meta["template"] else ([], 0, "")
-    meta["stop_ids"] = stop_ids
-    meta["notes"] = notes_on_data(model_folder, tokenise, data_files, *others)
+    ends = Ends([], [], 0, "")
+    if meta["template"]:
+        learned = splits[TRAIN]
+        ends = ends_of_turns(encoder.tokenizer, learned.ids, learned.spans, encoder.end_id)
+    meta["stop_ids"] = ends.stops
+    meta["notes"] = notes_on_data(model_folder, tokenise, data_files, ends)
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return

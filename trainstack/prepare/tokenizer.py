@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from trainstack.chat.marks import TAG
 from trainstack.chat.template import load_tokenizer
-from trainstack.data.split import Split
 from trainstack.errors import ConfigError
 from trainstack.prepare import long_texts
 from trainstack.prepare.formats import Document
 from trainstack.prepare.long_texts import Flags, cut_of, joined, learned_tokens, long_ids
 from trainstack.storage import layout
 from trainstack.storage.files import read_object
-
-MOST_TURNS = 100_000  # that are looked at for what ends them
-SHOWN_TOKENS, SHOWN_TURNS = 12, 100  # of the end of a turn, and of which turns
-RARE_END = 0.01  # share of turns; what ends fewer is not taken for an end of turns
 
 
 def load_backend(model_folder: Path) -> tuple[Any, int]:
@@ -243,24 +236,6 @@ class Encoder:
             return 0
         text = self._pattern.sub("", text)
         return sum(text.count(sign) for sign in {*text} if self._is_lost(sign))
-
-    def ends_of_turns(self, split: Split) -> tuple[list[int], int, str]:
-        """The tokens that end what is learned in conversations, where generating has to stop.
-
-        Then how many turns end with none, and what the first of them end with; 0 for a rare few.
-        """
-        stops = split.spans[:MOST_TURNS, 1]
-        lasts = split.ids[stops - 1]
-        found, counts = np.unique(lasts, return_counts=True)
-        common = found[counts >= RARE_END * len(lasts)].tolist()
-        ends = sorted({*common} & self.tokenizer.get_added_tokens_decoder().keys())
-        others = stops[~np.isin(lasts, ends)]
-        if len(others) < max(1, RARE_END * len(lasts)):
-            return ends, 0, ""
-        tails = [split.ids[max(0, o - SHOWN_TOKENS) : o].tolist() for o in others[:SHOWN_TURNS]]
-        texts = self.tokenizer.decode_batch(tails, skip_special_tokens=False)
-        text = os.path.commonprefix([text[::-1] for text in texts])[::-1]  # what all end with
-        return ends, len(others), (TAG.findall(text) or [text])[-1][-SHOWN_TOKENS:]
 
     def cut(self, text: str) -> tuple[int, int, int] | None:
         """As ``cut_of``, for texts that no template wrote."""

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
+from trainstack.chat.ends import Ends
 from trainstack.config.schema import DataSection
 from trainstack.data.store import PLAIN, SINCE_VERSION_3, TokenStore
 from trainstack.data.writer import BAD_RECORDS
@@ -31,6 +32,11 @@ BEHIND_PROMPTS = (
 NO_END = (
     "{:,} turns end with {!r}, which is no token of its own, so that generating does not stop "
     "there; make it one in the tokenizer, or use a chat template that ends turns with {}"
+)
+
+WITHIN = (
+    "{} ends turns, and is within others as well, as where thoughts end with it too: the "
+    "checkpoints do not stop there, for they would not come to the answer"
 )
 
 
@@ -71,12 +77,9 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
 
 
 def notes_on_data(
-    model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile], unended: int, end: str
+    model_folder: Path, tokenise: Tokeniser, data_files: list[DataFile], ends: Ends
 ) -> list[str]:
-    """What nobody counts, of the first records and of the tokenizer.
-
-    ``unended``: how many turns end with ``end``, where nothing stops the model.
-    """
+    """What nobody counts: of the first records, of the tokenizer and of the ``ends`` of turns."""
     encoder, notes = tokenise.encoder, []
     encoder.tokenizer.encode_special_tokens = True  # what is written for one is told elsewhere
     tasks = tasks_from(data_files, tokenise.wanted, [0, 1])
@@ -97,8 +100,10 @@ def notes_on_data(
     own_end, *after = map(encoder.tokenizer.id_to_token, [encoder.end_id, *encoder.after])
     if after and tokenise.format in PLAIN:
         notes.append(BEHIND_PROMPTS.format(" ".join(after)))
-    if unended:
-        notes.append(NO_END.format(unended, end, own_end))
+    if ends.within:
+        notes.append(WITHIN.format(" and ".join(ends.within)))
+    if ends.unended:
+        notes.append(NO_END.format(ends.unended, ends.tail, own_end))
     return notes
 
 
