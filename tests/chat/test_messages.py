@@ -1,5 +1,7 @@
 """The messages of a record in one shape, whatever its roles and columns are called."""
 
+import json
+
 import pytest
 
 from trainstack.chat.messages import messages_of, tools_of
