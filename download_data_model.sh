@@ -84,13 +84,14 @@ read_arguments() {
       -h | --help) usage && exit ;;
       --config=*) CONFIG="${1#--config=}" ;;
       --config) CONFIG="${2:-}" && shift ;;
+      --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
       -*) die "$1 is not an option; see bash download_data_model.sh --help" 2 ;;
       *=*) OVERRIDES+=("$1") ;;
       *) CONFIG="$1" ;;
     esac
     shift || break
   done
-  [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml" 2
+  [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml (settings: section.key=value)" 2
 }
 
 # Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON

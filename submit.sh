@@ -96,6 +96,7 @@ parse() {
         SBATCH_OPTIONS=("$@")
         break
         ;;
+      --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
       -*) die "$1 is not an option of submit.sh; options for sbatch come after --, see --help" 2 ;;
       *) SETTINGS+=("$1") ;;
     esac

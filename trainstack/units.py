@@ -47,4 +47,6 @@ def age(seconds: float) -> str:
 
 def rounded(perplexity: float) -> str:
     """With two digits behind the point, or as 1.23e+45."""
+    if perplexity > 1e300:  # e to a loss beyond 700 is kept there
+        return "beyond 1e300"
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.2e}"

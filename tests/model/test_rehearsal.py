@@ -222,11 +222,11 @@ WRONG = [  # model and its config.json, and what of it is to be written or corre
     ("llama", {"hidden_act": "swiglu"}, 'correct "hidden_act" in its config.json'),
     ("llama", {"rms_norm_eps": "1e-6"}, 'correct "rms_norm_eps" in its config.json'),
     ("llama", {"rms_norm_eps": -1.0}, 'correct "rms_norm_eps" in its config.json'),
-    ("llama", {"rope_parameters": {"rope_type": "own"}}, 'write "rope_parameters": null in its'),
+    ("llama", {"rope_parameters": {"rope_type": "own"}}, 'correct "rope_parameters" in its'),
     ("llama", {"pad_token_id": 96}, 'or write "pad_token_id": null in its config.json'),
     ("llama", {"attention_dropout": 2.0}, 'correct "attention_dropout" in its config.json'),
     ("llama", {"return_dict": False}, 'write "return_dict": null in its config.json'),
-    ("qwen2", {"layer_types": ["full_attention"]}, 'write "layer_types": null in its config.json'),
+    ("qwen2", {"layer_types": ["full_attention"]}, 'correct "layer_types" in its config.json'),
     ("llama", {"model_type": "LLaMA"}, 'write "model_type": "llama" in it, or choose another'),
     ("llama", {"architectures": "OwnModel"}, 'write "architectures": ["LlamaForCausalLM"] in its'),
     ("bert", {}, 'write "is_decoder": true in its config.json, or choose a causal LM such as'),
@@ -415,3 +415,30 @@ def test_weights_of_another_kind_of_model_are_refused_when_they_are_loaded(tmp_p
     section = load(tiny.ROOT / "config.yaml", []).model
     with pytest.raises(ConfigError, match=r"the weights in .* have no lm_head.weight"):
         build_causal_lm(tmp_path, "pretrained", section, "fp32", 0)
+
+
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [9.0] * 4,
+    "original_max_position_embeddings": 32, "factor": 2.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rope", "most"), [
+    (LONG, 32), ({"rope_type": "dynamic", "factor": 4.0}, 48),
+    ({"rope_type": "linear", "factor": 4.0}, None), (None, None),
+])  # fmt: skip
+def test_positions_that_depend_on_the_longest_sequence_are_refused_or_told(tmp_path, rope, most):
+    """Those of a short document would depend on what else is in its micro batch."""
+    changes = {"rope_parameters": {"rope_theta": 500.0, **rope}} if rope else {}
+    told = "depends on the longest sequence beside it"
+    (tmp_path / "packed").mkdir()
+    for packing in ("none", "best_fit"):
+        long = (f"data.packing={packing}", "data.seq_len=96")
+        if most:
+            line = refusal(tmp_path / "packed", "llama", *long, **changes)
+            assert told in line and f"write data.seq_len={most} or less, or data.packing" in line
+            long = (long[0], f"data.seq_len={most}")
+        notes = rehearse(tmp_path / "packed", "llama", *long, **changes).notes
+        assert not any(told in note for note in notes)
+    notes = rehearse(tmp_path, "llama", "data.packing=concat", "data.seq_len=96", **changes).notes
+    assert any(told in note for note in notes) == bool(most)

@@ -347,6 +347,12 @@ def test_a_damaged_file_is_named_with_the_place_and_what_to_do(tmp_path, monkeyp
                     raise record
 
 
+def test_a_table_without_columns_is_named(tmp_path):
+    write_table(tmp_path / "a.parquet", pyarrow.table({}))
+    with pytest.raises(DataError, match=r"a\.parquet: it has no columns; take it away"):
+        list(read_chunks(tmp_path / "a.parquet", Wanted({"text"})))
+
+
 def test_frames_that_follow_each_other_are_all_read_and_what_is_too_wide_is_named(tmp_path):
     frames = []
     for text in ("one", "two"):

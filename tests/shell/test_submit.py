@@ -275,6 +275,7 @@ def test_an_environment_that_is_not_ready_is_named_with_the_command_that_makes_i
 
 
 WRONG_USE = [
+    (["--train.max_steps=4"], "is a setting, not an option; write train.max_steps=4"),
     (["--nodes=4"], "--nodes=4 is not an option of submit.sh; options for sbatch come after --"),
     (["--config"], "--config needs a file"),
     (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),

@@ -37,10 +37,10 @@ def ends_of_turns(tokenizer, ids: np.ndarray, spans: np.ndarray, end_id: int) ->
     inner = [n for n in ends if n != end_id and turns_with(n, ids, spans) >= RARE * len(lasts)]
     within = [tokenizer.id_to_token(number) for number in inner]
     stops = [number for number in ends if number not in inner]
-    others = spans[~np.isin(lasts, ends), 1]
+    others = spans[~np.isin(lasts, ends)]
     if len(others) < max(1, RARE * len(lasts)):
         return Ends(stops, within, 0, "")
-    tails = [ids[max(0, o - SHOWN_TOKENS) : o].tolist() for o in others[:SHOWN_TURNS]]
+    tails = [ids[max(s[0], s[1] - SHOWN_TOKENS) : s[1]].tolist() for s in others[:SHOWN_TURNS]]
     texts = tokenizer.decode_batch(tails, skip_special_tokens=False)
     text = os.path.commonprefix([text[::-1] for text in texts])[::-1]  # what all end with
     return Ends(stops, within, len(others), (TAG.findall(text) or [text])[-1][-SHOWN_TOKENS:])

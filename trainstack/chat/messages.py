@@ -113,8 +113,9 @@ def text_of(content: Any) -> tuple[str | None, str]:
         elif kind in ("thinking", "reasoning") and isinstance(part.get(kind), str):
             thoughts.append(part[kind])
         else:
+            named = part if kind in TEXT_PARTS else kind
             raise ValueError(
-                f"has a part that is no text ({shown(kind)}); this trains on texts: leave it out"
+                f"has a part that is no text ({shown(named)}); this trains on texts: leave it out"
             )
     return "".join(texts), "".join(thoughts)
 

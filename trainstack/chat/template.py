@@ -245,9 +245,12 @@ class Chat:
         except (
             TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError,
         ) as error:  # fmt: skip
+            calls = (call for message in messages for call in message.get("tool_calls") or ())
+            odd = [c for c in calls if not isinstance(c["function"]["arguments"], dict)]
+            where = "roles and contents of its messages"
+            where = "arguments of its tool calls, which are no objects" if odd else where
             raise DataError(
-                f"the chat template does not take it ({first_line(error)}); look at the "
-                "roles and contents of its messages"
+                f"the chat template does not take it ({first_line(error)}); look at the {where}"
             ) from None
         return texts[0], ranges[0] if is_tagged else []
 
@@ -263,6 +266,9 @@ def load_tokenizer(model_folder: Path) -> Any:
     except Exception as error:  # the library tokenizers raises nothing more special
         reason = " ".join(str(error).split())[:200]
         fix = "choose a model with a tokenizer.json"
+        if "custom code" in reason:
+            reason = "it is Python code of its own, which is never run here"
+            fix = "take auto_map out of its tokenizer_config.json if it has a tokenizer.json"
         if not (model_folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
             reason, fix = "it needs the package sentencepiece", "run: bash setup.sh"
         raise ConfigError(

@@ -53,8 +53,8 @@ def apply_overrides(values: dict, locations: dict[str, str], overrides: list[str
     for override in overrides:
         dotted, equals, text = override.partition("=")
         location = f"{shown(override)} (command line)"
-        if not equals or override.startswith("-"):
-            problems.append(f"{location}: not a setting; write section.key=value")
+        if not equals or not dotted.strip() or override.startswith("-"):
+            problems.append(f"{location}: not a setting; write section.key=value, without spaces")
             continue
         section, *parents, last = dotted.split(".") if "." in dotted else ("", dotted)
         target, above = values.get(section), section

@@ -77,7 +77,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
         words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
         bounds = [f"{word} {limits[key]:g}" for key, word in words.items() if key in limits]
-        return f"out of range; write a number {' and '.join(bounds)}"
+        nothing = ", or null" if is_optional(dotted) else ""
+        return f"out of range; write a number {' and '.join(bounds)}{nothing}"
     if kind == "finite_number":
         return "not a finite number; write for example 2e-5"
     if kind.startswith(("int", "float")):

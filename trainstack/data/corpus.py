@@ -123,7 +123,9 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
     lines = []
     if config.train.max_steps is not None:
-        lines.append("train.num_train_epochs is not used: train.max_steps is not null")
+        lines.append(
+            "train.num_train_epochs is not used: train.max_steps decides, or null for epochs"
+        )
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
     if config.guard.on_divergence != "stop" and config.train.precision == "fp16":

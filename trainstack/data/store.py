@@ -45,7 +45,7 @@ SINCE_VERSION_3 = {
 REMARKS = {
     **template.REMARKS,
     "merged_answers": "prompts end with other tokens when their answers follow than alone, as at "
-    "inference; take white space away where they meet",
+    "inference; take white space away where they meet, in the data or in the template",
     "unknown_tokens": "tokens are the unknown token, for what the tokenizer does not know; choose "
     "a model made for such texts",
     "lost_characters": "characters are lost, for the tokenizer has no token that they could be of; "
@@ -212,4 +212,5 @@ class TokenStore:
         if unread := self.counts.unread:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
             names = (name if name.strip() else repr(name) for name in unread[:SHOWN])
-            yield f"nothing reads these columns: {', '.join(names)}{more}"
+            listed = f"{', '.join(names)}{more}"
+            yield f"nothing reads these columns (data.columns could map them): {listed}"

@@ -186,7 +186,7 @@ def checked(small: Any, config: Config) -> list[str]:
     """What a small copy shows; ConfigError if it cannot be trained as configured."""
     causal_lm = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     check_future(causal_lm)
-    notes = check_positions(causal_lm, config.data.seq_len)
+    notes = check_positions(causal_lm, config.data.seq_len, config.data.packing)
     tried = config
     if config.model.attn_implementation == "flash_attention_2":
         tried = changed(config, "model", "attn_implementation", "auto")

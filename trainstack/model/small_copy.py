@@ -122,7 +122,9 @@ def corrected(
             for name, fix, part in corrected(value, may_be_wrong):
                 yield name, fix, {**values, key: part}
         elif may_be_wrong(value):
-            yield key, f'write "{key}": null', {**values, key: None}
+            is_plain = isinstance(value, int | float)  # else null would say something else
+            fix = f'write "{key}": null' if is_plain else f'correct "{key}"'
+            yield key, fix, {**values, key: None}
             yield key, f'correct "{key}"', {k: v for k, v in values.items() if k != key}
 
 

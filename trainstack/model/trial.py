@@ -189,7 +189,7 @@ def check_future(causal_lm: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_positions(causal_lm: nn.Module, seq_len: int) -> list[str]:
+def check_positions(causal_lm: nn.Module, seq_len: int, packing: str) -> list[str]:
     """A line if sequences are longer than the model was made for; ConfigError if it cannot."""
     limit = positions_of(causal_lm)
     takes_positions = "position_ids" in inspect.signature(causal_lm.forward).parameters
@@ -212,12 +212,38 @@ def check_positions(causal_lm: nn.Module, seq_len: int) -> list[str]:
             f"data.seq_len={seq_len}: it has a table of {most} positions, and none beyond; write "
             f"data.seq_len={most} or less"
         )
+    notes = []
     if 0 < limit < seq_len:
-        return [
+        notes.append(
             f"data.seq_len={seq_len} is beyond the {limit} positions of its config.json; they are "
             "computed, so it trains, but it may not know those beyond"
-        ]
-    return []
+        )
+    if takes_positions and depends_on_length(causal_lm, seq_len):
+        what = "what it makes of a text depends on the longest sequence beside it (rope_parameters"
+        if packing != "concat":  # then that depends on train.micro_batch_size
+            own = range(TOKENS, seq_len)
+            most = bisect.bisect_left(own, True, key=lambda n: depends_on_length(causal_lm, n + 1))
+            raise ConfigError(
+                f"data.packing={packing} with data.seq_len={seq_len}: {what} in its config.json); "
+                f"write data.seq_len={own[0] + most} or less, or data.packing=concat"
+            )
+        notes.append(
+            f"{what}): it learns as in {seq_len} tokens, and is asked as in as many as there are"
+        )
+    return notes
+
+
+def depends_on_length(causal_lm: nn.Module, seq_len: int) -> bool:
+    """Whether tokens have other logits if one at the end of a sequence of ``seq_len`` follows."""
+    tokens, positions = some_tokens(causal_lm, TOKENS + 1), torch.arange(TOKENS + 1)
+    positions[-1] = max(TOKENS, seq_len - 1)
+    arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False, "return_dict": True}
+    alone = logits_of(causal_lm, tokens[:, :TOKENS])
+    try:
+        found = causal_lm(input_ids=tokens, **arguments).logits[:, :TOKENS]
+    except Exception:  # it takes no positions that are apart
+        return False
+    return bool((found - alone).abs().max() > 1e-5 * alone.abs().max())
 
 
 def positions_of(causal_lm: nn.Module) -> int:

@@ -31,7 +31,8 @@ BEHIND_PROMPTS = (
 )
 NO_END = (
     "{:,} turns end with {!r}, which is no token of its own, so that generating does not stop "
-    "there; make it one in the tokenizer, or use a chat template that ends turns with {}"
+    "there; make it one in the tokenizer, or use a chat template that ends turns with {}, within "
+    "{{% generation %}} if it has that"
 )
 
 WITHIN = (
@@ -61,10 +62,11 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         say(
             section,
             f"packing {section.packing}: {store.train.num_samples:,} samples "
-            f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; longer: "
-            f"{counts.split_documents:,} documents split, {counts.dropped_documents:,} dropped",
+            f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; "
+            f"{counts.split_documents:,} longer documents split, {counts.dropped_documents:,} "
+            "dropped (data.too_long)",
         )
-    if store.meta["template"]:
+    if store.meta["template"] and store.meta["format"] not in PLAIN:
         say(section, "checked: each text of each conversation is in it, the assistant's is learned")
     for remark in store.remarks():
         say(section, remark)

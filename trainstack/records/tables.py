@@ -82,6 +82,8 @@ def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tu
     """The columns of a file that are read, and the others. DataError if none is."""
     is_all = wanted.columns is None
     read = [column for column in names if is_all or column in wanted.columns]
+    if not names:
+        raise DataError(f"{name}: it has no columns; take it away")
     if not read:
         needed = " or ".join(sorted(wanted.columns))
         raise DataError(f"{name}: no column {needed}; it has: {', '.join(names)}; {advice(names)}")
