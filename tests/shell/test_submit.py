@@ -29,7 +29,7 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert "config.yaml ok | model and tokens present and verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
     assert lines[3].startswith(
-        "submit.sh: train.num_train_epochs is not used: train.max_steps is not"
+        "submit.sh: train.num_train_epochs is not used: train.max_steps decides unless"
     )
     assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[4]
     assert "run first is queued; look: bash monitor.sh first" in lines[5]

@@ -124,7 +124,7 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
     lines = []
     if config.train.max_steps is not None:
         lines.append(
-            "train.num_train_epochs is not used: train.max_steps decides, or null for epochs"
+            "train.num_train_epochs is not used: train.max_steps decides unless it is null"
         )
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
