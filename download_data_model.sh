@@ -91,7 +91,7 @@ read_arguments() {
     esac
     shift || break
   done
-  [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml (settings have a =)" 2
+  [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml" 2
 }
 
 # Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON
