@@ -381,3 +381,17 @@ def test_turns_that_close_a_thought_that_nothing_opens_are_counted(
     messages = [TWO_ROUNDS[0], {"role": "assistant", "content": content}]
     remarks = chat_with(template).render("a:1", messages, None).remarks
     assert remarks.get("stray_ends", 0) == is_stray
+
+
+@pytest.mark.parametrize(("thought", "uneven"), [("loop.last", 1), ("m.role == 'assistant'", 0)])
+def test_calls_that_begin_without_the_empty_thought_of_inference_are_counted(
+    chat_with, thought, uneven
+):
+    """As Qwen3 writes one in front of the last turn alone."""
+    empty = f"{{{{ '<think></think>' if {thought} and m.role == 'assistant' }}}}"
+    template = CALLING.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}")
+    template = template.replace("END", "<|end|>").replace(
+        "{{ m.content }}", empty + "{{ m.content }}"
+    )
+    remarks = chat_with(template).render("a:1", json.loads(json.dumps(CALLS)), TOOLS).remarks
+    assert remarks.get("uneven_turns", 0) == uneven

@@ -185,6 +185,17 @@ def test_a_data_set_of_which_every_document_is_too_long_is_no_traceback(home):
     assert "0 samples of 8 tokens" in said
 
 
+def test_files_without_a_record_are_named_and_the_others_read(tmp_path):
+    tiny.make_model(tmp_path)
+    rows = "text\n" + "one two three\n" * 40
+    content = {"a.csv": "text\n", "b.csv": rows, "c.json": "[]", "d.csv": rows}
+    tiny.publish(layout.dataset_folder(tmp_path, "some", None), content, kind="dataset")
+    where = ["--home", tmp_path, "--config", tiny.write_config(tmp_path, data__name="some")]
+    told = tiny.run_command("prepare", *where, "data.eval_fraction=0").stderr
+    assert "prepare: some: 2 files have no record, first a.csv" in told
+    assert "80 documents (text)" in told
+
+
 def test_no_process_at_all_is_refused(home):
     assert "at least one has to tokenise" in run(home, "--processes", "0", code=2)
 

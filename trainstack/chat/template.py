@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
-from trainstack.chat.marks import TEXT, Marked, Rendering, invitation
+from trainstack.chat.marks import REASONING, TEXT, Marked, Rendering, invitation
 from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
@@ -286,13 +286,17 @@ def says_something(message: dict) -> bool:
 
 def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> int:
     """How many turns without thoughts begin otherwise than the last of them, if they are asked."""
-    begins = []
+    begins = []  # of turns that say something, and of those that only call tools
     for number, turn in turns:
         own = [n for n, piece in enumerate(marked.pieces) if piece.message == number]
         places = [first for n in own for first, _ in whole.places.get(n, ())]
-        if turn.is_asked and places and marked.pieces[own[0]].kind == TEXT:
-            begins.append(whole.text[turn.first : min(places)].strip())  # space may be a person's
-    return sum(begin != begins[-1] for begin in begins)
+        if turn.is_asked and places and (kind := marked.pieces[own[0]].kind) != REASONING:
+            begin = whole.text[turn.first : min(places)].strip()  # space may be a person's
+            begins.append((kind, begin))
+    last = next((begin for kind, begin in reversed(begins) if kind == TEXT), "")
+    return sum(
+        begin != last if kind == TEXT else not begin.startswith(last) for kind, begin in begins
+    )
 
 
 def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:

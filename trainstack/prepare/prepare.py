@@ -243,18 +243,21 @@ def fill(
         say(section, f"continues at record {record:,} of {data_files[file][0].name}, after "
             f"{writer.counts.train_tokens:,} tokens that are kept")  # fmt: skip
     tqdm.monitor_interval = 0  # its thread would be there when the processes begin
-    told_at = time.monotonic()
+    told_at, seen = time.monotonic(), {*range(writer.position[0] + (writer.position[1] > 1))}
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, desc="tokenise") as bar:
         tasks = tasks_from(data_files, tokenise.wanted, writer.position)
         for (file, chunk, _), found in in_order(tokenise, tasks, processes):
             add(writer, section, found)
             writer.reached(file, chunk.stop)
+            seen.add(file)
             bar.n = sum(sizes[:file])
             bar.set_postfix(tokens=f"{writer.counts.train_tokens:,}")
             if bar.disable and time.monotonic() > told_at + TOLD_SECONDS:
                 done = f"{writer.counts.train_tokens:,} tokens so far"
                 say(section, f"{done}, in file {file + 1} of {len(data_files)}")
                 told_at = time.monotonic()
+    if empty := [path.name for number, (path, _) in enumerate(data_files) if number not in seen]:
+        say(section, f"{len(empty):,} files have no record, first {empty[0]}")
     if not writer.counts.train_documents:
         empty = writer.counts.empty_documents
         reason = f"its {empty:,} documents are empty" if empty else "look at what was downloaded"
