@@ -53,6 +53,9 @@ TURNS = [
     {"role": "user", "content": "four"},
     {"role": "assistant", "content": "five"},
 ]
+HALF = {
+    "role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud83d"}}}],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +262,7 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"text": "a\0b"}, "NUL character at 1"),
         ({"text": "a\ud800b"}, r"half a character \(U\+D800\) at 1"),
         ({"messages": [*TURNS[:1], {"role": "assistant", "content": "a\0"}]}, "NUL character"),
+        ({"messages": [*TURNS[:1], HALF]}, r"half a character \(U\+D83D\)"),
         ({"body": "one"}, "nor any of messages, .*the record has: body"),
         ({"text": "one", "messages": TURNS}, "fits text and messages; .*data.format=messages"),
         (["one"], "the record is a list; write an object with its turns"),

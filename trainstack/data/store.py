@@ -201,9 +201,10 @@ class TokenStore:
         for name, text in REMARKS.items():
             if count := getattr(self.counts, name):
                 yield f"{count:,} {text}"
-        is_divided = self.meta["settings"].get("split_on")  # stores from before did not count
-        if is_divided and self.meta["counts"].get("divided_texts") == 0:
-            yield "no text holds data.split_on, so each is one document; write what does end them"
+        sign = self.meta["settings"].get("split_on")  # stores from before did not count
+        if sign and self.meta["counts"].get("divided_texts") == 0:
+            hint = 'a line break is "\\n" in double quotes' if "\\" in sign else "see the data"
+            yield f"no text holds data.split_on={sign!r}, so each is one document; {hint}"
         if self.train.rows is not None and not self.train.num_samples:
             yield "no document fits data.seq_len: nothing to train on; set data.too_long=split"
         if self.counts.eval_documents and not self.eval.num_samples:

@@ -4,6 +4,7 @@ Of a ``text`` all tokens carry loss, of the other formats only what the model ha
 assistant's turns, the completion.
 """
 
+import json
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -161,7 +162,11 @@ def _rendered(
     if not learned:
         raise DataError(f"{location}: {NOTHING_LEARNED}")
     parts = [learned[: at + 1] for at in range(len(learned))] if section.each_turn else [learned]
-    made = (chat.render(location, messages, tools, part, section.each_turn) for part in parts)
+    try:
+        made = [chat.render(location, messages, tools, part, section.each_turn) for part in parts]
+    except DataError:
+        check_text(location, json.dumps(messages, ensure_ascii=False))  # which may be why
+        raise
     unread = chat.unread(messages, tools)
     return [
         Document(location, text, ranges, written, True, remarks=remarks, unread=unread)
