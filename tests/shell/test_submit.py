@@ -413,6 +413,14 @@ def test_a_setting_that_may_change_continues_the_run(site):
     assert kept.optim.learning_rate == 0.5
 
 
+def test_a_run_that_has_begun_needs_its_tokens_and_not_the_data_they_were_made_from(site):
+    data = next((site.home / "datasets").rglob("*.jsonl"))
+    data.write_text(data.read_text() + '{"text": "one more"}\n')
+    assert "data set tiny is damaged" in complaint(site.submit("--dry-run"), 1)
+    site.make_checkpoint(10)
+    assert site.submit().stdout == "4711\n"
+
+
 def test_a_complete_run_says_so_and_submits_nothing(site):
     site.make_checkpoint(20)
     RunFolder(site.run_dir).set_status("DONE", step=20)

@@ -55,10 +55,12 @@ def input_problem(
     home: Path, config: Config, command: str, checkpoints: Path | None = None
 ) -> str | None:
     """What is missing or damaged of model, data sets and tokens, and what fixes it."""
-    for asset in named_assets(config, home):
-        if problem := asset_problem(asset, command):
-            return f"{asset} {problem}"
     kept = kept_stores(checkpoints)
+    for asset in named_assets(config, home):
+        # A run that has begun reads its tokens, whatever became of what they were made from.
+        is_tokens = kept and asset.kind == "dataset" and asset.folder.exists()
+        if not is_tokens and (problem := asset_problem(asset, command)):
+            return f"{asset} {problem}"
     for section in config.data.sources:
         folder = store.find_store(home, config.model.name, section, kept)
         problem = next(damage(folder, TRUSTED_BY_SIZE), None)
