@@ -65,6 +65,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"ci
                 {"name": "weather", "arguments": json.dumps(json.dumps({"city": "Bern"}))}
             ]
         },
+        {"tool_calls": [{"function": '{"name": "weather", "arguments": {"city": "Bern"}}'}]},
         {"tool_calls": [{"name": "weather", "arguments": {"city": "Bern"}}]},
         {"tool_calls": '[{"name": "weather", "arguments": {"city": "Bern"}}]'},
         {"tool_calls": ['{"name": "weather", "parameters": {"city": "Bern"}}']},
@@ -127,6 +128,12 @@ def test_marks_say_which_turns_are_learned_and_do_not_reach_the_template():
         '[{"name": "weather", "parameters": {"type": "object"}}]',
         ['{"name": "weather", "parameters": {"type": "object"}}'],
         {"name": "weather", "parameters": {"type": "object"}},
+        [
+            {
+                "type": "function",
+                "function": json.dumps({"name": "weather", "parameters": {"type": "object"}}),
+            }
+        ],
     ],
 )
 def test_tools_have_one_shape(tools):
@@ -137,5 +144,7 @@ def test_tools_have_one_shape(tools):
 
 def test_no_tools_are_none_and_bad_ones_are_named():
     assert [tools_of("a:1", none) for none in (None, [], "", "[]")] == [None] * 4
+    with pytest.raises(DataError, match="^a:1: the record has a tool whose function is no obj"):
+        tools_of("a:1", [{"type": "function", "function": "[]"}])
     with pytest.raises(DataError, match="^a:1: the record has tools that is no JSON"):
         tools_of("a:1", "weather")

@@ -136,6 +136,7 @@ def calls_in(value: Any) -> list[dict]:
         if not isinstance(call, dict):
             raise ValueError(f"has a tool call that is a {type(call).__name__}; write an object")
         function = call.get("function")
+        function = decoded(function) if isinstance(function, str) else function
         function = call if not isinstance(function, dict) else function
         if not isinstance(function.get("name"), str):
             raise ValueError("has a tool call without a name; write {name, arguments}")
@@ -156,12 +157,15 @@ def tools_of(location: str, tools: Any) -> list[dict] | None:
             tool = from_json(tool, "tools") if isinstance(tool, str) else tool
             if not isinstance(tool, dict):
                 raise ValueError(f"has a tool that is a {type(tool).__name__}; write an object")
-            if not isinstance(tool.get("function"), dict) and "name" in tool:
+            if not isinstance(tool.get("function"), dict | str) and "name" in tool:
                 tool = {"type": "function", "function": tool}
             function = tool.get("function")
-            if isinstance(function, dict) and isinstance(function.get("parameters"), str):
+            function = from_json(function, "tools") if isinstance(function, str) else function
+            if not isinstance(function, dict | None):
+                raise ValueError("has a tool whose function is no object; write {name, parameters}")
+            if function and isinstance(function.get("parameters"), str):
                 function = {**function, "parameters": decoded(function["parameters"])}
-                tool = {**tool, "function": function}
+            tool = {**tool, "function": function} if function else tool
             made.append(tool)
     except ValueError as error:
         raise DataError(f"{location}: the record {error}") from None
