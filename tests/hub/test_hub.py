@@ -440,7 +440,7 @@ def refuse(server, case: str) -> tuple[list[str], dict[str, str]]:
         (source / "tokenizer.json").unlink()
     if case == "missing shard":
         (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
-        index = {"weight_map": {"a": "model-00002-of-00002.safetensors"}}
+        index = {"metadata": {}, "weight_map": {"a": "model-00002-of-00002.safetensors"}}
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
     if case == "wrong bytes":
         server.faults.append({"path": "GET .*safetensors", "kind": "wrong_bytes", "times": 9})
@@ -500,7 +500,7 @@ def test_the_index_alone_says_which_files_have_the_weights(server, home, fetch, 
     ):
         shutil.copy(source / shard, source / other)
     (source / "consolidated.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
-    index = {"weight_map": {"a": shard, "b": shard}}
+    index = {"metadata": {}, "weight_map": {"a": shard, "b": shard}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     name = "org/tiny" if origin == "Hub" else str(source)
     assert fetch(*PRETRAINED, f"model.name={name}").code == 0
@@ -516,16 +516,19 @@ def test_the_index_alone_says_which_files_have_the_weights(server, home, fetch, 
         ("../tiny/model.safetensors", "no safetensors file within it"),
         ("elsewhere.safetensors", "elsewhere.safetensors, which is not there"),
         (None, "names no shards"),
+        ("model.safetensors", 'has no metadata; add to it: "metadata": {}'),
     ],
 )
 def test_an_index_that_names_what_cannot_be_taken_is_refused(server, fetch, shard, said):
     source = repository(server)
     (source / "model.safetensors").unlink()
     index = {"weight_map": {"a": shard} if shard else {}}
+    if "metadata" not in said:
+        index["metadata"] = {}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     result = fetch(*PRETRAINED)
     assert result.code == 1 and len(result.errors) == 1
-    assert "model.safetensors.index.json names" in result.errors[0] and said in result.errors[0]
+    assert "model.safetensors.index.json " in result.errors[0] and said in result.errors[0]
 
 
 def test_weights_that_transformers_does_not_find_are_named(server, fetch):
@@ -829,6 +832,8 @@ def test_a_file_that_joins_a_local_data_folder_is_noticed(tmp_path, call):
     linked = read_manifest(layout.dataset_folder(tmp_path / "home", str(folder), None))
     assert linked["splits"] == {"train": ["a.jsonl", "deep/b.jsonl.gz"]}
     assert list(linked["files"]) == ["a.jsonl", "deep/b.jsonl.gz"]
+    (folder / "cache-0a1b2c3d4e5f6789.arrow").write_bytes(b"of the library datasets")
+    assert call(*arguments).code == 0
     (folder / "c.jsonl").write_text('{"text": "c"}\n')
     result = call(*arguments)
     assert result.code == 1 and "files were added or removed" in result.lines[0]
@@ -842,6 +847,7 @@ FOLDERS = [
     (["config.json", "optimizer.pt"], "has no model.safetensors; bring it too"),
     (["checkpoint-9/config.json"], "has config.json only further down (checkpoint-9); name that"),
     (["checkpoints/checkpoint-9/config.json"], "down (checkpoints/checkpoint-9); name that folder"),
+    (["refs/main", "snapshots/a/config.json"], "is the Hub's cache of it; name one revision, as"),
     (["tokenizer.json"], "has no config.json, which says what the model is; put it there"),
 ]
 
@@ -856,6 +862,18 @@ def test_what_a_folder_is_that_is_no_whole_model_is_said_with_what_to_name(
     result = call("model.name=./mine", "model.init=pretrained")
     assert result.code == 1 and len(result.lines) == 1 and said in result.lines[0], result
     assert visible(home) == []
+
+
+def test_of_the_hubs_own_cache_one_revision_is_to_be_named(tmp_path, call):
+    for commit in ("a1", "b2"):
+        (tmp_path / "datasets--org--x" / "snapshots" / commit).mkdir(parents=True)
+        data = tmp_path / "datasets--org--x" / "snapshots" / commit / "train.jsonl"
+        data.write_text('{"text": "a"}\n')
+    (tmp_path / "datasets--org--x" / "refs").mkdir()
+    (tmp_path / "datasets--org--x" / "refs" / "main").write_text("b2")
+    said = call("data.name=./datasets--org--x").lines[0]
+    assert "is the Hub's cache of it; name one revision, as snapshots/b2" in said
+    assert call("data.name=./datasets--org--x/snapshots/b2").code == 0
 
 
 def test_an_adapter_beside_whole_weights_is_not_loaded_and_said(tmp_path, call, tokenizer_json):

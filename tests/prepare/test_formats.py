@@ -255,6 +255,7 @@ def test_sharegpt_has_its_role_names_mapped(chats):
             {"messages": [{"role": "system", "content": "one"}, *TURNS], "system": "two"},
             "two texts",
         ),
+        ({"prompt": TURNS[:2], "completion": TURNS[3:]}, "would continue the assistant's turn"),
         ({"prompt": "one", "completion": None}, "no string in completion but null"),
         ({"prompt": "one", "completion": " "}, "completion is empty"),
         ({"instruction": "one", "output": ""}, "output is empty"),

@@ -34,6 +34,7 @@ PARTIAL = "partial-"  # of a folder in it, if the data set is large
 SAVED = "state.json"  # of a folder that save_to_disk wrote: names its files
 SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
 A_SPLIT = re.compile(rf"(?i)(?<![a-z])(?:{SPLIT_WORDS})(?![a-z])")
+A_CACHE = re.compile(r"(^|/)cache-[0-9a-f]+\.arrow$")  # of datasets' map and filter
 A_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # A subset, and in the Hub's conversion the split.
 SUBSET_FOLDER = re.compile(
@@ -76,7 +77,7 @@ def is_model_file(name: str) -> bool:
 
 def is_data_file(name: str) -> bool:
     """Whether a file can matter to a data set."""
-    is_hidden = name.startswith(".") or "/." in name
+    is_hidden = name.startswith(".") or "/." in name or A_CACHE.search(name)
     return name in CARDS or (not is_hidden and readers.is_readable(name))
 
 

@@ -51,6 +51,12 @@ class LocalFiles:
                 choose.GGUF if is_gguf else "is a file; name the folder that holds config.json"
             )
         self.root = original if original.is_dir() else original.parent
+        if original.is_dir() and {"refs", "snapshots"} <= {
+            path.name for path in original.iterdir()
+        }:
+            main = original / "refs" / "main"
+            commit = main.read_text().strip() if main.is_file() else "COMMIT"
+            raise ConfigError(f"is the Hub's cache of it; name one revision, as snapshots/{commit}")
         inside = [*self.root.iterdir()] if is_model else [*files_below(original)]
         inside += (self.root / choose.TEMPLATES).glob("*") if is_model else []
         can_matter = choose.is_model_file if is_model else choose.is_data_file

@@ -14,13 +14,16 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 def shards_of(index: Path) -> list[str]:
     """The files that an index names, whatever they are called; ConfigError if that cannot be."""
     try:
-        shards = sorted({*json.loads(index.read_bytes())["weight_map"].values()})
+        content = json.loads(index.read_bytes())
+        shards = sorted({*content["weight_map"].values()})
         odd = [n for n in shards if not n.endswith(".safetensors") or {"", ".."} & {*n.split("/")}]
     except (ValueError, KeyError, TypeError, AttributeError):
-        shards, odd = [], []
+        content, shards, odd = {}, [], []
     if odd or not shards:
         named = f"{odd[0]}, which is no safetensors file within it" if odd else "no shards"
         raise ConfigError(f"{index.name} names {named}; write both again with save_pretrained")
+    if "metadata" not in content:  # which transformers asks for
+        raise ConfigError(f'{index.name} has no metadata; add to it: "metadata": {{}}')
     return shards
 
 

@@ -209,6 +209,11 @@ def _prompt_completion(
         said = [{"role": "assistant", "content": said}] if isinstance(said, str) else said
         asked, _ = messages_of(location, _with_columns(record["prompt"], section), "prompt")
         answer, marks = messages_of(location, _with_columns(said, section), "completion")
+        if asked and answer and asked[-1]["role"] == answer[0]["role"] == "assistant":
+            raise DataError(
+                f"{location}: its completion would continue the assistant's turn that ends its "
+                "prompt; write both as texts, or the whole turn as the completion"
+            )
         marks = [*(False for _ in asked), *marks]
         return _rendered(location, record, [*asked, *answer], marks, section, chat)
     prompt = _text(location, record, "prompt", section)
