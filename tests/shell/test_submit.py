@@ -18,6 +18,8 @@ from trainstack.config.load import load
 from trainstack.job.resources import read_resources
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner
+from trainstack.storage import layout
+from trainstack.storage.manifest import MANIFEST, read_manifest, write_manifest
 
 
 def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
@@ -411,6 +413,18 @@ def test_a_setting_that_may_change_continues_the_run(site):
     assert result.stdout == "4711\n" and told in result.stderr
     kept = load(site.run_dir / "config.yaml", [])
     assert kept.optim.learning_rate == 0.5
+
+
+def test_a_model_that_was_brought_again_is_told_to_change_nothing_in_a_run(site):
+    site.make_checkpoint(10)
+    RunFolder(site.run_dir).add_event("submitted", job="1")
+    assert "brought again" not in site.submit("--dry-run").stderr
+    folder = layout.model_folder(site.home, "tiny")
+    facts = read_manifest(folder) | {"fetched_at": "2999-01-01T00:00:00+00:00"}
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, facts.pop("files"), **facts)
+    told = "other settings: model.name was brought again since, which changes nothing in this run"
+    assert told in site.submit("--dry-run").stderr
 
 
 def test_a_run_that_has_begun_needs_its_tokens_and_not_the_data_they_were_made_from(site):

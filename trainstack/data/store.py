@@ -214,4 +214,6 @@ class TokenStore:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
             names = (name if name.strip() else repr(name) for name in unread[:SHOWN])
             listed = f"{', '.join(names)}{more}"
-            yield f"nothing reads these columns (data.columns could map them): {listed}"
+            is_column = any(not name.startswith("turn.") for name in unread)
+            hint = " (data.columns could map them)" if is_column else ""  # no key of a turn
+            yield f"nothing reads these columns{hint}: {listed}"

@@ -15,7 +15,7 @@ from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
-from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage
+from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, read_manifest
 
 
 def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
@@ -94,7 +94,12 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int,
     if saved is None:
         return step, []
     check_identity(saved.identity, identity(config, corpus.key), config.run.name)
-    return step, changed_settings(saved.settings, config.model_dump())
+    changes = changed_settings(saved.settings, config.model_dump())
+    begun = next((event["at"] for event in run.events()), "")
+    brought = read_manifest(layout.model_folder(run.path.parents[1], config.model.name))
+    if begun and brought.get("fetched_at", "") > begun:  # both in UTC, as text
+        changes.append("model.name was brought again since, which changes nothing in this run")
+    return step, changes
 
 
 def check_space(home: Path, config: Config, parameters: int) -> str:

@@ -23,8 +23,10 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
         and not is_same(saved.get(key), wanted.get(key))
     ]
     if different:
+        of_files = saved.get("tokens") != wanted.get("tokens") and len(different) == 1
+        hint = ", for files of the data or of the tokenizer are others" if of_files else ""
         raise Refused(
-            f"run {run_name} cannot continue with {', '.join(different)}; "
+            f"run {run_name} cannot continue with {', '.join(different)}{hint}; "
             "put it back, or choose another run.name"
         )
 
