@@ -59,9 +59,9 @@ class TrainState:
         ValueError if it is not JSON. Refused if another version wrote it: nothing is guessed.
         """
         values = json.loads(content)
-        known = {field.name: field.default is MISSING for field in fields(cls)}
-        lacking = {name for name, is_needed in known.items() if is_needed} - values.keys()
-        odd = ", ".join(sorted(lacking | (values.keys() - known.keys())))
+        known = {field.name for field in fields(cls)}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        odd = ", ".join(sorted((needed - values.keys()) | (values.keys() - known)))
         if odd:
             raise Refused(
                 f"{origin} was written by another version (it differs in {odd}); resume this run "

@@ -51,9 +51,7 @@ class LocalFiles:
                 choose.GGUF if is_gguf else "is a file; name the folder that holds config.json"
             )
         self.root = original if original.is_dir() else original.parent
-        if original.is_dir() and {"refs", "snapshots"} <= {
-            path.name for path in original.iterdir()
-        }:
+        if (original / "refs").is_dir() and (original / "snapshots").is_dir():
             main = original / "refs" / "main"
             commit = main.read_text().strip() if main.is_file() else "COMMIT"
             raise ConfigError(f"is the Hub's cache of it; name one revision, as snapshots/{commit}")

@@ -187,14 +187,14 @@ def checked(small: Any, config: Config) -> list[str]:
     causal_lm = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     check_future(causal_lm)
     notes = check_positions(causal_lm, config.data.seq_len, config.data.packing)
-    tried = config
+    used = config
     if config.model.attn_implementation == "flash_attention_2":
-        tried = changed(config, "model", "attn_implementation", "auto")
+        used = changed(config, "model", "attn_implementation", "auto")
     try:
-        attention, lines = step(small, tried)
+        attention, lines = step(small, used)
     except Exception as error:  # of the model's code, of torch, of ours
         reason = str(error) if isinstance(error, ConfigError) else first_words(error)
-        ways = " or ".join(ways_out(small, tried))
+        ways = " or ".join(ways_out(small, used))
         if ways:
             reason = f"{reason.partition('; ')[0]}; write {ways}"
         elif not isinstance(error, ConfigError):
@@ -202,7 +202,7 @@ def checked(small: Any, config: Config) -> list[str]:
         raise ConfigError(reason) from None
     untried = "the values of real weights, memory, the kernels of a GPU"
     untried += ", torch_compile" if config.train.torch_compile else ""
-    untried += "" if tried is config else ", flash attention"
+    untried += "" if used is config else ", flash attention"
     parts = [attention, config.train.precision, f"packing {config.data.packing}"]
     summary = f"a small copy of it learns with {', '.join(parts)}; not tried: {untried}"
     return [summary, *notes, *lines]

@@ -58,6 +58,11 @@ class Document:
     remarks: dict[str, int] = field(default_factory=dict)  # as a Rendered has them
     unread: Set[str] = frozenset()  # keys of its turns that nothing reads
 
+    @property
+    def of_people(self) -> Ranges:
+        """The ranges of characters that a person wrote."""
+        return [(0, len(self.text))] if self.written is None else self.written
+
 
 def to_documents(
     location: str, record: Any, name: str, section: SourceSection, chat: Chat,

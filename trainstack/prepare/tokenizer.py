@@ -161,8 +161,7 @@ class Encoder:
         """The special tokens that a person wrote out, if those are to be text."""
         if self.setting == "tokens" and not document.is_rendered:
             return []
-        text = document.text
-        ranges = [(0, len(text))] if document.written is None else document.written
+        text, ranges = document.text, document.of_people
         found = (self._pattern.findall(text, first, last) for first, last in ranges)
         return list(dict.fromkeys(itertools.chain(*found)))
 

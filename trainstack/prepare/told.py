@@ -4,8 +4,8 @@ import itertools
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainstack.chat.ends import Ends
 from trainstack.config.schema import DataSection
@@ -13,6 +13,9 @@ from trainstack.data.store import PLAIN, SINCE_VERSION_3, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 from trainstack.prepare.tokenizer import Encoder
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 SPEAKER = "prepare"
 LOOKED_AT, COMPARED = 100, 5000  # the first records, and characters of a text
@@ -34,7 +37,6 @@ NO_END = (
     "there; make it one in the tokenizer, or use a chat template that ends turns with {}, within "
     "{{% generation %}} if it has that"
 )
-
 WITHIN = (
     "{} ends turns, and is within others as well, as where thoughts end with it too: the "
     "checkpoints do not stop there, for they would not come to the answer"
@@ -89,11 +91,12 @@ def notes_on_data(
     texts = [
         document.text[first:last][:COMPARED]
         for document in itertools.islice(documents, LOOKED_AT)
-        for first, last in document.written or [(0, len(document.text))]
-    ]  # what people wrote
-    if pair := other_text(encoder, texts):
+        for first, last in document.of_people
+    ]
+    encodings = encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
+    if pair := other_text(encoder, texts, encodings):
         notes.append(OTHER_TEXTS.format(*pair))
-    if tokens := tokens_of_file(model_folder, encoder.tokenizer, texts):
+    if tokens := tokens_of_file(model_folder, texts, encodings):
         notes.append(OTHER_TOKENS.format(*tokens))
     of_turns = ("learn", "each_turn", "chat_template")
     given = [key for key in of_turns if getattr(tokenise.section, key) != SINCE_VERSION_3[key]]
@@ -109,17 +112,18 @@ def notes_on_data(
     return notes
 
 
-def other_text(encoder: Encoder, texts: Iterable[str]) -> tuple[str, str] | None:
+def other_text(
+    encoder: Encoder, texts: list[str], encodings: list["Encoding"]
+) -> tuple[str, str] | None:
     """Where tokens are decoded to another text than they were made of: the first, of both.
 
     White space at its ends and the form of composed characters (NFC) do not count, nor texts with
     characters that are unknown.
     """
-    for text in texts:
-        ids = encoder.tokenizer.encode(text, add_special_tokens=False).ids
-        if encoder.unknown_id in ids or encoder.lost_in(text):
+    for text, encoding in zip(texts, encodings, strict=True):
+        if encoder.unknown_id in encoding.ids or encoder.lost_in(text):
             continue
-        other = encoder.tokenizer.decode(ids, skip_special_tokens=False)
+        other = encoder.tokenizer.decode(encoding.ids, skip_special_tokens=False)
         pair = [unicodedata.normalize("NFC", found.strip()) for found in (text, other)]
         at = len(os.path.commonprefix(pair))
         if pair[0] != pair[1]:
@@ -127,22 +131,25 @@ def other_text(encoder: Encoder, texts: Iterable[str]) -> tuple[str, str] | None
     return None
 
 
-def tokens_of_file(model_folder: Path, tokenizer, texts: Iterable[str]) -> tuple[str, str] | None:
-    """Where tokenizer.json makes other tokens of a text than ``tokenizer``: the first, of both.
+def tokens_of_file(
+    model_folder: Path, texts: list[str], encodings: list["Encoding"]
+) -> tuple[str, str] | None:
+    """Where tokenizer.json makes other tokens of a text than ``encodings``: the first, of both.
 
-    A class of transformers that a tokenizer_config.json names may have rules of its own.
+    Special tokens are text in both. A class of transformers that a tokenizer_config.json names may
+    have rules of its own.
     """
     from tokenizers import Tokenizer
 
     if not (model_folder / "tokenizer.json").exists():
         return None
-    both = tokenizer, Tokenizer.from_file(str(model_folder / "tokenizer.json"))
-    both[1].no_truncation()
-    both[1].no_padding()
-    both[1].encode_special_tokens = tokenizer.encode_special_tokens
-    for text in texts:
-        pair = [made.encode(text, add_special_tokens=False).tokens for made in both]
-        for ours, theirs in zip(*pair, strict=False):
+    tokenizer = Tokenizer.from_file(str(model_folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    others = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for encoding, other in zip(encodings, others, strict=True):
+        for ours, theirs in zip(encoding.tokens, other.tokens, strict=False):
             if ours != theirs:
                 return ours, theirs
     return None

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,7 +33,6 @@ ALIKE = {
     "input": ("context",),
     "text": ("content", "body", "document", "article"),
 }
-TURNS = {"role": "ITS_KEY", "content": "ITS_KEY"}
 IN_TURNS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name")
 
 
@@ -59,31 +59,26 @@ def check_columns(section: SourceSection) -> None:
 def mapping(names: dict[str, str]) -> str:
     """The setting data.columns as a person writes it, on a command line too."""
     quoted = {k: v if re.fullmatch(r"[\w-]+", v) else json.dumps(v) for k, v in names.items()}
-    return f"'data.columns={{{', '.join(f'{ours}: {own}' for ours, own in quoted.items())}}}'"
+    pairs = ", ".join(f"{ours}: {own}" for ours, own in quoted.items())
+    return shlex.quote(f"data.columns={{{pairs}}}")
 
 
 def recognise(location: str, record: Any, section: SourceSection) -> str:
     """The format of a record by its columns. DataError if none or several fit."""
-    given, fitting = record, fitting_formats(renamed(record, section), section)
+    fitting = fitting_formats(renamed(record, section), section)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = " and ".join(fitting)
         raise DataError(f"{location}: fits {names}; say which: data.format={fitting[-1]}")
-    for ours, own in section.columns.items() if isinstance(given, dict) else ():
-        if own not in given and ours in our_columns("auto", section) - {*KNOWN_ROLES}:
-            wrong = f"{mapping({ours: own})}, but {has(given)}"
+    for ours, own in section.columns.items() if isinstance(record, dict) else ():
+        if own not in record and ours in our_columns("auto", section) - {*KNOWN_ROLES}:
+            wrong = f"{mapping({ours: own})}, but {has(record)}"
             raise DataError(f"{location}: {wrong}; name one of these")
     known = ", ".join("+".join(needed) for needed in COLUMNS.values())
     raise DataError(
         f"{location}: no text in data.text_field={section.text_field}, nor any of {known}; "
-        f"{has(given)}; {_odd_shape(given) or advice(given)}"
-    )
-
-
-def text_field(name: str) -> str:
-    return (
-        f"data.text_field={name}" if re.fullmatch(r"[\w.-]+", name) else f"'data.text_field={name}'"
+        f"{has(record)}; {_odd_shape(record) or advice(record)}"
     )
 
 
@@ -116,11 +111,11 @@ def advice(names: Iterable[str]) -> str:
             alike |= {ours: [n for n in ALIKE[ours] if n in plain] for ours in maybe}
             found = {ours: plain[names[0]] for ours, names in alike.items() if names}
             if needed == ("text",):
-                return f"write {text_field(found['text'])}"
+                return f"write {shlex.quote('data.text_field=' + found['text'])}"
             others = {ours: own for ours, own in found.items() if ours != own}
             return f"write {mapping(others)}" if others else "see data.format, it is another one"
     if len(plain) == 1:
-        return f"write {text_field(*plain.values())}"
+        return f"write {shlex.quote('data.text_field=' + next(iter(plain.values())))}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
 
 
@@ -147,10 +142,8 @@ def _odd_shape(record: Any) -> str:
         return f"say where its turns are: {mapping({'messages': whole})}"
     if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
         return f"write the list {whole} alone, an array of records"
-    return (
-        f"if {whole} holds turns, write {mapping({'messages': whole, **TURNS})}; if it holds "
-        "records, write that list alone"
-    )
+    turns = mapping({"messages": whole, "role": "ITS_KEY", "content": "ITS_KEY"})
+    return f"if {whole} holds turns, write {turns}; if it holds records, write that list alone"
 
 
 def our_columns(name: str, section: SourceSection) -> set[str]:
