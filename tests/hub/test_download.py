@@ -292,6 +292,7 @@ def test_every_file_type_gives_the_same_documents(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "e.parquet")
     quoted = "".join('"' + text.replace('"', '""') + '"\n' for text in ["text", *texts])
     (tmp_path / "f.csv").write_text(quoted)
+    (tmp_path / "g.ndjson").write_bytes(lines)
     for path in sorted(tmp_path.iterdir()):
         assert read_texts(path) == texts, path.name
 

@@ -742,6 +742,12 @@ def test_a_name_that_is_here_too_is_asked_about_without_a_request(tmp_path, home
     assert visible(home) == []
 
 
+def test_the_name_of_a_file_that_is_not_here_is_not_sought_on_the_hub(tmp_path, home, call):
+    result = call("data.name=train.jsonl")
+    assert result.code == 1 and len(result.lines) == 1, result
+    assert "train.jsonl: no such file in /" in result.lines[0] and visible(home) == []
+
+
 @pytest.mark.parametrize("name", ["*.jsonl", "a.jsonl,./b.jsonl", "[ab].jsonl"])
 def test_a_pattern_and_a_list_of_local_files_are_told_what_takes_several(tmp_path, call, name):
     for path in ("a.jsonl", "b.jsonl"):

@@ -30,11 +30,8 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert all(line.startswith("submit.sh: ") for line in lines)
     assert "config.yaml ok | model and tokens present and verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
-    assert lines[3].startswith(
-        "submit.sh: train.num_train_epochs is not used: train.max_steps decides unless"
-    )
-    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[4]
-    assert "run first is queued; look: bash monitor.sh first" in lines[5]
+    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[3]
+    assert "run first is queued; look: bash monitor.sh first" in lines[4]
     run = RunFolder(site.run_dir)
     assert run.status()["state"] == "QUEUED"
     assert [(event["event"], event["job"]) for event in run.events()] == [("submitted", "4711")]
@@ -532,6 +529,17 @@ def test_inputs_that_do_not_fit_the_settings_are_named(site):
     assert "model tiny is here without its weights" in line
     assert line.endswith("model.init=pretrained, or set model.init=scratch")
     assert "the tokens of tiny are not ready" in complaint(site.submit("data.text_field=body"), 1)
+
+
+def test_a_local_file_that_is_not_there_is_not_sent_to_the_download(site):
+    line = complaint(site.submit("data.name=./gone.jsonl"), 1)
+    assert line.endswith("gone.jsonl is not there: no such file or folder; check its path"), line
+
+
+def test_epochs_that_do_nothing_are_told_where_they_were_set(site):
+    said = "train.num_train_epochs is not used: train.max_steps decides unless it is null"
+    assert said in site.submit("--dry-run", "train.num_train_epochs=3").stderr
+    assert said not in site.submit("--dry-run").stderr
 
 
 def test_the_command_to_run_names_the_config_file_and_settings_that_it_needs(site):

@@ -29,5 +29,4 @@ def main(arguments: list[str]) -> int:
     if config.train.max_steps:
         tokens = config.train.max_steps * plan.tokens_per_step
         print(f"# {config.train.max_steps:,} steps = {tokens:,} tokens")
-        print("# train.num_train_epochs is not used: train.max_steps decides")
     return 0

@@ -11,6 +11,8 @@ from trainstack.data.split import Split
 from trainstack.data.store import PLAIN, TokenStore, find_store
 from trainstack.errors import ConfigError
 
+EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
+
 
 def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> "Corpus":
     """The token stores of a configuration.
@@ -122,7 +124,8 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
 def not_used(config: Config, corpus: Corpus) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
     lines = []
-    if config.train.max_steps is not None:
+    train = config.train
+    if train.max_steps is not None and train.num_train_epochs != EPOCHS_AS_SHIPPED:
         lines.append(
             "train.num_train_epochs is not used: train.max_steps decides unless it is null"
         )

@@ -26,6 +26,7 @@ from trainstack.hub import choose
 from trainstack.hub.asset import Asset, named_assets
 from trainstack.hub.local import LocalFiles
 from trainstack.processes import end_on_interrupt
+from trainstack.records import readers
 from trainstack.storage import files, layout
 from trainstack.storage.manifest import (
     TRUSTED_BY_SIZE,
@@ -192,6 +193,10 @@ def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit
         raise ConfigError(
             f"is a {'folder' if here.is_dir() else 'file'} here; write ./{asset.name} if you mean"
             " it, or run this in another folder if you mean the Hub's"
+        )
+    if here.name == asset.name and readers.is_readable(asset.name):
+        raise ConfigError(
+            f"no such file in {here.absolute().parent}; write the path to it, such as /data/{here}"
         )
     from trainstack.hub.commit import HubCommit
 

@@ -72,6 +72,8 @@ def input_problem(
 def asset_problem(asset: Asset, command: str) -> str | None:
     """Why a model or a data set in its folder cannot be used, and what fixes it."""
     if not asset.folder.exists():
+        if layout.is_local(asset.name) and not Path(asset.name).exists():
+            return "is not there: no such file or folder; check its path"
         return f"is not in the project's folder yet; run: {command}"
     try:
         _, problem = inspect(asset)

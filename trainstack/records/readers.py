@@ -1,4 +1,4 @@
-"""Records out of data files: jsonl, json, csv and txt, each plain, .gz or .zst; parquet and arrow.
+"""Records out of data files: jsonl (ndjson), json, csv, txt, plain, .gz or .zst; parquet, arrow.
 
 A file is read as a stream of chunks, which are parsed elsewhere: by one of several processes.
 """
@@ -288,7 +288,10 @@ class JsonArray:
 
 
 # By the ends of files' names: the one list of what can be read.
-PACKABLE = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
+PACKABLE = {
+    ".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_json, ".csv": _read_csv,
+    ".txt": _read_text,
+}  # fmt: skip
 READERS: dict[str, Callable[[Path, Wanted], Iterator[Chunk]]] = {
     **{f"{kind}{packed}": read for kind, read in PACKABLE.items() for packed in COMPRESSED},
     ".parquet": read_parquet,
