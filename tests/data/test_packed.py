@@ -211,7 +211,7 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     assert "duplicates 1 documents (33.3%)" in words
     assert "8 to 15 2 ######" in words
     assert "64 to 127 1 ####" in words
-    assert "four five <|end|>[[one two three <|end|>]]" in shown
+    assert "four five <|end|>[[ one two three <|end|>]]" in shown
     missing = tiny.run_command("data_report", *arguments, "data.name=no", check=False)
     assert missing.returncode == 2
     assert "not ready" in missing.stderr

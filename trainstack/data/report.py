@@ -113,7 +113,7 @@ def examples(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> I
             positions = np.arange(start, start + min(count + 1, SHOWN_TOKENS))
             carries = split.targets_in(positions, positions + 1) > 0
             carries[0] = False  # the first token is no target
-            yield "".join(marked(tokenizer, split.ids[positions], carries, marks))
+            yield "".join(marked(tokenizer, split.ids[positions].tolist(), carries, marks))
     for number in spread(len(split.stops)):
         first, stop = (split.stops[number - 1] if number else 0), split.stops[number]
         ids = split.ids[first:stop].tolist()
@@ -133,12 +133,14 @@ def spread(number: int) -> list[int]:
 
 
 def marked(
-    tokenizer, ids: np.ndarray, carries: np.ndarray, marks: tuple[str, str]
+    tokenizer, ids: list[int], carries: np.ndarray, marks: tuple[str, str]
 ) -> Iterator[str]:
     """The text of each run of tokens that carry loss, marked, or that carry none."""
     edges = [0, *(np.flatnonzero(np.diff(carries)) + 1), len(ids)]
-    for first, last in itertools.pairwise(edges):
-        text = tokenizer.decode(ids[first:last].tolist())
+    # From the beginning: of tokens alone, some tokenizers leave out a space before the first.
+    texts = [tokenizer.decode(ids[:edge], clean_up_tokenization_spaces=False) for edge in edges]
+    for first, (before, text) in zip(edges, itertools.pairwise(texts), strict=False):
+        text = text[len(os.path.commonprefix([before, text])) :]
         yield f"{marks[0]}{text}{marks[1]}" if carries[first] else text
 
 
