@@ -218,6 +218,27 @@ def test_the_balancing_loss_of_a_step_is_the_mean_over_its_batches_by_their_targ
         assert torch.allclose(mine.grad, theirs.grad, rtol=1e-4, atol=1e-7), name
 
 
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "granitemoe"])
+def test_what_fills_samples_up_has_no_part_in_the_balancing_loss(model_type):
+    """The gradients are those of the text alone, however much padding stands beside it."""
+    inputs, labels = batch()
+    positions = torch.arange(inputs.shape[1]).repeat(2, 1)
+    made = []
+    for padding in (0, 3, 40):
+        fill = torch.zeros(2, padding, dtype=torch.int64)
+        parts = [(inputs, fill + 7), (labels, fill - 100), (positions, fill)]
+        wrapped = loss_model(balanced(model_type))
+        wrapped(*(torch.cat(part, 1) for part in parts)).backward()
+        made.append({n: p.grad for n, p in wrapped.named_parameters() if p.grad is not None})
+    for other in made[1:]:
+        for name, gradient in made[0].items():
+            assert torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-5), name
+    nothing = loss_model(balanced(model_type))
+    loss = nothing(inputs, torch.full_like(labels, -100), torch.zeros_like(positions))
+    loss.backward()
+    assert loss == 0 and all(p.grad.isfinite().all() for p in nothing.parameters())
+
+
 @pytest.mark.parametrize(
     ("causal_lm", "said"),
     [

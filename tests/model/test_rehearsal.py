@@ -397,6 +397,16 @@ def test_the_answer_depends_on_each_of_these_settings(home, change):
     assert proof.proof_key(folder, untouched) == keys[0]
 
 
+def test_a_router_whose_choice_changes_no_weight_is_a_line(tmp_path):
+    CONFIGS["experts"] = lambda: transformers.Qwen3MoeConfig(**GROUPED, num_experts=4)
+    said = "its router (model.layers.0.mlp.gate.weight) learns nothing from text"
+    alone = {"num_experts_per_tok": 1, "norm_topk_prob": True}
+    assert any(said in note for note in rehearse(tmp_path, "experts", **alone).notes)
+    for others in ({"norm_topk_prob": False}, {"num_experts_per_tok": 2}):
+        notes = rehearse(tmp_path, "experts", **{**alone, **others}).notes
+        assert not any("router (" in note for note in notes), notes
+
+
 def test_pretrained_weights_that_are_not_used_are_a_line(tmp_path):
     content = {"config.json": json.dumps(CONFIGS["llama"]().to_dict())}
     folder = tiny.publish(tmp_path / "m", content, kind="model", weight_bytes=0, has_weights=True)

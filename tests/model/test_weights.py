@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 import tiny
 from trainstack.config.load import load
@@ -92,6 +92,36 @@ def test_weights_that_do_not_fit_are_one_line_before_the_queue_and_in_the_job(tm
 def test_tensors_that_are_not_used_are_counted(tmp_path):
     (line,) = check(saved(tmp_path, num_hidden_layers=1))
     assert "9 of the 21 tensors of its weights are not used, such as model.layers.1." in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("glm4_moe", "model.layers.46.eh_proj"), ("qwen3_next", "mtp.fc")]
+)
+def test_layers_that_predict_further_tokens_are_told_though_transformers_is_silent(
+    tmp_path, kind, more
+):
+    config = CONFIG_MAPPING[kind](
+        **SMALL, **HEADS, moe_intermediate_size=16, n_routed_experts=4, num_experts=4, n_group=1,
+        topk_group=1, num_experts_per_tok=2, num_nextn_predict_layers=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert check(tmp_path) == []
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[f"{more}.weight"] = torch.zeros(4, 4)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (line,) = check(tmp_path)
+    assert f"1 of the {len(weights)} tensors" in line and more in line
+    assert "do not have them, though their config.json says num_nextn_predict_layers=1" in line
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_masks_and_tables_of_earlier_releases_are_no_line(tmp_path, kind):
+    folder = saved(tmp_path, kind)
+    weights = load_file(folder / "model.safetensors")
+    name = "h.0.attn.bias" if kind == "gpt2" else "model.layers.0.self_attn.rotary_emb.inv_freq"
+    weights[name] = torch.zeros(4)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert check(folder) == []
 
 
 def test_settings_of_generating_that_cannot_be_loaded_are_refused(tmp_path):

@@ -132,9 +132,7 @@ def spread(number: int) -> list[int]:
     return np.unique(np.linspace(0, number - 1, SHOWN_SAMPLES).astype(int)).tolist() * bool(number)
 
 
-def marked(
-    tokenizer, ids: list[int], carries: np.ndarray, marks: tuple[str, str]
-) -> Iterator[str]:
+def marked(tokenizer, ids: list[int], carries: np.ndarray, marks: tuple[str, str]) -> Iterator[str]:
     """The text of each run of tokens that carry loss, marked, or that carry none."""
     edges = [0, *(np.flatnonzero(np.diff(carries)) + 1), len(ids)]
     # From the beginning: of tokens alone, some tokenizers leave out a space before the first.

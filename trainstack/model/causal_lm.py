@@ -9,7 +9,7 @@ import copy
 import difflib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +30,10 @@ from trainstack.storage.files import read_object
 log = logging.getLogger("trainstack")
 GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 NO_TOKEN = "no token"
+A_TABLE = re.compile(
+    r"inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|relative_position_"
+)
+FURTHER = re.compile(r"nextn|mtp")  # settings of the layers that predict tokens after the next one
 
 
 def read_config(folder: Path) -> Any:
@@ -153,12 +157,32 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
         except Exception as error:  # of a model's code that wants values
             return [*notes, f"the shapes of its weights could not be tried ({first_words(error)})"]
     check_found(found)
-    if unused := sorted(found["unexpected_keys"]):
+    if unused := sorted({*found["unexpected_keys"], *passed_over(weights, whole)}):
+        settings = whole.config.get_text_config().to_dict().items()
+        further = [
+            f"{k}={v}" for k, v in settings if FURTHER.search(k) and isinstance(v, int) and v
+        ]
         notes.append(
             f"{len(unused)} of the {len(weights)} tensors of its weights are not used, such as "
-            f"{unused[0]}"
+            f"{unused[0]}; the checkpoints do not have them"
+            + (f", though their config.json says {', '.join(further)}" if further else "")
         )
     return notes
+
+
+def passed_over(weights: Iterable[str], whole: nn.Module) -> list[str]:
+    """The weights that transformers leaves out without a word: layers of more, parts for images.
+
+    Not the masks and tables that earlier releases kept among the weights.
+    """
+    patterns, known = whole._keys_to_ignore_on_load_unexpected or (), [*whole.state_dict()]
+    return [
+        name
+        for name in weights
+        if any(re.search(pattern, name) for pattern in patterns)
+        and not A_TABLE.search(name)
+        and not any(f".{key}".endswith(f".{name}") for key in known)
+    ]
 
 
 def check_found(found: dict[str, Any], weights: str = "its weights") -> None:

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import logging
+import sys
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -56,6 +58,7 @@ class CausalLMLoss(nn.Module):
         self.is_autocast = train.precision in ("bf16", "fp16")
         self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
         self.balancing = trial.balancing_of(causal_lm)
+        self._balance = Balance(causal_lm)
         with self._trying():
             self.is_chunked = trial.has_plain_head(causal_lm)
         if self.is_chunked and self.balancing:  # transformers computes it behind the head
@@ -88,7 +91,7 @@ class CausalLMLoss(nn.Module):
         arguments = apart(self.causal_lm, input_ids, position_ids)
         if self.is_chunked and self.balancing:
             arguments["logits_to_keep"] = 1  # of its own code only the balancing loss is needed
-        with self._autocast():
+        with self._autocast(), self._balance.without_padding(position_ids):
             output = self._body[0](**arguments, use_cache=False, return_dict=True)
             if not self.is_chunked:
                 logits = output.logits.flatten(0, 1)
@@ -122,6 +125,36 @@ class CausalLMLoss(nn.Module):
         if not self.is_autocast:  # torch.autocast warns of fp64 even if it is off
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.autocast_dtype)
+
+
+class Balance:
+    """The balancing loss of a model's experts, over all tokens but those that fill samples up.
+
+    transformers counts tokens by a mask of attention, which a batch here has not: in its place the
+    function of the model's module gets one that is for this alone.
+    """
+
+    NAME = "load_balancing_loss_func"
+
+    def __init__(self, causal_lm: nn.Module):
+        self.module = sys.modules[type(causal_lm).__module__]
+        self.own, self.is_text = getattr(self.module, self.NAME, None), None
+
+    def __call__(self, router_logits: Any, num_experts: int, top_k: int, _mask: Any = None) -> Any:
+        return self.own(router_logits, num_experts, top_k, self.is_text)
+
+    @contextlib.contextmanager
+    def without_padding(self, position_ids: torch.Tensor | None) -> Iterator[None]:
+        """Within it, what is a document of one token does not count: nothing is learned of it."""
+        if self.own is None or position_ids is None:
+            yield
+            return
+        is_first = position_ids == 0
+        is_last = nn.functional.pad(is_first[:, 1:], (0, 1), value=True)
+        is_text = ~(is_first & is_last)
+        self.is_text = is_text | ~is_text.any()  # of no tokens there is no mean
+        with mock.patch.object(self.module, self.NAME, self):
+            yield
 
 
 class WithZeros(torch.autograd.Function):

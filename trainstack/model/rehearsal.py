@@ -39,6 +39,7 @@ from trainstack.model.trial import (
     check_future,
     check_positions,
     generation_problem,
+    idle_routers,
     logits_of,
     some_tokens,
 )
@@ -187,6 +188,7 @@ def checked(small: Any, config: Config) -> list[str]:
     causal_lm = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     check_future(causal_lm)
     notes = check_positions(causal_lm, config.data.seq_len, config.data.packing)
+    notes += idle_routers(causal_lm)
     used = config
     if config.model.attn_implementation == "flash_attention_2":
         used = changed(config, "model", "attn_implementation", "auto")

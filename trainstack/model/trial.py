@@ -19,6 +19,7 @@ MOST_TOKENS = 4096  # of a sequence that is tried whole
 LIMITS = ("max_position_embeddings", "max_seq_len", "context_length")  # names of config.json
 LOGIT = 4096.0  # in the trial of a head: beyond every cap, and exact in bf16 and fp16
 BALANCING = re.compile(r"aux_loss_(coef|alpha)|moe_loss_weight")  # settings of experts
+ROUTER = re.compile(r"\b(router|gate|wg)\b.*weight$")  # of experts
 FAULTS = (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError)
 
 
@@ -136,6 +137,26 @@ def balancing_of(causal_lm: nn.Module) -> float:
         effect += "its experts"
     log.info("model: %s=%s: %s", key, coefficient, effect)
     return float(coefficient) if is_on else 0.0
+
+
+def idle_routers(causal_lm: nn.Module) -> list[str]:
+    """A line if routers of experts get no gradient from text, but for rounding."""
+    tokens = some_tokens(causal_lm, TOKENS)
+    parameters = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
+    logits = logits_of(causal_lm, tokens)[0, :-1]
+    loss = nn.functional.cross_entropy(logits, tokens[0, 1:])
+    found = torch.autograd.grad(loss, [*parameters.values()], allow_unused=True)
+    gradients = zip(parameters, found, strict=True)
+    largest = {name: float(part.abs().max()) for name, part in gradients if part is not None}
+    least = 1e-6 * max(largest.values())
+    idle = [name for name, size in largest.items() if size < least and ROUTER.search(name)]
+    if not idle:
+        return []
+    return [
+        f"its router ({idle[0]}) learns nothing from text: it chooses, and changes no weight, as "
+        "where one expert per token has a weight of 1; in its config.json choose more experts per "
+        "token, or norm_topk_prob: false where it has that"
+    ]
 
 
 def freeze_unreached(loss_model: nn.Module, seq_len: int) -> list[nn.Parameter]:
