@@ -25,8 +25,9 @@ BEYOND_TRAINING = (
     "monitor",
 )  # which train.py and its room do without
 LIGHT = (  # what a login node runs
-    "__main__", "config.command", "hub.fetch", "hub.choose", "hub.local", "hub.commit",
-    "job.attempts", "job.blame", "job.submit", "model.proof", "monitor.goodput", "monitor.screen",
+    "__main__", "config.command", "hub.fetch", "hub.choose", "hub.data_files", "hub.local",
+    "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "monitor.goodput",
+    "monitor.screen",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
     "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py", "job/submit.py",

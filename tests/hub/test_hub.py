@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hub_server import HubServer
 from trainstack.errors import ConfigError
-from trainstack.hub import choose
+from trainstack.hub import data_files
 from trainstack.hub.asset import Asset
 from trainstack.hub.fetch import disk_problem, main
 from trainstack.job.inputs import asset_problem
@@ -948,6 +948,22 @@ def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
     assert "not linked: 1 file belongs to no split (c.txt)" in result.lines[0]
 
 
+def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, fetch, call):
+    files = {
+        "a.jsonl": b'{"text": "a"}\n',
+        "deep/b.jsonl.zstd": b"x",
+        "c.tsv": b"x",
+        "LICENSE": b"x",
+    }
+    for name, content in {**files, "README.md": b"---\nlicense: mit\n---\n"}.items():
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_bytes(content)
+    result = call("data.name=./texts")
+    assert result.code == 0, result
+    said = "not linked: 2 files that cannot be read (such as c.tsv); if meant, convert to .jsonl, "
+    assert said in result.lines[0]
+
+
 def test_a_data_folder_without_data_is_refused(tmp_path, home, call):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "README.md").write_text("Only a card.")
@@ -962,7 +978,7 @@ def test_data_of_a_kind_that_cannot_be_read_is_refused(tmp_path):
     sizes = {"train-0.h5": 1, "train-1.h5": 1, "notes.txt": 1}
     source = SimpleNamespace(sizes=sizes, folder=tmp_path, collect=lambda names: None)
     with pytest.raises(ConfigError, match="consists of files such as train-0.h5"):
-        choose.choose_data(source, "org/text", None)
+        data_files.choose_data(source, "org/text", None)
 
 
 LAYOUTS = [
@@ -992,9 +1008,9 @@ LAYOUTS = [
 def test_folders_are_subsets_where_their_own_folders_are_splits(names, subset, expected):
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
-            choose.resolve_splits(names, {}, subset)
+            data_files.resolve_splits(names, {}, subset)
     else:
-        assert choose.resolve_splits(names, {}, subset) == expected
+        assert data_files.resolve_splits(names, {}, subset) == expected
 
 
 @pytest.mark.parametrize("kind", ["one", "several"])
@@ -1187,7 +1203,7 @@ def splits_of(
     """Of a README with one subset of one file."""
     own = f"- config_name: {subset or 'default'}\n  data_files: {name}\n{settings}"
     card = f"---\nconfigs:\n{own}---\n"
-    return choose.resolve_splits([name, "README.md"], {"README.md": card.encode()}, subset)
+    return data_files.resolve_splits([name, "README.md"], {"README.md": card.encode()}, subset)
 
 
 @pytest.mark.parametrize(
@@ -1201,7 +1217,7 @@ def splits_of(
 )
 def test_a_readme_that_leads_nowhere_is_to_be_corrected(card, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        choose.resolve_splits(
+        data_files.resolve_splits(
             ["A.JSONL", "README.md"], {"README.md": f"---\n{card}---".encode()}, None
         )
 

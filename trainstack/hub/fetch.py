@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainstack.config.load import load
 from trainstack.errors import USAGE_ERROR, ConfigError
-from trainstack.hub import choose
+from trainstack.hub import choose, data_files
 from trainstack.hub.asset import Asset, named_assets
 from trainstack.hub.local import LocalFiles
 from trainstack.processes import end_on_interrupt
@@ -210,7 +210,7 @@ def collect_needed(
 ) -> dict[str, Any]:
     """Collect what is needed and nothing else; returns the facts for the manifest.
 
-    ConfigError if a split is not there, if it does not fit on the disk, or as choose.py refuses.
+    ConfigError if a split is not there, if it does not fit on the disk, or what the choice refuses.
     """
     facts = {}
     if asset.kind == "model":
@@ -219,15 +219,18 @@ def collect_needed(
         if choose.ADAPTER in origin.sizes:
             say(f"{asset}: not used: its adapter ({choose.ADAPTER}); merge it first if it is meant")
     else:
-        wanted, facts = choose.choose_data(origin, asset.name, asset.subset)
-        unused = [n for n in origin.sizes if choose.is_data_file(n) and n not in wanted]
+        wanted, facts = data_files.choose_data(origin, asset.name, asset.subset)
+        unused = [n for n in origin.sizes if data_files.is_data_file(n) and n not in wanted]
         unused = [] if asset.subset else unused
         check_splits(asset, facts, unused)
         if others := [name for name in sorted(facts["splits"]) if name not in asset.splits]:
             say(f"{asset}: not used: split {', '.join(others)} (data.split, data.eval_split)")
         if unused:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
-        if part := next((name for name in wanted if f"/{choose.PARTIAL}" in name), None):
+        if unread := [name for name in origin.listing if data_files.is_unread(name)]:
+            what = f"{count_files(unread)} that cannot be read (such as {unread[0]})"
+            say(f"{asset}: not {origin.done}: {what}; if meant, convert to {data_files.READABLE}")
+        if part := next((name for name in wanted if f"/{data_files.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
     check_space(asset, origin.missing_bytes(wanted))
     size = bytes_text(sum(origin.sizes[name] for name in wanted))

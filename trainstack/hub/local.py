@@ -12,7 +12,7 @@ from typing import Any
 
 from trainstack.config.names import PATTERN, SEVERAL
 from trainstack.errors import ConfigError
-from trainstack.hub import choose
+from trainstack.hub import choose, data_files
 from trainstack.hub.asset import Asset
 from trainstack.hub.weights import INDEX, shards_of
 from trainstack.storage import manifest
@@ -36,8 +36,9 @@ class LocalFiles:
         self.entries: dict[str, dict[str, Any]] = {}
         self.sizes, self.modified_ns = {}, {}
         self.facts = {"source": "local", "modified_ns": self.modified_ns}
+        self._is_model = asset.kind == "model"
         with readable():
-            self._look(asset.kind == "model")
+            self._look(self._is_model)
 
     def _look(self, is_model: bool) -> None:
         original = self.original
@@ -57,13 +58,15 @@ class LocalFiles:
             raise ConfigError(f"is the Hub's cache of it; name one revision, as snapshots/{commit}")
         inside = [*self.root.iterdir()] if is_model else [*files_below(original)]
         inside += (self.root / choose.TEMPLATES).glob("*") if is_model else []
-        can_matter = choose.is_model_file if is_model else choose.is_data_file
+        can_matter = choose.is_model_file if is_model else data_files.is_data_file
         named: set[str] = set()  # by an index of weights, also in folders
         if is_model and (self.root / INDEX).is_file():
             named = {*shards_of(self.root / INDEX)}
             inside += [self.root / name for name in named if "/" in name]
+        self._inside = []
         for path in sorted(inside):
             relative = str(path.relative_to(self.root))
+            self._inside.append(relative)
             if (relative in named or can_matter(relative)) and path.is_file():
                 stat = path.stat()
                 self.sizes[relative], self.modified_ns[relative] = stat.st_size, stat.st_mtime_ns
@@ -72,9 +75,9 @@ class LocalFiles:
 
     @property
     def listing(self) -> list[str]:
-        """What is there, whether it matters or not; deeper down only models."""
-        if self.original.is_file():
-            return [self.original.name]
+        """The files that are there, whether they matter or not; of a model folders too."""
+        if not self._is_model:
+            return self._inside
         found = (self.root.glob(p) for p in ("*", "*/*", "*/*/config.json"))
         return [str(p.relative_to(self.root)) for p in sorted(itertools.chain(*found))]
 

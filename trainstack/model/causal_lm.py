@@ -126,15 +126,7 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     shapes and no memory: it knows the names of earlier releases, and what it makes of experts.
     """
     notes = []
-    try:
-        GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        pass  # there is none
-    except Exception as error:  # loading the weights reads it too
-        raise ConfigError(
-            f"transformers cannot read its {GENERATION} ({first_words(error)}); correct it, or "
-            "remove it"
-        ) from None
+    check_generation(folder)
     one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
     with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
         weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
@@ -168,6 +160,19 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
             + (f", though their config.json says {', '.join(further)}" if further else "")
         )
     return notes
+
+
+def check_generation(folder: Path) -> None:
+    """ConfigError if its generation_config.json cannot be read, as loading the weights does."""
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        pass  # there is none
+    except Exception as error:
+        raise ConfigError(
+            f"transformers cannot read its {GENERATION} ({first_words(error)}); correct it, or "
+            "remove it"
+        ) from None
 
 
 def passed_over(weights: Iterable[str], whole: nn.Module) -> list[str]:

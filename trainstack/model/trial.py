@@ -140,7 +140,7 @@ def balancing_of(causal_lm: nn.Module) -> float:
 
 
 def idle_routers(causal_lm: nn.Module) -> list[str]:
-    """A line if routers of experts get no gradient from text, but for rounding."""
+    """A line if no router of experts gets a gradient from text, but for rounding."""
     tokens = some_tokens(causal_lm, TOKENS)
     parameters = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
     logits = logits_of(causal_lm, tokens)[0, :-1]
@@ -149,13 +149,13 @@ def idle_routers(causal_lm: nn.Module) -> list[str]:
     gradients = zip(parameters, found, strict=True)
     largest = {name: float(part.abs().max()) for name, part in gradients if part is not None}
     least = 1e-6 * max(largest.values())
-    idle = [name for name, size in largest.items() if size < least and ROUTER.search(name)]
-    if not idle:
+    routers = {name: size for name, size in largest.items() if ROUTER.search(name)}
+    if not routers or max(routers.values()) > least:
         return []
     return [
-        f"its router ({idle[0]}) learns nothing from text: it chooses, and changes no weight, as "
-        "where one expert per token has a weight of 1; in its config.json choose more experts per "
-        "token, or norm_topk_prob: false where it has that"
+        f"its router ({next(iter(routers))}) learns nothing from text: it chooses, and changes no "
+        "weight, as where one expert per token has a weight of 1; in its config.json choose more "
+        "experts per token, or norm_topk_prob: false"
     ]
 
 
