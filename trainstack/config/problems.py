@@ -76,7 +76,7 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     """What would have been right, with an example to copy."""
     if kind in ("greater_than_equal", "greater_than", "less_than", "less_than_equal"):
         words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-        bounds = [f"{word} {limits[key]:g}" for key, word in words.items() if key in limits]
+        bounds = [f"{word} {limits[key]:,}" for key, word in words.items() if key in limits]
         nothing = ", or null" if is_optional(dotted) else ""
         return f"out of range; write a number {' and '.join(bounds)}{nothing}"
     if kind == "finite_number":

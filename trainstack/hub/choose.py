@@ -58,7 +58,8 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
     origin.collect(["config.json"])
     refuse_code(origin.folder / "config.json")
     weights = choose_weights(origin) if wants_weights else []
-    pickles = [name for name in names if name.endswith(PICKLES) and "model" in name]
+    pickles = [name for kind in PICKLES for name in names if name.endswith(kind)]
+    pickles = [name for name in pickles if "model" in name]
     if wants_weights and pickles and not weights:
         raise ConfigError(
             f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
