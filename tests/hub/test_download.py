@@ -293,6 +293,7 @@ def test_every_file_type_gives_the_same_documents(tmp_path):
     quoted = "".join('"' + text.replace('"', '""') + '"\n' for text in ["text", *texts])
     (tmp_path / "f.csv").write_text(quoted)
     (tmp_path / "g.ndjson").write_bytes(lines)
+    (tmp_path / "h.JSONL.ZSTD").write_bytes((tmp_path / "d.jsonl.zst").read_bytes())
     for path in sorted(tmp_path.iterdir()):
         assert read_texts(path) == texts, path.name
 

@@ -951,7 +951,7 @@ def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
 def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, fetch, call):
     files = {
         "a.jsonl": b'{"text": "a"}\n',
-        "deep/b.jsonl.zstd": b"x",
+        "deep/b.jsonl.xz": b"x",
         "c.tsv": b"x",
         "LICENSE": b"x",
     }

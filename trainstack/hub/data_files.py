@@ -39,7 +39,6 @@ READING = (
     "sep", "header", "names", "index_col", "usecols", "skiprows", "nrows", "skipfooter",
     "quotechar", "quoting", "escapechar", "comment", "encoding", "sample_by", "field", "filters",
 )  # fmt: skip
-READABLE = ", ".join(readers.SUFFIXES)
 
 
 def is_data_file(name: str) -> bool:
@@ -69,7 +68,8 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     if not has_data:
         some = ", ".join(n for n in origin.listing if "." in n.lstrip("."))[:60] or "nothing"
         raise ConfigError(
-            f"has no {READABLE} file (it has {some}); convert to one, unpack archives such as .zip"
+            f"has no {readers.READABLE} file (it has {some}); convert to one, unpack archives such"
+            " as .zip"
         )
     if not subset and layout.is_local(name) and Path(name).is_file():
         return [*origin.sizes], {"subset": None, "splits": {"train": [*origin.sizes]}}
@@ -79,7 +79,9 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
     if odd := [path for path in paths if not readers.is_readable(path)]:
-        raise ConfigError(f"consists of files such as {odd[0]}; convert them to one of {READABLE}")
+        raise ConfigError(
+            f"consists of files such as {odd[0]}; convert them to one of {readers.READABLE}"
+        )
     if missing := [path for path in paths if path not in origin.sizes]:
         raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
     return [*cards, *paths], {"subset": subset, "splits": splits}

@@ -229,7 +229,7 @@ def collect_needed(
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
         if unread := [name for name in origin.listing if data_files.is_unread(name)]:
             what = f"{count_files(unread)} that cannot be read (such as {unread[0]})"
-            say(f"{asset}: not {origin.done}: {what}; if meant, convert to {data_files.READABLE}")
+            say(f"{asset}: not {origin.done}: {what}; if meant, convert to {readers.READABLE}")
         if part := next((name for name in wanted if f"/{data_files.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
     check_space(asset, origin.missing_bytes(wanted))

@@ -21,7 +21,7 @@ from trainstack.records.chunks import Chunk, Part, Wanted, text_hash
 from trainstack.records.tables import read_arrow, read_parquet
 from trainstack.storage.manifest import read_manifest
 
-COMPRESSED = ("", ".gz", ".zst")
+COMPRESSED = ("", ".gz", ".zst", ".zstd")
 LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, such as -Infinity
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 BINARY = {  # what files turn out to be that are not what their names say, by their first bytes
@@ -45,7 +45,7 @@ def split_files(folder: Path, split: str, key: str = "data.split") -> list[Path]
     whole = [name for name in manifest["files"] if is_readable(name)]
     splits = manifest.get("splits") or {"train": whole}
     if not any(splits.values()):
-        raise DataError(f"{folder} has no {', '.join(SUFFIXES)} file; look at what was downloaded")
+        raise DataError(f"{folder} has no {READABLE} file; look at what was downloaded")
     if split not in splits:
         have = ", ".join(sorted(splits))
         raise DataError(f"{key}={split}: {folder.name} has {have}; choose one of them")
@@ -80,7 +80,7 @@ def _look(path: Path, suffix: str) -> None:
     what = next((what for sign, what in BINARY.items() if head.startswith(sign)), "")
     if not head and suffix != ".txt":
         raise DataError(f"{path.name}: is empty; fetch it again, or take it away")
-    if what and not suffix.endswith((".gz", ".zst")):
+    if what and not suffix.endswith(COMPRESSED[1:]):
         raise DataError(f"{path.name}: is {what}")
     if head[257:262] == b"ustar":
         raise DataError(f"{path.name}: is a tar archive; unpack it")
@@ -166,7 +166,7 @@ def _read_lines(path: Path, _: Wanted) -> Iterator[Chunk]:
 def _open(path: Path):
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix.lower() == ".zst":
+    if path.suffix.lower() in COMPRESSED[2:]:
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(str(path), "zstd"))
@@ -298,6 +298,7 @@ READERS: dict[str, Callable[[Path, Wanted], Iterator[Chunk]]] = {
     ".arrow": read_arrow,
 }
 SUFFIXES = tuple(READERS)
+READABLE = f"{', '.join(PACKABLE)} (plain, .gz or .zst), .parquet or .arrow"  # for people
 
 
 def suffix_of(name: str) -> str:
