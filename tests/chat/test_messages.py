@@ -105,6 +105,10 @@ def test_arguments_that_are_no_json_stay_text_and_lists_without_a_call_are_none(
         ({"role": "assistant", "content": "one", "weight": 0.5}, "has weight: 0.5; write 0 or 1"),
         ({"from": "function_call", "value": "rain"}, "has function_call that is no JSON"),
         ({"role": "assistant", "content": "", "tool_calls": [5]}, "a tool call that is a int"),
+        (
+            {"from": "function_call", "value": '{"name": "a", "arguments": {"b": [1, 1e400]}}'},
+            "has a call with NaN or Infinity",
+        ),
         ({"role": "assistant", "content": "", "tool_calls": [{}]}, "a tool call without a name"),
     ],
 )

@@ -142,6 +142,10 @@ def calls_in(value: Any) -> list[dict]:
             raise ValueError("has a tool call without a name; write {name, arguments}")
         given = function.get("arguments", function.get("parameters"))
         arguments = decoded(given) if isinstance(given, str) and given.strip() else given or {}
+        try:
+            json.dumps(arguments, allow_nan=False, default=str)
+        except ValueError:
+            raise ValueError("has a call with NaN or Infinity, which is no JSON; fix it") from None
         own = {k: v for k, v in call.items() if k not in ("name", "arguments", "parameters")}
         function = {"name": function["name"], "arguments": arguments}
         made.append({"type": "function", **own, "function": function})
