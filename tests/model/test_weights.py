@@ -124,6 +124,15 @@ def test_masks_and_tables_of_earlier_releases_are_no_line(tmp_path, kind):
     assert check(folder) == []
 
 
+def test_seeds_beyond_32_bits_draw_other_weights(tmp_path):
+    folder, section = saved(tmp_path), load(tiny.ROOT / "config.yaml", []).model
+    drawn = [
+        build_causal_lm(folder, "scratch", section, "fp32", seed).lm_head.weight[0, 0].item()
+        for seed in (1, 2**32 + 1, 2**33 + 1, 2**63 - 1)
+    ]
+    assert len({*drawn}) == 4, drawn
+
+
 def test_settings_of_generating_that_cannot_be_loaded_are_refused(tmp_path):
     folder = saved(tmp_path)
     assert check(folder) == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -102,6 +103,8 @@ def build_causal_lm(
     if precision == "fp64":
         arguments["experts_implementation"] = "eager"  # torch's grouped products know no fp64
     if init == "scratch":
+        if seed >= 2**32:  # torch takes the low 32 bits
+            seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if quantisation(config):  # a checkpoint would be taken for a quantised one

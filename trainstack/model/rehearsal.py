@@ -126,7 +126,8 @@ def remedy(
             with contextlib.suppress(Exception):  # whatever it is, this does not help
                 if works(CONFIG_MAPPING[values["model_type"]].from_dict(values)):
                     found[key] = fix
-    return f"{' or '.join(found.values())} in its config.json" if found else ""
+    fixes = sorted(found.values(), key=lambda fix: not fix.startswith("write"))  # the plain first
+    return f"{' or '.join(fixes)} in its config.json" if found else ""
 
 
 def check_flash(real: Any, config: Config) -> None:
