@@ -223,7 +223,7 @@ WRONG = [  # model and its config.json, and what of it is to be written or corre
     ("llama", {"rms_norm_eps": "1e-6"}, 'correct "rms_norm_eps" in its config.json'),
     ("llama", {"rms_norm_eps": -1.0}, 'correct "rms_norm_eps" in its config.json'),
     ("llama", {"rope_parameters": {"rope_type": "own"}}, 'correct "rope_parameters" in its'),
-    ("llama", {"pad_token_id": 96}, 'or write "pad_token_id": null in its config.json'),
+    ("llama", {"pad_token_id": 96}, 'write "pad_token_id": null or correct'),
     ("llama", {"attention_dropout": 2.0}, 'correct "attention_dropout" in its config.json'),
     ("llama", {"return_dict": False}, 'write "return_dict": null in its config.json'),
     ("qwen2", {"layer_types": ["full_attention"]}, 'correct "layer_types" in its config.json'),
