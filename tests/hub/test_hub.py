@@ -948,6 +948,32 @@ def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
     assert "not linked: 1 file belongs to no split (c.txt)" in result.lines[0]
 
 
+def test_files_that_are_there_twice_are_told_and_one_in_two_patterns_is_read_once(tmp_path, call):
+    folder = tmp_path / "texts"
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n"
+    card += "  - split: test\n    path: test.jsonl\n---\n"
+    contents = {"README.md": card.format("[a.jsonl, '*.jsonl', copy.jsonl, a.jsonl.gz]")}
+    contents |= {f"{name}.jsonl": f'{{"text": "{name}"}}\n' for name in ("a", "b", "test")}
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    (folder / "copy.jsonl").write_bytes((folder / "b.jsonl").read_bytes())
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    result = call("data.name=./texts", "data.eval_split=test")
+    assert result.code == 0, result
+    (linked,) = (tmp_path / "home/datasets").rglob("manifest.json")
+    splits = read_manifest(linked.parent)["splits"]
+    assert sorted(splits["train"]) == [
+        "a.jsonl", "a.jsonl.gz", "b.jsonl", "copy.jsonl", "test.jsonl",
+    ]  # fmt: skip
+    for said in (
+        "copy.jsonl seems to be b.jsonl again (the same content); take one away if it is",
+        "a.jsonl.gz seems to be a.jsonl again (the same name); take one away if it is",
+        "test.jsonl is in the splits train and test; take it out of one",
+    ):
+        assert sum(said in line for line in result.lines) == 1, (said, result.lines)
+
+
 def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, fetch, call):
     files = {
         "a.jsonl": b'{"text": "a"}\n',

@@ -84,7 +84,30 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
         )
     if missing := [path for path in paths if path not in origin.sizes]:
         raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
-    return [*cards, *paths], {"subset": subset, "splits": splits}
+    once = {split: list(dict.fromkeys(names)) for split, names in splits.items()}  # of patterns
+    return [*cards, *paths], {"subset": subset, "splits": once}
+
+
+def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines on files whose texts would be learned twice, or learned and held out.
+
+    ``splits``: the files of each that is used; ``entries``: their entries in the manifest.
+    """
+    first, lines = {}, []
+    for split, name in [(split, name) for split, names in splits.items() for name in names]:
+        content = entries[name]["sha256"]
+        stem = name.lower().removesuffix(readers.suffix_of(name))
+        for key, what in ((name, ""), (content, "the same content"), (stem, "the same name")):
+            other, its_split = first.setdefault(key, (name, split))
+            if (other, its_split) == (name, split):
+                continue
+            if other == name:
+                lines.append(f"{name} is in the splits {its_split} and {split}; take it out of one")
+            else:
+                lines.append(f"{name} seems to be {other} again ({what}); take one away if it is")
+            break
+    more = [f"{len(lines) - 3} more files are there twice"] if len(lines) > 3 else []
+    return [*lines[:3], *more]
 
 
 def is_card(name: str, names: Iterable[str]) -> bool:

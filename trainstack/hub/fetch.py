@@ -236,7 +236,12 @@ def collect_needed(
     size = bytes_text(sum(origin.sizes[name] for name in wanted))
     say(f"{asset}: {origin.doing} {count_files(wanted)}, {size}")
     origin.collect(wanted)
-    return choose.model_facts(origin, wanted) if asset.kind == "model" else facts
+    if asset.kind == "model":
+        return choose.model_facts(origin, wanted)
+    used = {split: facts["splits"][split] for split in asset.splits}
+    for line in data_files.repeated(used, origin.entries):
+        say(f"{asset}: {line}")
+    return facts
 
 
 def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
