@@ -40,6 +40,9 @@ TEMPLATES = {
     "two tokens end": HEAD + "<|start|>{{ m.role }}<|text|>{{ m.content }}<|stop|><|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|text|>{% endif %}",
 }  # fmt: skip
+ALWAYS = HEAD + "[SOT]{{ m.role }}[EOH]\n\n{{ m.content }}<|eot|>{% endfor %}[SOT]assistant[EOH]\n"
+TEMPLATES["invites unasked"] = ALWAYS + "{{ '\\n' }}"
+TEMPLATES["invites unasked, a line short"] = "<|begin|>" + ALWAYS + "\n"  # Jinja takes the last one
 TWO_ROUNDS = [
     {"role": "user", "content": "4"},
     {"role": "assistant", "content": "user"},
@@ -80,11 +83,18 @@ def learned(chat: Chat, messages: list[dict], tools=None, **options) -> list[str
         ("no tag at all", [" user\n\nUser:", " 4\n\nUser:"]),
         ("no invitation", [" user</s>", " 4</s>"]),
         ("system in the last question", [" user</s>", " 4</s>"]),
+        ("invites unasked", ["user<|eot|>", "4<|eot|>"]),
+        ("invites unasked, a line short", ["\nuser<|eot|>", "\n4<|eot|>"]),
         ("two tokens end", ["user<|stop|><|end|>", "4<|stop|><|end|>"]),
     ],
 )
 def test_a_turn_is_what_follows_the_generation_prompt_up_to_what_ends_it(chat_with, name, expected):
     assert learned(chat_with(TEMPLATES[name]), TWO_ROUNDS) == expected
+
+
+def test_what_a_template_invites_with_unasked_is_its_generation_prompt(chat_with):
+    assert chat_with(TEMPLATES["invites unasked"]).generation_prompt() == "[SOT]assistant[EOH]\n\n"
+    assert chat_with(TEMPLATES["no invitation"]).generation_prompt() == ""
 
 
 def test_a_system_turn_that_moves_into_a_later_one_is_in_the_text_and_not_learned(chat_with):

@@ -16,6 +16,7 @@ FIRST_MARK, MOST_MARKS = 0x30000, 4096
 MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MOST_MARKS - 1)}]")
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")  # <think>, <|channel|>, [/THINK]
 THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+QUESTION = "and then?"
 TEXT, REASONING, CALL = "text", "reasoning", "call"  # kinds of a piece
 
 
@@ -208,10 +209,23 @@ def read_marks(text: str) -> Rendering:
 
 
 def invitation(write: Write) -> str:
-    """What a template adds to a question to invite the assistant; empty if it adds nothing."""
-    asked = [{"role": "user", "content": "?"}]
+    """What a template adds to a question to invite the assistant; empty if it adds nothing.
+
+    Some invite whether they are asked to or not: what stands behind a question and before an answer
+    alike is then that, without what ends the question, which one more question shows.
+    """
+    ask, answer = ({"role": role, "content": QUESTION} for role in ("user", "assistant"))
     try:
-        before, invited = write(asked, False), write(asked, True)
+        before, invited = write([ask], False), write([ask], True)
+        if before != invited:
+            return invited[len(os.path.commonprefix([before, invited])) :]
+        answered, twice = write([ask, answer], False), write([ask, ask], False)
     except DataError:
         return ""
-    return invited[len(os.path.commonprefix([before, invited])) :]
+    if answered[: answered.rfind(QUESTION)].rstrip() != before.rstrip():
+        return ""
+    head, _, tail = before.partition(QUESTION)
+    between = twice.split(QUESTION)[1]
+    header = os.path.commonprefix([head[::-1], between[::-1]])
+    end = between[: len(between) - len(header)]
+    return tail.removeprefix(end) if header and tail.startswith(end) else ""

@@ -9,12 +9,11 @@ import os
 import re
 from dataclasses import dataclass
 
-from trainstack.chat.marks import TAG, Marked, Rendering
+from trainstack.chat.marks import QUESTION, TAG, Marked, Rendering
 from trainstack.errors import DataError
 
 UNFINISHED_TAG = re.compile(r"(<[^<>\s]*|\[[^\[\]\s]*)$")
 HEAD_END = re.compile(f"{TAG.pattern}|\\n")  # of a part of a generation prompt
-ASKED = "and then?"  # one more turn of the user shows what ends the assistant's
 
 
 @dataclass(frozen=True)
@@ -151,16 +150,16 @@ def elsewhere(marked: Marked, number: int, own: list[int], is_last: bool) -> str
     if not is_last:
         found = marked.render(number + 1)
         return after(found, own, len(found.text))
-    answers = [{"role": "user", "content": ASKED}]
+    answers = [{"role": "user", "content": QUESTION}]
     calls = marked.messages[number].get("tool_calls")
     if calls:
         name, key = calls[0].get("function", {}).get("name"), calls[0].get("id")
-        result = {"role": "tool", "name": name, "tool_call_id": key, "content": ASKED}
+        result = {"role": "tool", "name": name, "tool_call_id": key, "content": QUESTION}
         answers.insert(0, result)
     for answer in answers:
         with contextlib.suppress(DataError):  # it does not take such a turn here
             found = marked.render(more=[answer])
-            return after(found, own, found.text.rfind(ASKED))
+            return after(found, own, found.text.rfind(QUESTION))
     return None
 
 
@@ -180,13 +179,13 @@ def common_end(rest: str, other: str | None, is_last: bool) -> str:
 
 def header_after(marked: Marked, number: int, rest: str) -> str:
     """What begins the next turn, if ``rest`` ends with it: what follows a plain answer shows it."""
-    answer = {"role": "assistant", "content": ASKED}
+    answer = {"role": "assistant", "content": QUESTION}
     try:
         shown = marked.render(in_place={number: answer})
         last = marked.render(number + 1, in_place={number: answer})
     except DataError:
         return ""
-    follows = shown.text[shown.text.rfind(ASKED) + len(ASKED) :]
+    follows = shown.text[shown.text.rfind(QUESTION) + len(QUESTION) :]
     firsts = [
         first - (len(shown.text) - len(follows))
         for n, places in shown.places.items()
@@ -194,7 +193,7 @@ def header_after(marked: Marked, number: int, rest: str) -> str:
         if marked.pieces[n].message > number
     ]
     follows = follows[: min((first for first in firsts if first >= 0), default=len(follows))]
-    ends = alike(follows, last.text[last.text.rfind(ASKED) + len(ASKED) :]).rstrip()
+    ends = alike(follows, last.text[last.text.rfind(QUESTION) + len(QUESTION) :]).rstrip()
     if not ends and (tag := TAG.search(follows)):
         ends = follows[: tag.end()]
     header = follows[len(ends) :]
