@@ -1237,6 +1237,11 @@ def splits_of(
     [
         ("configs:\n- config_name: a\n  data_files: b.jsonl\n", "find 'b.jsonl'); set data.subset"),
         ("configs: [\n", "correct its README.md"),
+        (
+            "configs:\n- config_name: a\n  data_files:\n  - {split: x, path: 'b*.jsonl'}\n"
+            "  - {split: y, path: README.md}\n",
+            "(no file is at the paths of split x)",
+        ),
         ("license: [\n", "correct its README.md"),
         ("configs:\n- config_name: a\n  data_files: A.JSONL\n", "give A.JSONL a suffix in small"),
     ],

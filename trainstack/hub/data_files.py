@@ -194,6 +194,8 @@ def ask_datasets(
         except Exception as error:  # of YAML, of zip, ValueError, FileNotFoundError, its own
             words = re.split("Example of|with any supported", str(error))[0].replace(f"{root}/", "")
             words = " ".join(words.replace(str(root), "it").split())[:300].strip()
+            if empty := re.search(r"'([^']+)': \(None, ", words):
+                words = f"no file is at the paths of split {empty[1]}"
             fixes = ["set data.subset to one that it has"] if subset or is_defined(cards) else []
             if "README.md" in cards:
                 fixes.append("correct its README.md (for one of the Hub: in a copy here)")
