@@ -275,6 +275,10 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"dialog": TURNS}, "say where its turns are: 'data.columns={messages: dialog}'"),
         ({"TEXT": "a", "id": 1}, "write data.text_field=TEXT$"),
         ({"story": "a"}, "write data.text_field=story$"),
+        (
+            {"prompt": "a"},
+            "write its completion too, or for texts alone data.text_field=prompt data.format=text$",
+        ),
         ({"question": "a", "answer": "b", "id": 1}, r"\{prompt: question, completion: answer}'$"),
         ({"prompt": "a", "response ": "b"}, "write 'data.columns={completion: \"response \"}'$"),
         (

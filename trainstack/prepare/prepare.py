@@ -259,8 +259,10 @@ def fill(
     if empty := [path.name for number, (path, _) in enumerate(data_files) if number not in seen]:
         say(section, f"{len(empty):,} files have no record, first {empty[0]}")
     if not writer.counts.train_documents:
-        empty = writer.counts.empty_documents
+        empty, bad = writer.counts.empty_documents, writer.counts.bad_records
         reason = f"its {empty:,} documents are empty" if empty else "look at what was downloaded"
+        if bad:
+            reason = f"its {bad:,} bad records are left out; data.max_bad_records=0 says why"
         raise DataError(f"{section.name}: no document to train on; {reason}")
 
 

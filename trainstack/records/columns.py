@@ -115,7 +115,13 @@ def advice(names: Iterable[str]) -> str:
             others = {ours: own for ours, own in found.items() if ours != own}
             return f"write {mapping(others)}" if others else "see data.format, it is another one"
     if len(plain) == 1:
-        return f"write {shlex.quote('data.text_field=' + next(iter(plain.values())))}"
+        (name,) = plain.values()
+        setting = shlex.quote(f"data.text_field={name}")
+        for needed in COLUMNS.values():
+            if name in needed and len(needed) > 1:
+                other = next(column for column in needed if column != name)
+                setting = f"its {other} too, or for texts alone {setting} data.format=text"
+        return f"write {setting}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
 
 
