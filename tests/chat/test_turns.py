@@ -101,7 +101,13 @@ def test_a_system_turn_that_moves_into_a_later_one_is_in_the_text_and_not_learne
     chat = chat_with(TEMPLATES["system in the last question"])
     messages = [{"role": "system", "content": "Be brief."}, *TWO_ROUNDS]
     assert learned(chat, messages) == [" user</s>", " 4</s>"]
-    assert chat.render("a:1", messages, None).text.count("Be brief.") == 1
+    rendered = chat.render("a:1", messages, None)
+    assert rendered.text.count("Be brief.") == 1
+    # At inference the first answer is asked for behind it.
+    assert rendered.remarks == {"moved_turns": 1}
+    assert chat.render("a:1", TWO_ROUNDS, None).remarks == {}
+    asked = chat.render("a:1", messages, None, learned=[2], is_asked=True)
+    assert asked.text == "[INST] Be brief.\n\n4 [/INST] user</s>" and asked.remarks == {}
 
 
 THOUGHTS = [

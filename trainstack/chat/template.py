@@ -22,7 +22,8 @@ Ranges = list[tuple[int, int]]  # of characters: the first, and the one after th
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
 UNNAMED, UNEVEN, STRAY = "unnamed_calls", "uneven_turns", "stray_ends"
-CLOSING = re.compile(r"</(\w+)>")
+MOVED = "moved_turns"
+CLOSING, AT_END = re.compile(r"</(\w+)>"), re.compile(r"</\w+>\s*$")
 REMARKS = {
     DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
     IGNORED: "tools that the template does not tell the model of",
@@ -31,6 +32,8 @@ REMARKS = {
     "take thoughts out of the text; write them as reasoning_content",
     UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
     "writes it",
+    MOVED: "turns stand behind another text than when the model is asked, as where tools or a "
+    "system turn go to the last question; data.each_turn=true learns each as it is asked",
     UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
     "without an empty thought; data.each_turn=true learns each as it is asked",
 }
@@ -194,6 +197,7 @@ class Chat:
             UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
             UNEVEN: uneven(marked, whole, numbered),
             STRAY: sum(is_stray(whole, turn, marked.invitation, template) for turn in turns),
+            MOVED: 0 if is_asked else sum(turn.is_moved for turn in turns),
             UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
@@ -302,6 +306,7 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
 def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
     """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
     text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
+    text = AT_END.sub("", text)  # what ends the turn, such as </s>, closes nothing
     names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
     return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)
 

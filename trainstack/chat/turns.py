@@ -23,7 +23,7 @@ class Turn:
     ``first``, ``last``: its first character and the one after its last, in the whole rendering;
     ``more``: what has to be appended to the text for a last turn that nothing ends in it.
     ``prompt``: what the model is given before it; ``is_asked``: whether the whole rendering has
-    all of that generation prompt.
+    all of that generation prompt; ``is_moved``: whether it has another text in front of that.
     """
 
     first: int
@@ -31,6 +31,7 @@ class Turn:
     more: str
     prompt: Rendering
     is_asked: bool
+    is_moved: bool
 
 
 def find_turn(marked: Marked, whole: Rendering, number: int) -> Turn:
@@ -58,7 +59,12 @@ def find_turn(marked: Marked, whole: Rendering, number: int) -> Turn:
     is_asked = whole.text[:start].endswith(marked.invitation)
     if number == 0 and prompt.text == marked.invitation:
         prompt = Rendering(with_invitation(whole.text[:start], marked.invitation))
-    return Turn(start, said + len(ending), more, prompt, is_asked)
+    asked, given = (
+        "".join(text.split())  # white space between turns may differ
+        for text in (prompt.text.removesuffix(marked.invitation), whole.text[:start])
+    )
+    is_moved = not given.startswith(asked)
+    return Turn(start, said + len(ending), more, prompt, is_asked, is_moved)
 
 
 def prompt_before(marked: Marked, number: int) -> Rendering:

@@ -77,6 +77,7 @@ class Counts:
     unnamed_calls: int = 0  # of tools, without the name
     stray_ends: int = 0  # turns that close what nothing opens
     unasked_turns: int = 0  # without the generation prompt of inference before them
+    moved_turns: int = 0  # behind another text than when the model is asked
     uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
     merged_answers: int = 0  # before which a prompt ends with other tokens than alone
     unknown_tokens: int = 0  # the tokenizer's own for what it does not know
