@@ -1,11 +1,17 @@
 """The messages of a record in one shape, whatever its roles and columns are called."""
 
 import json
+import re
 
 import pytest
 
-from trainstack.chat.messages import messages_of, tools_of
+from trainstack.chat.messages import messages_of, tools_of, turns_in
 from trainstack.errors import DataError
+
+TURNS = [
+    {"role": "user", "content": "one", "weight": None},
+    {"role": "assistant", "content": "two", "weight": 0},
+]
 
 
 def message(turn: dict) -> dict:
@@ -76,6 +82,32 @@ WEATHER = {"type": "function", "function": {"name": "weather", "arguments": {"ci
 def test_tool_calls_have_one_shape(turn):
     found = message({"role": "assistant", "content": None, **turn})
     assert found == {"role": "assistant", "content": "", "tool_calls": [WEATHER]}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        json.dumps(TURNS),
+        [json.dumps(turn) for turn in TURNS],
+        {"role": ["user", "assistant"], "content": ["one", "two"], "weight": [None, 0]},
+    ],
+)
+def test_turns_as_json_and_in_lists_by_their_keys_are_turns(turns):
+    assert turns_in(turns) == TURNS
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        (str(TURNS), "but a text that is no JSON ([{'role': 'user'"),
+        ({"messages": TURNS}, "but an object with messages; write [{role, content}]"),
+        ({"role": ["user"], "content": []}, "but an object with role, content; write"),
+        (["one"], "but a list with one; write [{role, content}]"),
+    ],
+)
+def test_what_is_no_list_of_turns_is_shown(turns, told):
+    with pytest.raises(DataError, match=re.escape(told)):
+        messages_of("a:1", turns_in(turns), "messages")
 
 
 def test_calls_that_are_turns_of_their_own_are_calls_of_one_turn():

@@ -712,6 +712,12 @@ def test_the_token_reaches_the_hub_and_nothing_else(server, home, fetch):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
+def test_a_token_that_cannot_be_sent_is_told(fetch):
+    result = fetch(*PRETRAINED, HF_TOKEN="hf_schlüssel")
+    assert result.code == 1 and "Traceback" not in "".join(result.lines), result
+    assert all(line.endswith("none has; set HF_TOKEN again") for line in result.errors), result
+
+
 def test_a_token_that_strays_into_a_message_is_redacted(fetch):
     result = fetch(f"model.name=org/{TOKEN}", f"data.name=org/{TOKEN[:20]}", HF_TOKEN=TOKEN)
     assert len(result.errors) == 2

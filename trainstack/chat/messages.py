@@ -31,11 +31,15 @@ def messages_of(location: str, turns: Any, column: str) -> tuple[list[dict], lis
     A turn has role and content, or from and value.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        kinds = {list: "others", str: "a text"}
-        found = kinds.get(type(turns), f"a {type(turns).__name__}")
-        raise DataError(
-            f"{location}: no list of messages in {column} but {found}; write [{{role, content}}]"
-        )
+        found, fix = f"a {type(turns).__name__}", "[{role, content}]"
+        if isinstance(turns, str):
+            found, fix = f"a text that is no JSON ({shown(turns)})", "it as json.dumps does"
+        elif isinstance(turns, dict):
+            found = f"an object with {', '.join(map(str, turns)) or 'nothing'}"
+        elif isinstance(turns, list):
+            odd = next(turn for turn in turns if not isinstance(turn, dict))
+            found = f"a list with {shown(odd)}"
+        raise DataError(f"{location}: no list of messages in {column} but {found}; write {fix}")
     messages, marks = [], []
     for number, turn in enumerate(turns, start=1):
         try:
@@ -48,6 +52,21 @@ def messages_of(location: str, turns: Any, column: str) -> tuple[list[dict], lis
         messages.append(message)
         marks.append(is_learned)
     return messages, marks
+
+
+def turns_in(value: Any) -> Any:
+    """The turns of a conversation, which may be JSON, whole or each, as in a .csv.
+
+    Or an object with a list for each key, as the library datasets makes of a list of objects.
+    """
+    value = decoded(value) if isinstance(value, str) else value
+    lists = [*value.values()] if isinstance(value, dict) else []
+    lengths = {len(found) if isinstance(found, list) else -1 for found in lists}
+    if len(lists) > 1 and len(lengths) == 1 and -1 not in lengths:
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
+    if isinstance(value, list):
+        value = [decoded(turn) if isinstance(turn, str) else turn for turn in value]
+    return value
 
 
 def is_call(turn: dict) -> bool:

@@ -175,6 +175,8 @@ class HubCommit:
             return f"not a name on the Hub; set {key}.name to org/name, or to ./folder for a local"
         if isinstance(error, errors.OfflineModeIsEnabled):
             return "not here, and HF_HUB_OFFLINE forbids to fetch it; unset it for this command"
+        if isinstance(error, UnicodeEncodeError):  # of a header
+            return "your token has a character that none has; set HF_TOKEN again"
         if status in (401, 403):
             return f"{page} refuses your token (HTTP {status}); set HF_TOKEN to one that may read"
         return f"{brief(error)}; see {page}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainstack.chat.checks import check_roles
-from trainstack.chat.messages import KNOWN_ROLES, decoded, messages_of, tools_of
+from trainstack.chat.messages import KNOWN_ROLES, messages_of, tools_of, turns_in
 from trainstack.chat.template import Chat, Ranges, says_something
 from trainstack.config.schema import SourceSection
 from trainstack.errors import DataError
@@ -194,7 +194,7 @@ def _conversation(
 
 def _with_columns(turns: Any, section: SourceSection) -> Any:
     """Turns with keys and roles under our names: data.columns may map role, content, user too."""
-    turns = decoded(turns) if isinstance(turns, str) else turns  # as JSON, in a .csv say
+    turns = turns_in(turns)
     if not isinstance(turns, list) or not section.columns:
         return turns
     roles = {own: ours for ours, own in section.columns.items() if ours in KNOWN_ROLES}
