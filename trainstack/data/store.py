@@ -84,7 +84,7 @@ class Counts:
     lost_characters: int = 0  # for which there is no token, not even one for what is not known
     shared_documents: int = 0  # held out, and in the training split too
     divided_texts: int = 0  # in which data.split_on is
-    written_documents: int = 0  # plain ones that hold a special token, as text
+    written_documents: int = 0  # that hold a special token of a person, as text
     first_written: str = ""  # location and token of the first
     largest_id: int = 0  # of all tokens
     unread: list[str] = field(default_factory=list)  # columns, and keys of turns

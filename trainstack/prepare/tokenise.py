@@ -87,7 +87,7 @@ class Tokenised:
     empty: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
     remarks: Counter = field(default_factory=Counter)  # counts under names of REMARKS
-    written: list[str] = field(default_factory=list)  # plain documents: the first special token
+    written: list[str] = field(default_factory=list)  # of documents, the first special token
     unread: set[str] = field(default_factory=set)  # columns, and keys of turns
 
 
@@ -137,7 +137,7 @@ class Tokeniser:
                     found.bad.append((document.location, reason))
                     continue
                 found.remarks.update(tokens.remarks)
-                if tokens.written and not document.is_rendered:
+                if tokens.written:
                     found.written.append(f"{document.location}: {tokens.written[0]}")
                 made[last].append((tokens.ids, tokens.flags))
         found.batches = {n: token_batch(pairs, self.dtype) for n, pairs in made.items() if pairs}

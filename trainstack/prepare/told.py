@@ -74,6 +74,8 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         say(section, remark)
     if counts.written_documents:
         choice = "; data.special_tokens=text if they are meant as text, tokens if as tokens"
+        if store.meta["template"]:
+            choice = "; in a conversation the template alone writes tokens"
         say(section, f"{counts.written_documents:,} documents hold a special token, kept as text, "
             f"first {counts.first_written}{'' if section.special_tokens else choice}")  # fmt: skip
     if counts.bad_records:
