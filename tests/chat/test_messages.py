@@ -115,6 +115,16 @@ def test_calls_that_are_turns_of_their_own_are_calls_of_one_turn():
     turns = [{"from": "human", "value": "one"}, call, call, {"from": "observation", "value": "two"}]
     found, marks = messages_of("a:1", turns, "conversations")
     assert [len(m.get("tool_calls", ())) for m in found] == [0, 2, 0] and marks == [True] * 3
+    # Behind what the assistant says before them they are of its turn, as at inference.
+    by_keys = {"role": "tool_call", "name": "weather", "arguments": {"city": "Bern"}}
+    turns[1:1] = [{"from": "gpt", "value": "I look it up."}, by_keys]
+    found, _ = messages_of("a:1", turns, "conversations")
+    assert [m["role"] for m in found] == ["user", "assistant", "tool"]
+    assert found[1] == {
+        "role": "assistant",
+        "content": "I look it up.",
+        "tool_calls": [WEATHER] * 3,
+    }
 
 
 def test_arguments_that_are_no_json_stay_text_and_lists_without_a_call_are_none():

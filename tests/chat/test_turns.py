@@ -373,6 +373,12 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(chat_with, tmp_path,
         chat.load()
 
 
+def test_a_template_copied_with_the_escapes_of_json_is_told_what_it_is(chat_with, tmp_path):
+    (tmp_path / "own.jinja").write_text(json.dumps(TEMPLATES["chatml"] + '{{ "" }}'))
+    with pytest.raises(ConfigError, match="is no Jinja .*; it looks like JSON, such as"):
+        chat_with(TEMPLATES["chatml"], file=tmp_path / "own.jinja").load()
+
+
 def test_white_space_of_a_person_makes_no_turn_begin_otherwise(chat_with):
     chat = chat_with(TEMPLATES["chatml"].replace(" | trim", ""))
     spaced = [TWO_ROUNDS[0], {"role": "assistant", "content": " one"}, *TWO_ROUNDS[2:]]

@@ -980,6 +980,30 @@ def test_files_that_are_there_twice_are_told_and_one_in_two_patterns_is_read_onc
         assert sum(said in line for line in result.lines) == 1, (said, result.lines)
 
 
+SHARDS = {
+    "whole": (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "eval-1-of-1.json"], []),
+    "counted from one": (["part_1-of-2.txt", "part_2-of-2.txt"], []),
+    "with hashes": (["train-00000-of-00002-ab1c.parquet", "train-00001-of-00002-9.parquet"], []),
+    "one is missing": (
+        ["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"],
+        ["of the 3 files train-*-of-* 1 are not there, first number 1; bring them"],
+    ),
+    "the last is missing": (["a-1-of-2.txt"], ["of the 2 files a-*-of-* 1 are not there, first"]),
+    "two generations": (
+        ["a-0-of-2.txt", "a-1-of-2.txt", "a-0-of-1.txt"],
+        ["there are a-* of 1 files and of 2; take those away"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDS)
+def test_numbered_files_that_are_not_whole_are_told(kind):
+    names, expected = SHARDS[kind]
+    found = data_files.missing_shards(names)
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
+
+
 def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, fetch, call):
     files = {
         "a.jsonl": b'{"text": "a"}\n',

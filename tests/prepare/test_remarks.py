@@ -98,6 +98,21 @@ def test_special_tokens_of_a_template_are_no_texts_that_a_tokenizer_changes(tmp_
     assert not any("its tokenizer changes texts" in line for line in told)
 
 
+@pytest.mark.parametrize("said", ["two three", f"two {tiny.END} three"])
+def test_conversations_in_which_somebody_wrote_a_special_token_are_counted(tmp_path, capsys, said):
+    template = tmp_path / "template.jinja"
+    template.write_text(f"{{% for m in messages %}}{{{{ m.content }}}} {tiny.END} {{% endfor %}}")
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": said}]
+    records = {"train.jsonl": [{"messages": turns}] * 30}
+    options = ("data.eval_fraction=0", f"data.chat_template={template}")
+    told = lines_from(tmp_path, capsys, lines(), records, *options)
+    told_first = [
+        line for line in told if "30 documents hold a special token, kept as text" in line
+    ]
+    assert len(told_first) == (tiny.END in said), told
+    assert all("in a conversation the template alone writes tokens" in x for x in told_first)
+
+
 @pytest.mark.parametrize("number", [4, 0])
 def test_held_out_documents_that_are_learned_too_are_counted(tmp_path, capsys, number):
     every = numbered(60)

@@ -5,10 +5,12 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainstack.chat.marks import CALL, REASONING, Marked, Piece, Rendering
+from trainstack.chat.marks import CALL, REASONING, TEXT, Marked, Piece, Rendering
 from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
+
+CLOSING, AT_END = re.compile(r"</(\w+)>"), re.compile(r"</\w+>\s*$")
 
 
 class Dropped(DataError):
@@ -123,3 +125,26 @@ def forms_of(text: str) -> list[str]:
     """A text as it is, and as JSON writes it, also within JSON."""
     as_json = json.dumps(text, ensure_ascii=False)[1:-1]
     return [text, as_json, json.dumps(text)[1:-1], json.dumps(as_json)[1:-1]]
+
+
+def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> int:
+    """How many turns without thoughts begin otherwise than the last of them, if they are asked."""
+    begins = []  # of turns that say something, and of those that only call tools
+    for number, turn in turns:
+        own = [n for n, piece in enumerate(marked.pieces) if piece.message == number]
+        places = [first for n in own for first, _ in whole.places.get(n, ())]
+        if turn.is_asked and places and (kind := marked.pieces[own[0]].kind) != REASONING:
+            begin = whole.text[turn.first : min(places)].strip()  # space may be a person's
+            begins.append((kind, begin))
+    last = next((begin for kind, begin in reversed(begins) if kind == TEXT), "")
+    return sum(
+        begin != last if kind == TEXT else not begin.startswith(last) for kind, begin in begins
+    )
+
+
+def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
+    """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
+    text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
+    text = AT_END.sub("", text)  # what ends the turn, such as </s>, closes nothing
+    names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
+    return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)

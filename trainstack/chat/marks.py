@@ -3,6 +3,7 @@
 Texts are found by marks, not by looking for them: a short answer such as "4" stands in many places.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -43,14 +44,14 @@ Write = Callable[[list[dict], bool], str]  # messages, whether the assistant is 
 class Marked:
     """The messages of a conversation with marks around their pieces.
 
-    ``write`` renders messages; ``template``: its source, which tells the tags that it looks for;
+    ``write`` renders messages; ``tags``: as ``tags_within``, the tags that it may look for;
     ``invitation``: what it adds to a question to invite the assistant.
     A message that the template writes otherwise with marks in it (it compares the text, say) has
     none, and is looked for.
     """
 
-    def __init__(self, messages: list[dict], write: Write, template: str, invitation: str):
-        self.messages, self.write, self.template = messages, write, template
+    def __init__(self, messages: list[dict], write: Write, tags: set[str], invitation: str):
+        self.messages, self.write, self.tags = messages, write, tags
         self.invitation = invitation
         self.pieces: list[Piece] = []
         self.sought: set[int] = set()  # numbers of pieces that have no marks
@@ -142,8 +143,7 @@ class Marked:
 
     def _content(self, number: int, role: str | None, text: str) -> str:
         """Each stretch between two tags that the template knows is a piece of its own."""
-        known = self.template.replace("/", "")  # a template may name only </think>
-        tags = [tag for tag in TAG.finditer(text) if tag[0].replace("/", "") in known]
+        tags = [tag for tag in TAG.finditer(text) if tag[0].replace("/", "") in self.tags]
         if not tags:
             return self._piece(number, TEXT, text)
         parts, at = [], 0
@@ -206,6 +206,21 @@ def read_marks(text: str) -> Rendering:
             found.places.setdefault(number, []).append((begun.pop(number), length))
     found.text = "".join([*parts, text[at:]])
     return found
+
+
+def tags_within(template: str, write: Write) -> set[str]:
+    """The tags, without a slash, that a template may look for in a text, such as <think>.
+
+    Not those that it writes around every text: somebody who writes <|im_end|> ends nothing.
+    """
+    turns = [{"role": role, "content": QUESTION} for role in ("user", "assistant")]
+    around = ""
+    for asked, invites in ((turns, False), (turns[:1], True)):
+        with contextlib.suppress(DataError):
+            around += write(asked, invites)
+    frame = {tag for tag in TAG.findall(around) if not THOUGHT.search(tag)}
+    # A template may name only </think>.
+    return {tag.replace("/", "") for tag in {*TAG.findall(template)} - frame}
 
 
 def invitation(write: Write) -> str:

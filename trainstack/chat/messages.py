@@ -46,8 +46,10 @@ def messages_of(location: str, turns: Any, column: str) -> tuple[list[dict], lis
             message, is_learned = message_of(turn)
         except ValueError as error:
             raise DataError(f"{location}: message {number} of {column} {error}") from None
-        if messages and is_call(turn) and is_call(turns[number - 2]):  # calls of one turn
-            messages[-1]["tool_calls"] += message["tool_calls"]
+        if messages and is_call(turn) and messages[-1]["role"] == "assistant":  # of one turn
+            earlier = messages[-1].get("tool_calls", [])
+            messages[-1]["tool_calls"] = [*earlier, *message["tool_calls"]]
+            marks[-1] = marks[-1] and is_learned
             continue
         messages.append(message)
         marks.append(is_learned)
@@ -91,7 +93,8 @@ def message_of(turn: dict) -> tuple[dict, bool]:
     text, thought = text_of(content)
     calls = calls_of(message)
     if who.lower() in CALL_ROLES:
-        text, calls = "", [*calls, *calls_in(from_json(text, who))]
+        own = {key: message.pop(key) for key in ("name", "arguments") if key in message}
+        text, calls = "", [*calls, *calls_in(own if text is None else from_json(text, who))]
     if text is None and not calls and not (thoughts or thought):
         others = ", ".join(key for key in turn if key not in ("role", "from", "content", "value"))
         way = f", or say which of {others} it is: 'data.columns={{content: ITS_KEY}}'"

@@ -10,8 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import Dropped, check_pieces, check_shape, check_turn, unnamed
-from trainstack.chat.marks import REASONING, TEXT, Marked, Rendering, invitation
+from trainstack.chat.checks import (
+    Dropped,
+    check_pieces,
+    check_shape,
+    check_turn,
+    is_stray,
+    uneven,
+    unnamed,
+)
+from trainstack.chat.marks import Marked, Rendering, invitation, tags_within
 from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn
 from trainstack.chat.ways import variants
@@ -23,7 +31,6 @@ GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
 UNNAMED, UNEVEN, STRAY = "unnamed_calls", "uneven_turns", "stray_ends"
 MOVED = "moved_turns"
-CLOSING, AT_END = re.compile(r"</(\w+)>"), re.compile(r"</\w+>\s*$")
 REMARKS = {
     DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
     IGNORED: "tools that the template does not tell the model of",
@@ -37,6 +44,7 @@ REMARKS = {
     UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
     "without an empty thought; data.each_turn=true learns each as it is asked",
 }
+COPIED = re.compile(r"%\}\\n|\\\"")  # escapes of JSON
 NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
 
 
@@ -64,7 +72,7 @@ class Chat:
     def __init__(self, model_folder: Path, file: Path | None = None, date: str | None = None):
         self.model_folder, self.file, self.date = model_folder, file, date
         self._tokenizer = None
-        self._invitations: dict[tuple[str, bool], str] = {}
+        self._learned_of: dict[tuple[str, bool], tuple[set[str], str]] = {}  # of templates
 
     @classmethod
     def of(cls, model_folder: Path, section: DataSection) -> "Chat":
@@ -95,8 +103,14 @@ class Chat:
             _compile_jinja_template(template or "")
         except TemplateSyntaxError as error:
             name = f"data.chat_template={self.file}" if self.file else "the model's chat template"
+            fix = "correct it"
+            if COPIED.search(template):
+                fix = (
+                    'it looks like JSON, such as "chat_template" of a tokenizer_config.json: write '
+                )
+                fix += "what that text means, with line breaks for \\n"
             raise ConfigError(
-                f"{name}: line {error.lineno} is no Jinja ({error.message}); correct it"
+                f"{name}: line {error.lineno} is no Jinja ({error.message}); {fix}"
             ) from None
 
     @property
@@ -110,7 +124,7 @@ class Chat:
             self.load()
         templates = self._tokenizer.chat_template
         if not isinstance(templates, dict):
-            return templates
+            return templates or None
         if tools and "tool_use" in templates:
             return templates["tool_use"]
         return templates.get("default") or next(iter(templates.values()), None)
@@ -173,9 +187,9 @@ class Chat:
         """As ``render``, in one way to hand it over; a DataError does not name the record."""
         write = partial(self._written, template, tools)
         key = template, tools is None  # some fail without a list of tools
-        if key not in self._invitations:
-            self._invitations[key] = invitation(write)
-        marked = Marked(messages, write, template, self._invitations[key])
+        if key not in self._learned_of:
+            self._learned_of[key] = tags_within(template, write), invitation(write)
+        marked = Marked(messages, write, *self._learned_of[key])
         whole = marked.whole
         check_shape(messages, whole.text)
         dropped = 0 if is_asked else check_pieces(marked, whole)
@@ -286,29 +300,6 @@ def says_something(message: dict) -> bool:
     return message.get("role") == "assistant" and any(
         text.strip() if isinstance(text, str) else text for text in said
     )
-
-
-def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> int:
-    """How many turns without thoughts begin otherwise than the last of them, if they are asked."""
-    begins = []  # of turns that say something, and of those that only call tools
-    for number, turn in turns:
-        own = [n for n, piece in enumerate(marked.pieces) if piece.message == number]
-        places = [first for n in own for first, _ in whole.places.get(n, ())]
-        if turn.is_asked and places and (kind := marked.pieces[own[0]].kind) != REASONING:
-            begin = whole.text[turn.first : min(places)].strip()  # space may be a person's
-            begins.append((kind, begin))
-    last = next((begin for kind, begin in reversed(begins) if kind == TEXT), "")
-    return sum(
-        begin != last if kind == TEXT else not begin.startswith(last) for kind, begin in begins
-    )
-
-
-def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
-    """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
-    text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
-    text = AT_END.sub("", text)  # what ends the turn, such as </s>, closes nothing
-    names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
-    return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)
 
 
 def behind_prompt(whole: Rendering, turn: Turn, ranges: Ranges) -> tuple[Rendering, Ranges]:

@@ -27,6 +27,7 @@ A_CACHE = re.compile(r"(^|/)cache-[0-9a-f]+\.arrow$")  # of datasets' map and fi
 NO_DATA = re.compile(
     r"(?i)(^|/)(readme|licen[cs]e|notice|citation)|\.(md|py|ipynb|sh|png|jpe?g|svg|ya?ml)$"
 )
+NUMBERED = re.compile(r"(\d+)-of-(\d+)(?=\D|$)")
 A_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # A subset, and in the Hub's conversion the split.
 SUBSET_FOLDER = re.compile(
@@ -108,6 +109,24 @@ def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -
             break
     more = [f"{len(lines) - 3} more files are there twice"] if len(lines) > 3 else []
     return [*lines[:3], *more]
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """Lines on sets of files such as train-00000-of-00003.parquet of which some are not there."""
+    sets: dict[tuple[str, int], list[int]] = {}
+    for name in names:
+        for found in NUMBERED.finditer(name):
+            sets.setdefault((name[: found.start()], int(found[2])), []).append(int(found[1]))
+    lines = []
+    for (stem, total), numbers in sets.items():
+        expected = range(total) if total not in numbers else range(1, total + 1)
+        if gone := sorted({*expected} - {*numbers}):
+            lines.append(f"of the {total:,} files {stem}*-of-* {len(gone):,} are not there, first "
+                         f"number {gone[0]:,}; bring them if they are meant")  # fmt: skip
+        if others := [t for s, t in sets if s == stem and t < total]:
+            lines.append(f"there are {stem}* of {others[0]:,} files and of {total:,}; take those "
+                         "away that are older")  # fmt: skip
+    return lines
 
 
 def is_card(name: str, names: Iterable[str]) -> bool:
