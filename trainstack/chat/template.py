@@ -91,7 +91,7 @@ class Chat:
         self._tokenizer = load_tokenizer(self.model_folder)
         if self.file:
             try:
-                self._tokenizer.chat_template = self.file.read_text(encoding="utf-8")
+                self._tokenizer.chat_template = self.file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(
                     f"data.chat_template={self.file}: cannot be read ({error}); name a file that "
@@ -178,6 +178,11 @@ class Chat:
             except DataError as error:
                 if not isinstance(problem, Dropped):
                     problem = error if isinstance(error, Dropped) else problem or error
+        if isinstance(problem, Dropped) and not is_asked:
+            with contextlib.suppress(DataError):
+                for number in learned:
+                    self.render(location, messages, tools, [number], True)
+                problem = f"{problem}; or learn each as it is asked: data.each_turn=true"
         raise DataError(f"{location}: {problem}")
 
     def _render(

@@ -60,17 +60,18 @@ def load_encoder(home: Path, model_name: str, special_tokens: str | None) -> "En
     folder = layout.model_folder(home, model_name)
     tokenizer, end_id = load_backend(folder)
     made = Encoder(tokenizer, end_id, model_vocabulary(folder), special_tokens)
-    check_vocabulary(home, model_name, max([end_id, *made.before, *made.after]))
+    largest = max([end_id, *made.before, *made.after])
+    check_vocabulary(home, model_name, largest, f" ({tokenizer.id_to_token(largest)})")
     return made
 
 
-def check_vocabulary(home: Path, model_name: str, largest_id: int) -> None:
-    """ConfigError if the model's embedding has no row for a token."""
+def check_vocabulary(home: Path, model_name: str, largest_id: int, name: str = "") -> None:
+    """ConfigError if the model's embedding has no row for a token; ``name``: of it, if known."""
     vocab_size = model_vocabulary(layout.model_folder(home, model_name))
     if largest_id >= vocab_size:
         raise ConfigError(
-            f"{model_name}: its tokenizer gives token {largest_id:,}, its model has only "
-            f"{vocab_size:,}; they do not belong together, choose another model.name"
+            f"{model_name}: its tokenizer gives token {largest_id:,}{name}, its model has "
+            f"only {vocab_size:,}; they do not belong together, choose another model.name"
         )
 
 

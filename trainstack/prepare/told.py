@@ -98,7 +98,7 @@ def notes_on_data(
     encodings = encoder.tokenizer.encode_batch(texts, add_special_tokens=False)
     if pair := other_text(encoder, texts, encodings):
         notes.append(OTHER_TEXTS.format(*pair))
-    if tokens := tokens_of_file(model_folder, texts, encodings):
+    if tokens := tokens_of_file(model_folder, encoder, texts, encodings):
         notes.append(OTHER_TOKENS.format(*tokens))
     of_turns = ("learn", "each_turn", "chat_template")
     given = [key for key in of_turns if getattr(tokenise.section, key) != SINCE_VERSION_3[key]]
@@ -134,7 +134,7 @@ def other_text(
 
 
 def tokens_of_file(
-    model_folder: Path, texts: list[str], encodings: list["Encoding"]
+    model_folder: Path, encoder: Encoder, texts: list[str], encodings: list["Encoding"]
 ) -> tuple[str, str] | None:
     """Where tokenizer.json makes other tokens of a text than ``encodings``: the first, of both.
 
@@ -149,6 +149,8 @@ def tokens_of_file(
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    for added in encoder.tokenizer.get_added_tokens_decoder().values():  # of its configuration
+        (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
     others = tokenizer.encode_batch(texts, add_special_tokens=False)
     for encoding, other in zip(encodings, others, strict=True):
         for ours, theirs in zip(encoding.tokens, other.tokens, strict=False):

@@ -128,7 +128,11 @@ def advice(names: Iterable[str]) -> str:
 def _odd_shape(record: Any) -> str:
     """What to do with a record that is not as its columns' names say; empty if it may be."""
     if isinstance(record, list):
-        return 'write an object with its turns: {"conversations": [...]}'
+        keys = {key for turn in record if isinstance(turn, dict) for key in turn}
+        if keys and not {"role", "from"} & keys:
+            return "if the file is an array of records, end its name with .json"
+        if keys:
+            return 'write an object with its turns: {"conversations": [...]}'
     if not isinstance(record, dict):
         return 'write objects: {"text": ...}'
     if len(record) == 1:

@@ -26,8 +26,12 @@ LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, s
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 BINARY = {  # what files turn out to be that are not what their names say, by their first bytes
     b"PK\3\4": "a zip archive; unpack it",
-    b"\x1f\x8b": "compressed with gzip; add .gz to its name",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; add .zst to its name",
+    b"\x1f\x8b": "compressed with gzip; end its name with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; end its name with .zst",
+}
+SIGNS = {  # by which compressed files begin; zstd also with a frame that is skipped
+    ".gz": re.compile(rb"\x1f\x8b"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")  # what servers send instead of a file
 ALL = Wanted()
@@ -80,12 +84,13 @@ def _look(path: Path, suffix: str) -> None:
     what = next((what for sign, what in BINARY.items() if head.startswith(sign)), "")
     if not head and suffix != ".txt":
         raise DataError(f"{path.name}: is empty; fetch it again, or take it away")
-    if what and not suffix.endswith(COMPRESSED[1:]):
-        raise DataError(f"{path.name}: is {what}")
-    if head[257:262] == b"ustar":
-        raise DataError(f"{path.name}: is a tar archive; unpack it")
     if head.lstrip().lower().startswith(PAGES) and suffix != ".txt":
         raise DataError(f"{path.name}: is a web page or XML; fetch the file itself")
+    packed = ".gz" if suffix.endswith(".gz") else ".zst" if suffix.endswith(COMPRESSED[2:]) else ""
+    if (what and not packed) or (packed and not SIGNS[packed].match(head)):
+        raise DataError(f"{path.name}: is {what or f'not compressed; take {packed} off its name'}")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path.name}: is a tar archive; unpack it")
 
 
 def _read_text(path: Path, wanted: Wanted) -> Iterator[Chunk]:
