@@ -4,6 +4,7 @@ A name on the Hub that is a file or a folder here too is told apart later, by hu
 """
 
 import re
+from pathlib import Path
 
 from pydantic_core import PydanticCustomError
 
@@ -16,6 +17,7 @@ HUB_URL = re.compile(
 )
 PATTERN = re.compile(r"[*?\[,]")  # several files, as a shell or a list has them
 SLICE, SUM = re.compile(r"([\w.-]+)\[.*\].*"), re.compile(r"[\w.-]+(?:\+[\w.-]+)+")
+VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}|%\w+%")
 SEVERAL = (
     "for several files name their folder, or one here and the others in data.mixture, each as"
     " {name: ./b.jsonl, weight: null}"
@@ -28,6 +30,7 @@ SEVERAL_SPLITS = (
 
 def asset_name(name: str) -> str:
     """The name of a model or a data set: on the Hub, or a path, which becomes absolute."""
+    check_variables(name)
     if is_local(name) or ON_HUB.fullmatch(name):
         return absolute(name)
     if url := HUB_URL.fullmatch(name):
@@ -43,6 +46,21 @@ def asset_name(name: str) -> str:
         "neither org/name on the Hub nor a path; a path starts with ./ or /, and a revision, a"
         " subset and a split are settings of their own"
     )
+
+
+def file_path(path: str) -> str:
+    """The path of a file, which becomes absolute."""
+    check_variables(path)
+    return str(Path(path).expanduser().resolve())
+
+
+def check_variables(path: str) -> None:
+    """Refuse what a shell would replace; a path that is there may have such a name."""
+    if (found := VARIABLE.search(path)) and not Path(path).expanduser().exists():
+        raise _refusal(
+            f"{found[0]} is not replaced here; write what it stands for, or set it on the command"
+            " line, in double quotes, where the shell does"
+        )
 
 
 def split_name(name: str) -> str:

@@ -6,7 +6,6 @@ more than one setting raises ValueError; its text names the keys, what is wrong 
 
 import datetime
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -22,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainstack.config.batch import BatchPlan, batch_problem
-from trainstack.config.names import asset_name, split_name
+from trainstack.config.names import asset_name, file_path, split_name
 from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
 
@@ -44,7 +43,7 @@ Text = Annotated[str, AfterValidator(said)]
 Name = Annotated[Text, Field(min_length=1)]
 AssetName = Annotated[Name, AfterValidator(asset_name)]  # of a model or a data set
 SplitName = Annotated[Name, AfterValidator(split_name)]
-FilePath = Annotated[Name, AfterValidator(lambda path: str(Path(path).expanduser().resolve()))]
+FilePath = Annotated[Name, AfterValidator(file_path)]
 
 
 class Section(BaseModel):
