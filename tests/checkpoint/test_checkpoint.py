@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import stat
 import subprocess
 import threading
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainstack.checkpoint.load import newest_whole, read_optimizer
-from trainstack.checkpoint.names import checkpoints, newest_identity
+from trainstack.checkpoint.names import checkpoints, newest_identity, newest_state
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import SaveError, Share, Snapshot, replicated_share
 from trainstack.checkpoint.state import STATE, TrainState
@@ -124,6 +125,15 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_is_used(tmp_
     assert "using checkpoint-1 instead" in caplog.text
     assert (tmp_path / "c" / "damaged-checkpoint-2").is_dir()
     assert not second.exists()
+
+
+def test_a_copy_under_another_step_is_no_checkpoint_of_that_step(tmp_path, caplog):
+    newest = save(tmp_path / "c", 2)
+    shutil.copytree(newest, tmp_path / "c" / "checkpoint-500")
+    assert newest_state(tmp_path / "c")[0] == 2
+    with caplog.at_level("WARNING", "trainstack"):
+        assert newest_whole(tmp_path / "c") == newest
+    assert "checkpoint-500 is damaged (it is a copy of another step); using checkpoint-2" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["manifest.json", "training/state.json", "model.safetensors"])

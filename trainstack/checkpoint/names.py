@@ -1,11 +1,12 @@
 """Which checkpoints a run has, by their names and small files; no torch, for login nodes."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-from trainstack.checkpoint.state import TrainState, read_state
+from trainstack.checkpoint.state import STATE, TrainState, read_state
 from trainstack.storage import manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
@@ -36,9 +37,16 @@ def newest_state(folder: Path) -> tuple[int, TrainState | None]:
     """
     for step, path in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):
-            if not any(manifest.damage(path, STATE_BYTES)):
+            if not any(manifest.damage(path, STATE_BYTES)) and not is_copy(path, step):
                 return step, read_state(path)
     return 0, None
+
+
+def is_copy(checkpoint: Path, step: int) -> bool:
+    """Whether the state of a checkpoint is of another step than its name says."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((checkpoint / STATE).read_bytes()).get("step", step) != step
+    return False
 
 
 def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
