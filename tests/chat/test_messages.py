@@ -44,6 +44,8 @@ def test_parts_of_text_are_joined_and_other_parts_are_named():
     assert message({"role": "assistant", "content": thinking})["reasoning_content"] == "hm"
     with pytest.raises(DataError, match=r"^a:1: message 1 of messages .*no text \(image\)"):
         message({"role": "user", "content": [{"type": "image", "image": "a.png"}]})
+    with pytest.raises(DataError, match=r"\(tool_use\); write calls as tool_calls"):
+        message({"role": "assistant", "content": [{"type": "tool_use", "name": "rain"}]})
 
 
 @pytest.mark.parametrize("thoughts", [{"thinking": ["hm"]}, {"thinking": "hm", "reasoning": "so"}])

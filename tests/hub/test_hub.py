@@ -458,8 +458,8 @@ def refuse(server, case: str) -> tuple[list[str], dict[str, str]]:
 @pytest.mark.parametrize(
     ("case", "cause", "fix"),
     [
-        ("gated", "gated", "accept its licence at"),
-        ("gated, token", "gated", "accept its licence at"),
+        ("gated", "gated", ", then set HF_TOKEN to your token"),
+        ("gated, token", "gated", ", with the account of your token"),
         ("private", "does not exist", "HF_TOKEN"),
         ("no such repository", "does not exist", "check model.name"),
         ("no such revision", "no revision v9", "set model.revision"),

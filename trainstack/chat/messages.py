@@ -136,9 +136,10 @@ def text_of(content: Any) -> tuple[str | None, str]:
             thoughts.append(part[kind])
         else:
             named = part if kind in TEXT_PARTS else kind
-            raise ValueError(
-                f"has a part that is no text ({shown(named)}); this trains on texts: leave it out"
-            )
+            fix = "this trains on texts: leave it out"
+            if kind in ("tool_use", "tool_result"):
+                fix = "write calls as tool_calls, results as messages of the role tool"
+            raise ValueError(f"has a part that is no text ({shown(named)}); {fix}")
     return "".join(texts), "".join(thoughts)
 
 

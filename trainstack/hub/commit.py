@@ -18,7 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, set_client_factory
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_token,
+    hf_hub_download,
+    set_client_factory,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
@@ -160,7 +167,12 @@ class HubCommit:
         page = f"{constants.ENDPOINT}/{kind}{self.asset.name}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.GatedRepoError):
-            return f"gated; accept its licence at {page}, then set HF_TOKEN to your token"
+            how = (
+                "with the account of your token"
+                if get_token()
+                else "then set HF_TOKEN to your token"
+            )
+            return f"gated; accept its licence at {page}, {how}"
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
                 f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name (a path"
