@@ -175,6 +175,7 @@ OVERRIDES = [
     ("data.name=a.jsonl,b.jsonl", "for several files name their folder, or"),
     ("data.name=[./a.jsonl, ./b.jsonl]", "for several files name their folder, or"),
     ("data.name={train: ./a.jsonl}", "for several files name their folder, or"),
+    ("data.name=~nobody-has-this-name/a", "the ~ is of nobody here; write the path itself"),
     ("data.name=$DATA/a.jsonl", "$DATA is not replaced here; write what it stands for"),
     ("model.name=/data/${oc.env:USER}/m", "${oc.env:USER} is not replaced here"),
     ("data.chat_template='%HOME%/a.jinja'", "%HOME% is not replaced here"),

@@ -115,6 +115,7 @@ def test_a_skipped_update_leaves_the_weights_as_they_were_also_after_a_restart(l
     once = lab.train("nan-skip", skip, fault="nan:rank=1,step=25")
     assert [e["step"] for e in once.events("skip")] == [25]
     assert "skip    step 25: not finite: loss nan" in once.output
+    assert "1 of its 60 updates were not made, since a loss or gradient was not" in once.output
     again = lab.train("nan-skip-died", skip,
                       fault="nan:rank=1,step=25,attempt=all;kill:rank=0,step=28")  # fmt: skip
     assert again.equals(once)

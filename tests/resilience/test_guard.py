@@ -114,5 +114,7 @@ def test_the_first_bad_update_ends_a_run_that_does_not_skip():
 def test_fp16_that_lowers_its_scale_is_no_divergence_but_a_loss_that_is_not_finite_is():
     policy = make_policy("stop", is_scaled=True)
     assert policy.skips_after(7, 4.0, float("inf"), True, skips_in_a_row=0) == 0
-    with pytest.raises(Diverged):
+    with pytest.raises(
+        Diverged, match="; fp16 overflows .* set train.precision=bf16 or fp32, lower"
+    ):
         policy.skips_after(7, NAN, 1.0, True, skips_in_a_row=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import decoders
 
 import tiny
 from trainstack.checkpoint.names import checkpoints
@@ -62,6 +63,24 @@ def test_a_sample_is_no_longer_than_the_model_has_positions(home, end):
     long = section.model_copy(update={"sample_prompt": "one " * 8})
     with pytest.raises(ConfigError, match="has 8 of the 8 tokens that the model can read"):
         answer(model, tokenizer, long, False, end, seed=0, seq_len=4)
+
+
+def test_a_sample_heeds_what_a_generation_config_asks_for(home):
+    torch.manual_seed(0)
+    made = tiny.byte_tokenizer()
+    made.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=len(tokenizer))
+    model = transformers.GPT2LMHeadModel(config)
+    section = load(home / "config.yaml", ["eval.sample_tokens=48"]).eval
+    ask = (model, tokenizer, section, False, [], 0, 64)
+    whole, ended = answer(*ask)
+    assert "was cut" in ended
+    stop = whole.removeprefix(section.sample_prompt)[9]
+    model.generation_config.update(stop_strings=[stop], return_dict_in_generate=True)
+    text, ended = answer(*ask)
+    assert text == whole[: whole.index(stop, len(section.sample_prompt)) + 1]
+    assert "stopped by itself" in ended
 
 
 def test_metrics_have_their_stable_keys(home, reference):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from trainstack.checkpoint.names import checkpoints, is_copy
+from trainstack.checkpoint.names import by_name, checkpoints
 from trainstack.checkpoint.publish import set_aside
 from trainstack.errors import ConfigError
 from trainstack.storage import manifest
@@ -22,11 +22,11 @@ def newest_whole(folder: Path, moves: Callable[[], None] = lambda: None) -> Path
     exist and none verifies: never silently start over. ``moves`` is called for each piece hashed.
     """
     damaged: dict[Path, str] = {}  # with what is wrong
-    for number, path in checkpoints(folder):
+    for _, path in sorted({*by_name(folder)} - {*checkpoints(folder)}):
+        log.warning("resume  %s is a copy of another step; it is passed over", path.name)
+    for _, path in checkpoints(folder):
         log.info("resume  verifying %s, every byte of it", path.name)
         problem = next(manifest.damage(path, moves=moves), None)
-        if problem is None and is_copy(path, number):
-            problem = "it is a copy of another step"
         if problem is None:
             for broken, text in damaged.items():
                 log.warning("resume  %s; using %s instead", text, path.name)

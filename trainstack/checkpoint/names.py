@@ -15,7 +15,13 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and two moments of AdamW, e
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Step and path of all checkpoints by name, newest first; links and other names are none."""
+    """Step and path of all checkpoints, newest first; links, copies and other names are none."""
+    found = by_name(folder)
+    return [(step, path) for step, path in found if not is_copy(path, step)]
+
+
+def by_name(folder: Path) -> list[tuple[int, Path]]:
+    """The same with copies."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = CHECKPOINT.fullmatch(path.name)
@@ -37,7 +43,7 @@ def newest_state(folder: Path) -> tuple[int, TrainState | None]:
     """
     for step, path in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):
-            if not any(manifest.damage(path, STATE_BYTES)) and not is_copy(path, step):
+            if not any(manifest.damage(path, STATE_BYTES)):
                 return step, read_state(path)
     return 0, None
 

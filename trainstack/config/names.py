@@ -56,6 +56,10 @@ def file_path(path: str) -> str:
 
 def check_variables(path: str) -> None:
     """Refuse what a shell would replace; a path that is there may have such a name."""
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise _refusal("the ~ is of nobody here; write the path itself") from None
     if (found := VARIABLE.search(path)) and not Path(path).expanduser().exists():
         raise _refusal(
             f"{found[0]} is not replaced here; write what it stands for, or set it on the command"

@@ -94,6 +94,8 @@ class Policy:
         if action == "skip":
             text += f"; {self.section.max_skips} updates in a row were skipped before"
         advice = f"lower optim.learning_rate (now {self.learning_rate:g}), or look at the data"
+        if self.is_scaled:
+            advice = f"fp16 overflows beyond 65,504: set train.precision=bf16 or fp32, {advice}"
         raise Diverged(step, f"{text}; {advice}")
 
 

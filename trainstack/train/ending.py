@@ -2,7 +2,7 @@
 
 import logging
 
-from trainstack.checkpoint.names import newest_checkpoint
+from trainstack.checkpoint.names import newest_checkpoint, newest_state
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.model.strategy import Strategy
 from trainstack.run.states import CONTINUES, EXIT_CODES
@@ -29,11 +29,15 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
     if attempt.world.is_main:
         run, name = attempt.run, attempt.run.path.name
         _, newest = newest_checkpoint(run.checkpoints)
+        _, state = newest_state(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(seconds)
         code = EXIT_CODES["DONE"]
         run.set_status("DONE", step=step, exit_code=code, cause=None, next_action=look)
         run.add_event("done", step=step, job=attempt.owner.job, attempt=attempt.owner.attempt)
         log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
+        if state and state.updates < state.step:
+            log.info("      %s of its %s updates were not made, since a loss or gradient was not "
+                     "finite, or a spike", f"{step - state.updates:,}", f"{step:,}")  # fmt: skip
         log.info("      look: %s", look)
         log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
         attempt.lease.release()

@@ -108,12 +108,14 @@ def answer(
         top_k=50,
         eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
+        tokenizer=tokenizer,  # for stop_strings of its generation_config.json
+        return_dict_in_generate=False,
     )
     causal_lm.train()
     said = output[0, len(ids) :].tolist()
     text = tokenizer.decode(said if is_chat else [*ids, *said], skip_special_tokens=True)
     end = "was cut, and did not stop"
-    if said[-1] in ends:
+    if said[-1] in ends or len(said) < most:
         end = f"stopped by itself, after {len(said)} tokens"
     elif most < section.sample_tokens:
         end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can read"
