@@ -89,6 +89,20 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     return [*cards, *paths], {"subset": subset, "splits": once}
 
 
+def oddities(
+    name: str, used: Iterable[str], splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Lines on the files of the data set ``name`` that are there twice, or not, in ``used`` splits.
+
+    ``entries``: of the files in the manifest.
+    """
+    read = {split: splits[split] for split in used}
+    if Path(name).is_file():  # one was named
+        return []
+    every = sorted({path for paths in read.values() for path in paths})
+    return [*repeated(read, entries), *missing_shards(every)]
+
+
 def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
     """Lines on files whose texts would be learned twice, or learned and held out.
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Collection
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,10 +238,7 @@ def collect_needed(
     origin.collect(wanted)
     if asset.kind == "model":
         return choose.model_facts(origin, wanted)
-    used = {split: facts["splits"][split] for split in asset.splits}
-    is_alone = len(wanted) == 1 and Path(asset.name).is_file()  # one was named
-    gone = [] if is_alone else data_files.missing_shards(sorted({*chain(*used.values())}))
-    for line in [*data_files.repeated(used, origin.entries), *gone]:
+    for line in data_files.oddities(asset.name, asset.splits, facts["splits"], origin.entries):
         say(f"{asset}: {line}")
     return facts
 

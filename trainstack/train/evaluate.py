@@ -100,17 +100,10 @@ def answer(
         )
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=most,
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.eos_token_id,
-        tokenizer=tokenizer,  # for stop_strings of its generation_config.json
-        return_dict_in_generate=False,
-    )
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, do_sample=True,
+        temperature=0.8, top_k=50, eos_token_id=ends, pad_token_id=tokenizer.eos_token_id,
+        tokenizer=tokenizer, return_dict_in_generate=False,  # its own settings may ask for them
+    )  # fmt: skip
     causal_lm.train()
     said = output[0, len(ids) :].tolist()
     text = tokenizer.decode(said if is_chat else [*ids, *said], skip_special_tokens=True)
