@@ -8,7 +8,7 @@ from records import TEMPLATE, record
 
 import tiny
 from trainstack.config.load import load
-from trainstack.data.store import EARLIER_VERSION, find_store, store_folder
+from trainstack.data.store import EARLIER_VERSION, LAST_VERSION, find_store, store_folder
 from trainstack.prepare import prepare
 from trainstack.storage import layout
 from trainstack.storage.manifest import damage, remove_folder
@@ -44,6 +44,20 @@ def test_a_run_goes_on_with_the_store_that_it_began_with_and_a_new_one_does_not(
     assert find_store(home, "tiny", section, ["another"]) == now
     other = section.model_copy(update={"learn": "last"})
     assert find_store(home, "tiny", other, [before.name]).name != before.name
+
+
+@pytest.mark.parametrize("name", ["text", "messages"])
+def test_a_store_of_the_last_rules_is_kept_by_its_runs_and_by_new_ones_if_it_is_plain(home, name):
+    settings = [f"data.name={name}", "data.packing=best_fit", "data.seq_len=64"]
+    section, now, _ = made(home, *settings)
+    last = store_folder(home, "tiny", section, LAST_VERSION)
+    now.resolve().rename(last)
+    remove_folder(now)
+    assert find_store(home, "tiny", section, [last.name]) == last
+    made(home, *settings)
+    assert (now.resolve() == last) == (name == "text")
+    assert find_store(home, "tiny", section, ()) == (last if name == "text" else now)
+    assert find_store(home, "tiny", section, [last.name]) == last
 
 
 def test_plain_texts_have_the_store_that_both_rules_make_and_it_is_not_made_twice(home, capsys):

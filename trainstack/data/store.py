@@ -29,8 +29,9 @@ from trainstack.storage import manifest
 from trainstack.storage.files import read_object
 from trainstack.storage.layout import dataset_folder, model_folder
 
-FORMAT_VERSION = 3  # higher whenever the same files would give other tokens, as by formats.py
-EARLIER_VERSION = 2  # whose stores the runs that began with them go on using
+FORMAT_VERSION = 4  # higher whenever the same files would give other tokens, as by formats.py
+LAST_VERSION = 3  # which differs in conversations alone: calls, and tags that somebody wrote
+EARLIER_VERSION = 2  # whose stores, as the last ones, the runs that began with them go on using
 EARLIER_FILES = (  # of the model, whose hashes are in a key of that version
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "chat_template.jinja", "chat_template.json",
@@ -153,10 +154,11 @@ def find_store(home: Path, model_name: str, section: DataSection, kept: Sequence
     the same files and settings by the rules before, the run continues with it. Raises as
     ``made_from``.
     """
-    if kept and is_as_before(section):
-        earlier = store_folder(home, model_name, section, EARLIER_VERSION)
-        if earlier.name in kept and earlier.exists():
-            return earlier
+    for version in (LAST_VERSION, EARLIER_VERSION) if kept else ():
+        if version == LAST_VERSION or is_as_before(section):
+            earlier = store_folder(home, model_name, section, version)
+            if earlier.name in kept and earlier.exists():
+                return earlier
     return store_folder(home, model_name, section).resolve()
 
 

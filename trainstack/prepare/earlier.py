@@ -7,16 +7,29 @@ from typing import Any
 import numpy as np
 
 from trainstack.config.schema import DataSection
-from trainstack.data.store import EARLIER_VERSION, TokenStore, is_as_before, store_folder
+from trainstack.data.store import (
+    EARLIER_VERSION,
+    LAST_VERSION,
+    PLAIN,
+    TokenStore,
+    is_as_before,
+    store_folder,
+)
 from trainstack.data.writer import temporary_folder
 from trainstack.prepare.tokenizer import load_backend
 from trainstack.storage import layout, manifest
+from trainstack.storage.files import read_object
 
 UNREAD = {"post_processor": None, "truncation": None, "padding": None}  # if they add no token
 
 
 def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> bool:
     """Whether the rules before made the same store; then ``final`` becomes a link to it."""
+    last = store_folder(home, model_name, section, LAST_VERSION).resolve()
+    is_whole = not any(manifest.damage(last, manifest.TRUSTED_BY_SIZE))
+    if is_whole and read_object(last / "meta.json")["format"] in PLAIN:
+        link(final, last)
+        return True
     earlier = store_folder(home, model_name, section, EARLIER_VERSION)
     if not is_as_before(section) or any(manifest.damage(earlier, manifest.TRUSTED_BY_SIZE)):
         return False
