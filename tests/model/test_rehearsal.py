@@ -138,7 +138,9 @@ def test_quantised_weights_are_refused_and_from_scratch_they_are_not_used(tmp_pa
 
 
 def test_a_type_that_transformers_does_not_know_is_told(tmp_path):
-    assert "cannot read its config.json" in refusal(tmp_path, "llama", model_type="unheard_of")
+    newer = refusal(tmp_path, "llama", model_type="llama9")  # no typing error
+    assert "does not know its model_type llama9; if it is newer, set a newer transformers" in newer
+    assert refusal(tmp_path, "llama", model_type="unheard_of").endswith("choose another model")
 
 
 def test_a_package_that_is_missing_is_named(tmp_path):
@@ -227,7 +229,11 @@ WRONG = [  # model and its config.json, and what of it is to be written or corre
     ("llama", {"attention_dropout": 2.0}, 'correct "attention_dropout" in its config.json'),
     ("llama", {"return_dict": False}, 'write "return_dict": null in its config.json'),
     ("qwen2", {"layer_types": ["full_attention"]}, 'correct "layer_types" in its config.json'),
-    ("llama", {"model_type": "LLaMA"}, 'write "model_type": "llama" in it, or choose another'),
+    (
+        "llama",
+        {"model_type": "LLaMA"},
+        'write "model_type": "llama" in its config.json, or choose another',
+    ),
     ("llama", {"architectures": "OwnModel"}, 'write "architectures": ["LlamaForCausalLM"] in its'),
     ("bert", {}, 'write "is_decoder": true in its config.json, or choose a causal LM such as'),
 ]

@@ -267,6 +267,11 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"messages": [*TURNS[:1], HALF]}, r"half a character \(U\+D83D\)"),
         ({"body": "one"}, "nor any of messages, .*the record has: body"),
         ({"text": "one", "messages": TURNS}, "fits text and messages; .*data.format=messages"),
+        (
+            {f"id{n}": {"text": "a"} for n in range(30)},
+            "id19 and 10 more; if its values are the rec",
+        ),
+        ({"prompt": {"0": "a"}, "completion": {"0": "b"}}, "a record for each of its values"),
         (["one"], "the record is a list; write objects"),
         (TURNS, "the record is a list; write an object with its turns"),
         ({"id;text": "0;one"}, "the record has: id;text; columns of a .csv are separated by comm"),

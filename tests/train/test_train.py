@@ -20,6 +20,7 @@ from trainstack.config.load import load
 from trainstack.data import order
 from trainstack.errors import ConfigError
 from trainstack.run.folder import RunFolder
+from trainstack.train.ending import best_before
 from trainstack.train.evaluate import answer
 
 
@@ -81,6 +82,23 @@ def test_a_sample_heeds_what_a_generation_config_asks_for(home):
     text, ended = answer(*ask)
     assert text == whole[: whole.index(stop, len(section.sample_prompt)) + 1]
     assert "stopped by itself" in ended
+
+
+def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
+    metrics, newest = tmp_path / "metrics.jsonl", tmp_path / "checkpoint-30"
+    lines = [
+        {"step": 10, "eval_loss": 4.0},
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "eval_loss": 3.5},
+    ]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert best_before(metrics, newest) == ""
+    with metrics.open("a") as file:
+        file.write(json.dumps({"step": 30, "eval_loss": 3.75}) + '\n{"step": 3')
+    said = "the held-out loss was lowest at step 20, 3.5000: "
+    assert best_before(metrics, newest) == f"{said}not kept (checkpoint.save_total_limit)"
+    (tmp_path / "checkpoint-20").mkdir()
+    assert best_before(metrics, newest) == f"{said}kept in {tmp_path / 'checkpoint-20'}"
 
 
 def test_metrics_have_their_stable_keys(home, reference):

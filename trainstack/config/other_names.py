@@ -40,7 +40,7 @@ THEIRS = {  # our key -> the names that other trainers have for it
     "optim.adam_epsilon": "eps",
     "optim.max_grad_norm": "clip_grad_norm max_norm grad_clip",
     "checkpoint.save_steps": "save_interval interval",
-    "checkpoint.save_total_limit": "keep_latest_k",
+    "checkpoint.save_total_limit": "keep_latest_k save_top_k load_best_model_at_end",
     "eval.eval_steps": "eval_interval evaluation_strategy eval_strategy",
     "log.logging_steps": "log_freq log_interval log_every_n_steps",
     "log.report_to": "metric_logger",

@@ -84,11 +84,15 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind.startswith(("int", "float")):
         example, noun = ("8", "whole number") if kind.startswith("int") else ("2e-5", "number")
         meant = number_meant(str(value), noun)
+        if kind.startswith("int") and isinstance(value, float) and 0 < value < 1:
+            return f"not a whole number: it counts, and is no share; write for example {example}"
         return f"not a {noun}; write {meant or f'for example {example}'}"
     if kind.startswith("bool"):
         word = str(value).strip().lower()
         meant = "true" if word in YES else "false" if word in NO else "one of the two"
         return f"neither true nor false; write {meant}"
+    if kind == "list_type" and dotted == "log.report_to":
+        return "not a list; write [tensorboard], or [] for metrics.jsonl alone"
     if kind == "list_type":
         item = "" if value is None else shown(value)
         item = f"{{name: {item}, weight: null}}" if dotted == "data.mixture" and item else item

@@ -31,6 +31,7 @@ from trainstack.storage.files import read_object
 log = logging.getLogger("trainstack")
 GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 NO_TOKEN = "no token"
+DIGITS = re.compile(r"\d+")
 A_TABLE = re.compile(
     r"inv_freq$|attn\.(masked_)?bias$|attention\.(masked_)?bias$|relative_position_"
 )
@@ -42,13 +43,16 @@ def read_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the class of that configuration raises
-        kind, fix = read_object(folder / CONFIG).get("model_type", ""), "correct it"
-        if kind not in CONFIG_MAPPING:
-            near = difflib.get_close_matches(str(kind).lower(), CONFIG_MAPPING, 1)
-            fix = f'write "model_type": "{near[0]}" in it' if near else fix
+        kind = str(read_object(folder / CONFIG).get("model_type") or "")
+        problem, fix = f"cannot read its config.json ({first_words(error)})", "correct it"
+        if kind and kind not in CONFIG_MAPPING:
+            problem = f"does not know its model_type {kind}"
+            fix = "if it is newer, set a newer transformers in requirements.txt"
+            near = difflib.get_close_matches(kind.lower(), CONFIG_MAPPING, 1)
+            if near and DIGITS.findall(kind) == DIGITS.findall(near[0]):  # else another generation
+                fix = f'write "model_type": "{near[0]}" in its config.json'
         raise ConfigError(
-            f"transformers {transformers.__version__} cannot read its config.json "
-            f"({first_words(error)}); {fix}, or choose another model"
+            f"transformers {transformers.__version__} {problem}; {fix}, or choose another model"
         ) from None
 
 

@@ -113,6 +113,8 @@ def _text(
         fix = "write a string there, or leave the record out"
     if isinstance(value, list):
         fix = "write a record for each of its texts"
+    if isinstance(value, dict):
+        fix = "write a record for each of its values (pandas: to_json with orient='records')"
     raise DataError(f"{location}: {what} in {setting}{found}; {has(record)}; {fix}")
 
 

@@ -33,6 +33,7 @@ ALIKE = {
     "input": ("context",),
     "text": ("content", "body", "document", "article"),
 }
+MOST_NAMES = 20  # that a line shows
 IN_TURNS = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name")
 
 
@@ -135,6 +136,8 @@ def _odd_shape(record: Any) -> str:
             return 'write an object with its turns: {"conversations": [...]}'
     if not isinstance(record, dict):
         return 'write objects: {"text": ...}'
+    if len(record) > 1 and all(isinstance(value, dict) for value in record.values()):
+        return "if its values are the records, write them as an array, or one a line"
     if len(record) == 1:
         [(name, value)] = record.items()
         if re.search("[;\t]", name):
@@ -176,6 +179,7 @@ def text_column(record: Any, section: SourceSection) -> str:
 
 def has(record: Any) -> str:
     if isinstance(record, dict):
-        names = (name if str(name).split() == [name] else repr(name) for name in record)
-        return f"the record has: {', '.join(names)}"
+        names = [name if str(name).split() == [name] else repr(name) for name in record]
+        more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+        return f"the record has: {', '.join(names[:MOST_NAMES])}{more}"
     return f"the record is a {type(record).__name__}"

@@ -1,6 +1,9 @@
 """How a run is left: paused or done, recorded durably, with what to do next."""
 
+import contextlib
+import json
 import logging
+from pathlib import Path
 
 from trainstack.checkpoint.names import newest_checkpoint, newest_state
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
@@ -38,10 +41,28 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
         if state and state.updates < state.step:
             log.info("      %s of its %s updates were not made, since a loss or gradient was not "
                      "finite, or a spike", f"{step - state.updates:,}", f"{step:,}")  # fmt: skip
+        if gone := best_before(run.path / "metrics.jsonl", newest):
+            log.info("      %s", gone)
         log.info("      look: %s", look)
         log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
         attempt.lease.release()
     return "DONE"
+
+
+def best_before(metrics: Path, newest: Path | None) -> str:
+    """A line if the held-out loss was lower at an earlier evaluation than at the last one."""
+    found = {}
+    for line in metrics.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a torn line
+            values = json.loads(line)
+            if "eval_loss" in values:
+                found[values["step"]] = values["eval_loss"]
+    best = min(found, key=found.get, default=None)
+    if best is None or best == max(found) or newest is None:
+        return ""
+    where = newest.with_name(f"checkpoint-{best}")
+    kept = f"kept in {where}" if where.exists() else "not kept (checkpoint.save_total_limit)"
+    return f"the held-out loss was lowest at step {best:,}, {found[best]:.4f}: {kept}"
 
 
 def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
