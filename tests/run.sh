@@ -30,8 +30,9 @@ main() {
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
   tools="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
+  PATH="$PATH:/usr/sbin:/sbin" # where Slurm has its daemons
   install_slurm
-  export PATH="$tools/bin:$PATH:/usr/sbin:/sbin" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
+  export PATH="$tools/bin:$PATH" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
   # Runs of the tests live in pytest's own folders; nothing of the user's is touched.
   exec "$TRAINSTACK_PYTHON" -m pytest --numprocesses "$WORKERS" --no-loadscope-reorder "$@"
