@@ -30,7 +30,7 @@ main() {
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
   tools="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
-  PATH="$PATH:/usr/sbin:/sbin" # where Slurm has its daemons
+  export PATH="$PATH:/usr/sbin:/sbin" # where Slurm has its daemons
   install_slurm
   export PATH="$tools/bin:$PATH" PYTHONPATH="$tools" PYTHONDONTWRITEBYTECODE=1
   cd "$ROOT"
