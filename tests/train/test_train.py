@@ -91,6 +91,7 @@ def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
         {"step": 10, "loss": 1.0},
         {"step": 20, "eval_loss": 3.5},
     ]
+    assert best_before(metrics, newest) == "", "of a run that wrote none"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert best_before(metrics, newest) == ""
     with metrics.open("a") as file:

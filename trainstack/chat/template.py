@@ -72,7 +72,7 @@ class Chat:
     def __init__(self, model_folder: Path, file: Path | None = None, date: str | None = None):
         self.model_folder, self.file, self.date = model_folder, file, date
         self._tokenizer = None
-        self._learned_of: dict[tuple[str, bool], tuple[set[str], str]] = {}  # of templates
+        self._of_templates: dict[tuple[str, bool], tuple[set[str], str]] = {}
 
     @classmethod
     def of(cls, model_folder: Path, section: DataSection) -> "Chat":
@@ -192,9 +192,9 @@ class Chat:
         """As ``render``, in one way to hand it over; a DataError does not name the record."""
         write = partial(self._written, template, tools)
         key = template, tools is None  # some fail without a list of tools
-        if key not in self._learned_of:
-            self._learned_of[key] = tags_within(template, write), invitation(write)
-        marked = Marked(messages, write, *self._learned_of[key])
+        if key not in self._of_templates:
+            self._of_templates[key] = tags_within(template, write), invitation(write)
+        marked = Marked(messages, write, *self._of_templates[key])
         whole = marked.whole
         check_shape(messages, whole.text)
         dropped = 0 if is_asked else check_pieces(marked, whole)

@@ -180,14 +180,13 @@ def store_settings(section: DataSection, is_earlier: bool = False) -> dict[str, 
     if not is_earlier and section.special_tokens != "tokens":
         settings["special_tokens"] = None  # text and null make the same tokens
     if not is_earlier and section.chat_template:  # another path with the same content is the same
+        name = f"data.chat_template={section.chat_template}"
         try:
             content = Path(section.chat_template).read_bytes()
         except OSError as error:
             fix = "name a file that holds a Jinja template, or null for the model's own"
-            name = f"data.chat_template={section.chat_template}"
             raise ConfigError(f"{name}: {error.strerror}; {fix}") from None
         if not content.strip():
-            name = f"data.chat_template={section.chat_template}"
             raise ConfigError(f"{name}: is empty; write a Jinja template into it, or set null")
         settings["chat_template"] = hashlib.sha256(content).hexdigest()
     return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}

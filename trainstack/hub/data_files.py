@@ -42,16 +42,19 @@ READING = (
 )  # fmt: skip
 
 
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or "/." in name
+
+
 def is_data_file(name: str) -> bool:
     """Whether a file can matter to a data set."""
-    is_hidden = name.startswith(".") or "/." in name or A_CACHE.search(name)
-    return name in CARDS or (not is_hidden and readers.is_readable(name))
+    is_kept = readers.is_readable(name) and not (is_hidden(name) or A_CACHE.search(name))
+    return name in CARDS or is_kept
 
 
 def is_unread(name: str) -> bool:
     """Whether a file of a data set may be data, and cannot be read here."""
-    is_hidden = name.startswith(".") or "/." in name
-    return not (is_hidden or readers.is_readable(name) or NO_DATA.search(name))
+    return not (is_hidden(name) or readers.is_readable(name) or NO_DATA.search(name))
 
 
 def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:

@@ -1,7 +1,5 @@
 """How a run is left: paused or done, recorded durably, with what to do next."""
 
-import contextlib
-import json
 import logging
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from trainstack.run.states import CONTINUES, EXIT_CODES
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import answer
+from trainstack.train.metrics import evaluations
 from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
@@ -51,12 +50,7 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
 
 def best_before(metrics: Path, newest: Path | None) -> str:
     """A line if the held-out loss was lower at an earlier evaluation than at the last one."""
-    found = {}
-    for line in metrics.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a torn line
-            values = json.loads(line)
-            if "eval_loss" in values:
-                found[values["step"]] = values["eval_loss"]
+    found = evaluations(metrics)
     best = min(found, key=found.get, default=None)
     if best is None or best == max(found) or newest is None:
         return ""

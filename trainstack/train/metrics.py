@@ -1,5 +1,6 @@
 """The formats of what a run reports: console lines, metrics.jsonl, samples.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import math
@@ -93,6 +94,16 @@ class Metrics:
 def perplexity_of(loss: float) -> float:
     """e to the loss in nats, kept finite."""
     return math.exp(min(loss, 700))
+
+
+def evaluations(file: Path) -> dict[int, float]:
+    """The held-out loss of each evaluation in metrics.jsonl by its step; none without a file."""
+    found = {}
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line, or no evaluation
+            values = json.loads(line)
+            found[values["step"]] = values["eval_loss"]
+    return found
 
 
 def _step_of(line: bytes) -> float:
