@@ -133,7 +133,7 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     shapes and no memory: it knows the names of earlier releases, and what it makes of experts.
     """
     notes = []
-    check_generation(folder)
+    check_generation_config(folder)
     one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
     with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
         weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
@@ -169,7 +169,7 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     return notes
 
 
-def check_generation(folder: Path) -> None:
+def check_generation_config(folder: Path) -> None:
     """ConfigError if its generation_config.json cannot be read, as loading the weights does."""
     try:
         GenerationConfig.from_pretrained(folder, local_files_only=True)
