@@ -221,5 +221,6 @@ class TokenStore:
             names = (name if name.strip() else repr(name) for name in unread[:SHOWN])
             listed = f"{', '.join(names)}{more}"
             is_column = any(not name.startswith("turn.") for name in unread)
-            hint = " (data.columns could map them)" if is_column else ""  # no key of a turn
+            has_others = self.meta["format"] != "text"  # a text has but the column that was found
+            hint = " (data.columns could map them)" if is_column and has_others else ""
             yield f"nothing reads these columns{hint}: {listed}"
