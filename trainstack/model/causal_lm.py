@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
@@ -249,10 +250,6 @@ def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             weights[name] = tensor.detach()
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5 names were not converted
-        return weights
     return revert_weight_conversion(causal_lm, weights)
 
 

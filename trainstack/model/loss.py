@@ -69,7 +69,7 @@ class CausalLMLoss(nn.Module):
             log.info("model: its logits are more than a linear head; the loss keeps them whole")
         if packing == "best_fit":  # with none the rest of a row is padding
             with self._trying():
-                check_apart(causal_lm, device)
+                check_apart(causal_lm)
         with self._trying():
             trial.check_own_loss(causal_lm, self.balancing)
         self.train()  # from_pretrained leaves a model in eval mode: without dropout

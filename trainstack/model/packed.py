@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainstack.errors import ConfigError
+from trainstack.model.trial import logits_of, some_tokens
 
 
 def apart(
@@ -24,27 +25,23 @@ def apart(
 
 
 @torch.no_grad()
-def check_apart(causal_lm: nn.Module, device: torch.device) -> None:
-    """ConfigError if this model lets a document see another one of its sample.
+def check_apart(causal_lm: nn.Module) -> None:
+    """ConfigError if this model, in eval mode, lets a document see another one of its sample.
 
     Tried on eight tokens: another first document must not change the logits of the second. In full
     precision but for flash attention, which knows none: the rounding of experts would change them.
     """
-    vocab_size = causal_lm.get_input_embeddings().num_embeddings
-    tokens = torch.arange(16, device=device).remainder(vocab_size).view(2, 8)
+    tokens = some_tokens(causal_lm, 16).view(2, 8)
     changed = tokens.clone()
     changed[:, :4] = tokens[:, :4].flip(1)
-    positions = torch.arange(4, device=device).repeat(2, 2)
+    positions = torch.arange(4, device=tokens.device).repeat(2, 2)
     is_flash = causal_lm.config._attn_implementation.startswith("flash")
-    was_training = causal_lm.training
-    causal_lm.eval()
-    with contextlib.nullcontext() if is_flash else torch.autocast(device.type, enabled=False):
-        outputs = [
-            causal_lm(**apart(causal_lm, inputs, positions), use_cache=False)
+    device = tokens.device.type
+    with contextlib.nullcontext() if is_flash else torch.autocast(device, enabled=False):
+        before, after = (
+            logits_of(causal_lm, **apart(causal_lm, inputs, positions)).view(2, 8, -1)[:, 4:]
             for inputs in (tokens, changed)
-        ]
-    causal_lm.train(was_training)
-    before, after = (output.logits.view(2, 8, -1)[:, 4:] for output in outputs)
+        )
     if (before - after).abs().max() > 1e-5 * before.abs().max():
         raise ConfigError(
             f"{type(causal_lm).__name__} lets documents of one sequence see each other; "

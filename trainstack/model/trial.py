@@ -75,7 +75,7 @@ def has_plain_head(causal_lm: nn.Module) -> bool:
         rows.copy_(one_hot)
         body = causal_lm.base_model(input_ids=tokens, use_cache=False, return_dict=True)
         with head.register_forward_pre_hook(replace):
-            logits = causal_lm(input_ids=tokens, use_cache=False, return_dict=True).logits
+            logits = logits_of(causal_lm, tokens)
         expected = nn.functional.linear(one_hot, weight).to(logits.dtype)
         # A bias may still be zero: no parameter beside the weight has a part in the logits.
         others = [p for p in causal_lm.parameters() if p.requires_grad and p is not head.weight]
@@ -224,7 +224,7 @@ def check_positions(causal_lm: nn.Module, seq_len: int, packing: str) -> list[st
         arguments = {"position_ids": positions.unsqueeze(0)} if takes_positions else {}
         tokens = some_tokens(causal_lm, len(positions))
         try:
-            causal_lm(input_ids=tokens, **arguments, use_cache=False)
+            logits_of(causal_lm, tokens, **arguments)
         except Exception:  # IndexError of an embedding, RuntimeError of another table
             return False
         return True
@@ -261,10 +261,9 @@ def depends_on_length(causal_lm: nn.Module, seq_len: int) -> bool:
     """Whether tokens have other logits if one at the end of a sequence of ``seq_len`` follows."""
     tokens, positions = some_tokens(causal_lm, TOKENS + 1), torch.arange(TOKENS + 1)
     positions[-1] = max(TOKENS, seq_len - 1)
-    arguments = {"position_ids": positions.unsqueeze(0), "use_cache": False, "return_dict": True}
     alone = logits_of(causal_lm, tokens[:, :TOKENS])
     try:
-        found = causal_lm(input_ids=tokens, **arguments).logits[:, :TOKENS]
+        found = logits_of(causal_lm, tokens, position_ids=positions.unsqueeze(0))[:, :TOKENS]
     except Exception:  # it takes no positions that are apart
         return False
     return bool((found - alone).abs().max() > 1e-5 * alone.abs().max())
@@ -294,5 +293,5 @@ def generation_problem(causal_lm: nn.Module) -> str:
     return f"generate() has other logits than training, by {apart:.0%}" if apart > 0.01 else ""
 
 
-def logits_of(causal_lm: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return causal_lm(input_ids=tokens, use_cache=False, return_dict=True).logits
+def logits_of(causal_lm: nn.Module, input_ids: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+    return causal_lm(input_ids=input_ids, **more, use_cache=False, return_dict=True).logits
