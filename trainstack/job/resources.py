@@ -1,11 +1,17 @@
 """What the job asks of Slurm, read from train.slurm and the command line."""
 
+import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError
+
+OPTIONS = (  # of sbatch
+    ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--gpus", "-G"),
+    ("--gpus-per-node",), ("--gres",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,40 +36,33 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
     written = [word for line in lines for word in line.split()]
-    words = written + sbatch_options
+    asked = _options(written + sbatch_options)
     return Resources(
-        nodes=_number(_last(words, "--nodes", "-N") or "1"),
+        nodes=_number(asked.nodes or "1"),
         gpus_per_node=_gpus_per_node(sbatch_options, written),
-        time=_last(words, "--time", "-t") or "the partition's time limit",
-        partition=f"partition {_last(words, '--partition', '-p') or '(default)'}",
+        time=asked.time or "the partition's time limit",
+        partition=f"partition {asked.partition or '(default)'}",
         processes_per_node=_number(edited[1] or "0") if edited else None,
     )
 
 
+def _options(words: list[str]) -> argparse.Namespace:
+    """The last value of each option that is read here, in any of the spellings of sbatch."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in OPTIONS:
+        parser.add_argument(*names, nargs="?", const="")
+    return parser.parse_known_args(words)[0]
+
+
 def _gpus_per_node(*sources: list[str]) -> int | None:
     """GPUs per node by the first source that says; None if it gives only a total."""
-    for words in sources:
-        value = _last(words, "--gpus-per-node") or _last(words, "--gres", "", r"gpu:(.*)")
-        if value is not None:
-            return _number(value)
-        if _last(words, "--gpus", "-G") is not None:
+    for asked in map(_options, sources):
+        gres = re.fullmatch(r"gpu:(.*)", asked.gres or "")
+        if asked.gpus_per_node or gres:
+            return _number(asked.gpus_per_node or gres[1])
+        if asked.gpus is not None:
             return None
     return 0
-
-
-def _last(words: list[str], long: str, short: str = "", pattern: str = "(.*)") -> str | None:
-    """The last value of an option, in any of the spellings that sbatch takes."""
-    value = None
-    for index, word in enumerate(words):
-        following = words[index + 1] if index + 1 < len(words) else ""
-        if word.startswith(f"{long}="):
-            value = word.partition("=")[2]
-        elif word == long or (short and word == short):
-            value = following
-        elif short and word.startswith(short) and not word.startswith("--"):
-            value = word[len(short) :]
-    match = re.fullmatch(pattern, value) if value is not None else None
-    return match[1] if match else None
 
 
 def _number(text: str) -> int | None:
