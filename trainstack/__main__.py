@@ -7,9 +7,9 @@ import difflib
 import importlib
 import sys
 
-from trainstack.errors import USAGE_ERROR
+from trainstack.errors import USAGE_ERROR, ConfigError
 
-COMMANDS = {  # name -> module that has main(arguments) -> exit code; what it does
+COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigError; what it does
     "config": (".config.command", "check and print a configuration and its batch"),
     "hub": (".hub.fetch", "fetch the model and the data sets of a configuration"),
     "prove": (".model.proof", "try whether the model can be trained as configured"),
@@ -33,7 +33,11 @@ def main(arguments: list[str]) -> int:
         print(f"trainstack: error: no command {name}; {fix}", file=sys.stderr)
         return USAGE_ERROR
     module, _ = COMMANDS[name]
-    return importlib.import_module(module, "trainstack").main(arguments[1:])
+    try:
+        return importlib.import_module(module, "trainstack").main(arguments[1:])
+    except ConfigError as error:
+        print(error.report(name), file=sys.stderr)
+        return error.code
 
 
 if __name__ == "__main__":

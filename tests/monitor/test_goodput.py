@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 import tiny
+from trainstack.__main__ import main
 from trainstack.monitor import goodput, history
 from trainstack.run.folder import RunFolder
 
@@ -319,7 +320,7 @@ def test_of_a_job_that_ended_for_good_steps_that_no_checkpoint_holds_are_lost(
     (run.path / "samples.jsonl").write_text("".join(lines))
     for state, cause in (("RUNNING", "training"), ("FAILED", "redone")):
         run.set_status(state)
-        assert goodput.main([str(run.path)]) == 0
+        assert main(["goodput", str(run.path)]) == 0
         assert table(capsys.readouterr().out)[cause][0] == 2.0
 
 
@@ -327,9 +328,9 @@ def test_a_run_without_a_record_and_one_that_is_not_there_are_one_line(tmp_path,
     run = RunFolder(tmp_path / "runs/young")
     run.create()
     (run.path / "events.jsonl").touch()
-    assert goodput.main(["young", "--home", str(tmp_path)]) == 0
+    assert main(["goodput", "young", "--home", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "run young: no status; nothing is on record yet\n"
-    assert goodput.main(["old", "--home", str(tmp_path)]) == 2
+    assert main(["goodput", "old", "--home", str(tmp_path)]) == 2
     error = f"goodput: error: no run old in {tmp_path}/runs; there are: young\n"
     assert capsys.readouterr().err == error
 
@@ -345,7 +346,7 @@ def test_queue_time_is_also_reported_apart(tmp_path, capsys):
         '{"step": 1, "samples_hash": "", "attempt": "7.1", "at": 100}\n'
     )
     run.set_status("RUNNING")
-    goodput.main([str(run.path)])
+    main(["goodput", str(run.path)])
     assert capsys.readouterr().out.splitlines()[-1] == (
         "  goodput 25.0 % of the wall time, 50.0 % of that outside the queue"
     )

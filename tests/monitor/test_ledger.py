@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import tiny
+from trainstack.__main__ import main
 from trainstack.data import order
 from trainstack.monitor import history, ledger
 from trainstack.run.folder import RunFolder
@@ -40,7 +41,7 @@ def tell(home, capsys):
     """What the ledger prints about a run, and its exit code."""
 
     def tell(run, home=home) -> tuple[list[str], int]:
-        code = ledger.main([str(run), *(["--home", str(home)] if home else [])])
+        code = main(["ledger", str(run), *(["--home", str(home)] if home else [])])
         captured = capsys.readouterr()
         return (captured.out + captured.err).splitlines(), code
 

@@ -5,11 +5,9 @@ neither torch nor transformers, so that a check on a login node takes a blink.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from trainstack.config.load import load
-from trainstack.errors import USAGE_ERROR, ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -18,12 +16,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--world-size", type=int, default=1, metavar="N")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
-    try:
-        config = load(options.config, options.overrides)
-        plan = config.batch_plan(options.world_size)
-    except ConfigError as error:
-        print(error.report("config"), file=sys.stderr)
-        return USAGE_ERROR
+    config = load(options.config, options.overrides)
+    plan = config.batch_plan(options.world_size)
     print(config.to_yaml())
     print(f"# {plan}")
     if config.train.max_steps:

@@ -20,10 +20,7 @@ from pathlib import Path
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.store import is_of_weights
-from trainstack.errors import ConfigError
 from trainstack.storage import files, layout, manifest
-
-SPEAKER = "prove"
 
 
 def main(arguments: list[str]) -> int:
@@ -32,18 +29,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", type=Path, default=Path("config.yaml"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
-
-    def say(text: str) -> None:
-        print(f"{SPEAKER}: {text}", file=sys.stderr)
-
-    try:
-        config = load(options.config, options.overrides)
-        folder = layout.model_folder(options.home, config.model.name)
-        if config.model.name != layout.DEMO or folder.exists():  # else it is made later
-            prove(options.home, config, say)
-    except ConfigError as error:
-        print(error.report(SPEAKER), file=sys.stderr)
-        return error.code
+    config = load(options.config, options.overrides)
+    folder = layout.model_folder(options.home, config.model.name)
+    if config.model.name != layout.DEMO or folder.exists():  # else it is made later
+        prove(options.home, config, lambda text: print(f"prove: {text}", file=sys.stderr))
     return 0
 
 
@@ -94,7 +83,3 @@ def unused_weights(folder: Path, config: Config) -> list[str]:
     if config.model.init != "scratch" or not has_weights:
         return []
     return ["its pretrained weights are not used; to use them: model.init=pretrained"]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,19 +9,16 @@ run was killed and has not resumed yet, the steps beyond its newest checkpoint s
 
 import math
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from trainstack.errors import ConfigError
 from trainstack.monitor import history
 from trainstack.monitor.history import Attempt, Event
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import RUNNING
 from trainstack.units import duration
 
-SPEAKER = "goodput"
 CAUSES = {
     "training": "steps that count: the goodput",
     "evaluation": "on held-out documents",
@@ -38,13 +35,8 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 
 def main(arguments: list[str]) -> int:
-    options = history.parse_run(arguments, SPEAKER, __doc__, os.environ.get("TRAINSTACK_HOME"))
-    try:
-        run = RunFolder(history.find_run(options.run, options.home))
-    except ConfigError as error:
-        print(error.report(SPEAKER), file=sys.stderr)
-        return error.code
-    show(run)
+    options = history.parse_run(arguments, "goodput", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    show(RunFolder(history.find_run(options.run, options.home)))
     return 0
 
 

@@ -9,7 +9,6 @@ later attempt did again, up to the newest checkpoint, or to the end of a run tha
 
 import itertools
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from trainstack.monitor.history import Attempt, Execution
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 
-SPEAKER = "ledger"
 CHUNK_SAMPLES = 1 << 16  # per call of the sampler: its arrays stay in the cache of a core
 SHOWN = 8  # problems; of more only the number is printed
 
@@ -56,15 +54,11 @@ class Findings:
 
 
 def main(arguments: list[str]) -> int:
-    options = history.parse_run(arguments, SPEAKER, __doc__, os.environ.get("TRAINSTACK_HOME"))
-    try:
-        run = RunFolder(history.find_run(options.run, options.home))
-        own_home = run.path.parent.parent
-        is_own = options.home is None or (own_home / "tokens").is_dir()
-        return audit(run, own_home if is_own else options.home)
-    except ConfigError as error:
-        print(error.report(SPEAKER), file=sys.stderr)
-        return error.code
+    options = history.parse_run(arguments, "ledger", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    run = RunFolder(history.find_run(options.run, options.home))
+    own_home = run.path.parent.parent
+    is_own = options.home is None or (own_home / "tokens").is_dir()
+    return audit(run, own_home if is_own else options.home)
 
 
 def audit(run: RunFolder, home: Path) -> int:
@@ -80,8 +74,7 @@ def audit(run: RunFolder, home: Path) -> int:
     keys = identity_keys(run, home)
     sampler = sampler_of(keys, home, run.left_out())
     findings = compare(attempts, sampler, last)
-    rows = [*result(findings, sampler, keys["data.seq_len"]), *remarks(findings, sampler, attempts)]
-    for name, text in rows:
+    for name, text in result(findings, sampler, keys["data.seq_len"], attempts):
         print(f"  {name:<11} {text}")
     for line in problems(findings):
         print(f"    {line}")
@@ -90,9 +83,9 @@ def audit(run: RunFolder, home: Path) -> int:
 
 def identity_keys(run: RunFolder, home: Path) -> dict[str, Any]:
     """What the run learns from: by its newest checkpoint, else by its config.yaml."""
-    _, saved = names.newest_identity(run.checkpoints)
+    _, saved = names.newest_state(run.checkpoints)
     if saved:
-        return saved
+        return saved.identity
     config = load(run.path / "config.yaml", [])
     return identity(config, corpus.open_corpus(home, config).key)
 
@@ -160,19 +153,16 @@ def expected_hashes(sampler, last: int) -> Iterator[str]:
         yield from (f"{samples_hash(row):013x}" for row in samples)
 
 
-def result(findings: Findings, sampler, seq_len: int) -> Iterator[tuple[str, str]]:
-    """What was checked and how it came out: name and text."""
+def result(
+    findings: Findings, sampler, seq_len: int, attempts: Sequence[Attempt]
+) -> Iterator[tuple[str, str]]:
+    """What was checked, how it came out, and what is worth knowing of it: name and text."""
     batch, total = sampler.global_batch_size, sampler.total_samples
     samples = findings.steps * batch
     text = f"{findings.steps:,} steps = {samples:,} samples = {samples * seq_len:,} tokens"
     yield "checked", f"{text}, {samples / total:.2f} epochs of {total:,} samples"
     repeated, skipped = findings.repeated_steps * batch, findings.skipped_steps * batch
     yield "samples", f"repeated = {repeated:,}, skipped = {skipped:,}"
-
-
-def remarks(findings: Findings, sampler, attempts: Sequence[Attempt]) -> Iterator[tuple[str, str]]:
-    """What is as it should be and yet worth knowing: name and text."""
-    batch = sampler.global_batch_size
     executed = sum(len(attempt.executions) for attempt in attempts)
     kept = [execution.step for attempt in attempts for execution in attempt.effective()]
     redone = executed - len(kept)
