@@ -45,10 +45,7 @@ class World:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process with its parent: a killed torchrun leaves no orphan.
-
-    The launcher tells its pid, since it may have died while this process was still importing.
-    """
+    """End with the launcher, which told its pid: it may have died while this one was importing."""
     processes.die_with_parent(int(os.environ.get("TRAINSTACK_PARENT") or os.getppid()))
 
 

@@ -16,10 +16,6 @@ from trainstack.units import now
 from trainstack.waits import OWNED_SECONDS, TAKEOVER_SECONDS
 
 
-class LeaseHeld(Refused):
-    """Another job owns the run folder; the message names it."""
-
-
 @dataclass(frozen=True)
 class Owner:
     """One attempt of one job: ``attempt`` counts from 1 within ``job``.
@@ -57,7 +53,7 @@ class Lease:
         self._checked_at = 0.0
 
     def take(self, owner: Owner, gone: str | None = None) -> None:
-        """Own the folder from now on, or raise LeaseHeld naming who does.
+        """Own the folder from now on, or raise Refused naming who does.
 
         Replaced are: one that gave it back, an earlier attempt of the same job, the job ``gone``
         (which Slurm no longer knows), and a process of this host that has ended.
@@ -66,7 +62,7 @@ class Lease:
         if holder and holder.get("released"):
             holder = None
         if holder and not may_replace(holder, owner, gone):
-            raise LeaseHeld(
+            raise Refused(
                 f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
                 f"{self.folder.parent}; wait for it or end it, or, if it surely has ended, remove "
                 f"{self._file(number)}"
@@ -76,7 +72,7 @@ class Lease:
             "process_started": process_start(os.getpid()), "taken_at": now(),
         }  # fmt: skip
         if not files.create_file(self._file(number + 1), json.dumps(self.record).encode()):
-            raise LeaseHeld(f"another job took {self.folder.parent} at this moment; try again")
+            raise Refused(f"another job took {self.folder.parent} at this moment; try again")
         self.number = number + 1
         if holder and may_still_run(holder, owner):
             time.sleep(TAKEOVER_SECONDS)  # it writes until it looks at the lease again
@@ -85,7 +81,7 @@ class Lease:
                 files.unlink(self._file(old))
 
     def check(self) -> None:
-        """LeaseHeld if another attempt has taken over: asked before every publish.
+        """Refused if another attempt has taken over: asked before every publish.
 
         By the names alone, so that a record that cannot be read hides nobody. A name made here
         first brings the listing up to date if a client of NFS would answer from its cache.
@@ -96,7 +92,7 @@ class Lease:
             probe.unlink(missing_ok=True)
         if max(self._numbers(), default=0) != self.number:
             _, holder = self.holder()
-            raise LeaseHeld(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
+            raise Refused(f"job {(holder or {}).get('job')} took over {self.folder.parent}")
 
     def check_often(self) -> None:
         """``check``, at most once in OWNED_SECONDS; nothing on a rank that did not take the lease.

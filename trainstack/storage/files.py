@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -128,7 +129,7 @@ def write_with(path: Path, fill: Callable[[HashedFile], None]) -> dict[str, Any]
     fsync alone would succeed and lose it (Rebello et al., "Can Applications Recover from fsync
     Failures?", 2020). Any other OSError is raised, with the name of the file.
     """
-    for tried in range(1, EIO_TRIES + 1):
+    for tried in itertools.count(1):
         try:
             with HashedFile(path) as file:
                 fill(file)
@@ -139,7 +140,6 @@ def write_with(path: Path, fill: Callable[[HashedFile], None]) -> dict[str, Any]
                 raise
             unlink(path)
             time.sleep(0.2 * tried)
-    raise AssertionError("unreachable")
 
 
 def replace_file(path: Path, data: bytes) -> None:
