@@ -6,7 +6,6 @@ run folder; the same command again continues the run.
 """
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from trainstack import distributed
+from trainstack.checkpoint.interval import Interval
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import Saved, SaveError, Snapshot
 from trainstack.checkpoint.state import TrainState
@@ -44,9 +44,8 @@ from trainstack.train import ending, startup
 from trainstack.train.announce import announce
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
-from trainstack.train.numbers import Pace, StepNumbers, is_due
+from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
 from trainstack.train.report import Report
-from trainstack.train.requests import Requested, Requests
 from trainstack.waits import SAVE_SECONDS, START_SECONDS
 
 
@@ -61,13 +60,13 @@ def main(options: argparse.Namespace, config: Config) -> str:
     # Owned before anything slow: two jobs must never both train into one folder.
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
     lease = startup.own_run_folder(run, config, fixed, owner, options.gone, world)
-    stop = Stop(options.stop_file, options.ends_at, world.is_main)
-    if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
-        return startup.pause_early(run, owner, lease, stop, world)
-    watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
-    faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
     max_steps = config.steps_for(enough_samples(config, corpus))
     attempt = Attempt(config, world, plan, run, lease, owner, max_steps)
+    stop = Stop(options.stop_file, options.ends_at, world.is_main)
+    if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
+        return ending.pause(attempt, stop.reason)
+    watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
+    faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
 
     # The weights: from the newest checkpoint, else as model.init says.
     newest = startup.find_checkpoint(run, fixed, watch, world)
@@ -86,7 +85,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
     announce(attempt, feed, strategy, newest)
     loop = Loop(
         attempt=attempt, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
-        requests=Requests(stop, startup.build_interval(attempt, stop.save_seconds)),
+        stop=stop, interval=startup.build_interval(attempt, stop.save_seconds),
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
         small_files=startup.small_files(strategy.causal_lm, model_folder, corpus),
@@ -99,10 +98,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
 def build_strategy(
     attempt: Attempt, newest: Path | None, model_folder: Path, faults: Faults
 ) -> Strategy:
-    """The model and its loss, spread over the ranks, with its optimizer.
-
-    Weights come from the newest checkpoint, else as model.init says. Collective.
-    """
+    """The model and its loss, spread over the ranks, with its optimizer. Collective."""
     config = attempt.config
     init = "pretrained" if newest else config.model.init
     causal_lm = build_causal_lm(
@@ -127,7 +123,8 @@ class Loop:
     guard: Guard  # is this update good?
     state: TrainState  # where we are; what a checkpoint remembers
     rate_at: Callable[[int], float]  # the learning rate of a step
-    requests: Requests  # who wants to stop, or to save
+    stop: Stop  # does this rank have a reason to stop?
+    interval: Interval | None  # on rank 0 if save_steps is auto: when to save
     saver: Saver  # checkpoints, written during training
     small_files: dict[str, bytes]  # of a checkpoint, beside the weights
     watch: Watch  # ends a loop that does not move
@@ -145,16 +142,25 @@ class Loop:
 
     def run(self) -> str:
         """From the step where the run is to max_steps, or to a stop; returns DONE or PAUSED."""
-        with settled(self):
+        attempt, state = self.attempt, self.state
+        try:
             self.train()
-            if self.state.step > self.first_step:  # else nothing was saved here
+            if state.step > self.first_step:  # else nothing was saved here
                 self.finish_save()
             self.report.close()
-            if self.state.step < self.attempt.max_steps or not self.state.is_evaluated:
-                return ending.pause(self.attempt, self.state.step, self.requests.stop.reason)
-            self.watch.at(self.state.step, Phase.END, START_SECONDS)
-            ending.show_sample(self.attempt, self.strategy, self.feed.corpus.is_chat)
-            return ending.complete(self.attempt, self.state.step, time.monotonic() - self.started)
+            if state.step < attempt.max_steps or not state.is_evaluated:
+                return ending.pause(attempt, self.stop.reason, state.step)
+            self.watch.at(state.step, Phase.END, START_SECONDS)
+            ending.show_sample(attempt, self.strategy, self.feed.corpus.is_chat)
+            return ending.complete(attempt, state.step, time.monotonic() - self.started)
+        except Diverged as error:  # the save of good steps that is under way is finished
+            self.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
+            self.saver.wait()
+            if attempt.world.is_main:
+                attempt.lease.check()  # a rollback is about to be recorded
+            raise
+        finally:
+            self.watch.close()
 
     def train(self) -> None:
         """Step, evaluate, save, until max_steps or a stop."""
@@ -163,7 +169,7 @@ class Loop:
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
-        is_stopping = distributed.any_rank(self.requests.stop.is_wanted(0), self.attempt.world)
+        is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
         if not state.is_evaluated and not is_stopping:
             self.evaluate()
         is_stopping |= not state.is_evaluated
@@ -205,9 +211,11 @@ class Loop:
         # Only now: the line of the step before, just logged, is about what was drawn until then.
         self.state.drawn = self.feed.drawn_after(step, self.state.drawn)
         # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
-        is_bad = self.numbers.send(
-            step, data, loss_sum, grad_norm, self.requests_now(), self.guard.judge
-        )
+        step_seconds = max(self.pace.step_seconds, self.watch.median_seconds())
+        is_stop_due = self.stop.is_wanted(step_seconds, self.saver.saves_until_stop)
+        is_save_due = self.interval is not None and self.interval.is_due(time.monotonic())
+        requested = Requested(is_stop_due, is_save_due)
+        is_bad = self.numbers.send(step, data, loss_sum, grad_norm, requested, self.guard.judge)
         self.watch.at(step, Phase.UPDATE)
         # 2. A snapshot that is being copied needs the weights as they were before this update.
         self.stall_seconds += self.saver.before_update()
@@ -227,11 +235,6 @@ class Loop:
             if batch is None:
                 return
             yield batch
-
-    def requests_now(self) -> Requested:
-        """This rank's requests; a stop has to leave time for a step and the saves it waits for."""
-        step_seconds = max(self.pace.step_seconds, self.watch.median_seconds())
-        return self.requests.now(step_seconds, self.saver.saves_until_stop)
 
     def read_numbers(self) -> Requested:
         """Read the numbers that were sent last, log them, and judge what follows from them.
@@ -267,7 +270,7 @@ class Loop:
 
         def wants_stop() -> bool:
             self.watch.at(step, Phase.EVALUATION)
-            return self.requests.stop.is_wanted(0, self.saver.saves_until_stop)
+            return self.stop.is_wanted(0, self.saver.saves_until_stop)
 
         most = self.attempt.config.eval.eval_samples
         results = evaluate_all(self.feed, most, self.strategy.loss_model, wants_stop)
@@ -283,7 +286,8 @@ class Loop:
         self.watch.at(state.step, Phase.SAVE, SAVE_SECONDS)
         self.finish_save()  # of the checkpoint before: one at a time
         self.report.save_begins()
-        self.requests.save_begins()
+        if self.interval:
+            self.interval.saving(time.monotonic())
         state.updates = self.strategy.optimizer.updates_done()
         state.samples_seen = state.step * plan.global_batch_size
         state.tokens_seen = state.step * plan.tokens_per_step
@@ -318,23 +322,11 @@ class Loop:
         """A save ended, well or not; None: none did."""
         if saved is not None:
             stall, self.stall_seconds = self.stall_seconds, 0.0
-            self.requests.save_ended(saved, stall)
+            if saved.problem is None:  # one that failed says nothing about the next
+                self.stop.save_seconds = saved.seconds
+                if self.interval:
+                    self.interval.saved(stall, saved.seconds)
             self.report.save_ended(saved, stall)
-
-
-@contextlib.contextmanager
-def settled(loop: Loop):
-    """Before a run that diverged ends, the save of good steps that is under way is finished."""
-    try:
-        yield
-    except Diverged as error:
-        loop.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
-        loop.saver.wait()
-        if loop.attempt.world.is_main:
-            loop.attempt.lease.check()  # a rollback is about to be recorded
-        raise
-    finally:
-        loop.watch.close()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainstack.checkpoint.load import newest_whole, read_optimizer
-from trainstack.checkpoint.names import checkpoints, newest_identity, newest_state
+from trainstack.checkpoint.names import checkpoints, newest_state
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import SaveError, Share, Snapshot, replicated_share
 from trainstack.checkpoint.state import STATE, TrainState
@@ -159,11 +159,13 @@ def test_a_flipped_bit_in_its_state_makes_no_run_another_experiment(tmp_path):
     """Valid JSON with another seed, say: it must be named as damaged, not refused."""
     for step in (1, 2):
         save(tmp_path / "c", step)
-    assert newest_identity(tmp_path / "c") == (2, IDENTITY)
+    step, state = newest_state(tmp_path / "c")
+    assert (step, state.identity) == (2, IDENTITY)
     path = tmp_path / "c" / "checkpoint-2" / STATE
     path.write_text(path.read_text().replace("1234", "1235"))
-    assert newest_identity(tmp_path / "c") == (1, IDENTITY)
-    assert newest_identity(tmp_path / "nothing") == (0, None)
+    step, state = newest_state(tmp_path / "c")
+    assert (step, state.identity) == (1, IDENTITY)
+    assert newest_state(tmp_path / "nothing") == (0, None)
 
 
 def test_verifying_a_large_file_tells_that_it_moves(tmp_path):

@@ -85,21 +85,22 @@ def test_a_sample_heeds_what_a_generation_config_asks_for(home):
 
 
 def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
-    metrics, newest = tmp_path / "metrics.jsonl", tmp_path / "checkpoint-30"
+    run, newest = RunFolder(tmp_path), tmp_path / "checkpoint-30"
+    metrics = run.path / "metrics.jsonl"
     lines = [
         {"step": 10, "eval_loss": 4.0},
         {"step": 10, "loss": 1.0},
         {"step": 20, "eval_loss": 3.5},
     ]
-    assert best_before(metrics, newest) == "", "of a run that wrote none"
+    assert best_before(run, newest) == "", "of a run that wrote none"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert best_before(metrics, newest) == ""
+    assert best_before(run, newest) == ""
     with metrics.open("a") as file:
         file.write(json.dumps({"step": 30, "eval_loss": 3.75}) + '\n{"step": 3')
     said = "the held-out loss was lowest at step 20, 3.5000: "
-    assert best_before(metrics, newest) == f"{said}not kept (checkpoint.save_total_limit)"
+    assert best_before(run, newest) == f"{said}not kept (checkpoint.save_total_limit)"
     (tmp_path / "checkpoint-20").mkdir()
-    assert best_before(metrics, newest) == f"{said}kept in {tmp_path / 'checkpoint-20'}"
+    assert best_before(run, newest) == f"{said}kept in {tmp_path / 'checkpoint-20'}"
 
 
 def test_metrics_have_their_stable_keys(home, reference):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from trainstack.checkpoint.state import STATE, TrainState, read_state
 from trainstack.storage import manifest
@@ -55,13 +54,7 @@ def is_copy(checkpoint: Path, step: int) -> bool:
     return False
 
 
-def newest_identity(folder: Path) -> tuple[int, dict[str, Any] | None]:
-    """The same, with the identity alone."""
-    step, state = newest_state(folder)
-    return step, state.identity if state else None
-
-
 def kept_stores(folder: Path | None) -> list[str]:
     """The names of the stores that a run has learned from so far; none without a checkpoint."""
-    _, saved = newest_identity(folder) if folder else (0, None)
-    return saved["tokens"].split("+") if saved and "tokens" in saved else []
+    _, saved = newest_state(folder) if folder else (0, None)
+    return saved.identity["tokens"].split("+") if saved and "tokens" in saved.identity else []

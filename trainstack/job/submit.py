@@ -20,7 +20,6 @@ from trainstack.errors import ConfigError, Failed, Refused
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import check_batch, read_resources
-from trainstack.job.verdict import log_tail
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule
 from trainstack.processes import is_dead
@@ -69,22 +68,14 @@ def parse(arguments: list[str]) -> Request:
     parser = argparse.ArgumentParser(prog="python -m trainstack.job.submit", description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--repository", type=Path, required=True)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--local", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--config", type=Path, required=True, dest="config_file")
+    parser.add_argument("--local", action="store_true", dest="is_local")
+    parser.add_argument("--dry-run", action="store_true", dest="is_dry_run")
     parser.add_argument("--queue", action="store_true", help="stdin has squeue's ids, states")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_known_args(arguments[:split])
-    return Request(
-        home=options.home,
-        repository=options.repository,
-        config_file=options.config,
-        overrides=overrides,
-        sbatch_options=arguments[split + 1 :],
-        is_local=options.local,
-        is_dry_run=options.dry_run,
-        queue=sys.stdin.read() if options.queue else "",
-    )
+    options.queue = sys.stdin.read() if options.queue else ""
+    return Request(**vars(options), overrides=overrides, sbatch_options=arguments[split + 1 :])
 
 
 def check(request: Request, config: Config) -> tuple[str, RunFolder]:
@@ -160,7 +151,8 @@ def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) 
 
     By what was logged, so whatever the reason is: another setting, or other code.
     """
-    logged = [r for r in log_tail(run, LOG_BYTES) if "learning_rate" in r and r["step"] <= step]
+    measured = run.measurements(LOG_BYTES)
+    logged = [r for r in measured if "learning_rate" in r and r["step"] <= step]
     if not logged or step >= max_steps:
         return []
     rate_at, last = build_schedule(section, max_steps), logged[-1]

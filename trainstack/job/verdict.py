@@ -1,8 +1,5 @@
 """How an attempt ended, and what follows: a restart in place, a requeue, or the end of the job."""
 
-import contextlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,15 +171,5 @@ def next_start(run: RunFolder) -> str:
 
 def last_step(run: RunFolder) -> int:
     """The last step that is known: by the status, which is seconds old, or the last log line."""
-    return max([run.status().get("step") or 0, *(record["step"] for record in log_tail(run))])
-
-
-def log_tail(run: RunFolder, size: int = LOG_TAIL_BYTES) -> Iterator[dict[str, Any]]:
-    """What the run has logged last, within so many bytes; oldest first."""
-    with contextlib.suppress(OSError), (run.path / "metrics.jsonl").open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - size))
-        for line in file.read().splitlines():
-            with contextlib.suppress(ValueError):  # cut at either end
-                record = json.loads(line)
-                if isinstance(record, dict) and "step" in record:
-                    yield record
+    logged = (record["step"] for record in run.measurements(LOG_TAIL_BYTES))
+    return max([run.status().get("step") or 0, *logged])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint import names
-from trainstack.job.verdict import log_tail
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
@@ -114,10 +113,11 @@ def view_of(run: RunFolder, jobs: dict[str, SlurmJob] | None) -> View:
     submitted = [event["job"] for event in events if event["event"] == "submitted"]
     job_id = status.get("job") or (submitted[-1] if submitted else None)
     job = (jobs or {}).get(job_id)
-    measured, evaluated = last_measurements(run)
+    logged = list(run.measurements(TAIL_BYTES))[::-1]
     return View(
         run=run, status=status, events=events, state=true_state(status, job, jobs), job_id=job_id,
-        job=job or NO_JOB, measured=measured, evaluated=evaluated,
+        job=job or NO_JOB, measured=next((r for r in logged if "loss" in r), {}),
+        evaluated=next((r for r in logged if "eval_loss" in r), {}),
         checkpoint=newest[0] if newest else None,
     )  # fmt: skip
 
@@ -136,17 +136,6 @@ def true_state(
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"
     return state if jobs is None else "LOST"
-
-
-def last_measurements(run: RunFolder) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last logged step and the last evaluation; empty if there is none."""
-    measured, evaluated = {}, {}
-    for record in log_tail(run, TAIL_BYTES):
-        if "loss" in record:
-            measured = record
-        elif "eval_loss" in record:
-            evaluated = record
-    return measured, evaluated
 
 
 def show_table(views: Iterable[View]) -> None:
@@ -194,7 +183,7 @@ def newest_checkpoint(view: View) -> str:
 def show_run(view: View) -> None:
     """Print one screen: what the run does, how it learns, where to look, what happened."""
     print(f"run {view.run.path.name}")
-    for label, text in (*doing(view), *learning(view), *where_to_look(view)):
+    for label, text in rows_of(view):
         print(f"  {label:<11} {text}")
     if view.events:
         print("  history")
@@ -204,8 +193,8 @@ def show_run(view: View) -> None:
         print(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
 
 
-def doing(view: View) -> Iterator[tuple[str, str]]:
-    """State and job, each a label and a text."""
+def rows_of(view: View) -> Iterator[tuple[str, str]]:
+    """State and job, loss and speed, where to look: each a label and a text."""
     yield "state", view.state
     yield "step", steps(view)
     if view.cause:
@@ -218,6 +207,22 @@ def doing(view: View) -> Iterator[tuple[str, str]]:
         yield "job left", view.job.left
     if view.status.get("nodes"):
         yield "nodes", ", ".join(view.status["nodes"])
+    if measured := view.measured:
+        speed = f"{measured['tokens_per_second']:,.0f} tokens/s"
+        yield "loss", f"{measured['loss']:.4f} at step {measured['step']:,}"
+        yield "speed", f"{speed}, {measured['step_seconds']:.2f} s per step"
+        yield "seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"
+    if evaluated := view.evaluated:
+        perplexity, at_step = rounded(evaluated["eval_perplexity"]), f"step {evaluated['step']:,}"
+        loss = f"loss {evaluated['eval_loss']:.4f}"
+        yield "held out", f"{loss}, perplexity {perplexity} at {at_step}"
+    if view.seconds_left is not None:
+        yield "run ETA", duration(view.seconds_left)
+    yield "checkpoint", newest_checkpoint(view)
+    yield "folder", str(view.run.path)
+    logs = sorted(view.run.logs.glob("*.out")) or sorted(view.run.logs.glob("*.rank0.log"))
+    if logs:
+        yield "log", str(max(logs, key=lambda path: path.stat().st_mtime))
 
 
 def job_text(view: View) -> str:
@@ -227,32 +232,6 @@ def job_text(view: View) -> str:
     if view.job.state == "PENDING":
         text += f" ({view.job.reason})"
     return text
-
-
-def learning(view: View) -> Iterator[tuple[str, str]]:
-    """Loss, speed and evaluation, each a label and a text."""
-    measured, evaluated = view.measured, view.evaluated
-    if measured:
-        speed = f"{measured['tokens_per_second']:,.0f} tokens/s"
-        yield "loss", f"{measured['loss']:.4f} at step {measured['step']:,}"
-        yield "speed", f"{speed}, {measured['step_seconds']:.2f} s per step"
-        yield "seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"
-    if evaluated:
-        perplexity = (
-            f"perplexity {rounded(evaluated['eval_perplexity'])} at step {evaluated['step']:,}"
-        )
-        yield "held out", f"loss {evaluated['eval_loss']:.4f}, {perplexity}"
-    if view.seconds_left is not None:
-        yield "run ETA", duration(view.seconds_left)
-
-
-def where_to_look(view: View) -> Iterator[tuple[str, str]]:
-    """Checkpoint, folder and log, each a label and a text."""
-    yield "checkpoint", newest_checkpoint(view)
-    yield "folder", str(view.run.path)
-    logs = sorted(view.run.logs.glob("*.out")) or sorted(view.run.logs.glob("*.rank0.log"))
-    if logs:
-        yield "log", str(max(logs, key=lambda path: path.stat().st_mtime))
 
 
 if __name__ == "__main__":

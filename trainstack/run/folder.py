@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,25 @@ class RunFolder:
         files.append_line(self.path / "events.jsonl", record)
 
     def events(self) -> list[dict[str, Any]]:
-        """The history; a torn last line is left out."""
-        records = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "events.jsonl").read_text().splitlines():
+        """The history, oldest first."""
+        return list(self._records("events.jsonl"))
+
+    # --- What the run has logged: metrics.jsonl, of which train/report.py has the format
+
+    def measurements(self, size: int | None = None) -> Iterator[dict[str, Any]]:
+        """Steps and evaluations, oldest first; ``size``: within the last so many bytes."""
+        return (r for r in self._records("metrics.jsonl", size) if "step" in r)
+
+    def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
+        """The objects of a file, one a line; not what is torn, or cut by ``size``."""
+        with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
+            if size is not None:
+                file.seek(max(0, file.seek(0, 2) - size))
+            for line in file.read().splitlines():
                 with contextlib.suppress(ValueError):
-                    records.append(json.loads(line))
-        return records
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        yield record
 
     # --- Why an attempt failed: logs/<job>.<attempt>.*
 
@@ -93,7 +106,7 @@ class RunFolder:
     def failures(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """All failure reports of an attempt, by time; those of victims last."""
         records = []
-        for path in self.logs.glob(f"{job}.{attempt}.rank*.failure.json"):
+        for path in sorted(self.logs.glob(f"{job}.{attempt}.rank*.failure.json")):
             with contextlib.suppress(OSError, ValueError):
                 records.append(json.loads(path.read_bytes()))
         # Before victims come aborts: NCCL does that to ranks that wait.

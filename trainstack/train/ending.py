@@ -3,25 +3,33 @@
 import logging
 from pathlib import Path
 
+from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.names import newest_checkpoint, newest_state
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.model.strategy import Strategy
+from trainstack.run.folder import RunFolder
 from trainstack.run.states import CONTINUES, EXIT_CODES
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import answer
-from trainstack.train.metrics import evaluations
 from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 
 
-def pause(attempt: Attempt, step: int, reason: str | None) -> str:
-    """Everything is saved; ``reason``: why this rank stopped, None if another one asked for it."""
+def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
+    """Everything is saved, or, without a ``step``, nothing was loaded yet.
+
+    ``reason``: why this rank stopped, None if another one asked for it.
+    """
     if attempt.world.is_main:
-        cause, name = reason or "another rank was asked to stop", attempt.run.path.name
-        attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, step=step)
-        log.info("%s: PAUSED at step %s (%s); %s", name, f"{step:,}", cause, CONTINUES)
+        cause, facts, where = reason or "another rank was asked to stop", {}, ""
+        if step is None:
+            cause += ", before training began"
+        else:
+            facts, where = {"step": step}, f" at step {step:,}"
+        attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, **facts)
+        log.info("%s: PAUSED%s (%s); %s", attempt.run.path.name, where, cause, CONTINUES)
         attempt.lease.release()
     return "PAUSED"
 
@@ -40,7 +48,7 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
         if state and state.updates < state.step:
             log.info("      %s of its %s updates were not made, since a loss or gradient was not "
                      "finite, or a spike", f"{step - state.updates:,}", f"{step:,}")  # fmt: skip
-        if gone := best_before(run.path / "metrics.jsonl", newest):
+        if gone := best_before(run, newest):
             log.info("      %s", gone)
         log.info("      look: %s", look)
         log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
@@ -48,9 +56,9 @@ def complete(attempt: Attempt, step: int, seconds: float) -> str:
     return "DONE"
 
 
-def best_before(metrics: Path, newest: Path | None) -> str:
+def best_before(run: RunFolder, newest: Path | None) -> str:
     """A line if the held-out loss was lower at an earlier evaluation than at the last one."""
-    found = evaluations(metrics)
+    found = {r["step"]: r["eval_loss"] for r in run.measurements() if "eval_loss" in r}
     best = min(found, key=found.get, default=None)
     if best is None or best == max(found) or newest is None:
         return ""
@@ -68,10 +76,8 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
     if not attempt.world.is_main or section.sample_prompt is None:
         return
     try:
-        from transformers import AutoTokenizer
-
         _, newest = newest_checkpoint(run.checkpoints)
-        tokenizer = AutoTokenizer.from_pretrained(newest, local_files_only=True)
+        tokenizer = load_tokenizer(newest)
         ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
         seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
         text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)

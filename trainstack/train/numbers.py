@@ -5,13 +5,20 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from trainstack.data.feed import StepData
 from trainstack.data.order import HASH_BITS
-from trainstack.train.requests import Requested
+
+
+class Requested(NamedTuple):
+    """What one rank requests; after the reduction, what any rank did."""
+
+    stop: bool  # the clock, the stop file or a signal
+    save: bool  # checkpoint.save_steps=auto
 
 
 @dataclass
@@ -28,18 +35,6 @@ class StepResult:
     at: float  # the same moment in seconds since 1970
 
 
-@dataclass
-class _Sent:
-    """Numbers on their way to the host; ``event`` says on a GPU when they are there."""
-
-    step: int
-    numbers: torch.Tensor
-    event: torch.cuda.Event | None
-    target_tokens: int
-    sent_at: float
-    at: float
-
-
 class StepNumbers:
     """Sends a step's numbers to the host, which reads them while the next step runs.
 
@@ -49,7 +44,7 @@ class StepNumbers:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._sent: _Sent | None = None
+        self._sent: tuple | None = None  # what ``read`` makes a StepResult of
 
     def send(
         self,
@@ -82,29 +77,23 @@ class StepNumbers:
             event = torch.cuda.Event()
             event.record()
             numbers = host
-        sent_at, at = time.perf_counter(), time.time()
-        self._sent = _Sent(step, numbers, event, data.target_tokens, sent_at, at)
+        self._sent = step, data.target_tokens, numbers, event, time.perf_counter(), time.time()
         return is_bad
 
     def read(self) -> StepResult | None:
         """The numbers sent last; None if they were read already."""
-        sent, self._sent = self._sent, None
-        if sent is None:
+        if self._sent is None:
             return None
-        if sent.event is not None:
-            sent.event.synchronize()
-        loss_sum, stop, save, high, low, norm, bad = sent.numbers.tolist()
+        (step, target_tokens, numbers, event, sent_at, at), self._sent = self._sent, None
+        if event is not None:  # on a GPU: the copy has arrived
+            event.synchronize()
+        loss_sum, stop, save, high, low, norm, bad = numbers.tolist()
         total = (int(high) * (1 << HASH_BITS // 2) + int(low)) % (1 << HASH_BITS)
         return StepResult(
-            step=sent.step,
-            loss=loss_sum / sent.target_tokens,
-            grad_norm=norm,
-            is_withheld=bad > 0,
-            requested=Requested(stop > 0, save > 0),
-            samples_hash=f"{total:013x}",
-            sent_at=sent.sent_at,
-            at=sent.at,
-        )
+            step=step, loss=loss_sum / target_tokens, grad_norm=norm, is_withheld=bad > 0,
+            requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}", sent_at=sent_at,
+            at=at,
+        )  # fmt: skip
 
 
 class Pace:

@@ -1,52 +1,73 @@
-"""Writes down what the loop does: log lines, files, and the run's status."""
+"""Writes down what the loop does: log lines, files, and the run's status.
 
+The formats of metrics.jsonl, samples.jsonl and TensorBoard are here.
+"""
+
+import json
 import logging
+import math
 import time
 from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
 from trainstack.resilience.guard import describe_bad
+from trainstack.run.folder import RunFolder
 from trainstack.run.states import RUNNING
+from trainstack.storage import files
 from trainstack.train.attempt import Attempt
-from trainstack.train.metrics import HEADER, Metrics
 from trainstack.train.numbers import StepResult, peak_memory_gb
+from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
+HEADER = "           step    epoch     loss       lr    grad  tokens/s  mem GB  left"
+CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")  # of TensorBoard
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
 
 class Report:
     """Rank 0 writes; on the other ranks every method does nothing.
 
-    Before it writes it makes sure that this attempt still owns the run (LeaseHeld if not).
+    Before it writes it makes sure that this attempt still owns the run (Refused if not).
     """
 
     def __init__(
         self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int
     ):
-        """``samples``: of an epoch. ``first_step``: the step from which this attempt trains."""
+        """``samples``: of an epoch. ``first_step``: the step from which this attempt trains.
+
+        What earlier attempts wrote beyond it is dropped, since those steps come again.
+        """
         self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
+        self.is_main, self.metrics = attempt.world.is_main, attempt.run.path / "metrics.jsonl"
         self._status_at, self._saved_at = 0.0, time.monotonic()
-        self.metrics = None
-        if attempt.world.is_main:
-            self.metrics = Metrics(
-                attempt.run.path, attempt.config.log.report_to, first_step, attempt.id
+        self._hashes: list[str] = []  # lines for samples.jsonl
+        self._tensorboard = None
+        if not self.is_main:
+            return
+        drop_beyond(first_step, attempt.run)
+        if "tensorboard" in attempt.config.log.report_to:
+            from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
+
+            self._tensorboard = SummaryWriter(
+                attempt.run.path / "tensorboard", purge_step=first_step + 1, flush_secs=30
             )
-            log.info("%s", HEADER)
+        log.info("%s", HEADER)
 
     def begins(self, step: int) -> None:
         """Put the first step of this attempt on record: goodput counts from here."""
-        if self.metrics:
+        if self.is_main:
             self.attempt.run.add_event("training", step=step)
 
     def consumed(self, result: StepResult) -> None:
         """A step's samples were used, for the ledger; written with the next line or save."""
-        if self.metrics:
-            self.metrics.note_samples(result.step, result.samples_hash, result.at)
+        if self.is_main:
+            record = {"step": result.step, "samples_hash": result.samples_hash}
+            record |= {"attempt": self.attempt.id, "at": round(result.at, 4)}  # since 1970
+            self._hashes.append(json.dumps(record) + "\n")
 
     def skipped(self, result: StepResult, skips_in_a_row: int) -> None:
         """A bad update was withheld, and the run continues."""
-        if self.metrics:
+        if self.is_main:
             text = describe_bad(result.step, result.loss, result.grad_norm)
             log.warning("skip    %s; its update was left out (%d in a row, at most %d)",
                         text, skips_in_a_row, self.attempt.config.guard.max_skips)  # fmt: skip
@@ -60,15 +81,15 @@ class Report:
         source_tokens: dict[str, int] | None,
     ) -> None:
         """A line for a logged step; ``source_tokens``: what each data set of a mixture gave."""
-        if self.metrics is None:
+        if not self.is_main:
             return
         self.attempt.lease.check_often()
-        plan = self.attempt.plan
-        samples_seen = result.step * plan.global_batch_size
+        step, plan, max_steps = result.step, self.attempt.plan, self.attempt.max_steps
+        samples_seen = step * plan.global_batch_size
         values = {
-            "step": result.step,
+            "step": step,
             "loss": result.loss,
-            "learning_rate": self.rate_at(result.step),
+            "learning_rate": self.rate_at(step),
             "grad_norm": result.grad_norm,
             "tokens_seen": samples_seen * plan.seq_len,
             "samples_seen": samples_seen,
@@ -80,29 +101,52 @@ class Report:
         }
         if source_tokens is not None:
             values["source_tokens"] = source_tokens
-        memory_gb = peak_memory_gb(self.attempt.world.device)
-        self.metrics.log_step(values, self.attempt.max_steps, memory_gb)
+        files.append_line(self.metrics, values)
+        log.info("%15s  %7.3f %8.4f %8.1e %7.2f %9s %7.2f  %s",
+                 f"{step:,}/{max_steps:,}", values["epoch"], result.loss, values["learning_rate"],
+                 result.grad_norm, f"{values['tokens_per_second']:,.0f}",
+                 peak_memory_gb(self.attempt.world.device),
+                 duration((max_steps - step) * step_seconds))  # fmt: skip
+        for key in CURVES if self._tensorboard else ():
+            self._tensorboard.add_scalar(f"train/{key}", values[key], step)
+        self._flush()
         if time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
-            self.attempt.run.set_status(RUNNING, step=result.step)
+            self.attempt.run.set_status(RUNNING, step=step)
 
     def evaluation(self, step: int, results: dict[str, tuple[float, int]], seconds: float) -> None:
-        """``results``: of each data set, the mean loss and the number of its held-out targets."""
-        if self.metrics:
-            self.attempt.lease.check_often()
-            is_mixture = len(self.attempt.config.data.sources) > 1
-            self.metrics.log_evaluation(step, results, is_mixture)
-            self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
+        """``results``: of each data set, mean loss in nats and number of held-out targets."""
+        if not self.is_main:
+            return
+        self.attempt.lease.check_often()
+        sources = results if len(self.attempt.config.data.sources) > 1 else {}
+        tokens = sum(number for _, number in results.values())
+        loss = sum(loss * number for loss, number in results.values()) / max(1, tokens)
+        perplexity = perplexity_of(loss)
+        values = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
+        values["eval_tokens"] = tokens
+        if sources:
+            values["source_eval_loss"] = {label: own for label, (own, _) in sources.items()}
+        files.append_line(self.metrics, values)
+        log.info("eval    step %s   loss %.4f   perplexity %s   (%s held-out tokens)",
+                 f"{step:,}", loss, rounded(perplexity), f"{tokens:,}")  # fmt: skip
+        for label, (own, number) in sources.items():
+            log.info("        %s: loss %.4f   perplexity %s   (%s tokens)", label, own,
+                     rounded(perplexity_of(own)), f"{number:,}")  # fmt: skip
+        if self._tensorboard:
+            self._tensorboard.add_scalar("eval/loss", loss, step)
+            self._tensorboard.add_scalar("eval/perplexity", perplexity, step)
+        self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def save_begins(self) -> None:
         """The hashes of the steps it will contain reach the disk before it."""
-        if self.metrics:
+        if self.is_main:
             self.attempt.lease.check_often()
-            self.metrics.flush()
+            self._flush()
 
     def save_ended(self, saved: Saved, stall_seconds: float) -> None:
         """``stall_seconds``: for which the loop stood still because of it."""
-        if self.metrics is None:
+        if not self.is_main:
             return
         self.attempt.lease.check_often()
         stall = round(stall_seconds, 3)
@@ -124,5 +168,26 @@ class Report:
 
     def close(self) -> None:
         """Write what is still in memory."""
-        if self.metrics:
-            self.metrics.close()
+        self._flush()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def _flush(self) -> None:
+        """Bring the steps' hashes to disk, in one write."""
+        if self._hashes:
+            path = self.attempt.run.path / "samples.jsonl"
+            files.append_lines(path, "".join(self._hashes).encode())
+            self._hashes.clear()
+
+
+def drop_beyond(step: int, run: RunFolder) -> None:
+    """Leave lines up to a step in metrics.jsonl, so that the file is one curve; no torn one."""
+    path = run.path / "metrics.jsonl"
+    kept = "".join(json.dumps(r) + "\n" for r in run.measurements() if r["step"] <= step).encode()
+    if path.exists() and path.read_bytes() != kept:
+        files.replace_file(path, kept)
+
+
+def perplexity_of(loss: float) -> float:
+    """e to the loss in nats, kept finite."""
+    return math.exp(min(loss, 700))

@@ -28,7 +28,7 @@ from trainstack.resilience.watchdog import Watch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import check_identity
 from trainstack.run.lease import Lease, Owner
-from trainstack.run.states import CONTINUES, RUNNING, Phase
+from trainstack.run.states import RUNNING, Phase
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
 from trainstack.waits import START_SECONDS
@@ -59,9 +59,9 @@ def own_run_folder(
     lease = Lease(run.path)
 
     def take() -> int:
-        _, saved = names.newest_identity(run.checkpoints)
+        _, saved = names.newest_state(run.checkpoints)
         if saved:
-            check_identity(saved, identity, run.path.name)
+            check_identity(saved.identity, identity, run.path.name)
         run.create()
         lease.take(owner, gone)
         path = run.path / "config.yaml"
@@ -158,16 +158,6 @@ def small_files(causal_lm: torch.nn.Module, model_folder: Path, corpus: Corpus) 
     """What a checkpoint has beside the weights: the model writes and stops as it learned."""
     ends, odd = special_tokens(causal_lm, model_folder, corpus.ends)
     return snapshot.small_files(causal_lm, model_folder, ends, corpus.chat_template, odd)
-
-
-def pause_early(run: RunFolder, owner: Owner, lease: Lease, stop: Stop, world: World) -> str:
-    """Leave before anything was loaded: the job was asked to end, and nothing is lost."""
-    if world.is_main:
-        cause = f"{stop.reason or 'another rank was asked to stop'}, before training began"
-        run.pause(owner.job, owner.attempt, cause)
-        lease.release()
-        log.info("%s: PAUSED (%s); nothing was lost; %s", run.path.name, cause, CONTINUES)
-    return "PAUSED"
 
 
 def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> None:
