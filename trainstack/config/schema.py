@@ -4,6 +4,7 @@ Units, and why one would change a setting, are in the comments of config.yaml. A
 more than one setting raises ValueError; its text names the keys, what is wrong and the fix.
 """
 
+import contextlib
 import datetime
 import math
 from typing import Annotated, Any, Literal
@@ -37,6 +38,14 @@ def said(text: str) -> str:
     if text.strip().lower() in NOTHING:
         raise PydanticCustomError("nothing", "a word for nothing")
     return text
+
+
+def day(text: str) -> str:
+    """A date such as 2026-01-01."""
+    with contextlib.suppress(ValueError):
+        if str(datetime.date.fromisoformat(text)) == text:
+            return text
+    raise PydanticCustomError("name", "{fix}", {"fix": "no such day; write for example 2026-01-01"})
 
 
 Text = Annotated[str, AfterValidator(said)]
@@ -79,22 +88,11 @@ class SourceSection(Section):
     learn: Literal["all", "last"]
     each_turn: bool
     chat_template: FilePath | None
-    chat_date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    chat_date: Annotated[str, AfterValidator(day)]
     special_tokens: Literal["text", "tokens"] | None
     split_on: Name | None
     max_bad_records: Annotated[int, Field(ge=0)]
     weight: PositiveFloat | None
-
-    @field_validator("chat_date")
-    @classmethod
-    def check_date(cls, date: str) -> str:
-        try:
-            datetime.date.fromisoformat(date)
-        except ValueError:
-            raise ValueError(
-                f"data.chat_date={date}: no such day; write for example 2026-01-01"
-            ) from None
-        return date
 
     @property
     def label(self) -> str:
