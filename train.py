@@ -32,7 +32,6 @@ from trainstack.model.strategy import Strategy
 from trainstack.optim.schedule import build_schedule
 from trainstack.resilience.failure import explain
 from trainstack.resilience.faults import Faults
-from trainstack.resilience.faults import parse as parse_faults
 from trainstack.resilience.guard import Diverged, Guard, Policy
 from trainstack.resilience.stop import Stop
 from trainstack.resilience.watchdog import Watch
@@ -66,7 +65,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
     if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
         return ending.pause(attempt, stop.reason)
     watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
-    faults = Faults(parse_faults(options.fault), world.rank, owner.attempt)
+    faults = Faults(options.fault, world.rank, owner.attempt)
 
     # The weights: from the newest checkpoint, else as model.init says.
     newest = startup.find_checkpoint(run, fixed, watch, world)
@@ -152,7 +151,7 @@ class Loop:
                 return ending.pause(attempt, self.stop.reason, state.step)
             self.watch.at(state.step, Phase.END, START_SECONDS)
             ending.show_sample(attempt, self.strategy, self.feed.corpus.is_chat)
-            return ending.complete(attempt, state.step, time.monotonic() - self.started)
+            return ending.complete(attempt, state, time.monotonic() - self.started)
         except Diverged as error:  # the save of good steps that is under way is finished
             self.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
             self.saver.wait()
@@ -210,11 +209,12 @@ class Loop:
         requested_before = self.read_numbers()
         # Only now: the line of the step before, just logged, is about what was drawn until then.
         self.state.drawn = self.feed.drawn_after(step, self.state.drawn)
-        # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
+        # A stop has to leave time for a step, and for the saves that it waits for.
         step_seconds = max(self.pace.step_seconds, self.watch.median_seconds())
         is_stop_due = self.stop.is_wanted(step_seconds, self.saver.saves_until_stop)
         is_save_due = self.interval is not None and self.interval.is_due(time.monotonic())
         requested = Requested(is_stop_due, is_save_due)
+        # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
         is_bad = self.numbers.send(step, data, loss_sum, grad_norm, requested, self.guard.judge)
         self.watch.at(step, Phase.UPDATE)
         # 2. A snapshot that is being copied needs the weights as they were before this update.

@@ -107,17 +107,15 @@ def read_world() -> World:
     return World(rank, local_rank, world_size, local_world_size, device)
 
 
-def start_logging(world: World, log_file: Path | None) -> None:
+def start_logging(world: World, log_file: Path) -> None:
     """Rank 0 speaks on the console; every rank writes its own file; warnings show everywhere."""
     prefix = "" if world.is_main else f"[rank {world.rank}] "
     console = logging.StreamHandler(sys.stdout)
     console.setLevel(logging.INFO if world.is_main else logging.WARNING)
     console.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
-    log.handlers = [console]
-    if log_file is not None:
-        to_file = logging.FileHandler(log_file)
-        to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {world.rank} %(message)s"))
-        log.addHandler(to_file)
+    to_file = logging.FileHandler(log_file)
+    to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {world.rank} %(message)s"))
+    log.handlers = [console, to_file]
     log.setLevel(logging.INFO)
     log.propagate = False
 

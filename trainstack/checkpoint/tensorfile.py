@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainstack.storage import files
@@ -51,15 +50,11 @@ def write_safetensors(
     def fill(file: files.HashedFile) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            raw = _raw_bytes(tensor)
+            # Viewed as bytes, since numpy has no bfloat16.
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
             for start in range(0, raw.size, files.CHUNK_BYTES):
                 started = time.thread_time()
                 file.write(raw[start : start + files.CHUNK_BYTES])
                 pause(time.thread_time() - started)
 
     return files.write_with(path, fill)
-
-
-def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's bytes on the host; numpy has no bfloat16, so it is viewed as bytes first."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

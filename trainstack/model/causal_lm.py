@@ -135,9 +135,11 @@ def check_weights(folder: Path, whole: nn.Module) -> list[str]:
     """
     notes = []
     check_generation_config(folder)
+    files = [WEIGHTS] if (folder / WEIGHTS).exists() else shards_of(folder / INDEX)
+    shapes = {name: shape for n in files for name, shape in shapes_of(folder / n).items()}
     one_by_one = mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1")  # modes are per thread
     with FakeTensorMode(allow_non_fake_inputs=True), one_by_one:
-        weights = {name: torch.empty(shape) for name, shape in shapes(folder).items()}
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         for target, source in getattr(whole, "all_tied_weights_keys", {}).items():
             if {target, source} <= {*weights}:  # their values would be compared
                 del weights[target]
@@ -217,14 +219,6 @@ def check_found(found: dict[str, Any], weights: str = "its weights") -> None:
         prefix = unused[0].removesuffix(renamed[0])
         fix = f"they have {unused[0]}: save them again without {prefix} in front of each name"
     raise ConfigError(f"{problem}; {fix}")
-
-
-def shapes(folder: Path) -> dict[str, list[int]]:
-    """By name, from the files that transformers reads."""
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).exists():
-        names = shards_of(folder / INDEX)
-    return {key: shape for n in names for key, shape in shapes_of(folder / n).items()}
 
 
 def quantisation(config: Any) -> str | None:

@@ -67,10 +67,10 @@ def _parse_one(text: str) -> Fault:
 
 
 class Faults:
-    """The faults of this rank in this attempt; without any it does nothing."""
+    """Those of a text's faults that are for this rank in this attempt; none: it does nothing."""
 
-    def __init__(self, faults: list[Fault], rank: int, attempt: int):
-        self.faults = [f for f in faults if f.rank == rank and f.attempt in (None, attempt)]
+    def __init__(self, text: str, rank: int, attempt: int):
+        self.faults = [f for f in parse(text) if f.rank == rank and f.attempt in (None, attempt)]
         self.loss_factor = 1.0
         self._changes = 0
         self._watch = contextlib.ExitStack()

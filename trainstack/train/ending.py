@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.names import newest_checkpoint, newest_state
+from trainstack.checkpoint.names import newest_checkpoint
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
+from trainstack.checkpoint.state import TrainState
 from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import CONTINUES, EXIT_CODES
@@ -34,18 +35,17 @@ def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
     return "PAUSED"
 
 
-def complete(attempt: Attempt, step: int, seconds: float) -> str:
+def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
     """The last step is on disk, ``seconds`` after the loop began."""
     if attempt.world.is_main:
-        run, name = attempt.run, attempt.run.path.name
+        run, name, step = attempt.run, attempt.run.path.name, state.step
         _, newest = newest_checkpoint(run.checkpoints)
-        _, state = newest_state(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(seconds)
         code = EXIT_CODES["DONE"]
         run.set_status("DONE", step=step, exit_code=code, cause=None, next_action=look)
         run.add_event("done", step=step, job=attempt.owner.job, attempt=attempt.owner.attempt)
         log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
-        if state and state.updates < state.step:
+        if state.updates < step:
             log.info("      %s of its %s updates were not made, since a loss or gradient was not "
                      "finite, or a spike", f"{step - state.updates:,}", f"{step:,}")  # fmt: skip
         if gone := best_before(run, newest):
@@ -68,10 +68,7 @@ def best_before(run: RunFolder, newest: Path | None) -> str:
 
 
 def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
-    """Print what the trained model says; rank 0 generates, the others have nothing left to do.
-
-    ``is_chat``: it has learned conversations, so eval.sample_prompt is a question to it.
-    """
+    """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
     section, run = attempt.config.eval, attempt.run
     if not attempt.world.is_main or section.sample_prompt is None:
         return

@@ -167,21 +167,14 @@ def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> No
     """
     if attempt.world.is_main:
         attempt.lease.check()  # loading takes a while
-        stop.save_seconds = expected_save_seconds(attempt.run, parameters)
+        guess = 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
+        saved = [e["save_seconds"] for e in attempt.run.events() if e["event"] == "checkpoint"]
+        stop.save_seconds = [guess, *saved][-1]  # what the last save of this run took
         attempt.run.set_status(RUNNING, step=step, max_steps=attempt.max_steps)
 
 
-def expected_save_seconds(run: RunFolder, parameters: int) -> float:
-    """What the last save of this run took; before there was one, a guess from the size."""
-    saved = [e["save_seconds"] for e in run.events() if e["event"] == "checkpoint"]
-    return saved[-1] if saved else 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
-
-
 def build_interval(attempt: Attempt, save_seconds: float) -> Interval | None:
-    """Decides when to save if checkpoint.save_steps is auto; None if not, and on ranks beyond 0.
-
-    ``save_seconds``: what a save is expected to take.
-    """
+    """Decides when to save if checkpoint.save_steps is auto; None if not, and on ranks beyond 0."""
     section = attempt.config.checkpoint
     if not attempt.world.is_main or section.save_steps != "auto":
         return None
