@@ -27,8 +27,11 @@ def load(path: Path, overrides: list[str]) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        found = invalid_values(error, values, locations, path)
-        raise ConfigError(*without_echoes([*problems, *found])) from None
+        found = {}  # by key and value: of a union each branch refuses, told once
+        for detail in error.errors():
+            value = known_prefix(detail["loc"], values), repr(detail["input"])
+            found.setdefault(value, describe(detail, values, locations, path))
+        raise ConfigError(*without_echoes([*problems, *found.values()])) from None
     if problems:
         raise ConfigError(*problems)
     return config
@@ -110,24 +113,8 @@ def complete_mixture(values: dict) -> None:
     ]
 
 
-def invalid_values(
-    error: ValidationError, values: dict, locations: dict[str, str], path: Path
-) -> list[str]:
-    """A line for each value that pydantic refused; a union refuses once per branch, told once."""
-    described = {}
-    for detail in error.errors():
-        value = known_prefix(detail["loc"], values), repr(detail["input"])
-        described.setdefault(value, describe(detail, values, locations, path))
-    return list(described.values())
-
-
 def without_echoes(problems: list[str]) -> list[str]:
     """Each problem once; a key that another problem suggests is not reported as missing too."""
-    problems = list(dict.fromkeys(problems))
-    suggested = set(re.findall(r"did you mean ([\w.]+)\?", " ".join(problems)))
-    missing = [re.search(r": ([\w.]+): missing; ", problem) for problem in problems]
-    return [
-        problem
-        for problem, key in zip(problems, missing, strict=True)
-        if not (key and key[1] in suggested)
-    ]
+    suggested = re.findall(r"did you mean ([\w.]+)\?", " ".join(problems))
+    echoes = [f": {key}: missing; " for key in suggested]
+    return [p for p in dict.fromkeys(problems) if not any(echo in p for echo in echoes)]

@@ -85,7 +85,7 @@ class StepNumbers:
         if self._sent is None:
             return None
         (step, target_tokens, numbers, event, sent_at, at), self._sent = self._sent, None
-        if event is not None:  # on a GPU: the copy has arrived
+        if event is not None:  # the copy from a GPU may still be under way
             event.synchronize()
         loss_sum, stop, save, high, low, norm, bad = numbers.tolist()
         total = (int(high) * (1 << HASH_BITS // 2) + int(low)) % (1 << HASH_BITS)
