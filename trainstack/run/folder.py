@@ -75,7 +75,8 @@ class RunFolder:
 
     def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a file, one a line; not what is torn, or cut by ``size``."""
-        with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
+        unreadable = contextlib.suppress(FileNotFoundError, PermissionError)  # of a colleague
+        with unreadable, (self.path / name).open("rb") as file:
             if size is not None:
                 file.seek(max(0, file.seek(0, 2) - size))
             for line in file.read().splitlines():
