@@ -54,7 +54,7 @@ main() {
   else
     command -v sbatch >/dev/null || die "no sbatch here; log in to the cluster, or use --local"
     queue="$(list_jobs 2>&1)" ||
-      die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works"
+      die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works, or use --local"
     check+=(--queue)
   fi
   if [[ -n "$IS_DRY" ]]; then check+=(--dry-run); fi

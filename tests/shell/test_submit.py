@@ -16,6 +16,7 @@ from fake_site import BASH, Site, complaint
 import tiny
 from trainstack.config.load import load
 from trainstack.job.resources import read_resources
+from trainstack.job.submit import high_rate
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner
 from trainstack.storage import layout
@@ -397,6 +398,24 @@ def test_settings_of_another_experiment_are_refused_with_the_difference(site):
     assert "run first cannot continue with run.seed=1234 (the run has 99); put it back, or" in line
 
 
+def test_a_switch_that_differs_is_told_as_the_file_writes_it(site):
+    site.make_checkpoint(5, data__each_turn=True)
+    told = "cannot continue with data.each_turn=false (the run has true)"
+    assert told in complaint(site.submit(), 78)
+
+
+@pytest.mark.parametrize(
+    ("init", "rate", "is_told"),
+    [("pretrained", "4e-3", True), ("pretrained", "1e-3", False), ("scratch", "4e-3", False)],
+)
+def test_a_rate_for_new_weights_is_told_where_pretrained_ones_are_trained(init, rate, is_told):
+    settings = [f"model.init={init}", f"optim.learning_rate={rate}"]
+    told = high_rate(load(tiny.ROOT / "config.yaml", settings))
+    assert [line[:50] for line in told] == [
+        "optim.learning_rate=0.004 is a rate for new weight"
+    ] * is_told
+
+
 def test_a_setting_that_may_change_continues_the_run(site):
     site.make_checkpoint(5)
     assert "other settings" not in site.submit("--dry-run").stderr
@@ -440,7 +459,7 @@ def test_a_complete_run_says_so_and_submits_nothing(site):
     assert "run first is complete: 20 steps" in result.stderr
     assert "raise train.max_steps" in result.stderr
     fewer = site.submit("train.max_steps=null", "train.num_train_epochs=0.01").stderr
-    assert "complete: 20 steps, and 1 are wanted" in fewer and "raise train.num_train" in fewer
+    assert "train.num_train_epochs asks for fewer steps, 1; for a new run" in fewer
     assert site.commands.calls("sbatch") == []
     assert site.submit("train.max_steps=30").stdout == "4711\n"
 

@@ -18,7 +18,7 @@ from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
 
 FOR_A_PERSON = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that no other job gets past
-FIX = "fix the cause, then run the same bash submit.sh; it resumes from the newest checkpoint"
+FIX = "fix the cause, then bash submit.sh with the same run.name"
 
 
 def main(arguments: list[str]) -> int:
@@ -141,9 +141,11 @@ def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     )  # fmt: skip
     run.add_event(ending.state.lower(), job=owner.job, step=ending.step, cause=ending.cause)
     _, newest = names.newest_checkpoint(run.checkpoints)
-    kept = newest.name if newest else "no checkpoint yet"
+    kept, begins = "no checkpoint yet", "begins again at step 1"
+    if newest:
+        kept, begins = newest.name, f"resumes from {newest.name}"
     say(run, f"{ending.state} at step {ending.step or 0:,}: {ending.cause}")
-    say(run, f"kept: {kept}; logs: {run.logs}/{owner.job}.*; {FIX}")
+    say(run, f"kept: {kept}; logs: {run.logs}/{owner.job}.*; {FIX}; it {begins}")
 
 
 def say(run: RunFolder, text: str) -> None:

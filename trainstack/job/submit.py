@@ -30,6 +30,7 @@ from trainstack.storage import layout
 
 SPEAKER = "submit.sh"
 LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
+MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
 LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED"}
 
@@ -106,13 +107,16 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     if step >= max_steps and run.status().get("state") == "DONE":
         _, newest = names.newest_checkpoint(run.checkpoints)
         key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
-        more = f", and {max_steps:,} are wanted" if step > max_steps else ""
-        say(f"run {config.run.name} is complete: {step:,} steps{more}, {newest}")
-        say(f"to go further raise train.{key}; for a new run choose another run.name")
+        say(f"run {config.run.name} is complete: {step:,} steps, {newest}")
+        further = f"to go further raise train.{key}"
+        if step > max_steps:
+            further = f"train.{key} asks for fewer steps, {max_steps:,}"
+        say(f"{further}; for a new run choose another run.name")
         return "complete", run
     space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
-    for line in (*rates, *not_used(config, corpus), *rate_jump(run, config.optim, step, max_steps)):
+    rates += [*high_rate(config), *rate_jump(run, config.optim, step, max_steps)]
+    for line in (*rates, *not_used(config, corpus)):
         say(line)
     if changes:
         say(f"run {config.run.name} continues with other settings: {', '.join(changes)}")
@@ -144,6 +148,17 @@ def check_folder(path: Path) -> None:
     parent = path if path.exists() else path.parent
     if parent.exists() and not os.access(parent, os.W_OK):
         raise Failed(f"{parent} cannot be written; ask its owner, or choose another SHARED_DIR")
+
+
+def high_rate(config: Config) -> list[str]:
+    """A line if pretrained weights would be trained at the rate of new ones, as config.yaml has."""
+    rate = config.optim.learning_rate
+    if config.model.init != "pretrained" or rate <= MOST_TUNING_RATE:
+        return []
+    return [
+        f"optim.learning_rate={rate:g} is a rate for new weights; for pretrained ones 1e-5 to 5e-4 "
+        "is usual, and 1e-3 for a model of a few million parameters"
+    ]
 
 
 def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) -> list[str]:

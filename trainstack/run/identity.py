@@ -1,5 +1,6 @@
 """What may not change between two attempts of a run, and what may."""
 
+import json
 from typing import Any
 
 from trainstack.config.schema import Config
@@ -17,7 +18,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
     A run from before there was a setting of the data may go on: the tokens say all about it.
     """
     different = [
-        f"{key}={wanted.get(key)} (the run has {saved.get(key)})"
+        f"{key}={written(wanted.get(key))} (the run has {written(saved.get(key))})"
         for key in sorted(saved.keys() | wanted.keys())
         if (key in saved or not key.startswith("data."))
         and not is_same(saved.get(key), wanted.get(key))
@@ -29,6 +30,11 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
             f"run {run_name} cannot continue with {', '.join(different)}{hint}; "
             "put it back, or choose another run.name"
         )
+
+
+def written(value: Any) -> str:
+    """As config.yaml has it, without quotes where a word needs none."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def is_same(saved: Any, wanted: Any) -> bool:
