@@ -34,10 +34,8 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
 def check_shape(messages: list[dict], text: str) -> None:
     """DataError if the template writes an object as Python shows it: it expects a text there."""
     for message in messages:
-        content = message.get("content")
-        calls = (call.get("function", {}) for call in message.get("tool_calls") or ())
-        objects = [content, *(function.get("arguments") for function in calls)]
-        for found in objects:
+        functions = (call.get("function", {}) for call in message.get("tool_calls") or ())
+        for found in (message.get("content"), *(f.get("arguments") for f in functions)):
             if found and isinstance(found, dict | list) and str(found) in text:
                 raise DataError("the chat template does not take contents or arguments as objects")
 

@@ -83,12 +83,9 @@ class Marked:
         return [plain if n in unmarked else marked for n, (plain, marked) in pairs]
 
     def render(
-        self,
-        stop: int | None = None,
-        invites: bool = False,
-        more: Iterable[dict] = (),
+        self, stop: int | None = None, invites: bool = False, more: Iterable[dict] = (),
         in_place: dict[int, dict] | None = None,
-    ) -> Rendering:
+    ) -> Rendering:  # fmt: skip
         """The messages before ``stop``, and ``more`` behind them. Raises as ``write``.
 
         ``in_place``: other messages for some of them, by number.
@@ -125,12 +122,10 @@ class Marked:
             at = max(at, *(last for _, last in found.places.get(number, [(0, 0)])))
 
     def _mark(self, number: int, message: dict) -> dict:
-        marked = dict(message)
-        role = message.get("role")
-        if isinstance(message.get("reasoning_content"), str):
-            text = message["reasoning_content"]
-            marked["reasoning_content"] = self._piece(number, REASONING, text)
-        content = message.get("content")
+        marked, role = dict(message), message.get("role")
+        thoughts, content = message.get("reasoning_content"), message.get("content")
+        if isinstance(thoughts, str):
+            marked["reasoning_content"] = self._piece(number, REASONING, thoughts)
         if isinstance(content, str):
             marked["content"] = self._content(number, role, content)
         elif isinstance(content, list):
@@ -144,21 +139,15 @@ class Marked:
     def _content(self, number: int, role: str | None, text: str) -> str:
         """Each stretch between two tags that the template knows is a piece of its own."""
         tags = [tag for tag in TAG.finditer(text) if tag[0].replace("/", "") in self.tags]
-        if not tags:
-            return self._piece(number, TEXT, text)
-        parts, at = [], 0
+        made, at, before = "", 0, ""
         for tag in [*tags, None]:
-            stretch = text[at : tag.start() if tag else len(text)]
-            before = parts[-1] if parts else ""
-            is_thought = role == "assistant" and any(
-                THOUGHT.search(name) and ("/" in name) == is_after
-                for name, is_after in ((before, False), (tag[0] if tag else "", True))
-            )
-            parts.append(self._piece(number, REASONING if is_thought else TEXT, stretch))
-            if tag:
-                parts.append(tag[0])
-                at = tag.end()
-        return "".join(parts)
+            stretch, name = text[at : tag.start() if tag else None], tag[0] if tag else ""
+            opens = THOUGHT.search(before) and "/" not in before
+            closes = THOUGHT.search(name) and "/" in name
+            kind = REASONING if role == "assistant" and (opens or closes) else TEXT
+            made += self._piece(number, kind, stretch) + name
+            at, before = tag.end() if tag else at, name
+        return made
 
     def _call(self, number: int, call: dict) -> dict:
         """A tool call with marks around the texts in its arguments."""
@@ -187,7 +176,7 @@ class Marked:
         self.pieces.append(Piece(number, kind, core))
         if first + 1 >= FIRST_MARK + MOST_MARKS:
             return text  # too many for marks: none will be used
-        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
+        before, _, after = text.partition(core)
         return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
 

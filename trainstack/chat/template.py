@@ -28,23 +28,25 @@ from trainstack.errors import ConfigError, DataError, first_line
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
-UNNAMED, UNEVEN, STRAY = "unnamed_calls", "uneven_turns", "stray_ends"
-MOVED = "moved_turns"
 REMARKS = {
-    DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
-    IGNORED: "tools that the template does not tell the model of",
-    UNNAMED: "tool calls that the template writes without their name",
-    STRAY: "turns close with a tag such as </think> what nothing opens, for the template does not "
-    "take thoughts out of the text; write them as reasoning_content",
-    UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
-    "writes it",
-    MOVED: "turns stand behind another text than when the model is asked, as where tools or a "
-    "system turn go to the last question; data.each_turn=true learns each as it is asked",
-    UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
-    "without an empty thought; data.each_turn=true learns each as it is asked",
+    "dropped_thoughts": "earlier turns whose thoughts the template leaves out; "
+    "data.each_turn=true keeps them",
+    "ignored_tools": "tools that the template does not tell the model of",
+    "unnamed_calls": "tool calls that the template writes without their name",
+    "stray_ends": "turns close with a tag such as </think> what nothing opens, for the template "
+    "does not take thoughts out of the text; write them as reasoning_content",
+    "unasked_turns": "turns without the generation prompt of inference before them; "
+    "data.each_turn=true writes it",
+    "moved_turns": "turns stand behind another text than when the model is asked, as where tools "
+    "or a system turn go to the last question; data.each_turn=true learns each as it is asked",
+    "uneven_turns": "turns begin in their conversation otherwise than when the model is asked, "
+    "such as without an empty thought; data.each_turn=true learns each as it is asked",
 }
 COPIED = re.compile(r"%\}\\n|\\\"")  # escapes of JSON
+AS_JSON = (
+    'it looks like JSON, such as "chat_template" of a tokenizer_config.json: write what that text '
+    "means, with line breaks for \\n"
+)
 NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
 
 
@@ -81,10 +83,7 @@ class Chat:
         return cls(model_folder, file, section.chat_date)
 
     def load(self) -> None:
-        """Load the tokenizer now, else the first use does. ConfigError if that cannot be.
-
-        So it is too if a template is no Jinja.
-        """
+        """Load tokenizer and template now, not on first use. ConfigError if one cannot be."""
         from jinja2.exceptions import TemplateSyntaxError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -103,12 +102,7 @@ class Chat:
             _compile_jinja_template(template or "")
         except TemplateSyntaxError as error:
             name = f"data.chat_template={self.file}" if self.file else "the model's chat template"
-            fix = "correct it"
-            if COPIED.search(template):
-                fix = (
-                    'it looks like JSON, such as "chat_template" of a tokenizer_config.json: write '
-                )
-                fix += "what that text means, with line breaks for \\n"
+            fix = AS_JSON if COPIED.search(template) else "correct it"
             raise ConfigError(
                 f"{name}: line {error.lineno} is no Jinja ({error.message}); {fix}"
             ) from None
@@ -147,13 +141,9 @@ class Chat:
         return self._write(template, messages, tools, invites)[0]
 
     def render(
-        self,
-        location: str,
-        messages: list[dict],
-        tools: list | None,
-        learned: Sequence[int] | None = None,
-        is_asked: bool = False,
-    ) -> Rendered:
+        self, location: str, messages: list[dict], tools: list | None,
+        learned: Sequence[int] | None = None, is_asked: bool = False,
+    ) -> Rendered:  # fmt: skip
         """The conversation as the template writes it, and which of it the assistant says.
 
         ``learned``: the numbers of the messages whose text is learned, from 0; None: all of the
@@ -210,14 +200,16 @@ class Chat:
             whole, ranges = behind_prompt(whole, turns[0], ranges)
             dropped = check_pieces(marked, whole)
         text = whole.text + "".join(turn.more for turn in turns)
+        calls = [c for m in messages for c in m.get("tool_calls") or ()]
+        strays = [turn for turn in turns if is_stray(whole, turn, marked.invitation, template)]
         remarks = {
-            DROPPED: dropped,
-            IGNORED: ignored,
-            UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
-            UNEVEN: uneven(marked, whole, numbered),
-            STRAY: sum(is_stray(whole, turn, marked.invitation, template) for turn in turns),
-            MOVED: 0 if is_asked else sum(turn.is_moved for turn in turns),
-            UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
+            "dropped_thoughts": dropped,
+            "ignored_tools": ignored,
+            "unnamed_calls": unnamed(calls, text),
+            "uneven_turns": uneven(marked, whole, numbered),
+            "stray_ends": len(strays),
+            "moved_turns": 0 if is_asked else sum(turn.is_moved for turn in turns),
+            "unasked_turns": 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
         return Rendered(text, ranges, merged(places), {k: v for k, v in remarks.items() if v})
