@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
-        for remark in store.remarks():  # last, where they are read: each is a decision
+        for remark in store.remarks(section):  # last, where they are read: each is a decision
             print(f"remark: {remark}")
         if store.meta["template"]:
             prompt = Chat.of(model_folder, section).generation_prompt()
@@ -66,11 +66,9 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
     """What there is, how long it is, how full the samples are, and how much of it is repeated."""
     counts = store.counts
     yield f"{section.label} ({store.meta['format']}) in {store.folder}"
-    splits = ((TRAIN, store.train), (EVAL, store.eval))
-    for name, split in splits:
-        documents, total, targets = (
-            getattr(counts, f"{name}_{what}") for what in ("documents", "tokens", "target_tokens")
-        )
+    for name, split in ((TRAIN, store.train), (EVAL, store.eval)):
+        kinds = ("documents", "tokens", "target_tokens")
+        documents, total, targets = (getattr(counts, f"{name}_{kind}") for kind in kinds)
         share = targets / max(1, total)
         yield (
             f"  {name:<11} {documents:,} documents, {total:,} tokens, {share:.1%} of them carry "
@@ -81,11 +79,6 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
         f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
     )
     yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
-    if counts.written_documents:
-        yield (
-            f"  as text     a special token written in {counts.written_documents:,} documents, "
-            f"first {counts.first_written}"
-        )
     copies = duplicates(store.train)
     yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
     yield "  length      tokens per document, of the training split"

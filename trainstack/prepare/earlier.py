@@ -23,15 +23,18 @@ from trainstack.storage.files import read_object
 UNREAD = {"post_processor": None, "truncation": None, "padding": None}  # if they add no token
 
 
+def is_whole(store: Path) -> bool:
+    return not any(manifest.damage(store, manifest.TRUSTED_BY_SIZE))
+
+
 def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> bool:
     """Whether the rules before made the same store; then ``final`` becomes a link to it."""
     last = store_folder(home, model_name, section, LAST_VERSION).resolve()
-    is_whole = not any(manifest.damage(last, manifest.TRUSTED_BY_SIZE))
-    if is_whole and read_object(last / "meta.json")["format"] in PLAIN:
+    if is_whole(last) and read_object(last / "meta.json")["format"] in PLAIN:
         link(final, last)
         return True
     earlier = store_folder(home, model_name, section, EARLIER_VERSION)
-    if not is_as_before(section) or any(manifest.damage(earlier, manifest.TRUSTED_BY_SIZE)):
+    if not (is_as_before(section) and is_whole(earlier)):
         return False
     model_folder = layout.model_folder(home, model_name)
     store = TokenStore(earlier, section.seq_len)

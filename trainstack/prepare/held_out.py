@@ -52,11 +52,6 @@ class Boundary:
         first = max(0, offset - self.room)
         line, space = (text.rfind(sign, first, offset - 1) + 1 for sign in "\n ")
         cut = line or space or offset
-        return [
-            ({column: text[:cut]}, replace(part, is_continued=True, after=""), TRAIN),
-            (
-                {column: text[cut:]},
-                Part(part.start + cut, part.is_continued, after=part.after),
-                EVAL,
-            ),
-        ]
+        begin = replace(part, is_continued=True, after="")
+        rest = Part(part.start + cut, part.is_continued, after=part.after)
+        return [({column: text[:cut]}, begin, TRAIN), ({column: text[cut:]}, rest, EVAL)]

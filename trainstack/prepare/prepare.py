@@ -35,6 +35,7 @@ from trainstack.data.store import (
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import demo, earlier
+from trainstack.prepare.earlier import is_whole
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,
@@ -83,11 +84,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("config.yaml"))
     parser.add_argument("--force", action="store_true", help="make the demo and the tokens again")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        help=f"that tokenise; default: one per core, at most {MOST_PROCESSES}",
-    )
+    most = f"that tokenise; default: one per core, at most {MOST_PROCESSES}"
+    parser.add_argument("--processes", type=int, help=most)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
@@ -151,13 +149,8 @@ def prepare_one(
 
 def must_be_whole(name: str, folder: Path) -> None:
     """ConfigError if a model or a data set is not there, or damaged."""
-    problem = next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None)
-    if problem:
+    if problem := next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None):
         raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
-
-
-def is_whole(folder: Path) -> bool:
-    return not any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
 
 
 def write_store(
@@ -187,8 +180,7 @@ def write_store(
         raise
     if section.eval_split:  # else the hash of a text puts copies on one side
         writer.counts.shared_documents = shared_documents(splits[TRAIN], splits[EVAL])
-    meta = meta_of(home, model_name, section, tokenise)
-    ends = Ends([], [], 0, "")
+    meta, ends = meta_of(home, model_name, section, tokenise), Ends([], [], 0, "")
     if meta["template"]:
         learned = splits[TRAIN]
         ends = ends_of_turns(encoder.tokenizer, learned.ids, learned.spans, encoder.end_id)
@@ -210,7 +202,7 @@ def write_store(
 def open_writer(section: DataSection, final: Path, vocab_size: int, force: bool) -> TokenWriter:
     """The writer of a new store, which continues an interrupted preparation if it can."""
     left = abandoned(final)
-    killed = None if force else next(iter(left), None)
+    killed = left[0] if left and not force else None
     temporary = temporary_folder(final)
     try:
         writer = TokenWriter(temporary, vocab_size, killed)
@@ -274,13 +266,11 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
             more = f" (data.max_bad_records={limit} others were left out)" if limit else ""
             raise DataError(f"{reason}{more}")
         writer.leave_out(location, reason)
-    writer.counts.empty_documents += found.empty
-    writer.counts.unread += sorted(found.unread - {*writer.counts.unread})
-    for name, count in found.remarks.items():
-        setattr(writer.counts, name, getattr(writer.counts, name) + count)
-    writer.counts.written_documents += len(found.written)
-    if found.written and not writer.counts.first_written:
-        writer.counts.first_written = found.written[0]
+    counts = writer.counts
+    counts.unread += sorted(found.unread - {*counts.unread})
+    for name, count in found.counts.items():
+        setattr(counts, name, getattr(counts, name) + count)
+    counts.first_written = counts.first_written or found.first_written
     for split, batch in found.batches.items():
         writer.append(split, batch)
 
@@ -288,13 +278,9 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
 def pack(writer: TokenWriter, section: DataSection) -> dict[str, Split]:
     """Close the tokens and, if documents are packed whole, lay out the samples. The splits."""
     splits = writer.seal(section.seq_len)
-    for name, split in splits.items():
-        if section.packing == "concat":
-            continue
-        made = packing.plans(
-            split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
-        )
-        writer.lay_out(name, split, made)
+    how = section.seq_len, section.packing, section.too_long
+    for name, split in splits.items() if section.packing != "concat" else ():
+        writer.lay_out(name, split, packing.plans(split.stops, split.targets_in, *how))
     return splits
 
 

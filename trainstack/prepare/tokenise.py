@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -84,10 +84,9 @@ class Tokenised:
     """What became of a chunk: its documents by split, and the records that are none."""
 
     batches: dict[str, TokenBatch] = field(default_factory=dict)
-    empty: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
-    remarks: Counter = field(default_factory=Counter)  # counts under names of REMARKS
-    written: list[str] = field(default_factory=list)  # of documents, the first special token
+    counts: Counter = field(default_factory=Counter)  # under their names in the store's Counts
+    first_written: str = ""  # as there
     unread: set[str] = field(default_factory=set)  # columns, and keys of turns
 
 
@@ -136,9 +135,11 @@ class Tokeniser:
                 if reason:
                     found.bad.append((document.location, reason))
                     continue
-                found.remarks.update(tokens.remarks)
+                found.counts.update(tokens.remarks)
                 if tokens.written:
-                    found.written.append(f"{document.location}: {tokens.written[0]}")
+                    found.counts["written_documents"] += 1
+                    first = f"{document.location}: {tokens.written[0]}"
+                    found.first_written = found.first_written or first
                 made[last].append((tokens.ids, tokens.flags))
         found.batches = {n: token_batch(pairs, self.dtype) for n, pairs in made.items() if pairs}
         if chunk.part and chunk.part.is_continued:
@@ -169,13 +170,13 @@ class Tokeniser:
             except DataError as error:
                 found.bad.append((location, str(error)))
                 continue
-            found.empty += not documents
+            found.counts["empty_documents"] += not documents
             found.unread.update(record.keys() - read, *(d.unread for d in documents))
             whole = documents[-1].text if documents else ""
             if split is None:  # turns of one conversation are on one side
                 split = EVAL if is_held_out(whole, section.eval_fraction, part) else TRAIN
             for document in documents:
-                found.remarks.update(document.remarks)
+                found.counts.update(document.remarks)
                 yield document, split
 
     def _records(
@@ -200,7 +201,7 @@ class Tokeniser:
             if not isinstance(text, str):
                 yield location, record
                 continue
-            found.remarks["divided_texts"] += self._sign in text
+            found.counts["divided_texts"] += self._sign in text
             for number, piece in enumerate(text.split(self._sign), start=1):
                 piece = piece.removeprefix("\r").removeprefix("\n").removesuffix("\r")
                 if piece.strip():
@@ -300,7 +301,7 @@ def _ahead(
         yield done, future.result()
 
 
-_tokenise: Callable[[Task], Tokenised]  # of a process of the pool
+_tokenise: Tokeniser  # of a process of the pool
 
 
 def _begin(tokenise: Tokeniser, parent: int) -> None:

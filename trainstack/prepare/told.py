@@ -70,14 +70,8 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         )
     if store.meta["template"] and store.meta["format"] not in PLAIN:
         say(section, "checked: each text of each conversation is in it, the assistant's is learned")
-    for remark in store.remarks():
-        say(section, remark)
-    if counts.written_documents:
-        choice = "; data.special_tokens=text if they are meant as text, tokens if as tokens"
-        if store.meta["template"]:
-            choice = "; in a conversation the template alone writes tokens"
-        say(section, f"{counts.written_documents:,} documents hold a special token, kept as text, "
-            f"first {counts.first_written}{'' if section.special_tokens else choice}")  # fmt: skip
+    for line in store.remarks(section):
+        say(section, line)
     if counts.bad_records:
         say(section, f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
 
