@@ -92,22 +92,8 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     return [*cards, *paths], {"subset": subset, "splits": once}
 
 
-def oddities(
-    name: str, used: Iterable[str], splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]
-) -> list[str]:
-    """Lines on the files of the data set ``name`` that are there twice, or not, in ``used`` splits.
-
-    ``entries``: of the files in the manifest.
-    """
-    read = {split: splits[split] for split in used}
-    if Path(name).is_file():  # one was named
-        return []
-    every = sorted({path for paths in read.values() for path in paths})
-    return [*repeated(read, entries), *missing_shards(every)]
-
-
-def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines on files whose texts would be learned twice, or learned and held out.
+def oddities(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines on files that are there twice, to be learned again or held out too, or are missing.
 
     ``splits``: the files of each that is used; ``entries``: their entries in the manifest.
     """
@@ -117,15 +103,16 @@ def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -
         stem = name.lower().removesuffix(readers.suffix_of(name))
         for key, what in ((name, ""), (content, "the same content"), (stem, "the same name")):
             other, its_split = first.setdefault(key, (name, split))
-            if (other, its_split) == (name, split):
-                continue
-            if other == name:
+            if other != name:
+                lines.append(f"{name} seems to be {other} again ({what}); take one away if it is")
+            elif its_split != split:
                 lines.append(f"{name} is in the splits {its_split} and {split}; take it out of one")
             else:
-                lines.append(f"{name} seems to be {other} again ({what}); take one away if it is")
+                continue
             break
     more = [f"{len(lines) - 3} more files are there twice"] if len(lines) > 3 else []
-    return [*lines[:3], *more]
+    every = sorted({name for names in splits.values() for name in names})
+    return [*lines[:3], *more, *missing_shards(every)]
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:

@@ -238,23 +238,21 @@ def collect_needed(
     origin.collect(wanted)
     if asset.kind == "model":
         return choose.model_facts(origin, wanted)
-    for line in data_files.oddities(asset.name, asset.splits, facts["splits"], origin.entries):
-        say(f"{asset}: {line}")
+    if not Path(asset.name).is_file():  # it was named itself
+        used = {split: facts["splits"][split] for split in asset.splits}
+        for line in data_files.oddities(used, origin.entries):
+            say(f"{asset}: {line}")
     return facts
 
 
 def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
     """ConfigError for a split that is not there. ``unused``: files that belong to no split."""
-    for split in asset.splits:
-        if split not in facts["splits"]:
-            known = ", ".join(facts["splits"])
-            keys = "data.split, or data.eval_split,"
-            fix = f"set {keys} to one of: {known}"
-            if unused and layout.is_local(asset.name):
-                fix += (
-                    f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
-                )
-            raise ConfigError(f"has no split {split}; {fix}")
+    split = next((split for split in asset.splits if split not in facts["splits"]), None)
+    if split:
+        fix = f"set data.split, or data.eval_split, to one of: {', '.join(facts['splits'])}"
+        if unused and layout.is_local(asset.name):
+            fix += f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
+        raise ConfigError(f"has no split {split}; {fix}")
 
 
 def check_space(asset: Asset, needed_bytes: int) -> None:
