@@ -18,21 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    errors,
-    get_token,
-    hf_hub_download,
-    set_client_factory,
-)
-from huggingface_hub.hf_api import RepoFile
+import huggingface_hub as hub
+from huggingface_hub import constants, errors, hf_hub_download
 from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub.asset import Asset
-from trainstack.storage import files
+from trainstack.storage import files, manifest
 
 TRIES = 5  # of a request, the first one included
 WORKERS = 8  # files that arrive at a time, as in snapshot_download
@@ -57,7 +50,7 @@ def make_client() -> httpx.Client:
     return client
 
 
-set_client_factory(make_client)
+hub.set_client_factory(make_client)
 
 
 class HubCommit:
@@ -78,7 +71,7 @@ class HubCommit:
         self.asset, self._retry_delay, self._say = asset, retry_delay, say
         self.is_resumable = False
         self._limited_until = 0.0  # in the clock of time.monotonic
-        repo, api = {"repo_id": asset.name, "repo_type": asset.kind}, HfApi()
+        repo, api = {"repo_id": asset.name, "repo_type": asset.kind}, hub.HfApi()
         self.commit: str = self._persist(
             f"the commit of {asset.revision}",
             lambda: api.repo_info(**repo, revision=asset.revision, timeout=ANSWER_SECONDS).sha,
@@ -87,7 +80,7 @@ class HubCommit:
             "the list of files",
             lambda: list(api.list_repo_tree(**repo, revision=self.commit, recursive=True)),
         )
-        self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
+        self._files = {f.path: f for f in entries if isinstance(f, hub.RepoFile)}
         self.sizes = {name: file.size for name, file in self._files.items()}
         self.folder = asset.folder.with_name(f".{asset.folder.name}.{self.commit[:12]}.partial")
         self.listing = [*self._files]
@@ -167,12 +160,8 @@ class HubCommit:
         page = f"{constants.ENDPOINT}/{kind}{self.asset.name}"
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, errors.GatedRepoError):
-            how = (
-                "with the account of your token"
-                if get_token()
-                else "then set HF_TOKEN to your token"
-            )
-            return f"gated; accept its licence at {page}, {how}"
+            how = "with the account of" if hub.get_token() else "then set HF_TOKEN to"
+            return f"gated; accept its licence at {page}, {how} your token"
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
                 f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name (a path"
@@ -194,25 +183,18 @@ class HubCommit:
         return f"{brief(error)}; see {page}"
 
 
-def verified_entry(path: Path, expected: RepoFile) -> dict[str, Any] | None:
+def verified_entry(path: Path, expected: hub.RepoFile) -> dict[str, Any] | None:
     """The manifest entry of a file that arrived, synced; None if it is not the commit's file.
 
     Git LFS names a content by its sha256; git by the sha1 of "blob SIZE\\0" and the content.
     """
-    content = hashlib.sha256()
-    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(files.READ_BYTES):
-            content.update(chunk)
-            if expected.lfs is None:
-                blob.update(chunk)
-        size = file.tell()
-        os.fsync(file.fileno())
-    if expected.lfs is None:
-        is_right = blob.hexdigest() == expected.blob_id
-    else:
-        is_right = content.hexdigest() == expected.lfs.sha256
-    return {"size": size, "sha256": content.hexdigest()} if is_right else None
+    files.sync_file(path)
+    entry = manifest.hash_file(path)
+    if expected.lfs is not None:
+        return entry if entry["sha256"] == expected.lfs.sha256 else None
+    blob = hashlib.sha1(b"blob %d\0" % entry["size"], usedforsecurity=False)
+    blob.update(path.read_bytes())  # git's own are small
+    return entry if blob.hexdigest() == expected.blob_id else None
 
 
 def may_pass(error: Exception) -> bool:

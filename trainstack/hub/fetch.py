@@ -127,12 +127,9 @@ def inspect(asset: Asset) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError):
         manifest = {}  # the problem will say why
     is_local = manifest.get("source") == "local"
-    if is_local:
-        wrong = change_of_originals(asset, manifest)
-    else:
-        wrong = next(damage(asset.folder, TRUSTED_BY_SIZE), "")
-    if is_local and wrong:
-        return manifest, f"{CHANGED} {manifest['fetched_at']} ({wrong})"
+    if is_local and (changed := change_of_originals(asset, manifest)):
+        return manifest, f"{CHANGED} {manifest['fetched_at']} ({changed})"
+    wrong = "" if is_local else next(damage(asset.folder, TRUSTED_BY_SIZE), "")
     if not wrong and manifest["kind"] != asset.kind:
         wrong = f"it is a {manifest['kind']}"
     if wrong:
