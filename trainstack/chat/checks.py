@@ -135,14 +135,12 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
             begin = whole.text[turn.first : min(places)].strip()  # space may be a person's
             begins.append((kind, begin))
     last = next((begin for kind, begin in reversed(begins) if kind == TEXT), "")
-    return sum(
-        begin != last if kind == TEXT else not begin.startswith(last) for kind, begin in begins
-    )
+    return sum(not b.startswith(last) or (kind == TEXT and b != last) for kind, b in begins)
 
 
-def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
+def is_stray(marked: Marked, whole: Rendering, turn: Turn, template: str) -> bool:
     """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
-    text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
+    text = whole.text[max(0, turn.first - len(marked.invitation)) : turn.last]
     text = AT_END.sub("", text)  # what ends the turn, such as </s>, closes nothing
     names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
     return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)

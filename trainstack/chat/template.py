@@ -10,15 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import (
-    Dropped,
-    check_pieces,
-    check_shape,
-    check_turn,
-    is_stray,
-    uneven,
-    unnamed,
-)
+from trainstack.chat import checks
 from trainstack.chat.marks import Marked, Rendering, invitation, tags_within
 from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn
@@ -166,9 +158,9 @@ class Chat:
             try:
                 return self._render(template, *way, learned, is_asked)
             except DataError as error:
-                if not isinstance(problem, Dropped):
-                    problem = error if isinstance(error, Dropped) else problem or error
-        if isinstance(problem, Dropped) and not is_asked:
+                if not isinstance(problem, checks.Dropped):
+                    problem = error if isinstance(error, checks.Dropped) else problem or error
+        if isinstance(problem, checks.Dropped) and not is_asked:
             with contextlib.suppress(DataError):
                 for number in learned:
                     self.render(location, messages, tools, [number], True)
@@ -186,28 +178,27 @@ class Chat:
             self._of_templates[key] = tags_within(template, write), invitation(write)
         marked = Marked(messages, write, *self._of_templates[key])
         whole = marked.whole
-        check_shape(messages, whole.text)
-        dropped = 0 if is_asked else check_pieces(marked, whole)
+        checks.check_shape(messages, whole.text)
+        dropped = 0 if is_asked else checks.check_pieces(marked, whole)
         ignored = self._ignored(template, messages, tools, whole.text)
         turns = [find_turn(marked, whole, number) for number in learned]
         numbered = list(zip(learned, turns, strict=True))
         for number, turn in numbered:
-            check_turn(marked, whole, number, turn)
+            checks.check_turn(marked, whole, number, turn)
         ranges = [(turn.first, turn.last) for turn in turns]
         if GENERATION_TAG.search(template):
             ranges = common(ranges, self._write(template, messages, tools, False, True)[1])
         if is_asked:
             whole, ranges = behind_prompt(whole, turns[0], ranges)
-            dropped = check_pieces(marked, whole)
+            dropped = checks.check_pieces(marked, whole)
         text = whole.text + "".join(turn.more for turn in turns)
         calls = [c for m in messages for c in m.get("tool_calls") or ()]
-        strays = [turn for turn in turns if is_stray(whole, turn, marked.invitation, template)]
         remarks = {
             "dropped_thoughts": dropped,
             "ignored_tools": ignored,
-            "unnamed_calls": unnamed(calls, text),
-            "uneven_turns": uneven(marked, whole, numbered),
-            "stray_ends": len(strays),
+            "unnamed_calls": checks.unnamed(calls, text),
+            "uneven_turns": checks.uneven(marked, whole, numbered),
+            "stray_ends": sum(checks.is_stray(marked, whole, t, template) for t in turns),
             "moved_turns": 0 if is_asked else sum(turn.is_moved for turn in turns),
             "unasked_turns": 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
@@ -230,7 +221,7 @@ class Chat:
 
     def _ignored(self, template: str, messages: list[dict], tools: list | None, text: str) -> int:
         """How many tools the model is not told of; one that a call names may still be such."""
-        number = unnamed(tools or (), text)
+        number = checks.unnamed(tools or (), text)
         if tools and not number:
             with contextlib.suppress(DataError):  # it needs tools, so it reads them
                 number = len(tools) * (self._written(template, None, messages, False) == text)
