@@ -21,17 +21,9 @@ from trainstack.chat.ends import Ends, ends_of_turns
 from trainstack.chat.template import Chat
 from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
-from trainstack.data import packing
+from trainstack.data import packing, store
 from trainstack.data.duplicates import shared_documents
 from trainstack.data.split import EVAL, TRAIN, Split
-from trainstack.data.store import (
-    EARLIER_VERSION,
-    FORMAT_VERSION,
-    is_as_before,
-    made_from,
-    store_folder,
-    store_settings,
-)
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import demo, earlier
@@ -132,7 +124,7 @@ def prepare_one(
     """Make the token store of one data set unless it is there."""
     started = time.monotonic()
     must_be_whole(section.name, layout.dataset_folder(home, section.name, section.subset))
-    final = store_folder(home, model_name, section)
+    final = store.store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
         if not force and (is_whole(final) or earlier.adopt(home, model_name, section, final)):
@@ -189,10 +181,10 @@ def write_store(
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
-    # What the rules before made alike keeps its name, so that runs from before resume with it.
-    is_alike = form == "text" and is_as_before(section) and not writer.counts.written_documents
-    is_alike = is_alike and earlier.read_alike(model_folder) is not None
-    target = store_folder(home, model_name, section, EARLIER_VERSION) if is_alike else final
+    target, is_plain = final, form == "text" and not writer.counts.written_documents
+    if is_plain and store.is_as_before(section) and earlier.read_alike(model_folder) is not None:
+        # What the rules before made alike keeps its name, so that runs from before resume with it.
+        target = store.store_folder(home, model_name, section, store.EARLIER_VERSION)
     manifest.remove_folder(target)  # damaged, or to be made again
     writer.publish(target, meta)
     if target != final:
@@ -291,14 +283,14 @@ def meta_of(
     return {
         "model": model_name,
         "data": section.name,
-        "settings": store_settings(section),
-        "made_from": made_from(home, model_name, section),
+        "settings": store.store_settings(section),
+        "made_from": store.made_from(home, model_name, section),
         "format": tokenise.format,
         "template": tokenise.chat.template_hash,
         "chat_template": tokenise.chat.template if section.chat_template else None,
         "end_id": tokenise.encoder.end_id,
         "vocab_size": tokenise.encoder.largest_id + 1,
-        "version": FORMAT_VERSION,
+        "version": store.FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
 

@@ -26,7 +26,7 @@ from trainstack.data.writer import TokenBatch
 from trainstack.errors import DataError
 from trainstack.prepare.formats import NOTHING_LEARNED, Document, to_documents
 from trainstack.prepare.held_out import Boundary, is_held_out
-from trainstack.prepare.long_texts import Flags
+from trainstack.prepare.long_texts import Flags, joined
 from trainstack.prepare.tokenizer import Encoder
 from trainstack.records.chunks import Chunk, Part, Wanted
 from trainstack.records.columns import columns_read, recognise, text_column
@@ -109,10 +109,9 @@ class Tokeniser:
 
     def _end_of_piece(self, text: str) -> tuple[int, int, int] | None:
         """Where what is read of a long text can be cut: as its tokens or data.split_on say."""
-        if not self.section.split_on:
+        if not self._sign:
             return self.encoder.cut(text)
-        end = text.rfind(self._sign) + len(self._sign) if self._sign in text else None
-        return end and (end, end, end)
+        return (text.rfind(self._sign) + len(self._sign),) * 3 if self._sign in text else None
 
     @property
     def _sign(self) -> str | None:
@@ -217,31 +216,29 @@ def find_boundary(tokenise: Tokeniser, data_files: list[DataFile]) -> Boundary |
     if tokenise.section.eval_split or not fraction:
         return None
     splits: set[str] = set()
-    count = total = length = file = 0
-    location = ""
+    count = total = length = 0
+    last = None  # file and location of a document
     for task in tasks_from(data_files, tokenise.wanted, [0, 1]):
         for document, split in tokenise.documents(task, Tokenised()):
             splits.add(split)
             if len(splits) == 2:
                 return None
-            if (task[0], document.location) != (file, location):  # else another part or turn
-                count, length = count + 1, 0
-            file, location = task[0], document.location
+            if (task[0], document.location) != last:  # else another part or turn
+                count, length, last = count + 1, 0, (task[0], document.location)
             length, total = length + len(document.text), total + len(document.text)
-    if not count:
+    if last is None:
         return None
     wanted = max(1, round(fraction * total))
     start = length - wanted if tokenise.format == "text" and length > wanted else 0
     if count == 1 and not start:
         reason = "one document only: no evaluation; add others, or set data.eval_split"
-        return Boundary(file, location, None, 0, reason)
-    what = f"{fraction:.3g} of all text, at the end of {location}," if start else location
+        return Boundary(*last, None, 0, reason)
+    what = f"{fraction:.3g} of all text, at the end of {last[1]}," if start else last[1]
     side = "none" if TRAIN in splits else "all"
     reason = f"of {count:,} documents the hash would hold out {side}"
     if count == 1:
         reason = "one document only (data.split_on can divide it)"
-    reason = f"{reason}: {what} is held out (data.eval_fraction)"
-    return Boundary(file, location, start, wanted, reason)
+    return Boundary(*last, start, wanted, f"{reason}: {what} is held out (data.eval_fraction)")
 
 
 def token_batch(documents: list[tuple[np.ndarray, Flags]], dtype: np.dtype) -> TokenBatch:
@@ -252,8 +249,7 @@ def token_batch(documents: list[tuple[np.ndarray, Flags]], dtype: np.dtype) -> T
         firsts = np.cumsum(lengths) - lengths
         pairs = zip(documents, firsts.tolist(), strict=True)
         spans = np.concatenate([spans_of(flags) + first for (_, flags), first in pairs])
-    ids = np.concatenate([ids for ids, _ in documents], dtype=dtype, casting="unsafe")
-    return TokenBatch(ids, lengths, spans)
+    return TokenBatch(joined([ids for ids, _ in documents], dtype), lengths, spans)
 
 
 def spans_of(flags: np.ndarray) -> np.ndarray:

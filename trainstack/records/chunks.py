@@ -20,6 +20,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+Cut = Callable[[str], tuple[int, int, int] | None]
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -33,7 +34,7 @@ class Wanted:
     """
 
     columns: Collection[str] | None = None
-    cut: Callable[[str], tuple[int, int, int] | None] = lambda text: (len(text),) * 3
+    cut: Cut = lambda text: (len(text),) * 3
     is_one: bool = False
 
 

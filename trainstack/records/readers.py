@@ -17,7 +17,7 @@ from typing import Any
 
 from trainstack.errors import DataError, first_line
 from trainstack.records import chunks
-from trainstack.records.chunks import Chunk, Part, Wanted, text_hash
+from trainstack.records.chunks import Chunk, Cut, Part, Wanted, text_hash
 from trainstack.records.tables import read_arrow, read_parquet
 from trainstack.storage.manifest import read_manifest
 
@@ -126,9 +126,7 @@ def _digest(path: Path) -> bytes:
     return found.digest()
 
 
-def _pieces(
-    path: Path, cut: Callable[[str], tuple[int, int, int] | None]
-) -> Iterator[tuple[str, str, str]]:
+def _pieces(path: Path, cut: Cut) -> Iterator[tuple[str, str, str]]:
     """The text of a file in pieces of about CHUNK_BYTES, each with some text before and behind it.
 
     What follows the last cut is the last piece.
@@ -193,10 +191,8 @@ def _read_csv(path: Path, _: Wanted) -> Iterator[Chunk]:
                 raise DataError(f"{path.name}: two columns are called {twice}; rename one")
             yield from _in_chunks(path.name, "row", sized)
         except csv.Error as error:
-            raise DataError(
-                f"{path.name}:{rows.line_num + 1}: {error}; quote a text that holds commas "
-                "or quotes, and double the quotes within it"
-            ) from None
+            fix = "quote a text that holds commas or quotes, and double the quotes within it"
+            raise DataError(f"{path.name}:{rows.line_num + 1}: {error}; {fix}") from None
 
 
 def _read_json(path: Path, wanted: Wanted) -> Iterator[Chunk]:
@@ -204,9 +200,8 @@ def _read_json(path: Path, wanted: Wanted) -> Iterator[Chunk]:
     with _open(path) as stream:
         first = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if first.partition(b"\n")[0].strip() == b"{":
-        raise DataError(
-            f"{path.name}: one object over several lines; write an array of records, or one a line"
-        )
+        fix = "write an array of records, or one a line"
+        raise DataError(f"{path.name}: one object over several lines; {fix}")
     if first[:1] != b"[":
         yield from _read_lines(path, wanted)
         return
