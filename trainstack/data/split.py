@@ -46,12 +46,12 @@ class Split:
         """A file as a read-only array, [length] or [length, columns]; None if it is not there."""
         if not path.exists():
             return None
-        shape = (-1, columns) if columns else (-1,)
-        if not path.stat().st_size:  # an empty file cannot be mapped
-            return np.zeros(0, dtype).reshape(0, *shape[1:])
-        with path.open("rb") as file:
-            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return np.frombuffer(self._maps[-1], dtype).reshape(shape)
+        found = np.zeros(0, dtype)
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with path.open("rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            found = np.frombuffer(self._maps[-1], dtype)
+        return found.reshape(-1, columns) if columns else found
 
     def forget(self) -> None:
         """Let go of the mapped pages, so that memory does not grow with what is read.

@@ -36,9 +36,9 @@ SILENT_SECONDS = 600  # without a commit: then a preparation on another host is 
 class TokenBatch:
     """Tokens of documents of one split.
 
-    ``ids`` [tokens] in the store's dtype, one document after the other. ``lengths`` int64
-    [documents]. ``spans`` int64 [spans, 2]: first and last + 1 of each run of tokens that carry
-    loss; None: all do. ``is_open``: the last document goes on in the next batch.
+    ``ids`` [tokens] in the store's dtype. ``lengths`` int64 [documents]. ``spans`` int64 [spans,
+    2]: first and last + 1 of each run of tokens that carry loss; None: all do. ``is_open``: the
+    last document goes on in the next batch.
     """
 
     ids: np.ndarray
@@ -63,10 +63,9 @@ class TokenWriter:
         # In the data files: the number of the file, from 0, and of its next record, from 1.
         self.position: list[int] = progress.get("position", [0, 1])
         temporary.mkdir(parents=True)
-        names = [
-            f"{split}.{kind}" for split in (TRAIN, EVAL) for kind in ("bin", "documents", "loss")
-        ]
-        self._columns = {name: Column(temporary / name) for name in [*names, BAD_RECORDS]}
+        kinds = ("bin", "documents", "loss")
+        names = [*(f"{split}.{kind}" for split in (TRAIN, EVAL) for kind in kinds), BAD_RECORDS]
+        self._columns = {name: Column(temporary / name) for name in names}
         for name, size in progress.get("sizes", {}).items():
             if size:  # an empty one may have been removed
                 self._columns[name].copy(earlier / name, size)
