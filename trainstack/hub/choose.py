@@ -76,10 +76,8 @@ def without_config(names: list[str]) -> str:
         return UNMERGED
     if inner:
         some = ", ".join(inner[:3]) + (" ..." if len(inner) > 3 else "")
-        return (
-            f"has config.json only further down ({some}); name that folder, of the Hub once it is"
-            " here (hf download)"
-        )
+        way = "name that folder, of the Hub once it is here (hf download)"
+        return f"has config.json only further down ({some}); {way}"
     if any(name.endswith(".gguf") for name in names):
         return GGUF
     return "has no config.json, which says what the model is; put it there, or name another model"
@@ -112,9 +110,8 @@ def choose_weights(origin: Origin) -> list[str]:
     origin.collect([INDEX])
     shards = shards_of(origin.folder / INDEX)
     if missing := [name for name in shards if name not in origin.sizes]:
-        raise ConfigError(
-            f"{INDEX} names {missing[0]}, which is not there; bring it too, or name another model"
-        )
+        fix = "bring it too, or name another model"
+        raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; {fix}")
     return [INDEX, *shards]
 
 

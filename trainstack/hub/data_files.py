@@ -71,10 +71,8 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
         )
     if not has_data:
         some = ", ".join(n for n in origin.listing if "." in n.lstrip("."))[:60] or "nothing"
-        raise ConfigError(
-            f"has no {readers.READABLE} file (it has {some}); convert to one, unpack archives such"
-            " as .zip"
-        )
+        fix = "convert to one, unpack archives such as .zip"
+        raise ConfigError(f"has no {readers.READABLE} file (it has {some}); {fix}")
     if not subset and layout.is_local(name) and Path(name).is_file():
         return [*origin.sizes], {"subset": None, "splits": {"train": [*origin.sizes]}}
     cards = [name for name in origin.sizes if is_card(name, origin.sizes)]
@@ -83,9 +81,7 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
     if odd := [path for path in paths if not readers.is_readable(path)]:
-        raise ConfigError(
-            f"consists of files such as {odd[0]}; convert them to one of {readers.READABLE}"
-        )
+        raise ConfigError(f"consists of files such as {odd[0]}; convert to {readers.READABLE}")
     if missing := [path for path in paths if path not in origin.sizes]:
         raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
     once = {split: list(dict.fromkeys(names)) for split, names in splits.items()}  # of patterns
@@ -193,9 +189,9 @@ def ask_datasets(
 ) -> dict[str, list[str]]:
     """The files of each split of a subset, as the library ``datasets`` finds them.
 
-    The library is given empty files of these names, so that it sends no request and treats a local
-    folder alike; without capitals, which it does not know. It is asked now, while all names are
-    known: asked for one subset, it wants the files of the first too.
+    It is given empty files of these names, so that it sends no request and treats a local folder
+    alike; without capitals, which it does not know. It is asked while all names are known: asked
+    for one subset, it wants the files of the first too.
     """
     import datasets
 
@@ -228,11 +224,8 @@ def ask_datasets(
             fix = ", or ".join(fixes) or "give its splits files of one type, or name the one file"
             raise ConfigError(f"datasets cannot resolve its files ({words}); {fix}") from None
         refuse_settings(builder.config)
-        found = (builder.config.data_files or {}).items()
-        return {
-            str(split): [stand_ins[os.path.relpath(p, root)] for p in paths]
-            for split, paths in found
-        }
+        found = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+        return {s: [stand_ins[os.path.relpath(p, root)] for p in found[s]] for s in found}
 
 
 def is_defined(cards: dict[str, bytes]) -> bool:
