@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainstack.chat.marks import CALL, REASONING, TEXT, Marked, Piece, Rendering
+from trainstack.chat.marks import ANOTHER, CALL, REASONING, TEXT, Marked, Piece, Rendering
 from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
@@ -56,8 +56,7 @@ def check_pieces(marked: Marked, whole: Rendering) -> int:
         what = {REASONING: "thoughts", CALL: "a tool call's argument"}.get(piece.kind, "text")
         raise Dropped(
             f"the chat template drops {what} of message {piece.message + 1} "
-            f"({shown(piece.text)}); take it out of the data, or use another template: "
-            "data.chat_template"
+            f"({shown(piece.text)}); take it out of the data, or {ANOTHER}"
         )
     return len(dropped)
 
@@ -88,15 +87,10 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
         function = call.get("function", call)
         for forms in arguments_in(function.get("arguments")):
             if not any(form in text for form in forms):
-                raise Dropped(
-                    f"the chat template drops {shown(forms[0])} of a tool call of message "
-                    f"{number + 1}; use another template: data.chat_template"
-                )
+                call = f"{shown(forms[0])} of a tool call of message {number + 1}"
+                raise Dropped(f"the chat template drops {call}; {ANOTHER}")
     if not text[said:].strip():
-        raise DataError(
-            f"the chat template does not show what ends turn {number + 1}; use another template: "
-            "data.chat_template"
-        )
+        raise DataError(f"the chat template does not show what ends turn {number + 1}; {ANOTHER}")
 
 
 def unnamed(functions: Iterable[dict], text: str) -> int:
@@ -105,10 +99,7 @@ def unnamed(functions: Iterable[dict], text: str) -> int:
 
 
 def arguments_in(arguments: Any) -> Iterator[list[str]]:
-    """The forms of each argument's name, at any depth, and of values that are no texts.
-
-    Those that are texts are pieces.
-    """
+    """The forms of each argument's name, at any depth, and of values that are no texts (pieces)."""
     if isinstance(arguments, dict):
         yield from map(forms_of, arguments)
         arguments = list(arguments.values())

@@ -18,6 +18,7 @@ MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MOST_MARKS - 1)}]")
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")  # <think>, <|channel|>, [/THINK]
 THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
 QUESTION = "and then?"
+ANOTHER = "use another template: data.chat_template"
 TEXT, REASONING, CALL = "text", "reasoning", "call"  # kinds of a piece
 
 
@@ -68,10 +69,7 @@ class Marked:
         self.whole = self._read(written)
 
     def _try(self, text: str, unmarked: set[int]) -> tuple[set[int], str] | None:
-        """The rendering with marks in all other messages; None if it is not ``text`` but for them.
-
-        Returned with ``unmarked``.
-        """
+        """``unmarked``, and the text with marks in the others; None if marks change it."""
         try:
             written = self.write(self._choose(unmarked), False)
         except DataError:
@@ -100,10 +98,7 @@ class Marked:
         return found
 
     def _look_for(self, found: Rendering, stop: int | None) -> None:
-        """Places of pieces without marks: in their order, each behind the one before.
-
-        DataError if one could be in several places.
-        """
+        """Places of pieces without marks, in their order; DataError if one could be in several."""
         at = 0
         for number, piece in enumerate(self.pieces):
             if stop is not None and piece.message >= stop:
@@ -114,8 +109,7 @@ class Marked:
                 if number not in self.sought and found.text[at:window].count(piece.text) > 1:
                     raise DataError(
                         f"the chat template looks at the text of message {piece.message + 1} "
-                        f"({shown(piece.text)}), which stands there more than once, so that its "
-                        "place cannot be told; use another template: data.chat_template"
+                        f"({shown(piece.text)}), which stands there more than once; {ANOTHER}"
                     )
                 if first >= 0:
                     found.places[number] = [(first, first + len(piece.text))]

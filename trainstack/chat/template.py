@@ -84,20 +84,16 @@ class Chat:
             try:
                 self._tokenizer.chat_template = self.file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"data.chat_template={self.file}: cannot be read ({error}); name a file that "
-                    "holds a Jinja template"
-                ) from None
-
+                name, fix = f"data.chat_template={self.file}", "name a file of a Jinja template"
+                raise ConfigError(f"{name}: cannot be read ({error}); {fix}") from None
         template = self.template
         try:
             _compile_jinja_template(template or "")
         except TemplateSyntaxError as error:
             name = f"data.chat_template={self.file}" if self.file else "the model's chat template"
             fix = AS_JSON if COPIED.search(template) else "correct it"
-            raise ConfigError(
-                f"{name}: line {error.lineno} is no Jinja ({error.message}); {fix}"
-            ) from None
+            problem = f"line {error.lineno} is no Jinja ({error.message})"
+            raise ConfigError(f"{name}: {problem}; {fix}") from None
 
     @property
     def template(self) -> str | None:
@@ -252,12 +248,11 @@ class Chat:
             TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError,
         ) as error:  # fmt: skip
             calls = (call for message in messages for call in message.get("tool_calls") or ())
-            odd = [c for c in calls if not isinstance(c["function"]["arguments"], dict)]
             where = "roles and contents of its messages"
-            where = "arguments of its tool calls, which are no objects" if odd else where
-            raise DataError(
-                f"the chat template does not take it ({first_line(error)}); look at the {where}"
-            ) from None
+            if any(not isinstance(call["function"]["arguments"], dict) for call in calls):
+                where = "arguments of its tool calls, which are no objects"
+            problem = f"the chat template does not take it ({first_line(error)})"
+            raise DataError(f"{problem}; look at the {where}") from None
         return texts[0], ranges[0] if is_tagged else []
 
 
@@ -277,9 +272,8 @@ def load_tokenizer(model_folder: Path) -> Any:
             fix = "take auto_map out of its tokenizer_config.json if it has a tokenizer.json"
         if not (model_folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
             reason, fix = "it needs the package sentencepiece", "run: bash setup.sh"
-        raise ConfigError(
-            f"{model_folder}: transformers cannot load its tokenizer ({reason}); {fix}"
-        ) from None
+        problem = f"transformers cannot load its tokenizer ({reason})"
+        raise ConfigError(f"{model_folder}: {problem}; {fix}") from None
 
 
 def says_something(message: dict) -> bool:

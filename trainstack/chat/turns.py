@@ -97,10 +97,7 @@ def anchor(marked: Marked, whole: Rendering, part: Rendering, number: int) -> tu
 
 
 def invited(marked: Marked, number: int, prompt: Rendering, prompt_at: int, found: str) -> int:
-    """How many characters of ``found`` are the generation prompt, which the model is given.
-
-    ``found`` is what stands before the first text of the turn in the whole rendering.
-    """
+    """How many characters of ``found``, in front of the turn's first text, are its prompt."""
     given = prompt.text[prompt_at:]
     is_shown = number or prompt.text != marked.invitation
     known = len(alike(given, found)) if is_shown else 0
@@ -125,8 +122,7 @@ def invited(marked: Marked, number: int, prompt: Rendering, prompt_at: int, foun
 def end_of_turn(marked: Marked, number: int, own: list[int], said: str, rest: str) -> str:
     """What ends the turn: it follows its last text, whether or not somebody speaks after it.
 
-    ``said``: the turn up to its last text; ``rest``: what follows in the whole rendering, up to the
-    next text.
+    ``said``: the turn up to that text; ``rest``: what follows in the whole one up to the next.
     """
     is_last = number == len(marked.messages) - 1
     other = elsewhere(marked, number, own, is_last)
