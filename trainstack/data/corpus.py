@@ -15,10 +15,9 @@ EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does n
 
 
 def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> "Corpus":
-    """The token stores of a configuration.
+    """The token stores of a configuration. ConfigError if one, or what made it, is not there.
 
     ``checkpoints``: of the run, which continues with the stores that it has learned from already.
-    ConfigError if a store is not there, or the model or data set that it was made from.
     """
     kept = kept_stores(checkpoints)
     stores, earlier = {}, []
@@ -94,10 +93,7 @@ class Joined:
 
 
 def enough_samples(config: Config, corpus: Corpus) -> int:
-    """How many samples the training split has.
-
-    ConfigError if a data set has none, or if all of them do not fill one global batch.
-    """
+    """How many training samples there are. ConfigError if too few, or none of a data set."""
     for label, store in corpus.stores.items():
         if store.train.num_samples:
             continue

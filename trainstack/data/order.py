@@ -76,9 +76,8 @@ class Mixture:
     Positions come in blocks of BLOCK. In each block every data set has as many *turns* as its
     weight says; a permutation of the block decides at which positions. The *draw* of a position is
     how many samples its data set gave before it: draw d is position d of that data set's own
-    stream. Both follow from the number of the block, so any position is computed by itself.
-
-    The samples of all data sets are numbered one after the other: first those of the first one.
+    stream. Both follow from the number of the block, so any position is computed by itself. The
+    samples of all data sets are numbered one after the other: first those of the first one.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -139,10 +138,7 @@ def mixture_of(sizes: Sequence[int], weights: Sequence[float | None], seed: int)
 
 
 def stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.ndarray:
-    """The samples at positions of the stream of ``size`` samples, both int64 [positions].
-
-    ``name`` makes the streams of several data sets differ.
-    """
+    """The samples at positions of the stream of ``size`` samples, called ``name``; int64."""
     epochs, offsets = np.divmod(positions, size)
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):

@@ -34,11 +34,9 @@ COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack data_report", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
+    home, what = os.environ.get("TRAINSTACK_HOME"), "$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
     parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
-    parser.add_argument(
-        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    )
+    parser.add_argument("--home", type=Path, default=home, help=what)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     if options.home is None:

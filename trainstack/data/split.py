@@ -54,20 +54,15 @@ class Split:
         return found.reshape(-1, columns) if columns else found
 
     def forget(self) -> None:
-        """Let go of the mapped pages, so that memory does not grow with what is read.
-
-        They stay in the page cache, where the next read finds them.
-        """
+        """Let go of the mapped pages: memory does not grow, and the page cache keeps them."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
         self._read = 0
 
     @property
     def num_samples(self) -> int:
-        """How many samples there are.
-
-        The end of the training documents that fills no sample is left out; of the held-out ones it
-        is a sample too, filled up with what carries no loss.
+        """How many samples there are. What fills none at the end of the training documents is left
+        out; of the held-out ones it is a sample too, filled up with what carries no loss.
         """
         if self.rows is not None:
             return len(self.rows) - 1

@@ -50,8 +50,7 @@ class TokenBatch:
 class TokenWriter:
     """Appends documents to a new store in a temporary folder; ``publish`` makes it visible.
 
-    ``earlier``: the folder of a preparation that was killed, whose committed part is copied.
-    OSError if that cannot be read.
+    ``earlier``: that of a preparation that was killed, whose committed part is copied, or OSError.
     """
 
     def __init__(self, temporary: Path, vocab_size: int, earlier: Path | None = None):
@@ -169,9 +168,7 @@ class Column(files.HashedFile):
         self.__enter__()
 
     def append(self, values: np.ndarray) -> None:
-        if not values.size:
-            return
-        self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
+        self._waiting += values.tobytes()
         if len(self._waiting) >= WRITE_BYTES:
             self._flush()
 

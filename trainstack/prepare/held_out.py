@@ -10,10 +10,9 @@ Piece = tuple[Any, Part | None, str]  # a record, its place in a long one, its s
 
 
 def is_held_out(text: str, fraction: float, part: Part | None = None) -> bool:
-    """Whether a document belongs to the held-out split: a keyed hash of its text decides.
+    """Whether a keyed hash of its text holds a document out: never one of two copies alone.
 
-    The same text always falls on the same side, so a duplicate cannot be on both. ``part``: of the
-    document, if ``text`` is not the whole.
+    ``part``: of the document, if ``text`` is not the whole.
     """
     digest = text_hash()
     digest.update(text.encode("utf-8", "surrogatepass"))

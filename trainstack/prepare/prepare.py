@@ -62,11 +62,10 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error.report(SPEAKER), file=sys.stderr)
         return error.code
-    except DataError as error:
-        print(f"{SPEAKER}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{SPEAKER}: error: {system_problem(error, options.home)}", file=sys.stderr)
+    except (DataError, OSError) as error:
+        is_systems = isinstance(error, OSError)
+        problem = system_problem(error, options.home) if is_systems else error
+        print(f"{SPEAKER}: error: {problem}", file=sys.stderr)
         return 1
     return 0
 

@@ -208,10 +208,7 @@ class Tokeniser:
 
 
 def find_boundary(tokenise: Tokeniser, data_files: list[DataFile]) -> Boundary | None:
-    """Where the held-out part begins if the hashes put all documents on one side; None if not.
-
-    Looks at documents until both sides have one.
-    """
+    """Where the held-out part begins if the hashes put all documents on one side; None if not."""
     fraction = tokenise.section.eval_fraction
     if tokenise.section.eval_split or not fraction:
         return None

@@ -28,15 +28,12 @@ def load_backend(model_folder: Path) -> tuple[Any, int]:
     loaded = load_tokenizer(model_folder)
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None:
-        raise ConfigError(
-            f"{model_folder}: transformers has only Python code for its tokenizer; choose a model "
-            "with a tokenizer.json"
-        )
+        problem = "transformers has only Python code for its tokenizer"
+        raise ConfigError(f"{model_folder}: {problem}; choose a model with a tokenizer.json")
     if getattr(tokenizer.model, "dropout", None):
         raise ConfigError(
             f"{model_folder}: its tokenizer.json makes tokens at random (dropout "
-            f"{tokenizer.model.dropout:.3g}), in training and at inference; write there "
-            '"dropout": null'
+            f'{tokenizer.model.dropout:.3g}), at inference too; write there "dropout": null'
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -94,8 +91,7 @@ class Encoded:
     """A document's token ids, int32, and flags, both [tokens].
 
     ``written``: the special tokens that a person wrote out in it, and that were kept as text.
-    ``remarks``: counts under names of REMARKS. ``problem``: why it cannot be learned from, None if
-    it can.
+    ``remarks``: counts under names of REMARKS. ``problem``: why it cannot be learned from, or None.
     """
 
     ids: np.ndarray
@@ -106,10 +102,9 @@ class Encoded:
 
 
 class Encoder:
-    """Documents as the token ids that the tokenizer gives at inference.
+    """Documents as the token ids that the tokenizer, which is changed, gives at inference.
 
-    Changes ``tokenizer``. ``vocab_size``: rows of the model's embedding. ``special_tokens``:
-    data.special_tokens.
+    ``vocab_size``: rows of the model's embedding. ``special_tokens``: data.special_tokens.
     """
 
     def __init__(self, tokenizer, end_id: int, vocab_size: int, special_tokens: str | None):

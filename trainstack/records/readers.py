@@ -127,10 +127,7 @@ def _digest(path: Path) -> bytes:
 
 
 def _pieces(path: Path, cut: Cut) -> Iterator[tuple[str, str, str]]:
-    """The text of a file in pieces of about CHUNK_BYTES, each with some text before and behind it.
-
-    What follows the last cut is the last piece.
-    """
+    """The text of a file in pieces of about CHUNK_BYTES, each with some text before and behind."""
     text = before = ""
     for more in _texts(path):
         if text and (found := cut(text)):
