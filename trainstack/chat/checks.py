@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from trainstack.chat.marks import CALL, REASONING, TEXT, Marked, Piece, Rendering
+from trainstack.chat.marks import ANOTHER, CALL, REASONING, TEXT, Marked, Piece, Rendering
 from trainstack.chat.messages import KNOWN_ROLES
 from trainstack.chat.turns import Turn
 from trainstack.errors import DataError, shown
@@ -34,10 +34,8 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
 def check_shape(messages: list[dict], text: str) -> None:
     """DataError if the template writes an object as Python shows it: it expects a text there."""
     for message in messages:
-        content = message.get("content")
-        calls = (call.get("function", {}) for call in message.get("tool_calls") or ())
-        objects = [content, *(function.get("arguments") for function in calls)]
-        for found in objects:
+        functions = (call.get("function", {}) for call in message.get("tool_calls") or ())
+        for found in (message.get("content"), *(f.get("arguments") for f in functions)):
             if found and isinstance(found, dict | list) and str(found) in text:
                 raise DataError("the chat template does not take contents or arguments as objects")
 
@@ -58,8 +56,7 @@ def check_pieces(marked: Marked, whole: Rendering) -> int:
         what = {REASONING: "thoughts", CALL: "a tool call's argument"}.get(piece.kind, "text")
         raise Dropped(
             f"the chat template drops {what} of message {piece.message + 1} "
-            f"({shown(piece.text)}); take it out of the data, or use another template: "
-            "data.chat_template"
+            f"({shown(piece.text)}); take it out of the data, or {ANOTHER}"
         )
     return len(dropped)
 
@@ -90,15 +87,10 @@ def check_turn(marked: Marked, whole: Rendering, number: int, turn: Turn) -> Non
         function = call.get("function", call)
         for forms in arguments_in(function.get("arguments")):
             if not any(form in text for form in forms):
-                raise Dropped(
-                    f"the chat template drops {shown(forms[0])} of a tool call of message "
-                    f"{number + 1}; use another template: data.chat_template"
-                )
+                call = f"{shown(forms[0])} of a tool call of message {number + 1}"
+                raise Dropped(f"the chat template drops {call}; {ANOTHER}")
     if not text[said:].strip():
-        raise DataError(
-            f"the chat template does not show what ends turn {number + 1}; use another template: "
-            "data.chat_template"
-        )
+        raise DataError(f"the chat template does not show what ends turn {number + 1}; {ANOTHER}")
 
 
 def unnamed(functions: Iterable[dict], text: str) -> int:
@@ -107,10 +99,7 @@ def unnamed(functions: Iterable[dict], text: str) -> int:
 
 
 def arguments_in(arguments: Any) -> Iterator[list[str]]:
-    """The forms of each argument's name, at any depth, and of values that are no texts.
-
-    Those that are texts are pieces.
-    """
+    """The forms of each argument's name, at any depth, and of values that are no texts (pieces)."""
     if isinstance(arguments, dict):
         yield from map(forms_of, arguments)
         arguments = list(arguments.values())
@@ -137,14 +126,12 @@ def uneven(marked: Marked, whole: Rendering, turns: list[tuple[int, Turn]]) -> i
             begin = whole.text[turn.first : min(places)].strip()  # space may be a person's
             begins.append((kind, begin))
     last = next((begin for kind, begin in reversed(begins) if kind == TEXT), "")
-    return sum(
-        begin != last if kind == TEXT else not begin.startswith(last) for kind, begin in begins
-    )
+    return sum(not b.startswith(last) or (kind == TEXT and b != last) for kind, b in begins)
 
 
-def is_stray(whole: Rendering, turn: Turn, invitation: str, template: str) -> bool:
+def is_stray(marked: Marked, whole: Rendering, turn: Turn, template: str) -> bool:
     """Whether a turn has more closing tags of a kind that the template writes than opening ones."""
-    text = whole.text[max(0, turn.first - len(invitation)) : turn.last]
+    text = whole.text[max(0, turn.first - len(marked.invitation)) : turn.last]
     text = AT_END.sub("", text)  # what ends the turn, such as </s>, closes nothing
     names = {name for name in CLOSING.findall(text) if f"</{name}>" in template}
     return any(text.count(f"</{name}>") > text.count(f"<{name}>") for name in names)

@@ -18,6 +18,7 @@ MARK = re.compile(f"[{chr(FIRST_MARK)}-{chr(FIRST_MARK + MOST_MARKS - 1)}]")
 TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,30}\]")  # <think>, <|channel|>, [/THINK]
 THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
 QUESTION = "and then?"
+ANOTHER = "use another template: data.chat_template"
 TEXT, REASONING, CALL = "text", "reasoning", "call"  # kinds of a piece
 
 
@@ -68,10 +69,7 @@ class Marked:
         self.whole = self._read(written)
 
     def _try(self, text: str, unmarked: set[int]) -> tuple[set[int], str] | None:
-        """The rendering with marks in all other messages; None if it is not ``text`` but for them.
-
-        Returned with ``unmarked``.
-        """
+        """``unmarked``, and the text with marks in the others; None if marks change it."""
         try:
             written = self.write(self._choose(unmarked), False)
         except DataError:
@@ -83,12 +81,9 @@ class Marked:
         return [plain if n in unmarked else marked for n, (plain, marked) in pairs]
 
     def render(
-        self,
-        stop: int | None = None,
-        invites: bool = False,
-        more: Iterable[dict] = (),
+        self, stop: int | None = None, invites: bool = False, more: Iterable[dict] = (),
         in_place: dict[int, dict] | None = None,
-    ) -> Rendering:
+    ) -> Rendering:  # fmt: skip
         """The messages before ``stop``, and ``more`` behind them. Raises as ``write``.
 
         ``in_place``: other messages for some of them, by number.
@@ -103,10 +98,7 @@ class Marked:
         return found
 
     def _look_for(self, found: Rendering, stop: int | None) -> None:
-        """Places of pieces without marks: in their order, each behind the one before.
-
-        DataError if one could be in several places.
-        """
+        """Places of pieces without marks, in their order; DataError if one could be in several."""
         at = 0
         for number, piece in enumerate(self.pieces):
             if stop is not None and piece.message >= stop:
@@ -117,20 +109,17 @@ class Marked:
                 if number not in self.sought and found.text[at:window].count(piece.text) > 1:
                     raise DataError(
                         f"the chat template looks at the text of message {piece.message + 1} "
-                        f"({shown(piece.text)}), which stands there more than once, so that its "
-                        "place cannot be told; use another template: data.chat_template"
+                        f"({shown(piece.text)}), which stands there more than once; {ANOTHER}"
                     )
                 if first >= 0:
                     found.places[number] = [(first, first + len(piece.text))]
             at = max(at, *(last for _, last in found.places.get(number, [(0, 0)])))
 
     def _mark(self, number: int, message: dict) -> dict:
-        marked = dict(message)
-        role = message.get("role")
-        if isinstance(message.get("reasoning_content"), str):
-            text = message["reasoning_content"]
-            marked["reasoning_content"] = self._piece(number, REASONING, text)
-        content = message.get("content")
+        marked, role = dict(message), message.get("role")
+        thoughts, content = message.get("reasoning_content"), message.get("content")
+        if isinstance(thoughts, str):
+            marked["reasoning_content"] = self._piece(number, REASONING, thoughts)
         if isinstance(content, str):
             marked["content"] = self._content(number, role, content)
         elif isinstance(content, list):
@@ -144,21 +133,15 @@ class Marked:
     def _content(self, number: int, role: str | None, text: str) -> str:
         """Each stretch between two tags that the template knows is a piece of its own."""
         tags = [tag for tag in TAG.finditer(text) if tag[0].replace("/", "") in self.tags]
-        if not tags:
-            return self._piece(number, TEXT, text)
-        parts, at = [], 0
+        made, at, before = "", 0, ""
         for tag in [*tags, None]:
-            stretch = text[at : tag.start() if tag else len(text)]
-            before = parts[-1] if parts else ""
-            is_thought = role == "assistant" and any(
-                THOUGHT.search(name) and ("/" in name) == is_after
-                for name, is_after in ((before, False), (tag[0] if tag else "", True))
-            )
-            parts.append(self._piece(number, REASONING if is_thought else TEXT, stretch))
-            if tag:
-                parts.append(tag[0])
-                at = tag.end()
-        return "".join(parts)
+            stretch, name = text[at : tag.start() if tag else None], tag[0] if tag else ""
+            opens = THOUGHT.search(before) and "/" not in before
+            closes = THOUGHT.search(name) and "/" in name
+            kind = REASONING if role == "assistant" and (opens or closes) else TEXT
+            made += self._piece(number, kind, stretch) + name
+            at, before = tag.end() if tag else at, name
+        return made
 
     def _call(self, number: int, call: dict) -> dict:
         """A tool call with marks around the texts in its arguments."""
@@ -187,7 +170,7 @@ class Marked:
         self.pieces.append(Piece(number, kind, core))
         if first + 1 >= FIRST_MARK + MOST_MARKS:
             return text  # too many for marks: none will be used
-        before, after = text[: text.index(core)], text[text.index(core) + len(core) :]
+        before, _, after = text.partition(core)
         return f"{before}{chr(first)}{core}{chr(first + 1)}{after}"
 
 

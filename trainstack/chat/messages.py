@@ -61,14 +61,12 @@ def turns_in(value: Any) -> Any:
 
     Or an object with a list for each key, as the library datasets makes of a list of objects.
     """
-    value = decoded(value) if isinstance(value, str) else value
+    value = decoded(value)
     lists = [*value.values()] if isinstance(value, dict) else []
     lengths = {len(found) if isinstance(found, list) else -1 for found in lists}
     if len(lists) > 1 and len(lengths) == 1 and -1 not in lengths:
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
-    if isinstance(value, list):
-        value = [decoded(turn) if isinstance(turn, str) else turn for turn in value]
-    return value
+    return [*map(decoded, value)] if isinstance(value, list) else value
 
 
 def is_call(turn: dict) -> bool:
@@ -147,24 +145,22 @@ def calls_of(message: dict) -> list[dict]:
     """The tool calls of a message, which are taken out of it."""
     calls = message.pop("tool_calls", None) or []
     older = message.pop("function_call", None)  # of OpenAI's interface before tools
-    calls = from_json(calls, "tool_calls") if isinstance(calls, str) else calls
-    return calls_in([*(calls if isinstance(calls, list) else [calls]), *([older] if older else [])])
+    return [*calls_in(from_json(calls, "tool_calls")), *calls_in([older] if older else [])]
 
 
 def calls_in(value: Any) -> list[dict]:
     """Each call with its function, and arguments as an object."""
     made = []
     for call in value if isinstance(value, list) else [value]:
-        call = from_json(call, "a tool call") if isinstance(call, str) else call
+        call = from_json(call, "a tool call")
         if not isinstance(call, dict):
             raise ValueError(f"has a tool call that is a {type(call).__name__}; write an object")
-        function = call.get("function")
-        function = decoded(function) if isinstance(function, str) else function
-        function = call if not isinstance(function, dict) else function
+        function = decoded(call.get("function"))
+        function = function if isinstance(function, dict) else call
         if not isinstance(function.get("name"), str):
             raise ValueError("has a tool call without a name; write {name, arguments}")
         given = function.get("arguments", function.get("parameters"))
-        arguments = decoded(given) if isinstance(given, str) and given.strip() else given or {}
+        arguments = decoded(given or {})
         try:
             json.dumps(arguments, allow_nan=False, default=str)
         except ValueError:
@@ -178,39 +174,37 @@ def calls_in(value: Any) -> list[dict]:
 def tools_of(location: str, tools: Any) -> list[dict] | None:
     """The tools that the model may call, as functions; None if there are none."""
     try:
-        tools = from_json(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
+        tools = from_json(tools, "tools") if tools != "" else None
         made = []
         for tool in [tools] if isinstance(tools, dict) else tools or ():
-            tool = from_json(tool, "tools") if isinstance(tool, str) else tool
+            tool = from_json(tool, "tools")
             if not isinstance(tool, dict):
                 raise ValueError(f"has a tool that is a {type(tool).__name__}; write an object")
             if not isinstance(tool.get("function"), dict | str) and "name" in tool:
                 tool = {"type": "function", "function": tool}
-            function = tool.get("function")
-            function = from_json(function, "tools") if isinstance(function, str) else function
+            function = from_json(tool.get("function"), "tools")
             if not isinstance(function, dict | None):
                 raise ValueError("has a tool whose function is no object; write {name, parameters}")
-            if function and isinstance(function.get("parameters"), str):
+            if function and "parameters" in function:
                 function = {**function, "parameters": decoded(function["parameters"])}
-            tool = {**tool, "function": function} if function else tool
-            made.append(tool)
+            made.append({**tool, "function": function} if function else tool)
     except ValueError as error:
         raise DataError(f"{location}: the record {error}") from None
     return made or None
 
 
-def from_json(text: str | None, what: str) -> Any:
+def from_json(value: Any, what: str) -> Any:
+    """What a text holds as JSON, ValueError if it is none; what is no text as it is."""
     try:
-        return json.loads(text or "")
+        return json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
         raise ValueError(f"has {what} that is no JSON ({shown(str(error))}); fix it") from None
 
 
-def decoded(text: str) -> Any:
-    """What a text holds as JSON; the text itself if it is none."""
+def decoded(value: Any) -> Any:
+    """The object or list that a text holds as JSON, maybe encoded twice; else the value itself."""
     try:
-        value = json.loads(text)
+        found = decoded(json.loads(value)) if isinstance(value, str) else value
     except ValueError:
-        return text
-    value = decoded(value) if isinstance(value, str) else value  # encoded twice
-    return value if isinstance(value, dict | list) else text
+        return value
+    return found if isinstance(found, dict | list) else value

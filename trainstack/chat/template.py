@@ -10,15 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.chat.checks import (
-    Dropped,
-    check_pieces,
-    check_shape,
-    check_turn,
-    is_stray,
-    uneven,
-    unnamed,
-)
+from trainstack.chat import checks
 from trainstack.chat.marks import Marked, Rendering, invitation, tags_within
 from trainstack.chat.messages import KNOWN_KEYS
 from trainstack.chat.turns import Turn, find_turn
@@ -28,23 +20,25 @@ from trainstack.errors import ConfigError, DataError, first_line
 
 Ranges = list[tuple[int, int]]  # of characters: the first, and the one after the last
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-DROPPED, IGNORED, UNASKED = "dropped_thoughts", "ignored_tools", "unasked_turns"
-UNNAMED, UNEVEN, STRAY = "unnamed_calls", "uneven_turns", "stray_ends"
-MOVED = "moved_turns"
 REMARKS = {
-    DROPPED: "earlier turns whose thoughts the template leaves out; data.each_turn=true keeps them",
-    IGNORED: "tools that the template does not tell the model of",
-    UNNAMED: "tool calls that the template writes without their name",
-    STRAY: "turns close with a tag such as </think> what nothing opens, for the template does not "
-    "take thoughts out of the text; write them as reasoning_content",
-    UNASKED: "turns without the generation prompt of inference before them; data.each_turn=true "
-    "writes it",
-    MOVED: "turns stand behind another text than when the model is asked, as where tools or a "
-    "system turn go to the last question; data.each_turn=true learns each as it is asked",
-    UNEVEN: "turns begin in their conversation otherwise than when the model is asked, such as "
-    "without an empty thought; data.each_turn=true learns each as it is asked",
+    "dropped_thoughts": "earlier turns whose thoughts the template leaves out; "
+    "data.each_turn=true keeps them",
+    "ignored_tools": "tools that the template does not tell the model of",
+    "unnamed_calls": "tool calls that the template writes without their name",
+    "stray_ends": "turns close with a tag such as </think> what nothing opens, for the template "
+    "does not take thoughts out of the text; write them as reasoning_content",
+    "unasked_turns": "turns without the generation prompt of inference before them; "
+    "data.each_turn=true writes it",
+    "moved_turns": "turns stand behind another text than when the model is asked, as where tools "
+    "or a system turn go to the last question; data.each_turn=true learns each as it is asked",
+    "uneven_turns": "turns begin in their conversation otherwise than when the model is asked, "
+    "such as without an empty thought; data.each_turn=true learns each as it is asked",
 }
 COPIED = re.compile(r"%\}\\n|\\\"")  # escapes of JSON
+AS_JSON = (
+    'it looks like JSON, such as "chat_template" of a tokenizer_config.json: write what that text '
+    "means, with line breaks for \\n"
+)
 NO_TEMPLATE = "write data.chat_template=FILE, or choose an instruct model"
 
 
@@ -81,10 +75,7 @@ class Chat:
         return cls(model_folder, file, section.chat_date)
 
     def load(self) -> None:
-        """Load the tokenizer now, else the first use does. ConfigError if that cannot be.
-
-        So it is too if a template is no Jinja.
-        """
+        """Load tokenizer and template now, not on first use. ConfigError if one cannot be."""
         from jinja2.exceptions import TemplateSyntaxError
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -93,25 +84,16 @@ class Chat:
             try:
                 self._tokenizer.chat_template = self.file.read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(
-                    f"data.chat_template={self.file}: cannot be read ({error}); name a file that "
-                    "holds a Jinja template"
-                ) from None
-
+                name, fix = f"data.chat_template={self.file}", "name a file of a Jinja template"
+                raise ConfigError(f"{name}: cannot be read ({error}); {fix}") from None
         template = self.template
         try:
             _compile_jinja_template(template or "")
         except TemplateSyntaxError as error:
             name = f"data.chat_template={self.file}" if self.file else "the model's chat template"
-            fix = "correct it"
-            if COPIED.search(template):
-                fix = (
-                    'it looks like JSON, such as "chat_template" of a tokenizer_config.json: write '
-                )
-                fix += "what that text means, with line breaks for \\n"
-            raise ConfigError(
-                f"{name}: line {error.lineno} is no Jinja ({error.message}); {fix}"
-            ) from None
+            fix = AS_JSON if COPIED.search(template) else "correct it"
+            problem = f"line {error.lineno} is no Jinja ({error.message})"
+            raise ConfigError(f"{name}: {problem}; {fix}") from None
 
     @property
     def template(self) -> str | None:
@@ -147,13 +129,9 @@ class Chat:
         return self._write(template, messages, tools, invites)[0]
 
     def render(
-        self,
-        location: str,
-        messages: list[dict],
-        tools: list | None,
-        learned: Sequence[int] | None = None,
-        is_asked: bool = False,
-    ) -> Rendered:
+        self, location: str, messages: list[dict], tools: list | None,
+        learned: Sequence[int] | None = None, is_asked: bool = False,
+    ) -> Rendered:  # fmt: skip
         """The conversation as the template writes it, and which of it the assistant says.
 
         ``learned``: the numbers of the messages whose text is learned, from 0; None: all of the
@@ -176,9 +154,9 @@ class Chat:
             try:
                 return self._render(template, *way, learned, is_asked)
             except DataError as error:
-                if not isinstance(problem, Dropped):
-                    problem = error if isinstance(error, Dropped) else problem or error
-        if isinstance(problem, Dropped) and not is_asked:
+                if not isinstance(problem, checks.Dropped):
+                    problem = error if isinstance(error, checks.Dropped) else problem or error
+        if isinstance(problem, checks.Dropped) and not is_asked:
             with contextlib.suppress(DataError):
                 for number in learned:
                     self.render(location, messages, tools, [number], True)
@@ -196,28 +174,29 @@ class Chat:
             self._of_templates[key] = tags_within(template, write), invitation(write)
         marked = Marked(messages, write, *self._of_templates[key])
         whole = marked.whole
-        check_shape(messages, whole.text)
-        dropped = 0 if is_asked else check_pieces(marked, whole)
+        checks.check_shape(messages, whole.text)
+        dropped = 0 if is_asked else checks.check_pieces(marked, whole)
         ignored = self._ignored(template, messages, tools, whole.text)
         turns = [find_turn(marked, whole, number) for number in learned]
         numbered = list(zip(learned, turns, strict=True))
         for number, turn in numbered:
-            check_turn(marked, whole, number, turn)
+            checks.check_turn(marked, whole, number, turn)
         ranges = [(turn.first, turn.last) for turn in turns]
         if GENERATION_TAG.search(template):
             ranges = common(ranges, self._write(template, messages, tools, False, True)[1])
         if is_asked:
             whole, ranges = behind_prompt(whole, turns[0], ranges)
-            dropped = check_pieces(marked, whole)
+            dropped = checks.check_pieces(marked, whole)
         text = whole.text + "".join(turn.more for turn in turns)
+        calls = [c for m in messages for c in m.get("tool_calls") or ()]
         remarks = {
-            DROPPED: dropped,
-            IGNORED: ignored,
-            UNNAMED: unnamed((c for m in messages for c in m.get("tool_calls") or ()), text),
-            UNEVEN: uneven(marked, whole, numbered),
-            STRAY: sum(is_stray(whole, turn, marked.invitation, template) for turn in turns),
-            MOVED: 0 if is_asked else sum(turn.is_moved for turn in turns),
-            UNASKED: 0 if is_asked else sum(not turn.is_asked for turn in turns),
+            "dropped_thoughts": dropped,
+            "ignored_tools": ignored,
+            "unnamed_calls": checks.unnamed(calls, text),
+            "uneven_turns": checks.uneven(marked, whole, numbered),
+            "stray_ends": sum(checks.is_stray(marked, whole, t, template) for t in turns),
+            "moved_turns": 0 if is_asked else sum(turn.is_moved for turn in turns),
+            "unasked_turns": 0 if is_asked else sum(not turn.is_asked for turn in turns),
         }
         places = sorted(place for places in whole.places.values() for place in places)
         return Rendered(text, ranges, merged(places), {k: v for k, v in remarks.items() if v})
@@ -238,7 +217,7 @@ class Chat:
 
     def _ignored(self, template: str, messages: list[dict], tools: list | None, text: str) -> int:
         """How many tools the model is not told of; one that a call names may still be such."""
-        number = unnamed(tools or (), text)
+        number = checks.unnamed(tools or (), text)
         if tools and not number:
             with contextlib.suppress(DataError):  # it needs tools, so it reads them
                 number = len(tools) * (self._written(template, None, messages, False) == text)
@@ -269,12 +248,11 @@ class Chat:
             TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError,
         ) as error:  # fmt: skip
             calls = (call for message in messages for call in message.get("tool_calls") or ())
-            odd = [c for c in calls if not isinstance(c["function"]["arguments"], dict)]
             where = "roles and contents of its messages"
-            where = "arguments of its tool calls, which are no objects" if odd else where
-            raise DataError(
-                f"the chat template does not take it ({first_line(error)}); look at the {where}"
-            ) from None
+            if any(not isinstance(call["function"]["arguments"], dict) for call in calls):
+                where = "arguments of its tool calls, which are no objects"
+            problem = f"the chat template does not take it ({first_line(error)})"
+            raise DataError(f"{problem}; look at the {where}") from None
         return texts[0], ranges[0] if is_tagged else []
 
 
@@ -294,9 +272,8 @@ def load_tokenizer(model_folder: Path) -> Any:
             fix = "take auto_map out of its tokenizer_config.json if it has a tokenizer.json"
         if not (model_folder / "tokenizer.json").exists() and not find_spec("sentencepiece"):
             reason, fix = "it needs the package sentencepiece", "run: bash setup.sh"
-        raise ConfigError(
-            f"{model_folder}: transformers cannot load its tokenizer ({reason}); {fix}"
-        ) from None
+        problem = f"transformers cannot load its tokenizer ({reason})"
+        raise ConfigError(f"{model_folder}: {problem}; {fix}") from None
 
 
 def says_something(message: dict) -> bool:

@@ -40,13 +40,8 @@ def find_turn(marked: Marked, whole: Rendering, number: int) -> Turn:
     prompt = prompt_before(marked, number)
     start_at, prompt_at = anchor(marked, whole, prompt, number)
     shown = [place for n in own for place in whole.places.get(n, ()) if place[0] >= start_at]
-    later = [
-        first
-        for n, places in whole.places.items()
-        if marked.pieces[n].message > number
-        for first, _ in places
-        if first >= max([start_at, *(last for _, last in shown)])
-    ]
+    shown_to = max([start_at, *(last for _, last in shown)])
+    later = [first for first in firsts_behind(marked, whole, number) if first >= shown_to]
     bound = min([first for first, _ in shown] or later or [len(whole.text)])
     before = whole.text[start_at:bound]
     start = start_at + invited(marked, number, prompt, prompt_at, before)
@@ -65,6 +60,12 @@ def find_turn(marked: Marked, whole: Rendering, number: int) -> Turn:
     )
     is_moved = not given.startswith(asked)
     return Turn(start, said + len(ending), more, prompt, is_asked, is_moved)
+
+
+def firsts_behind(marked: Marked, found: Rendering, number: int) -> list[int]:
+    """Where the texts of later messages than ``number`` begin."""
+    later = (places for n, places in found.places.items() if marked.pieces[n].message > number)
+    return [first for places in later for first, _ in places]
 
 
 def prompt_before(marked: Marked, number: int) -> Rendering:
@@ -96,10 +97,7 @@ def anchor(marked: Marked, whole: Rendering, part: Rendering, number: int) -> tu
 
 
 def invited(marked: Marked, number: int, prompt: Rendering, prompt_at: int, found: str) -> int:
-    """How many characters of ``found`` are the generation prompt, which the model is given.
-
-    ``found`` is what stands before the first text of the turn in the whole rendering.
-    """
+    """How many characters of ``found``, in front of the turn's first text, are its prompt."""
     given = prompt.text[prompt_at:]
     is_shown = number or prompt.text != marked.invitation
     known = len(alike(given, found)) if is_shown else 0
@@ -124,8 +122,7 @@ def invited(marked: Marked, number: int, prompt: Rendering, prompt_at: int, foun
 def end_of_turn(marked: Marked, number: int, own: list[int], said: str, rest: str) -> str:
     """What ends the turn: it follows its last text, whether or not somebody speaks after it.
 
-    ``said``: the turn up to its last text; ``rest``: what follows in the whole rendering, up to the
-    next text.
+    ``said``: the turn up to that text; ``rest``: what follows in the whole one up to the next.
     """
     is_last = number == len(marked.messages) - 1
     other = elsewhere(marked, number, own, is_last)
@@ -157,8 +154,7 @@ def elsewhere(marked: Marked, number: int, own: list[int], is_last: bool) -> str
         found = marked.render(number + 1)
         return after(found, own, len(found.text))
     answers = [{"role": "user", "content": QUESTION}]
-    calls = marked.messages[number].get("tool_calls")
-    if calls:
+    if calls := marked.messages[number].get("tool_calls"):
         name, key = calls[0].get("function", {}).get("name"), calls[0].get("id")
         result = {"role": "tool", "name": name, "tool_call_id": key, "content": QUESTION}
         answers.insert(0, result)
@@ -192,13 +188,9 @@ def header_after(marked: Marked, number: int, rest: str) -> str:
     except DataError:
         return ""
     follows = shown.text[shown.text.rfind(QUESTION) + len(QUESTION) :]
-    firsts = [
-        first - (len(shown.text) - len(follows))
-        for n, places in shown.places.items()
-        for first, _ in places
-        if marked.pieces[n].message > number
-    ]
-    follows = follows[: min((first for first in firsts if first >= 0), default=len(follows))]
+    start = len(shown.text) - len(follows)
+    firsts = [first - start for first in firsts_behind(marked, shown, number) if first >= start]
+    follows = follows[: min(firsts, default=len(follows))]
     ends = alike(follows, last.text[last.text.rfind(QUESTION) + len(QUESTION) :]).rstrip()
     if not ends and (tag := TAG.search(follows)):
         ends = follows[: tag.end()]

@@ -10,21 +10,19 @@ READS_THOUGHTS = re.compile(r"reasoning|\bthinking\b")
 def variants(
     messages: list[dict], tools: list | None, template: str
 ) -> Iterator[tuple[list[dict], list | None]]:
-    """The ways to hand over the same conversation; templates do not agree on what they read."""
+    """The messages and tools of each way, in the order in which they are tried."""
     ways = [messages]
     if any(message.get("role") == "developer" for message in messages):
-        ways.append([system_for_developer(message) for message in messages])
+        ways.append([*map(system_for_developer, messages)])
     if any(message.get("tool_calls") for message in messages):
-        ways += [[arguments_as_text(message) for message in way] for way in ways]
+        ways += [[*map(arguments_as_text, way)] for way in ways]
     has_thoughts = any("reasoning_content" in message for message in messages)
     if has_thoughts and "</think>" in template and not READS_THOUGHTS.search(template):
-        ways += [[thoughts_in_tags(message) for message in way] for way in ways]
-    for way in ways:
-        yield way, tools
+        ways += [[*map(thoughts_in_tags, way)] for way in ways]
+    yield from ((way, tools) for way in ways)
     if not tools:
-        for way in ways:
-            yield way, []
-    yield [content_as_parts(message) for message in messages], tools
+        yield from ((way, []) for way in ways)
+    yield [*map(content_as_parts, messages)], tools
 
 
 def system_for_developer(message: dict) -> dict:
@@ -55,6 +53,5 @@ def arguments_as_text(message: dict) -> dict:
 
 def content_as_parts(message: dict) -> dict:
     content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}
+    parts = [{"type": "text", "text": content}]
+    return {**message, "content": parts} if isinstance(content, str) else message

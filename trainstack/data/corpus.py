@@ -15,10 +15,9 @@ EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does n
 
 
 def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> "Corpus":
-    """The token stores of a configuration.
+    """The token stores of a configuration. ConfigError if one, or what made it, is not there.
 
     ``checkpoints``: of the run, which continues with the stores that it has learned from already.
-    ConfigError if a store is not there, or the model or data set that it was made from.
     """
     kept = kept_stores(checkpoints)
     stores, earlier = {}, []
@@ -40,17 +39,17 @@ class Corpus:
     """What a run learns from: the token stores of its data sets, by their labels.
 
     ``train``: their training splits as one, ``sizes`` the samples of each; ``key`` names them all;
-    ``is_chat``: all of them are conversations that a chat template wrote;
-    ``ends``: the tokens that end documents, and what the assistant says;
-    ``earlier``: the labels of those that rules before made, which a new run would not take;
-    ``chat_template``: the one that took the place of the model's own, if one did.
+    ``is_chat``: a chat template wrote all of them; ``chat_template``: the one that took the place
+    of the model's own, if one did; ``ends``: the tokens that end documents, and what the assistant
+    says; ``earlier``: the labels of those that rules before made, which a new run would not take.
     """
 
     def __init__(self, stores: dict[str, TokenStore], earlier: Sequence[str] = ()):
         self.stores, self.earlier = stores, earlier
         self.key = "+".join(store.folder.name for store in stores.values())
-        self.train = joined([store.train for store in stores.values()])
-        self.sizes = [store.train.num_samples for store in stores.values()]
+        splits = [store.train for store in stores.values()]
+        self.train = splits[0] if len(splits) == 1 else Joined(splits)
+        self.sizes = [split.num_samples for split in splits]
         metas = [store.meta for store in stores.values()]
         ends = (number for m in metas for number in (m["end_id"], *m.get("stop_ids", ())))
         self.is_chat = all(m.get("template") and m["format"] not in PLAIN for m in metas)
@@ -93,18 +92,10 @@ class Joined:
             yield self.splits[number], samples[is_own] - self.firsts[number], is_own
 
 
-def joined(splits: list[Split]) -> Split | Joined:
-    """One split as it is, several as one."""
-    return splits[0] if len(splits) == 1 else Joined(splits)
-
-
 def enough_samples(config: Config, corpus: Corpus) -> int:
-    """How many samples the training split has.
-
-    ConfigError if a data set has none, or if all of them do not fill one global batch.
-    """
-    for (label, store), size in zip(corpus.stores.items(), corpus.sizes, strict=True):
-        if size:
+    """How many training samples there are. ConfigError if too few, or none of a data set."""
+    for label, store in corpus.stores.items():
+        if store.train.num_samples:
             continue
         fix = "use more data, a shorter data.seq_len, or leave it out"
         problem = f"has less than one sequence of {config.data.seq_len} tokens; {fix}"
@@ -123,15 +114,13 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
 
 def not_used(config: Config, corpus: Corpus) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
-    lines = []
-    train = config.train
+    lines, train = [], config.train
     if train.max_steps is not None and train.num_train_epochs != EPOCHS_AS_SHIPPED:
-        lines.append(
-            "train.num_train_epochs is not used: train.max_steps decides unless it is null"
-        )
+        reason = "train.max_steps decides unless it is null"
+        lines.append(f"train.num_train_epochs is not used: {reason}")
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
-    if config.guard.on_divergence != "stop" and config.train.precision == "fp16":
+    if config.guard.on_divergence != "stop" and train.precision == "fp16":
         lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
     if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
         lines.append("checkpoint.failure_hours is not used: save_steps is a number")

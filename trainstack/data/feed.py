@@ -31,13 +31,9 @@ class Feed:
     """Gives every step its samples. Nothing is stored: any step is reached at once, by any rank."""
 
     def __init__(
-        self,
-        config: Config,
-        corpus: Corpus,
-        plan: BatchPlan,
-        world: World,
+        self, config: Config, corpus: Corpus, plan: BatchPlan, world: World,
         left_out: list[dict[str, int]],
-    ):
+    ):  # fmt: skip
         """``left_out``: windows of data that rollbacks left out, see StepSampler."""
         weights = [section.weight for section in config.data.sources]
         mixture = mixture_of(corpus.sizes, weights, config.run.seed)
@@ -49,21 +45,18 @@ class Feed:
 
     def at(self, step: int) -> StepData:
         """What this rank consumes in a step (from 1)."""
-        samples = self.sampler.samples_at(step - 1)
-        batches = self._batches(samples, self.corpus.train.read)
-        return StepData(samples, batches, self._target_tokens(step), samples_hash(samples))
-
-    def _target_tokens(self, step: int) -> int:
-        """Over all ranks; each can compute it, so nothing is sent."""
-        if self.corpus.train.is_full:
-            return self.plan.tokens_per_step
-        targets = self.corpus.train.target_tokens(self.sampler.all_samples_at(step - 1))
-        return max(1, targets)  # a step may have none: its loss and gradient are zero
+        samples, train = self.sampler.samples_at(step - 1), self.corpus.train
+        batches = self._batches(samples, train.read)
+        targets = self.plan.tokens_per_step
+        if not train.is_full:  # each rank can compute those of all, so nothing is sent
+            targets = train.target_tokens(self.sampler.all_samples_at(step - 1))
+        # A step may have none: its loss and gradient are zero.
+        return StepData(samples, batches, max(1, targets), samples_hash(samples))
 
     def drawn_after(self, step: int, drawn: list[int] | None) -> list[int] | None:
-        """``drawn``, the sequences of each data set of a mixture so far, and a step's, all ranks'.
+        """``drawn``, the sequences of each data set of a mixture so far, and those of a step.
 
-        None, of a single data set, stays None.
+        Of all ranks. None, of a single data set, stays None.
         """
         if drawn is None:
             return None
@@ -93,16 +86,10 @@ class Feed:
 
 
 def micro_batches(
-    samples: np.ndarray,
-    micro_batch_size: int,
-    read: Callable[[np.ndarray], np.ndarray],
+    samples: np.ndarray, micro_batch_size: int, read: Callable[[np.ndarray], np.ndarray],
     device: torch.device,
-) -> Iterator[Batch]:
-    """The batch of each micro step, on the device.
-
-    ``read`` gives the columns of a batch for some samples as one array, int64 [2 or 3, samples,
-    seq_len].
-    """
+) -> Iterator[Batch]:  # fmt: skip
+    """The batch of each micro step, on the device; ``read``: as that of a Split."""
     for start in range(0, len(samples), micro_batch_size):
         columns = torch.from_numpy(read(samples[start : start + micro_batch_size]))
         if device.type == "cuda":  # what shares memory cannot be pinned

@@ -34,9 +34,8 @@ class Permutation:
         self.half_bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self.mask = np.uint64((1 << int(self.half_bits)) - 1)
         key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
-        start = int.from_bytes(key, "little")
-        keys = [_mix_one((start + number) % 2**64) for number in range(ROUNDS)]
-        self.keys = np.array(keys, np.uint64)
+        self.keys = np.frombuffer(key, "<u8") + np.arange(ROUNDS, dtype=np.uint64)
+        _mix(self.keys, np.empty_like(self.keys))
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         """Map int64 indices in ``range(n)``, of any shape, to distinct ones of the same shape."""
@@ -61,8 +60,7 @@ class Permutation:
 def _mix(values: np.ndarray, spare: np.ndarray) -> None:
     """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit depends on every bit.
 
-    In place, on uint64, with a spare array of the same size: new arrays would take half of the
-    time.
+    In place, on uint64, with a spare array of its size: new ones would take half of the time.
     """
     values += np.uint64(0x9E3779B97F4A7C15)  # arrays of integers wrap around
     values ^= np.right_shift(values, np.uint64(30), out=spare)
@@ -72,23 +70,14 @@ def _mix(values: np.ndarray, spare: np.ndarray) -> None:
     values ^= np.right_shift(values, np.uint64(31), out=spare)
 
 
-def _mix_one(value: int) -> int:
-    """The same for one int of 64 bits; a single number of numpy would warn when it wraps around."""
-    value = (value + 0x9E3779B97F4A7C15) & (2**64 - 1)
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & (2**64 - 1)
-    return value ^ value >> 31
-
-
 class Mixture:
     """Interleaves data sets by weight: for each position, which data set and which of its samples.
 
     Positions come in blocks of BLOCK. In each block every data set has as many *turns* as its
     weight says; a permutation of the block decides at which positions. The *draw* of a position is
     how many samples its data set gave before it: draw d is position d of that data set's own
-    stream. Both follow from the number of the block, so any position is computed by itself.
-
-    The samples of all data sets are numbered one after the other: first those of the first one.
+    stream. Both follow from the number of the block, so any position is computed by itself. The
+    samples of all data sets are numbered one after the other: first those of the first one.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
@@ -149,10 +138,7 @@ def mixture_of(sizes: Sequence[int], weights: Sequence[float | None], seed: int)
 
 
 def stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.ndarray:
-    """The samples at positions of the stream of ``size`` samples, both int64 [positions].
-
-    ``name`` makes the streams of several data sets differ.
-    """
+    """The samples at positions of the stream of ``size`` samples, called ``name``; int64."""
     epochs, offsets = np.divmod(positions, size)
     samples = np.empty_like(positions)
     for epoch in np.unique(epochs):
@@ -164,22 +150,16 @@ def stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.nd
 class StepSampler(DistributedSampler):
     """A DistributedSampler whose samples are a function of the step, at any world size.
 
-    ``samples_at`` gives one step's samples, of this or any other rank. ``left_out``: windows that
-    rollbacks left out, each ``{"after": step, "steps": n}``: beyond that step the data runs n steps
-    ahead. ``mixture``: of several data sets by weight; without it, all samples are alike.
+    ``left_out``: windows that rollbacks left out, each ``{"after": step, "steps": n}``: beyond that
+    step the data runs n steps ahead. ``mixture``: of several data sets by weight; without it, all
+    samples are alike.
     """
 
     def __init__(
-        self,
-        num_samples: int,
-        global_batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        first_step: int = 0,
-        left_out: Sequence[dict[str, int]] = (),
+        self, num_samples: int, global_batch_size: int, rank: int, world_size: int, seed: int,
+        first_step: int = 0, left_out: Sequence[dict[str, int]] = (),
         mixture: Mixture | None = None,
-    ):
+    ):  # fmt: skip
         dataset = range(num_samples)
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
         self.total_samples = num_samples
@@ -194,22 +174,18 @@ class StepSampler(DistributedSampler):
         for step in itertools.count(self.first_step):
             yield from self.samples_at(step).tolist()
 
-    def samples_at(self, step: int, rank: int | None = None) -> np.ndarray:
-        """Sample indices of one step (from 0), int64 [global_batch_size / world_size]."""
-        rank = self.rank if rank is None else rank
-        return self.all_samples_at(step)[rank :: self.num_replicas]
+    def samples_at(self, step: int) -> np.ndarray:
+        """This rank's samples of one step (from 0), int64 [global_batch_size / world_size]."""
+        return self.all_samples_at(step)[self.rank :: self.num_replicas]
 
     def all_samples_at(self, step: int) -> np.ndarray:
-        """Sample indices of one step (from 0) of all ranks, int64 [global_batch_size]."""
-        position, (begin, known) = self._first_position(step), self._known
+        """The samples of one step (from 0) of all ranks, int64 [global_batch_size]."""
+        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
+        position, (begin, known) = (step + ahead) * self.global_batch_size, self._known
         if not begin <= position <= begin + len(known) - self.global_batch_size:
             number = max(self.global_batch_size, min(AHEAD, self.total_samples))
             begin, known = self._known = position, self.at(np.arange(position, position + number))
         return known[position - begin : position - begin + self.global_batch_size]
-
-    def _first_position(self, step: int) -> int:
-        ahead = sum(window["steps"] for window in self.left_out if step >= window["after"])
-        return (step + ahead) * self.global_batch_size
 
     def at(self, positions: np.ndarray) -> np.ndarray:
         """The samples at positions of the infinite stream, both int64 [positions]."""

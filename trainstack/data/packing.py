@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GROUP = 1 << 17  # documents
+TargetsIn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -27,17 +28,12 @@ class Plan:
 
 
 def plans(
-    stops: np.ndarray,
-    targets_in: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    seq_len: int,
-    packing: str,
-    too_long: str,
+    stops: np.ndarray, targets_in: TargetsIn, seq_len: int, packing: str, too_long: str
 ) -> Iterator[Plan]:
     """Lay out documents in samples of ``seq_len`` slots, group by group. Deterministic.
 
-    ``stops`` int64 [documents]: the token after the last one of each. ``targets_in(starts, stops)``
-    counts the tokens of ranges that carry loss. ``packing``: best_fit or none; ``too_long``: split
-    or drop.
+    ``stops`` int64 [documents]: the token after the last one of each. ``targets_in``: as that of a
+    Split. ``packing``: best_fit or none; ``too_long``: split or drop.
     """
     for first in range(0, len(stops), GROUP):
         start = int(stops[first - 1]) if first else 0
@@ -46,19 +42,14 @@ def plans(
 
 
 def plan(
-    stops: np.ndarray,
-    targets_in: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    seq_len: int,
-    packing: str,
-    too_long: str,
+    stops: np.ndarray, targets_in: TargetsIn, seq_len: int, packing: str, too_long: str,
     start: int = 0,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """One group of documents, the first of which begins at ``start``; else as ``plans``."""
     starts, slots, is_long = cut(stops, seq_len, too_long, start)
     targets = targets_in(starts + 1, starts + 1 + slots)
     is_useful = targets > 0  # a piece of a split document may carry no loss
-    if not is_useful.all():
-        starts, slots, targets = starts[is_useful], slots[is_useful], targets[is_useful]
+    starts, slots, targets = starts[is_useful], slots[is_useful], targets[is_useful]
     if packing == "best_fit":
         row_of, num_rows = best_fit(slots, seq_len)
         row_of = spread(num_rows)[row_of]

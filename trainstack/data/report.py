@@ -34,11 +34,9 @@ COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack data_report", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
+    home, what = os.environ.get("TRAINSTACK_HOME"), "$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
     parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
-    parser.add_argument(
-        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    )
+    parser.add_argument("--home", type=Path, default=home, help=what)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     if options.home is None:
@@ -54,7 +52,7 @@ def main(arguments: list[str]) -> int:
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
         for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
-        for remark in store.remarks():  # last, where they are read: each is a decision
+        for remark in store.remarks(section):  # last, where they are read: each is a decision
             print(f"remark: {remark}")
         if store.meta["template"]:
             prompt = Chat.of(model_folder, section).generation_prompt()
@@ -66,11 +64,9 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
     """What there is, how long it is, how full the samples are, and how much of it is repeated."""
     counts = store.counts
     yield f"{section.label} ({store.meta['format']}) in {store.folder}"
-    splits = ((TRAIN, store.train), (EVAL, store.eval))
-    for name, split in splits:
-        documents, total, targets = (
-            getattr(counts, f"{name}_{what}") for what in ("documents", "tokens", "target_tokens")
-        )
+    for name, split in ((TRAIN, store.train), (EVAL, store.eval)):
+        kinds = ("documents", "tokens", "target_tokens")
+        documents, total, targets = (getattr(counts, f"{name}_{kind}") for kind in kinds)
         share = targets / max(1, total)
         yield (
             f"  {name:<11} {documents:,} documents, {total:,} tokens, {share:.1%} of them carry "
@@ -81,11 +77,6 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
         f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
     )
     yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
-    if counts.written_documents:
-        yield (
-            f"  as text     a special token written in {counts.written_documents:,} documents, "
-            f"first {counts.first_written}"
-        )
     copies = duplicates(store.train)
     yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
     yield "  length      tokens per document, of the training split"

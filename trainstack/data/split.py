@@ -46,28 +46,23 @@ class Split:
         """A file as a read-only array, [length] or [length, columns]; None if it is not there."""
         if not path.exists():
             return None
-        shape = (-1, columns) if columns else (-1,)
-        if not path.stat().st_size:  # an empty file cannot be mapped
-            return np.zeros(0, dtype).reshape(0, *shape[1:])
-        with path.open("rb") as file:
-            self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return np.frombuffer(self._maps[-1], dtype).reshape(shape)
+        found = np.zeros(0, dtype)
+        if path.stat().st_size:  # an empty file cannot be mapped
+            with path.open("rb") as file:
+                self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            found = np.frombuffer(self._maps[-1], dtype)
+        return found.reshape(-1, columns) if columns else found
 
     def forget(self) -> None:
-        """Let go of the mapped pages, so that memory does not grow with what is read.
-
-        They stay in the page cache, where the next read finds them.
-        """
+        """Let go of the mapped pages: memory does not grow, and the page cache keeps them."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
         self._read = 0
 
     @property
     def num_samples(self) -> int:
-        """How many samples there are.
-
-        The end of the training documents that fills no sample is left out; of the held-out ones it
-        is a sample too, filled up with what carries no loss.
+        """How many samples there are. What fills none at the end of the training documents is left
+        out; of the held-out ones it is a sample too, filled up with what carries no loss.
         """
         if self.rows is not None:
             return len(self.rows) - 1

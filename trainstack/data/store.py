@@ -107,10 +107,11 @@ def made_from(
     files = manifest.read_manifest(model)["files"]
     source = manifest.read_manifest(dataset_folder(home, section.name, section.subset))["files"]
     is_earlier = version == EARLIER_VERSION
-    decides = EARLIER_FILES.__contains__ if is_earlier else decides_tokens  # names of files
+    decides = [n for n in files if not is_of_weights(n) and n not in NOT_OF_TOKENIZER]
+    decides = [n for n in files if n in EARLIER_FILES] if is_earlier else decides
     inputs = {
         "format": version,
-        "tokenizer": {name: entry["sha256"] for name, entry in files.items() if decides(name)},
+        "tokenizer": {name: files[name]["sha256"] for name in decides},
         "source": {name: entry["sha256"] for name, entry in source.items()},
         "settings": store_settings(section, is_earlier),
     }
@@ -125,34 +126,24 @@ def read_by_tokenizer(model: Path) -> dict[str, Any]:
     return {theirs: config.get(theirs) for own, theirs in pairs.items() if not settings.get(own)}
 
 
-def decides_tokens(name: str) -> bool:
-    """Whether a file of a model may decide what a text's or a conversation's tokens are."""
-    return not is_of_weights(name) and name not in NOT_OF_TOKENIZER
-
-
 def is_of_weights(name: str) -> bool:
     """Whether a file of a model holds weights, or says which ones do."""
     return name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def store_key(inputs: dict[str, Any]) -> str:
-    """The name of the store that ``made_from`` describes."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def store_folder(
     home: Path, model_name: str, section: DataSection, version: int = FORMAT_VERSION
 ) -> Path:
     """Where the store of one data set is, or will be. Raises as ``made_from``."""
-    return home / "tokens" / store_key(made_from(home, model_name, section, version))
+    inputs = json.dumps(made_from(home, model_name, section, version), sort_keys=True)
+    return home / "tokens" / hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def find_store(home: Path, model_name: str, section: DataSection, kept: Sequence[str]) -> Path:
     """The store that a run reads, whether or not it is there; links are followed.
 
-    ``kept``: the names of those that the run has learned from already: if one of them was made of
-    the same files and settings by the rules before, the run continues with it. Raises as
-    ``made_from``.
+    ``kept``: the names of those that the run has learned from: it continues with one that the rules
+    before made of the same files and settings. Raises as ``made_from``.
     """
     for version in (LAST_VERSION, EARLIER_VERSION) if kept else ():
         if version == LAST_VERSION or is_as_before(section):
@@ -164,22 +155,23 @@ def find_store(home: Path, model_name: str, section: DataSection, kept: Sequence
 
 def is_as_before(section: DataSection) -> bool:
     """Whether the settings ask for nothing that the rules before did not have."""
-    new = {key: getattr(section, key) for key in SINCE_VERSION_3 if key != "chat_date"}
-    return all(value == SINCE_VERSION_3[key] for key, value in new.items())
+    usual = SINCE_VERSION_3.items()
+    return all(getattr(section, key) == value for key, value in usual if key != "chat_date")
 
 
 def store_settings(section: DataSection, is_earlier: bool = False) -> dict[str, Any]:
     """The settings of config.yaml's data section that decide which tokens a store holds."""
     keys = ["split", "eval_split", "eval_fraction", "format", "text_field", "packing"]
-    keys += ["max_bad_records"]
-    if section.packing != "concat":  # the samples are laid out in the store
-        keys += ["seq_len", "too_long"]
-    if not is_earlier:
-        keys += SINCE_VERSION_3.keys()
+    keys += ["max_bad_records", *(() if is_earlier else SINCE_VERSION_3)]
     settings = {key: getattr(section, key) for key in keys}
-    if not is_earlier and section.special_tokens != "tokens":
+    if section.packing != "concat":  # the samples are laid out in the store
+        settings |= {"seq_len": section.seq_len, "too_long": section.too_long}
+        settings["layout"] = PACKED_LAYOUT
+    if is_earlier:
+        return settings
+    if section.special_tokens != "tokens":
         settings["special_tokens"] = None  # text and null make the same tokens
-    if not is_earlier and section.chat_template:  # another path with the same content is the same
+    if section.chat_template:  # another path with the same content is the same
         name = f"data.chat_template={section.chat_template}"
         try:
             content = Path(section.chat_template).read_bytes()
@@ -189,7 +181,7 @@ def store_settings(section: DataSection, is_earlier: bool = False) -> dict[str, 
         if not content.strip():
             raise ConfigError(f"{name}: is empty; write a Jinja template into it, or set null")
         settings["chat_template"] = hashlib.sha256(content).hexdigest()
-    return settings if section.packing == "concat" else {**settings, "layout": PACKED_LAYOUT}
+    return settings
 
 
 class TokenStore:
@@ -202,7 +194,7 @@ class TokenStore:
         dtype = np.dtype(self.meta["dtype"])
         self.train, self.eval = (Split(folder, s, dtype, seq_len) for s in (TRAIN, EVAL))
 
-    def remarks(self) -> Iterator[str]:
+    def remarks(self, section: DataSection) -> Iterator[str]:
         """What a person has to decide on, a line for each."""
         for name, text in REMARKS.items():
             if count := getattr(self.counts, name):
@@ -216,11 +208,18 @@ class TokenStore:
         if self.counts.eval_documents and not self.eval.num_samples:
             yield "no held-out document fits data.seq_len: no evaluation; set data.too_long=split"
         yield from self.meta.get("notes", ())
+        if self.counts.written_documents:
+            choice = "; data.special_tokens=text if they are meant as text, tokens if as tokens"
+            if self.meta["template"]:
+                choice = "; in a conversation the template alone writes tokens"
+            yield (
+                f"{self.counts.written_documents:,} documents hold a special token, kept as text, "
+                f"first {self.counts.first_written}{'' if section.special_tokens else choice}"
+            )
         if unread := self.counts.unread:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
-            names = (name if name.strip() else repr(name) for name in unread[:SHOWN])
-            listed = f"{', '.join(names)}{more}"
+            names = ", ".join(name if name.strip() else repr(name) for name in unread[:SHOWN])
             is_column = any(not name.startswith("turn.") for name in unread)
             has_others = self.meta["format"] != "text"  # a text has but the column that was found
             hint = " (data.columns could map them)" if is_column and has_others else ""
-            yield f"nothing reads these columns{hint}: {listed}"
+            yield f"nothing reads these columns{hint}: {names}{more}"

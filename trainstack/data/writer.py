@@ -36,9 +36,9 @@ SILENT_SECONDS = 600  # without a commit: then a preparation on another host is 
 class TokenBatch:
     """Tokens of documents of one split.
 
-    ``ids`` [tokens] in the store's dtype, one document after the other. ``lengths`` int64
-    [documents]. ``spans`` int64 [spans, 2]: first and last + 1 of each run of tokens that carry
-    loss; None: all do. ``is_open``: the last document goes on in the next batch.
+    ``ids`` [tokens] in the store's dtype. ``lengths`` int64 [documents]. ``spans`` int64 [spans,
+    2]: first and last + 1 of each run of tokens that carry loss; None: all do. ``is_open``: the
+    last document goes on in the next batch.
     """
 
     ids: np.ndarray
@@ -50,8 +50,7 @@ class TokenBatch:
 class TokenWriter:
     """Appends documents to a new store in a temporary folder; ``publish`` makes it visible.
 
-    ``earlier``: the folder of a preparation that was killed, whose committed part is copied.
-    OSError if that cannot be read.
+    ``earlier``: that of a preparation that was killed, whose committed part is copied, or OSError.
     """
 
     def __init__(self, temporary: Path, vocab_size: int, earlier: Path | None = None):
@@ -63,10 +62,9 @@ class TokenWriter:
         # In the data files: the number of the file, from 0, and of its next record, from 1.
         self.position: list[int] = progress.get("position", [0, 1])
         temporary.mkdir(parents=True)
-        names = [
-            f"{split}.{kind}" for split in (TRAIN, EVAL) for kind in ("bin", "documents", "loss")
-        ]
-        self._columns = {name: Column(temporary / name) for name in [*names, BAD_RECORDS]}
+        kinds = ("bin", "documents", "loss")
+        names = [*(f"{split}.{kind}" for split in (TRAIN, EVAL) for kind in kinds), BAD_RECORDS]
+        self._columns = {name: Column(temporary / name) for name in names}
         for name, size in progress.get("sizes", {}).items():
             if size:  # an empty one may have been removed
                 self._columns[name].copy(earlier / name, size)
@@ -170,9 +168,7 @@ class Column(files.HashedFile):
         self.__enter__()
 
     def append(self, values: np.ndarray) -> None:
-        if not values.size:
-            return
-        self._waiting += memoryview(np.ascontiguousarray(values)).cast("B")
+        self._waiting += values.tobytes()
         if len(self._waiting) >= WRITE_BYTES:
             self._flush()
 

@@ -42,10 +42,7 @@ class Asset:
 
 
 def named_assets(config: Config, home: Path) -> list[Asset]:
-    """What the configuration names.
-
-    One asset for each subset of a data set, with all splits that the mixture takes of it.
-    """
+    """What the configuration names: of a subset once, with all splits that the mixture takes."""
     model, splits = config.model, dict[tuple[str, str, str | None], list[str]]()
     assets = [Asset("model", model.name, model.revision, home, model.init == "pretrained")]
     for data in config.data.sources:

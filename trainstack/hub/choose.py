@@ -58,25 +58,8 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
     origin.collect(["config.json"])
     refuse_code(origin.folder / "config.json")
     weights = choose_weights(origin) if wants_weights else []
-    pickles = [name for kind in PICKLES for name in names if name.endswith(kind)]
-    pickles = [name for name in pickles if "model" in name]
-    if wants_weights and pickles and not weights:
-        raise ConfigError(
-            f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
-            " name a repository with model.safetensors, or convert it with save_pretrained"
-        )
-    if wants_weights and not weights and ADAPTER in names:
-        raise ConfigError(UNMERGED)
-    others = [name for name in names if name.endswith(".safetensors")]
-    if wants_weights and others and not weights:
-        raise ConfigError(
-            f"has no {WEIGHTS} and no {INDEX}, and transformers loads no {others[0]}; name another"
-            " repository of it, or convert it with save_pretrained"
-        )
     if wants_weights and not weights:
-        is_gguf = any(name.endswith(".gguf") for name in origin.listing)
-        problem = GGUF if is_gguf else f"has no {WEIGHTS}; bring it too, name another model"
-        raise ConfigError(f"{problem}, or set model.init=scratch")
+        raise ConfigError(without_weights(names, origin.listing))
     if not any(A_TOKENIZER.fullmatch(name) for name in names):
         raise ConfigError(
             "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put that"
@@ -93,13 +76,31 @@ def without_config(names: list[str]) -> str:
         return UNMERGED
     if inner:
         some = ", ".join(inner[:3]) + (" ..." if len(inner) > 3 else "")
-        return (
-            f"has config.json only further down ({some}); name that folder, of the Hub once it is"
-            " here (hf download)"
-        )
+        way = "name that folder, of the Hub once it is here (hf download)"
+        return f"has config.json only further down ({some}); {way}"
     if any(name.endswith(".gguf") for name in names):
         return GGUF
     return "has no config.json, which says what the model is; put it there, or name another model"
+
+
+def without_weights(names: list[str], listing: list[str]) -> str:
+    """What those files of a model are that transformers does not load, and what to do."""
+    pickles = [n for kind in PICKLES for n in names if n.endswith(kind) and "model" in n]
+    if pickles:
+        return (
+            f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
+            " name a repository with model.safetensors, or convert it with save_pretrained"
+        )
+    if ADAPTER in names:
+        return UNMERGED
+    if others := [name for name in names if name.endswith(".safetensors")]:
+        return (
+            f"has no {WEIGHTS} and no {INDEX}, and transformers loads no {others[0]}; name another"
+            " repository of it, or convert it with save_pretrained"
+        )
+    is_gguf = any(name.endswith(".gguf") for name in listing)
+    problem = GGUF if is_gguf else f"has no {WEIGHTS}; bring it too, name another model"
+    return f"{problem}, or set model.init=scratch"
 
 
 def choose_weights(origin: Origin) -> list[str]:
@@ -109,9 +110,8 @@ def choose_weights(origin: Origin) -> list[str]:
     origin.collect([INDEX])
     shards = shards_of(origin.folder / INDEX)
     if missing := [name for name in shards if name not in origin.sizes]:
-        raise ConfigError(
-            f"{INDEX} names {missing[0]}, which is not there; bring it too, or name another model"
-        )
+        fix = "bring it too, or name another model"
+        raise ConfigError(f"{INDEX} names {missing[0]}, which is not there; {fix}")
     return [INDEX, *shards]
 
 

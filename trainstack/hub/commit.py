@@ -18,22 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    errors,
-    get_token,
-    hf_hub_download,
-    set_client_factory,
-)
-from huggingface_hub.hf_api import RepoFile
+import huggingface_hub as hub
+from huggingface_hub import constants, errors, hf_hub_download
 from huggingface_hub.utils import httpx, logging, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub.asset import Asset
-from trainstack.storage import files
+from trainstack.storage import files, manifest
 
+LIMITED = 429  # the HTTP status of too many requests
 TRIES = 5  # of a request, the first one included
 WORKERS = 8  # files that arrive at a time, as in snapshot_download
 LONGEST_WAIT = 600  # seconds that the Hub may ask for; its own limits are per 300
@@ -47,7 +41,7 @@ warnings.filterwarnings("ignore", message="Not enough free disk space")
 
 def raise_if_limited(response: httpx.Response) -> None:
     """Raise on HTTP 429, before huggingface_hub waits by itself."""
-    if response.status_code == 429:
+    if response.status_code == LIMITED:
         raise errors.HfHubHTTPError("too many requests", response=response)
 
 
@@ -57,7 +51,7 @@ def make_client() -> httpx.Client:
     return client
 
 
-set_client_factory(make_client)
+hub.set_client_factory(make_client)
 
 
 class HubCommit:
@@ -78,7 +72,7 @@ class HubCommit:
         self.asset, self._retry_delay, self._say = asset, retry_delay, say
         self.is_resumable = False
         self._limited_until = 0.0  # in the clock of time.monotonic
-        repo, api = {"repo_id": asset.name, "repo_type": asset.kind}, HfApi()
+        repo, api = {"repo_id": asset.name, "repo_type": asset.kind}, hub.HfApi()
         self.commit: str = self._persist(
             f"the commit of {asset.revision}",
             lambda: api.repo_info(**repo, revision=asset.revision, timeout=ANSWER_SECONDS).sha,
@@ -87,7 +81,7 @@ class HubCommit:
             "the list of files",
             lambda: list(api.list_repo_tree(**repo, revision=self.commit, recursive=True)),
         )
-        self._files = {f.path: f for f in entries if isinstance(f, RepoFile)}
+        self._files = {f.path: f for f in entries if isinstance(f, hub.RepoFile)}
         self.sizes = {name: file.size for name, file in self._files.items()}
         self.folder = asset.folder.with_name(f".{asset.folder.name}.{self.commit[:12]}.partial")
         self.listing = [*self._files]
@@ -125,9 +119,8 @@ class HubCommit:
             if not is_second:
                 self._say(f"{name}: not the bytes of commit {self.commit[:7]}; fetching it again")
         raise ConfigError(
-            f"{name} arrived twice with other bytes than commit {self.commit[:7]} has; a proxy or"
-            f" mirror on the way to {constants.ENDPOINT} alters it: try another network or"
-            " HF_ENDPOINT"
+            f"{name} arrived twice with other bytes than commit {self.commit[:7]} has; a proxy on"
+            f" the way to {constants.ENDPOINT} alters it: try another network or HF_ENDPOINT"
         )
 
     def _persist(self, what: str, call: Callable[[], Answer]) -> Answer:
@@ -136,53 +129,43 @@ class HubCommit:
             try:
                 return call()
             except FAULTS as error:
-                cause = error
-                if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-                    cause = error.__cause__  # it says "not on the disk", its cause says why
+                is_local = isinstance(error, errors.LocalEntryNotFoundError)
+                cause = (is_local and error.__cause__) or error  # its cause says why
             if not may_pass(cause):
                 raise cause if is_of_disk(cause) else ConfigError(self._explain(cause))
             delay = max(self._retry_delay * 2 ** (attempt - 1), seconds_asked(cause))
             if attempt == TRIES or delay > LONGEST_WAIT:
                 break
             until = time.monotonic() + delay
-            is_said = is_limited(cause) and until <= self._limited_until + 2  # by another file
-            if not is_said:
+            is_limited = status_of(cause) == LIMITED
+            if not (is_limited and until <= self._limited_until + 2):  # another file said it
                 self._say(f"{what}: {brief(cause)}; try {attempt + 1} of {TRIES} in {delay:.3g} s")
             self._limited_until = until
             time.sleep(delay)
         self.is_resumable = True
-        tries = f"in {TRIES} tries"
-        if delay > LONGEST_WAIT:
-            tries = f"and asks to wait {delay / 60:.0f} min"
+        asks = f"and asks to wait {delay / 60:.0f} min"
+        tries = asks if delay > LONGEST_WAIT else f"in {TRIES} tries"
         fix = "check the network and HF_ENDPOINT, then run this again"
-        if is_limited(cause):
+        if status_of(cause) == LIMITED:
             fix = "set HF_TOKEN to your token, whose limit is higher, or run this again later"
-        raise ConfigError(
-            f"the Hub at {constants.ENDPOINT} did not serve {what} {tries} ({brief(cause)}); {fix}"
-        )
+        problem = f"did not serve {what} {tries} ({brief(cause)})"
+        raise ConfigError(f"the Hub at {constants.ENDPOINT} {problem}; {fix}")
 
     def _explain(self, error: Exception) -> str:
         """One line on a fault that stays: what it is and what to do."""
         key, kind = ("data", "datasets/") if self.asset.kind == "dataset" else ("model", "")
         page = f"{constants.ENDPOINT}/{kind}{self.asset.name}"
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = status_of(error)
         if isinstance(error, errors.GatedRepoError):
-            how = (
-                "with the account of your token"
-                if get_token()
-                else "then set HF_TOKEN to your token"
-            )
-            return f"gated; accept its licence at {page}, {how}"
+            how = "with the account of" if hub.get_token() else "then set HF_TOKEN to"
+            return f"gated; accept its licence at {page}, {how} your token"
         if isinstance(error, errors.RepositoryNotFoundError):
             return (
                 f"does not exist at {constants.ENDPOINT}, or is private; check {key}.name (a path"
                 " starts with ./ or /), or set HF_TOKEN to a token that may read it"
             )
         if isinstance(error, errors.RevisionNotFoundError):
-            return (
-                f"has no revision {self.asset.revision}; set {key}.revision to a branch, tag or"
-                f" commit of {page}"
-            )
+            return f"has no revision {self.asset.revision}; set {key}.revision to one of {page}"
         if isinstance(error, errors.HFValidationError):
             return f"not a name on the Hub; set {key}.name to org/name, or to ./folder for a local"
         if isinstance(error, errors.OfflineModeIsEnabled):
@@ -194,32 +177,24 @@ class HubCommit:
         return f"{brief(error)}; see {page}"
 
 
-def verified_entry(path: Path, expected: RepoFile) -> dict[str, Any] | None:
+def verified_entry(path: Path, expected: hub.RepoFile) -> dict[str, Any] | None:
     """The manifest entry of a file that arrived, synced; None if it is not the commit's file.
 
     Git LFS names a content by its sha256; git by the sha1 of "blob SIZE\\0" and the content.
     """
-    content = hashlib.sha256()
-    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(files.READ_BYTES):
-            content.update(chunk)
-            if expected.lfs is None:
-                blob.update(chunk)
-        size = file.tell()
-        os.fsync(file.fileno())
-    if expected.lfs is None:
-        is_right = blob.hexdigest() == expected.blob_id
-    else:
-        is_right = content.hexdigest() == expected.lfs.sha256
-    return {"size": size, "sha256": content.hexdigest()} if is_right else None
+    files.sync_file(path)
+    entry = manifest.hash_file(path)
+    if expected.lfs is not None:
+        return entry if entry["sha256"] == expected.lfs.sha256 else None
+    blob = hashlib.sha1(b"blob %d\0" % entry["size"], usedforsecurity=False)
+    blob.update(path.read_bytes())  # git's own are small
+    return entry if blob.hexdigest() == expected.blob_id else None
 
 
 def may_pass(error: Exception) -> bool:
     """Whether the same request may succeed in a few seconds."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return response.status_code in (408, 429) or response.status_code >= 500
+    if status := status_of(error):
+        return status in (408, LIMITED) or status >= 500
     if isinstance(error, errors.OfflineModeIsEnabled | ValueError):
         return False
     return not is_of_disk(error)
@@ -231,14 +206,15 @@ def is_of_disk(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None and not is_network
 
 
-def is_limited(error: Exception) -> bool:
-    return getattr(getattr(error, "response", None), "status_code", None) == 429
+def status_of(error: Exception) -> int | None:
+    """The HTTP status that a fault is about, if it is about one."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def seconds_asked(error: Exception) -> float:
     """Seconds that the Hub asks to wait, by its RateLimit header or Retry-After; 0.0 if neither."""
     headers = getattr(getattr(error, "response", None), "headers", {})
-    limit = parse_ratelimit_headers(headers) if is_limited(error) else None
+    limit = parse_ratelimit_headers(headers) if status_of(error) == LIMITED else None
     if limit and not limit.remaining:
         return limit.reset_in_seconds + 1.0  # they are whole seconds
     text = headers.get("Retry-After", "")
@@ -251,8 +227,6 @@ def seconds_asked(error: Exception) -> float:
 
 def brief(error: Exception) -> str:
     """A fault in a few words of one line."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        is_much = " (too many requests)" if is_limited(error) else ""
-        return f"HTTP {response.status_code}{is_much}"
-    return first_words(error)
+    status = status_of(error)
+    more = " (too many requests)" if status == LIMITED else ""
+    return f"HTTP {status}{more}" if status else first_words(error)

@@ -71,10 +71,8 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
         )
     if not has_data:
         some = ", ".join(n for n in origin.listing if "." in n.lstrip("."))[:60] or "nothing"
-        raise ConfigError(
-            f"has no {readers.READABLE} file (it has {some}); convert to one, unpack archives such"
-            " as .zip"
-        )
+        fix = "convert to one, unpack archives such as .zip"
+        raise ConfigError(f"has no {readers.READABLE} file (it has {some}); {fix}")
     if not subset and layout.is_local(name) and Path(name).is_file():
         return [*origin.sizes], {"subset": None, "splits": {"train": [*origin.sizes]}}
     cards = [name for name in origin.sizes if is_card(name, origin.sizes)]
@@ -83,31 +81,15 @@ def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str
     splits = resolve_splits(origin.sizes, texts, subset)
     paths = sorted({path for split in splits.values() for path in split} - {*cards})
     if odd := [path for path in paths if not readers.is_readable(path)]:
-        raise ConfigError(
-            f"consists of files such as {odd[0]}; convert them to one of {readers.READABLE}"
-        )
+        raise ConfigError(f"consists of files such as {odd[0]}; convert to {readers.READABLE}")
     if missing := [path for path in paths if path not in origin.sizes]:
         raise ConfigError(f"has no {missing[0]}, which its {SAVED} names; bring the whole folder")
     once = {split: list(dict.fromkeys(names)) for split, names in splits.items()}  # of patterns
     return [*cards, *paths], {"subset": subset, "splits": once}
 
 
-def oddities(
-    name: str, used: Iterable[str], splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]
-) -> list[str]:
-    """Lines on the files of the data set ``name`` that are there twice, or not, in ``used`` splits.
-
-    ``entries``: of the files in the manifest.
-    """
-    read = {split: splits[split] for split in used}
-    if Path(name).is_file():  # one was named
-        return []
-    every = sorted({path for paths in read.values() for path in paths})
-    return [*repeated(read, entries), *missing_shards(every)]
-
-
-def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines on files whose texts would be learned twice, or learned and held out.
+def oddities(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -> list[str]:
+    """Lines on files that are there twice, to be learned again or held out too, or are missing.
 
     ``splits``: the files of each that is used; ``entries``: their entries in the manifest.
     """
@@ -117,15 +99,16 @@ def repeated(splits: dict[str, list[str]], entries: dict[str, dict[str, Any]]) -
         stem = name.lower().removesuffix(readers.suffix_of(name))
         for key, what in ((name, ""), (content, "the same content"), (stem, "the same name")):
             other, its_split = first.setdefault(key, (name, split))
-            if (other, its_split) == (name, split):
-                continue
-            if other == name:
+            if other != name:
+                lines.append(f"{name} seems to be {other} again ({what}); take one away if it is")
+            elif its_split != split:
                 lines.append(f"{name} is in the splits {its_split} and {split}; take it out of one")
             else:
-                lines.append(f"{name} seems to be {other} again ({what}); take one away if it is")
+                continue
             break
     more = [f"{len(lines) - 3} more files are there twice"] if len(lines) > 3 else []
-    return [*lines[:3], *more]
+    every = sorted({name for names in splits.values() for name in names})
+    return [*lines[:3], *more, *missing_shards(every)]
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
@@ -206,9 +189,9 @@ def ask_datasets(
 ) -> dict[str, list[str]]:
     """The files of each split of a subset, as the library ``datasets`` finds them.
 
-    The library is given empty files of these names, so that it sends no request and treats a local
-    folder alike; without capitals, which it does not know. It is asked now, while all names are
-    known: asked for one subset, it wants the files of the first too.
+    It is given empty files of these names, so that it sends no request and treats a local folder
+    alike; without capitals, which it does not know. It is asked while all names are known: asked
+    for one subset, it wants the files of the first too.
     """
     import datasets
 
@@ -241,11 +224,8 @@ def ask_datasets(
             fix = ", or ".join(fixes) or "give its splits files of one type, or name the one file"
             raise ConfigError(f"datasets cannot resolve its files ({words}); {fix}") from None
         refuse_settings(builder.config)
-        found = (builder.config.data_files or {}).items()
-        return {
-            str(split): [stand_ins[os.path.relpath(p, root)] for p in paths]
-            for split, paths in found
-        }
+        found = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+        return {s: [stand_ins[os.path.relpath(p, root)] for p in found[s]] for s in found}
 
 
 def is_defined(cards: dict[str, bytes]) -> bool:

@@ -116,7 +116,7 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
 
 
 def inspect(asset: Asset) -> tuple[dict[str, Any], str]:
-    """What is in the asset's folder: its manifest, and its problem, an empty text if it has none.
+    """Manifest and problem of what is in the asset's folder; an empty text if it has none.
 
     ConfigError if local originals cannot be read.
     """
@@ -127,12 +127,9 @@ def inspect(asset: Asset) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError):
         manifest = {}  # the problem will say why
     is_local = manifest.get("source") == "local"
-    if is_local:
-        wrong = change_of_originals(asset, manifest)
-    else:
-        wrong = next(damage(asset.folder, TRUSTED_BY_SIZE), "")
-    if is_local and wrong:
-        return manifest, f"{CHANGED} {manifest['fetched_at']} ({wrong})"
+    if is_local and (changed := change_of_originals(asset, manifest)):
+        return manifest, f"{CHANGED} {manifest['fetched_at']} ({changed})"
+    wrong = "" if is_local else next(damage(asset.folder, TRUSTED_BY_SIZE), "")
     if not wrong and manifest["kind"] != asset.kind:
         wrong = f"it is a {manifest['kind']}"
     if wrong:
@@ -195,14 +192,11 @@ def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit
             " it, or run this in another folder if you mean the Hub's"
         )
     if here.name == asset.name and readers.is_readable(asset.name):
-        raise ConfigError(
-            f"no such file in {here.absolute().parent}; write the path to it, such as /data/{here}"
-        )
+        fix = f"write the path to it, such as /data/{here}"
+        raise ConfigError(f"no such file in {here.absolute().parent}; {fix}")
     from trainstack.hub.commit import HubCommit
 
-    return HubCommit(
-        asset, retry_delay, say=lambda text: say(f"{asset}: {text}"), is_cache_used=not is_forced
-    )
+    return HubCommit(asset, retry_delay, lambda text: say(f"{asset}: {text}"), not is_forced)
 
 
 def collect_needed(
@@ -238,32 +232,29 @@ def collect_needed(
     origin.collect(wanted)
     if asset.kind == "model":
         return choose.model_facts(origin, wanted)
-    for line in data_files.oddities(asset.name, asset.splits, facts["splits"], origin.entries):
-        say(f"{asset}: {line}")
+    if not Path(asset.name).is_file():  # else it was named itself
+        used = {split: facts["splits"][split] for split in asset.splits}
+        for line in data_files.oddities(used, origin.entries):
+            say(f"{asset}: {line}")
     return facts
 
 
 def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
     """ConfigError for a split that is not there. ``unused``: files that belong to no split."""
-    for split in asset.splits:
-        if split not in facts["splits"]:
-            known = ", ".join(facts["splits"])
-            keys = "data.split, or data.eval_split,"
-            fix = f"set {keys} to one of: {known}"
-            if unused and layout.is_local(asset.name):
-                fix += (
-                    f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
-                )
-            raise ConfigError(f"has no split {split}; {fix}")
+    split = next((split for split in asset.splits if split not in facts["splits"]), None)
+    if split:
+        fix = f"set data.split, or data.eval_split, to one of: {', '.join(facts['splits'])}"
+        if unused and layout.is_local(asset.name):
+            fix += f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
+        raise ConfigError(f"has no split {split}; {fix}")
 
 
 def check_space(asset: Asset, needed_bytes: int) -> None:
     free = files.free_bytes(asset.folder.parent)
     if needed_bytes > free:
-        raise ConfigError(
-            f"needs {bytes_text(needed_bytes)}, and {bytes_text(free)} are free at "
-            f"{asset.folder.parent}; free some space or move SHARED_DIR"
-        )
+        there = f"{bytes_text(free)} are free at {asset.folder.parent}"
+        fix = "free some space or move SHARED_DIR"
+        raise ConfigError(f"needs {bytes_text(needed_bytes)}, and {there}; {fix}")
 
 
 def swap_in(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:

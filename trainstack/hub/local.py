@@ -38,19 +38,17 @@ class LocalFiles:
         self.facts = {"source": "local", "modified_ns": self.modified_ns}
         self._is_model = asset.kind == "model"
         with readable():
-            self._look(self._is_model)
+            self._look()
 
-    def _look(self, is_model: bool) -> None:
-        original = self.original
+    def _look(self) -> None:
+        original, is_model = self.original, self._is_model
         if not original.exists():
-            several = SEVERAL if PATTERN.search(str(original)) else ""
-            key = "model" if is_model else "data"
-            raise ConfigError(f"no such file or folder; {several or f'check {key}.name'}")
+            check = f"check {'model' if is_model else 'data'}.name"
+            several = PATTERN.search(str(original))
+            raise ConfigError(f"no such file or folder; {SEVERAL if several else check}")
         if is_model and not original.is_dir():
-            is_gguf = original.name.endswith(".gguf")
-            raise ConfigError(
-                choose.GGUF if is_gguf else "is a file; name the folder that holds config.json"
-            )
+            no_folder = "is a file; name the folder that holds config.json"
+            raise ConfigError(choose.GGUF if original.name.endswith(".gguf") else no_folder)
         self.root = original if original.is_dir() else original.parent
         if (original / "refs").is_dir() and (original / "snapshots").is_dir():
             main = original / "refs" / "main"

@@ -45,7 +45,6 @@ def shapes_of(path: Path) -> dict[str, list[int]]:
             f"{path.name} is no safetensors file; bring it again (in a git clone: git lfs pull)"
         ) from None
     if (missing := 8 + length + size - path.stat().st_size) > 0:
-        raise ConfigError(
-            f"{path.name} was cut: {missing:,} bytes are missing at its end; copy it there again"
-        )
+        cut = f"{missing:,} bytes are missing at its end"
+        raise ConfigError(f"{path.name} was cut: {cut}; copy it there again")
     return shapes

@@ -7,14 +7,7 @@ from typing import Any
 import numpy as np
 
 from trainstack.config.schema import DataSection
-from trainstack.data.store import (
-    EARLIER_VERSION,
-    LAST_VERSION,
-    PLAIN,
-    TokenStore,
-    is_as_before,
-    store_folder,
-)
+from trainstack.data import store
 from trainstack.data.writer import temporary_folder
 from trainstack.prepare.tokenizer import load_backend
 from trainstack.storage import layout, manifest
@@ -23,25 +16,28 @@ from trainstack.storage.files import read_object
 UNREAD = {"post_processor": None, "truncation": None, "padding": None}  # if they add no token
 
 
+def is_whole(folder: Path) -> bool:
+    return not any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
+
+
 def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> bool:
     """Whether the rules before made the same store; then ``final`` becomes a link to it."""
-    last = store_folder(home, model_name, section, LAST_VERSION).resolve()
-    is_whole = not any(manifest.damage(last, manifest.TRUSTED_BY_SIZE))
-    if is_whole and read_object(last / "meta.json")["format"] in PLAIN:
+    last = store.store_folder(home, model_name, section, store.LAST_VERSION).resolve()
+    if is_whole(last) and read_object(last / "meta.json")["format"] in store.PLAIN:
         link(final, last)
         return True
-    earlier = store_folder(home, model_name, section, EARLIER_VERSION)
-    if not is_as_before(section) or any(manifest.damage(earlier, manifest.TRUSTED_BY_SIZE)):
+    earlier = store.store_folder(home, model_name, section, store.EARLIER_VERSION)
+    if not (store.is_as_before(section) and is_whole(earlier)):
         return False
     model_folder = layout.model_folder(home, model_name)
-    store = TokenStore(earlier, section.seq_len)
-    tokenizer = read_alike(model_folder) if store.meta["format"] == "text" else None
+    made = store.TokenStore(earlier, section.seq_len)
+    tokenizer = read_alike(model_folder) if made.meta["format"] == "text" else None
     if tokenizer is None:
         return False
     added = tokenizer.get_added_tokens_decoder().items()
     special = [number for number, token in added if token.special]
-    found = sum(int(np.isin(split.ids, special).sum()) for split in (store.train, store.eval))
-    if found != store.counts.train_documents + store.counts.eval_documents:
+    found = sum(int(np.isin(split.ids, special).sum()) for split in (made.train, made.eval))
+    if found != made.counts.train_documents + made.counts.eval_documents:
         return False  # some were written in a document, which are text now
     link(final, earlier)
     return True

@@ -105,17 +105,17 @@ def _text(
             raise DataError(f"{location}: {column} is not UTF-8 at byte {error.start}") from None
     if isinstance(value, str):
         return value
-    kind = "null" if value is None else type(value).__name__
-    what, found = ("no string", f" but {kind}") if column in record else ("no text", "")
     setting = column if column in FIXED_COLUMNS else f"data.text_field={column}"
-    fix = other_format(record, section)
-    if found:
+    problem, fix = f"no text in {setting}", other_format(record, section)
+    if column in record:
+        kind = "null" if value is None else type(value).__name__
+        problem = f"no string in {setting} but {kind}"
         fix = "write a string there, or leave the record out"
     if isinstance(value, list):
         fix = "write a record for each of its texts"
     if isinstance(value, dict):
         fix = "write a record for each of its values (pandas: to_json with orient='records')"
-    raise DataError(f"{location}: {what} in {setting}{found}; {has(record)}; {fix}")
+    raise DataError(f"{location}: {problem}; {has(record)}; {fix}")
 
 
 def check_text(location: str, text: str) -> None:
@@ -126,10 +126,8 @@ def check_text(location: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code = f"U+{ord(text[error.start]):04X}"
-        raise DataError(
-            f"{location}: half a character ({code}) at {error.start:,}; fix it"
-        ) from None
+        half = f"half a character (U+{ord(text[error.start]):04X})"
+        raise DataError(f"{location}: {half} at {error.start:,}; fix it") from None
 
 
 def _answered(location: str, record: dict, prompt: str, answer: str) -> list[Document]:
@@ -153,17 +151,14 @@ def _rendered(
         return []
     system = _text(location, record, "system", section, is_optional=True)
     system = system if system.strip() else ""
-    if system and messages[0]["role"] == "system" and messages[0]["content"] != system:
-        raise DataError(f"{location}: two texts of the system, one as a column; write one of them")
     if system and messages[0]["role"] != "system":
         messages, marks = [{"role": "system", "content": system}, *messages], [False, *marks]
+    if system and messages[0]["content"] != system:
+        raise DataError(f"{location}: two texts of the system, one as a column; write one of them")
     tools = tools_of(location, record.get("tools") or record.get("functions"))
     check_roles(location, messages, chat.template_for(tools) or "")
-    learned = [
-        number
-        for number, (message, is_learned) in enumerate(zip(messages, marks, strict=True))
-        if is_learned and says_something(message)
-    ]
+    pairs = enumerate(zip(messages, marks, strict=True))
+    learned = [n for n, (message, may_be) in pairs if may_be and says_something(message)]
     if section.learn == "last":
         learned = learned[-1:]
     if not learned:
@@ -186,10 +181,8 @@ def _conversation(
 ) -> list[Document]:
     column = next((name for name in CHAT_COLUMNS if name in record), None)
     if column is None:
-        raise DataError(
-            f"{location}: no {', '.join(CHAT_COLUMNS)}; {has(record)}; "
-            f"{other_format(record, section)}"
-        )
+        missing, fix = ", ".join(CHAT_COLUMNS), other_format(record, section)
+        raise DataError(f"{location}: no {missing}; {has(record)}; {fix}")
     turns = _with_columns(record[column], section)
     return _rendered(location, record, *messages_of(location, turns, column), section, chat)
 

@@ -10,10 +10,9 @@ Piece = tuple[Any, Part | None, str]  # a record, its place in a long one, its s
 
 
 def is_held_out(text: str, fraction: float, part: Part | None = None) -> bool:
-    """Whether a document belongs to the held-out split: a keyed hash of its text decides.
+    """Whether a keyed hash of its text holds a document out: never one of two copies alone.
 
-    The same text always falls on the same side, so a duplicate cannot be on both. ``part``: of the
-    document, if ``text`` is not the whole.
+    ``part``: of the document, if ``text`` is not the whole.
     """
     digest = text_hash()
     digest.update(text.encode("utf-8", "surrogatepass"))
@@ -52,11 +51,6 @@ class Boundary:
         first = max(0, offset - self.room)
         line, space = (text.rfind(sign, first, offset - 1) + 1 for sign in "\n ")
         cut = line or space or offset
-        return [
-            ({column: text[:cut]}, replace(part, is_continued=True, after=""), TRAIN),
-            (
-                {column: text[cut:]},
-                Part(part.start + cut, part.is_continued, after=part.after),
-                EVAL,
-            ),
-        ]
+        begin = replace(part, is_continued=True, after="")
+        rest = Part(part.start + cut, part.is_continued, after=part.after)
+        return [({column: text[:cut]}, begin, TRAIN), ({column: text[cut:]}, rest, EVAL)]

@@ -19,9 +19,8 @@ def long_ids(
     """Ids, int32 [tokens], and offsets of a long text in parts: at once it takes 120 bytes a
     character.
 
-    Offsets [tokens, 2]: which characters each token is of: first, last + 1.
-
-    Only of the tokens that begin at the characters from ``first`` up to ``stop``; None: to its end.
+    Offsets [tokens, 2]: which characters each token is of: first, last + 1. Only of the tokens that
+    begin at the characters from ``first`` up to ``stop``; None: to its end.
 
     A part begins within the one before. What both have alike shows where the ids of the later one
     are those of the whole text; what a tokenizer puts before every text is not among them.

@@ -21,20 +21,13 @@ from trainstack.chat.ends import Ends, ends_of_turns
 from trainstack.chat.template import Chat
 from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
-from trainstack.data import packing
+from trainstack.data import packing, store
 from trainstack.data.duplicates import shared_documents
 from trainstack.data.split import EVAL, TRAIN, Split
-from trainstack.data.store import (
-    EARLIER_VERSION,
-    FORMAT_VERSION,
-    is_as_before,
-    made_from,
-    store_folder,
-    store_settings,
-)
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import demo, earlier
+from trainstack.prepare.earlier import is_whole
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,
@@ -69,11 +62,10 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error.report(SPEAKER), file=sys.stderr)
         return error.code
-    except DataError as error:
-        print(f"{SPEAKER}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{SPEAKER}: error: {system_problem(error, options.home)}", file=sys.stderr)
+    except (DataError, OSError) as error:
+        is_systems = isinstance(error, OSError)
+        problem = system_problem(error, options.home) if is_systems else error
+        print(f"{SPEAKER}: error: {problem}", file=sys.stderr)
         return 1
     return 0
 
@@ -83,11 +75,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path("config.yaml"))
     parser.add_argument("--force", action="store_true", help="make the demo and the tokens again")
-    parser.add_argument(
-        "--processes",
-        type=int,
-        help=f"that tokenise; default: one per core, at most {MOST_PROCESSES}",
-    )
+    most = f"that tokenise; default: one per core, at most {MOST_PROCESSES}"
+    parser.add_argument("--processes", type=int, help=most)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     if options.processes is not None and options.processes < 1:
@@ -134,7 +123,7 @@ def prepare_one(
     """Make the token store of one data set unless it is there."""
     started = time.monotonic()
     must_be_whole(section.name, layout.dataset_folder(home, section.name, section.subset))
-    final = store_folder(home, model_name, section)
+    final = store.store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
         if not force and (is_whole(final) or earlier.adopt(home, model_name, section, final)):
@@ -151,13 +140,8 @@ def prepare_one(
 
 def must_be_whole(name: str, folder: Path) -> None:
     """ConfigError if a model or a data set is not there, or damaged."""
-    problem = next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None)
-    if problem:
+    if problem := next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None):
         raise ConfigError(f"{name}: {folder}: {problem}; run: bash download_data_model.sh")
-
-
-def is_whole(folder: Path) -> bool:
-    return not any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
 
 
 def write_store(
@@ -187,8 +171,7 @@ def write_store(
         raise
     if section.eval_split:  # else the hash of a text puts copies on one side
         writer.counts.shared_documents = shared_documents(splits[TRAIN], splits[EVAL])
-    meta = meta_of(home, model_name, section, tokenise)
-    ends = Ends([], [], 0, "")
+    meta, ends = meta_of(home, model_name, section, tokenise), Ends([], [], 0, "")
     if meta["template"]:
         learned = splits[TRAIN]
         ends = ends_of_turns(encoder.tokenizer, learned.ids, learned.spans, encoder.end_id)
@@ -197,10 +180,10 @@ def write_store(
     if not force and is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
-    # What the rules before made alike keeps its name, so that runs from before resume with it.
-    is_alike = form == "text" and is_as_before(section) and not writer.counts.written_documents
-    is_alike = is_alike and earlier.read_alike(model_folder) is not None
-    target = store_folder(home, model_name, section, EARLIER_VERSION) if is_alike else final
+    target, is_plain = final, form == "text" and not writer.counts.written_documents
+    if is_plain and store.is_as_before(section) and earlier.read_alike(model_folder) is not None:
+        # What the rules before made alike keeps its name, so that runs from before resume with it.
+        target = store.store_folder(home, model_name, section, store.EARLIER_VERSION)
     manifest.remove_folder(target)  # damaged, or to be made again
     writer.publish(target, meta)
     if target != final:
@@ -210,7 +193,7 @@ def write_store(
 def open_writer(section: DataSection, final: Path, vocab_size: int, force: bool) -> TokenWriter:
     """The writer of a new store, which continues an interrupted preparation if it can."""
     left = abandoned(final)
-    killed = None if force else next(iter(left), None)
+    killed = left[0] if left and not force else None
     temporary = temporary_folder(final)
     try:
         writer = TokenWriter(temporary, vocab_size, killed)
@@ -274,13 +257,11 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
             more = f" (data.max_bad_records={limit} others were left out)" if limit else ""
             raise DataError(f"{reason}{more}")
         writer.leave_out(location, reason)
-    writer.counts.empty_documents += found.empty
-    writer.counts.unread += sorted(found.unread - {*writer.counts.unread})
-    for name, count in found.remarks.items():
-        setattr(writer.counts, name, getattr(writer.counts, name) + count)
-    writer.counts.written_documents += len(found.written)
-    if found.written and not writer.counts.first_written:
-        writer.counts.first_written = found.written[0]
+    counts = writer.counts
+    counts.unread += sorted(found.unread - {*counts.unread})
+    for name, count in found.counts.items():
+        setattr(counts, name, getattr(counts, name) + count)
+    counts.first_written = counts.first_written or found.first_written
     for split, batch in found.batches.items():
         writer.append(split, batch)
 
@@ -288,13 +269,9 @@ def add(writer: TokenWriter, section: DataSection, found: Tokenised) -> None:
 def pack(writer: TokenWriter, section: DataSection) -> dict[str, Split]:
     """Close the tokens and, if documents are packed whole, lay out the samples. The splits."""
     splits = writer.seal(section.seq_len)
-    for name, split in splits.items():
-        if section.packing == "concat":
-            continue
-        made = packing.plans(
-            split.stops, split.targets_in, section.seq_len, section.packing, section.too_long
-        )
-        writer.lay_out(name, split, made)
+    how = section.seq_len, section.packing, section.too_long
+    for name, split in splits.items() if section.packing != "concat" else ():
+        writer.lay_out(name, split, packing.plans(split.stops, split.targets_in, *how))
     return splits
 
 
@@ -305,14 +282,14 @@ def meta_of(
     return {
         "model": model_name,
         "data": section.name,
-        "settings": store_settings(section),
-        "made_from": made_from(home, model_name, section),
+        "settings": store.store_settings(section),
+        "made_from": store.made_from(home, model_name, section),
         "format": tokenise.format,
         "template": tokenise.chat.template_hash,
         "chat_template": tokenise.chat.template if section.chat_template else None,
         "end_id": tokenise.encoder.end_id,
         "vocab_size": tokenise.encoder.largest_id + 1,
-        "version": FORMAT_VERSION,
+        "version": store.FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
 

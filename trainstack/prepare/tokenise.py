@@ -8,7 +8,7 @@ import errno
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from trainstack.data.writer import TokenBatch
 from trainstack.errors import DataError
 from trainstack.prepare.formats import NOTHING_LEARNED, Document, to_documents
 from trainstack.prepare.held_out import Boundary, is_held_out
-from trainstack.prepare.long_texts import Flags
+from trainstack.prepare.long_texts import Flags, joined
 from trainstack.prepare.tokenizer import Encoder
 from trainstack.records.chunks import Chunk, Part, Wanted
 from trainstack.records.columns import columns_read, recognise, text_column
@@ -84,10 +84,9 @@ class Tokenised:
     """What became of a chunk: its documents by split, and the records that are none."""
 
     batches: dict[str, TokenBatch] = field(default_factory=dict)
-    empty: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)  # location, reason
-    remarks: Counter = field(default_factory=Counter)  # counts under names of REMARKS
-    written: list[str] = field(default_factory=list)  # of documents, the first special token
+    counts: Counter = field(default_factory=Counter)  # under their names in the store's Counts
+    first_written: str = ""  # as there
     unread: set[str] = field(default_factory=set)  # columns, and keys of turns
 
 
@@ -110,10 +109,9 @@ class Tokeniser:
 
     def _end_of_piece(self, text: str) -> tuple[int, int, int] | None:
         """Where what is read of a long text can be cut: as its tokens or data.split_on say."""
-        if not self.section.split_on:
+        if not self._sign:
             return self.encoder.cut(text)
-        end = text.rfind(self._sign) + len(self._sign) if self._sign in text else None
-        return end and (end, end, end)
+        return (text.rfind(self._sign) + len(self._sign),) * 3 if self._sign in text else None
 
     @property
     def _sign(self) -> str | None:
@@ -136,9 +134,11 @@ class Tokeniser:
                 if reason:
                     found.bad.append((document.location, reason))
                     continue
-                found.remarks.update(tokens.remarks)
+                found.counts.update(tokens.remarks)
                 if tokens.written:
-                    found.written.append(f"{document.location}: {tokens.written[0]}")
+                    found.counts["written_documents"] += 1
+                    first = f"{document.location}: {tokens.written[0]}"
+                    found.first_written = found.first_written or first
                 made[last].append((tokens.ids, tokens.flags))
         found.batches = {n: token_batch(pairs, self.dtype) for n, pairs in made.items() if pairs}
         if chunk.part and chunk.part.is_continued:
@@ -169,13 +169,13 @@ class Tokeniser:
             except DataError as error:
                 found.bad.append((location, str(error)))
                 continue
-            found.empty += not documents
+            found.counts["empty_documents"] += not documents
             found.unread.update(record.keys() - read, *(d.unread for d in documents))
             whole = documents[-1].text if documents else ""
             if split is None:  # turns of one conversation are on one side
                 split = EVAL if is_held_out(whole, section.eval_fraction, part) else TRAIN
             for document in documents:
-                found.remarks.update(document.remarks)
+                found.counts.update(document.remarks)
                 yield document, split
 
     def _records(
@@ -200,7 +200,7 @@ class Tokeniser:
             if not isinstance(text, str):
                 yield location, record
                 continue
-            found.remarks["divided_texts"] += self._sign in text
+            found.counts["divided_texts"] += self._sign in text
             for number, piece in enumerate(text.split(self._sign), start=1):
                 piece = piece.removeprefix("\r").removeprefix("\n").removesuffix("\r")
                 if piece.strip():
@@ -208,39 +208,34 @@ class Tokeniser:
 
 
 def find_boundary(tokenise: Tokeniser, data_files: list[DataFile]) -> Boundary | None:
-    """Where the held-out part begins if the hashes put all documents on one side; None if not.
-
-    Looks at documents until both sides have one.
-    """
+    """Where the held-out part begins if the hashes put all documents on one side; None if not."""
     fraction = tokenise.section.eval_fraction
     if tokenise.section.eval_split or not fraction:
         return None
     splits: set[str] = set()
-    count = total = length = file = 0
-    location = ""
+    count = total = length = 0
+    last = None  # file and location of a document
     for task in tasks_from(data_files, tokenise.wanted, [0, 1]):
         for document, split in tokenise.documents(task, Tokenised()):
             splits.add(split)
             if len(splits) == 2:
                 return None
-            if (task[0], document.location) != (file, location):  # else another part or turn
-                count, length = count + 1, 0
-            file, location = task[0], document.location
+            if (task[0], document.location) != last:  # else another part or turn
+                count, length, last = count + 1, 0, (task[0], document.location)
             length, total = length + len(document.text), total + len(document.text)
-    if not count:
+    if last is None:
         return None
     wanted = max(1, round(fraction * total))
     start = length - wanted if tokenise.format == "text" and length > wanted else 0
     if count == 1 and not start:
         reason = "one document only: no evaluation; add others, or set data.eval_split"
-        return Boundary(file, location, None, 0, reason)
-    what = f"{fraction:.3g} of all text, at the end of {location}," if start else location
+        return Boundary(*last, None, 0, reason)
+    what = f"{fraction:.3g} of all text, at the end of {last[1]}," if start else last[1]
     side = "none" if TRAIN in splits else "all"
     reason = f"of {count:,} documents the hash would hold out {side}"
     if count == 1:
         reason = "one document only (data.split_on can divide it)"
-    reason = f"{reason}: {what} is held out (data.eval_fraction)"
-    return Boundary(file, location, start, wanted, reason)
+    return Boundary(*last, start, wanted, f"{reason}: {what} is held out (data.eval_fraction)")
 
 
 def token_batch(documents: list[tuple[np.ndarray, Flags]], dtype: np.dtype) -> TokenBatch:
@@ -251,8 +246,7 @@ def token_batch(documents: list[tuple[np.ndarray, Flags]], dtype: np.dtype) -> T
         firsts = np.cumsum(lengths) - lengths
         pairs = zip(documents, firsts.tolist(), strict=True)
         spans = np.concatenate([spans_of(flags) + first for (_, flags), first in pairs])
-    ids = np.concatenate([ids for ids, _ in documents], dtype=dtype, casting="unsafe")
-    return TokenBatch(ids, lengths, spans)
+    return TokenBatch(joined([ids for ids, _ in documents], dtype), lengths, spans)
 
 
 def spans_of(flags: np.ndarray) -> np.ndarray:
@@ -300,7 +294,7 @@ def _ahead(
         yield done, future.result()
 
 
-_tokenise: Callable[[Task], Tokenised]  # of a process of the pool
+_tokenise: Tokeniser  # of a process of the pool
 
 
 def _begin(tokenise: Tokeniser, parent: int) -> None:

@@ -28,15 +28,12 @@ def load_backend(model_folder: Path) -> tuple[Any, int]:
     loaded = load_tokenizer(model_folder)
     tokenizer = getattr(loaded, "backend_tokenizer", None)
     if tokenizer is None:
-        raise ConfigError(
-            f"{model_folder}: transformers has only Python code for its tokenizer; choose a model "
-            "with a tokenizer.json"
-        )
+        problem = "transformers has only Python code for its tokenizer"
+        raise ConfigError(f"{model_folder}: {problem}; choose a model with a tokenizer.json")
     if getattr(tokenizer.model, "dropout", None):
         raise ConfigError(
             f"{model_folder}: its tokenizer.json makes tokens at random (dropout "
-            f"{tokenizer.model.dropout:.3g}), in training and at inference; write there "
-            '"dropout": null'
+            f'{tokenizer.model.dropout:.3g}), at inference too; write there "dropout": null'
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -94,8 +91,7 @@ class Encoded:
     """A document's token ids, int32, and flags, both [tokens].
 
     ``written``: the special tokens that a person wrote out in it, and that were kept as text.
-    ``remarks``: counts under names of REMARKS. ``problem``: why it cannot be learned from, None if
-    it can.
+    ``remarks``: counts under names of REMARKS. ``problem``: why it cannot be learned from, or None.
     """
 
     ids: np.ndarray
@@ -106,10 +102,9 @@ class Encoded:
 
 
 class Encoder:
-    """Documents as the token ids that the tokenizer gives at inference.
+    """Documents as the token ids that the tokenizer, which is changed, gives at inference.
 
-    Changes ``tokenizer``. ``vocab_size``: rows of the model's embedding. ``special_tokens``:
-    data.special_tokens.
+    ``vocab_size``: rows of the model's embedding. ``special_tokens``: data.special_tokens.
     """
 
     def __init__(self, tokenizer, end_id: int, vocab_size: int, special_tokens: str | None):
@@ -119,7 +114,9 @@ class Encoder:
         self.before, self.after = ids_around(tokenizer)
         tokenizer.post_processor = None  # it would take spaces out of the offsets
         self._is_always_text = tokenizer.encode_special_tokens
-        self._special = {} if self._is_always_text else special_ids(tokenizer)
+        added = [] if self._is_always_text else tokenizer.get_added_tokens_decoder().items()
+        # Nobody writes out one of a single character.
+        self._special = {t.content: n for n, t in added if t.special and len(t.content) > 1}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._unknown = getattr(tokenizer.model, "unk_token", "<unk>")  # Unigram does not tell
@@ -182,19 +179,13 @@ class Encoder:
         if is_text and any(d.written for d, _ in run):
             special += np.flatnonzero(np.isin(self._marks[1], special)).tolist()
         encode_batch = tokenizer.encode_batch if needs_offsets else tokenizer.encode_batch_fast
-        whole = zip(texts, run, strict=True)
-        short = [
-            t for t, (d, _) in whole if len(t) <= long_texts.LONG_TEXT and not d.before + d.after
-        ]
+        short = [text for text, (d, _) in zip(texts, run, strict=True) if not is_long(d)]
         encodings = iter(encode_batch(short, add_special_tokens=False))
         for text, (document, written) in zip(texts, run, strict=True):
-            if document.before or document.after:  # a piece, with what its tokens depend on
-                around = document.before + text + document.after
-                own = len(document.before), len(around) - len(document.after)
-                stop = own[1] if document.after else None
-                ids, offsets = long_ids(tokenizer, around, own[0], stop)
-            elif len(text) > long_texts.LONG_TEXT:
-                ids, offsets = long_ids(tokenizer, text)
+            if is_long(document):  # a piece comes with what its tokens depend on
+                around, first = document.before + text + document.after, len(document.before)
+                stop = first + len(text) if document.after else None
+                ids, offsets = long_ids(tokenizer, around, first, stop)
             else:
                 encoding = next(encodings)
                 ids = np.array(encoding.ids, np.int32)
@@ -293,10 +284,9 @@ class Encoder:
         return None
 
 
-def special_ids(tokenizer) -> dict[str, int]:
-    """The special tokens with their ids. One of a single character nobody writes out."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    return {t.content: number for number, t in added if t.special and len(t.content) > 1}
+def is_long(document: Document) -> bool:
+    """Whether its text is tokenised in parts, since it is long, or a piece of a longer one."""
+    return len(document.text) > long_texts.LONG_TEXT or document.before + document.after != ""
 
 
 def ids_around(tokenizer) -> tuple[list[int], list[int]]:

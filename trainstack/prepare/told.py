@@ -53,33 +53,26 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
     counts = store.counts
     share = counts.train_target_tokens / max(1, counts.train_tokens)
     learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
-    say(
-        section,
+    lines = [
         f"{counts.train_documents:,} documents ({store.meta['format']}) -> "
         f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
         f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
-        f"vocabulary {store.meta['vocab_size']:,}; {remark}",
-    )
+        f"vocabulary {store.meta['vocab_size']:,}; {remark}"
+    ]
     if section.packing != "concat":
-        say(
-            section,
+        lines.append(
             f"packing {section.packing}: {store.train.num_samples:,} samples "
             f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; "
             f"{counts.split_documents:,} longer documents split, {counts.dropped_documents:,} "
-            "dropped (data.too_long)",
+            "dropped (data.too_long)"
         )
     if store.meta["template"] and store.meta["format"] not in PLAIN:
-        say(section, "checked: each text of each conversation is in it, the assistant's is learned")
-    for remark in store.remarks():
-        say(section, remark)
-    if counts.written_documents:
-        choice = "; data.special_tokens=text if they are meant as text, tokens if as tokens"
-        if store.meta["template"]:
-            choice = "; in a conversation the template alone writes tokens"
-        say(section, f"{counts.written_documents:,} documents hold a special token, kept as text, "
-            f"first {counts.first_written}{'' if section.special_tokens else choice}")  # fmt: skip
+        lines.append("checked: each text of each conversation is in it, the assistant's is learned")
+    lines += store.remarks(section)
     if counts.bad_records:
-        say(section, f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
+        lines.append(f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
+    for line in lines:
+        say(section, line)
 
 
 def notes_on_data(

@@ -20,6 +20,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+Cut = Callable[[str], tuple[int, int, int] | None]
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
@@ -33,7 +34,7 @@ class Wanted:
     """
 
     columns: Collection[str] | None = None
-    cut: Callable[[str], tuple[int, int, int] | None] = lambda text: (len(text),) * 3
+    cut: Cut = lambda text: (len(text),) * 3
     is_one: bool = False
 
 
@@ -83,9 +84,7 @@ class Chunk:
         skipped = max(0, number - self.first)
         if skipped >= len(self.content):
             return None
-        is_list = isinstance(self.content, list)
-        rest = self.content[skipped:] if is_list else self.content.slice(skipped)
-        return replace(self, first=self.first + skipped, content=rest)
+        return replace(self, first=self.first + skipped, content=self.content[skipped:])
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Each record with its location; one that cannot be read is a DataError instead.
@@ -110,26 +109,21 @@ def _rows(batch, unread: tuple[str, ...]) -> Iterator[Any]:
     """The rows of a record batch of pyarrow; one that Python cannot hold is the exception why."""
     import pyarrow
 
-    nothing = dict.fromkeys(unread)
-    problems = (ValueError, OverflowError, pyarrow.ArrowException)
     try:
-        yield from (without_nulls(row) | nothing for row in batch.to_pylist())
-        return
-    except problems:
-        pass
-    for number in range(batch.num_rows):
-        try:
-            yield without_nulls(batch.slice(number, 1).to_pylist()[0]) | nothing
-        except problems as error:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError, pyarrow.ArrowException) as error:
+        if len(batch) == 1:
             yield error
-
-
-def without_nulls(row: dict) -> dict:
-    """A row without the nulls within its columns: arrow gives all objects of one the same keys."""
-    return {name: _without_nulls(value) for name, value in row.items()}
+        else:
+            for number in range(len(batch)):
+                yield from _rows(batch[number : number + 1], unread)
+        return
+    for row in rows:
+        yield {name: _without_nulls(value) for name, value in row.items()} | dict.fromkeys(unread)
 
 
 def _without_nulls(value: Any) -> Any:
+    """A value without the nulls in it: arrow gives all objects of a column the same keys."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value

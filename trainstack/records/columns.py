@@ -30,7 +30,6 @@ ALIKE = {
     "prompt": ("question", "query", "input", "source"),
     "completion": ("answer", "response", "output", "target", "reply", "chosen"),
     "output": ("response", "answer", "completion"),
-    "input": ("context",),
     "text": ("content", "body", "document", "article"),
 }
 MOST_NAMES = 20  # that a line shows
@@ -106,22 +105,23 @@ def advice(names: Iterable[str]) -> str:
     if "input_ids" in plain:
         return "tokens are made here, with the tokenizer of model.name: bring the texts"
     for needed in (*COLUMNS.values(), ("text",)):
-        maybe = ("input",) if "output" in needed else ()
-        alike = {ours: [n for n in (ours, *ALIKE.get(ours, ())) if n in plain] for ours in needed}
-        if all(alike.values()):
-            alike |= {ours: [n for n in ALIKE[ours] if n in plain] for ours in maybe}
-            found = {ours: plain[names[0]] for ours, names in alike.items() if names}
-            if needed == ("text",):
-                return f"write {shlex.quote('data.text_field=' + found['text'])}"
-            others = {ours: own for ours, own in found.items() if ours != own}
-            return f"write {mapping(others)}" if others else "see data.format, it is another one"
+        names = ((ours, *ALIKE.get(ours, ())) for ours in needed)
+        alike = [next((plain[n] for n in either if n in plain), None) for either in names]
+        if None in alike:
+            continue
+        found = dict(zip(needed, alike, strict=True))
+        if needed == ("text",):
+            return f"write {shlex.quote('data.text_field=' + found['text'])}"
+        if "output" in needed and "context" in plain:
+            found["input"] = plain["context"]
+        others = {ours: own for ours, own in found.items() if ours != own}
+        return f"write {mapping(others)}" if others else "see data.format, it is another one"
     if len(plain) == 1:
         (name,) = plain.values()
         setting = shlex.quote(f"data.text_field={name}")
-        for needed in COLUMNS.values():
-            if name in needed and len(needed) > 1:
-                other = next(column for column in needed if column != name)
-                setting = f"its {other} too, or for texts alone {setting} data.format=text"
+        others = [c for needed in COLUMNS.values() if name in needed for c in needed if c != name]
+        if others:
+            setting = f"its {others[0]} too, or for texts alone {setting} data.format=text"
         return f"write {setting}"
     return f"name its column as data.text_field, or map it: {mapping({'messages': 'ITS_NAME'})}"
 

@@ -17,21 +17,20 @@ from typing import Any
 
 from trainstack.errors import DataError, first_line
 from trainstack.records import chunks
-from trainstack.records.chunks import Chunk, Part, Wanted, text_hash
+from trainstack.records.chunks import Chunk, Cut, Part, Wanted, text_hash
 from trainstack.records.tables import read_arrow, read_parquet
 from trainstack.storage.manifest import read_manifest
 
 COMPRESSED = ("", ".gz", ".zst", ".zstd")
 LONGEST_WORD = 16  # characters of JSON that say nothing until they are whole, such as -Infinity
 SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
-BINARY = {  # what files turn out to be that are not what their names say, by their first bytes
-    b"PK\3\4": "a zip archive; unpack it",
-    b"\x1f\x8b": "compressed with gzip; end its name with .gz",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; end its name with .zst",
-}
-SIGNS = {  # by which compressed files begin; zstd also with a frame that is skipped
-    ".gz": re.compile(rb"\x1f\x8b"),
-    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+SIGNS = {  # with what packed files begin (zstd also with a frame that is skipped), and what to do
+    ".zip": (rb"PK\x03\x04", "a zip archive; unpack it"),
+    ".gz": (rb"\x1f\x8b", "compressed with gzip; end its name with .gz"),
+    ".zst": (
+        rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+        "compressed with zstd; end its name with .zst",
+    ),
 }
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"<error")  # what servers send instead of a file
 ALL = Wanted()
@@ -81,14 +80,17 @@ def _look(path: Path, suffix: str) -> None:
     """DataError if a file is empty, or plainly something else than its name says."""
     with path.open("rb") as file:
         head = file.read(512)
-    what = next((what for sign, what in BINARY.items() if head.startswith(sign)), "")
     if not head and suffix != ".txt":
         raise DataError(f"{path.name}: is empty; fetch it again, or take it away")
     if head.lstrip().lower().startswith(PAGES) and suffix != ".txt":
         raise DataError(f"{path.name}: is a web page or XML; fetch the file itself")
-    packed = ".gz" if suffix.endswith(".gz") else ".zst" if suffix.endswith(COMPRESSED[2:]) else ""
-    if (what and not packed) or (packed and not SIGNS[packed].match(head)):
-        raise DataError(f"{path.name}: is {what or f'not compressed; take {packed} off its name'}")
+    packed = next((packed for packed in SIGNS if packed in suffix), "")
+    found, what = "", f"not compressed; take {packed} off its name"
+    for name, (sign, told) in SIGNS.items():
+        if re.match(sign, head):
+            found, what = name, told
+    if found != packed:
+        raise DataError(f"{path.name}: is {what}")
     if head[257:262] == b"ustar":
         raise DataError(f"{path.name}: is a tar archive; unpack it")
 
@@ -124,13 +126,8 @@ def _digest(path: Path) -> bytes:
     return found.digest()
 
 
-def _pieces(
-    path: Path, cut: Callable[[str], tuple[int, int, int] | None]
-) -> Iterator[tuple[str, str, str]]:
-    """The text of a file in pieces of about CHUNK_BYTES, each with some text before and behind it.
-
-    What follows the last cut is the last piece.
-    """
+def _pieces(path: Path, cut: Cut) -> Iterator[tuple[str, str, str]]:
+    """The text of a file in pieces of about CHUNK_BYTES, each with some text before and behind."""
     text = before = ""
     for more in _texts(path):
         if text and (found := cut(text)):
@@ -191,10 +188,8 @@ def _read_csv(path: Path, _: Wanted) -> Iterator[Chunk]:
                 raise DataError(f"{path.name}: two columns are called {twice}; rename one")
             yield from _in_chunks(path.name, "row", sized)
         except csv.Error as error:
-            raise DataError(
-                f"{path.name}:{rows.line_num + 1}: {error}; quote a text that holds commas "
-                "or quotes, and double the quotes within it"
-            ) from None
+            fix = "quote a text that holds commas or quotes, and double the quotes within it"
+            raise DataError(f"{path.name}:{rows.line_num + 1}: {error}; {fix}") from None
 
 
 def _read_json(path: Path, wanted: Wanted) -> Iterator[Chunk]:
@@ -202,9 +197,8 @@ def _read_json(path: Path, wanted: Wanted) -> Iterator[Chunk]:
     with _open(path) as stream:
         first = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
     if first.partition(b"\n")[0].strip() == b"{":
-        raise DataError(
-            f"{path.name}: one object over several lines; write an array of records, or one a line"
-        )
+        fix = "write an array of records, or one a line"
+        raise DataError(f"{path.name}: one object over several lines; {fix}")
     if first[:1] != b"[":
         yield from _read_lines(path, wanted)
         return
@@ -238,12 +232,11 @@ class JsonArray:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         self._take("[")
-        is_first = True
+        if self._next() != "]":
+            yield self._value()
         while self._next() != "]":
-            if not is_first:
-                self._take(",")
-                self._next()
-            is_first = False
+            self._take(",")
+            self._next()
             yield self._value()
         self._take("]")
         if self._next():

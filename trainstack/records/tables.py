@@ -22,19 +22,15 @@ def read_parquet(path: Path, wanted: Wanted) -> Iterator[Chunk]:
             columns, unread = _columns(path.name, file.schema_arrow.names, wanted)
             size = 0
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                parts = map(group.column, range(group.num_columns))
-                size += sum(p.total_uncompressed_size for p in parts if _top(p) in columns)
+                for part in map(group.column, range(group.num_columns)):
+                    if part.path_in_schema.partition(".")[0] in columns:  # it may be nested
+                        size += part.total_uncompressed_size
             rows = min(max(1, chunks.CHUNK_BYTES * metadata.num_rows // max(1, size)), CHUNK_ROWS)
             for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                 yield Chunk(path.name, "row", first, batch, unread)
                 first += batch.num_rows
     except pyarrow.ArrowException as error:
         raise _not_whole(path, "parquet", error) from None
-
-
-def _top(column) -> str:
-    """The column of a file that a column of parquet, which may be nested, belongs to."""
-    return column.path_in_schema.partition(".")[0]
 
 
 def read_arrow(path: Path, wanted: Wanted) -> Iterator[Chunk]:
@@ -80,8 +76,7 @@ def _apart(part):
 
 def _columns(name: str, names: list[str], wanted: Wanted) -> tuple[list[str], tuple[str, ...]]:
     """The columns of a file that are read, and the others. DataError if none is."""
-    is_all = wanted.columns is None
-    read = [column for column in names if is_all or column in wanted.columns]
+    read = [n for n in names if wanted.columns is None or n in wanted.columns]
     if not names:
         raise DataError(f"{name}: it has no columns; take it away")
     if not read:
