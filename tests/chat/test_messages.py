@@ -143,7 +143,7 @@ def test_arguments_that_are_no_json_stay_text_and_lists_without_a_call_are_none(
         ({"role": "user"}, "has no content; write a text"),
         (
             {"role": "user", "text": "a"},
-            "or say which of text it is: 'data.columns",
+            "or say which of text it is: data.columns.content=ITS_KEY",
         ),
         ({"role": "user", "content": {"a": 1}}, "a content that is a dict"),
         ({"role": "assistant", "content": "one", "weight": 0.5}, "has weight: 0.5; write 0 or 1"),

@@ -277,20 +277,24 @@ def test_sharegpt_has_its_role_names_mapped(chats):
         ({"id;text": "0;one"}, "the record has: id;text; columns of a .csv are separated by comm"),
         (
             {"dialog": [{"who": "a", "said": "b"}] * 2},
-            "if dialog holds turns, write 'data.columns=",
+            "if dialog holds turns, which have who, said, write data.columns.messages=dialog "
+            "data.columns.role=ITS_KEY data.columns.content=ITS_KEY; if records, write that list",
         ),
-        ({"dialog": TURNS}, "say where its turns are: 'data.columns={messages: dialog}'"),
+        ({"dialog": TURNS}, "say where its turns are: data.columns.messages=dialog"),
         ({"TEXT": "a", "id": 1}, "write data.text_field=TEXT$"),
         ({"story": "a"}, "write data.text_field=story$"),
         (
             {"prompt": "a"},
             "write its completion too, or for texts alone data.text_field=prompt data.format=text$",
         ),
-        ({"question": "a", "answer": "b", "id": 1}, r"\{prompt: question, completion: answer}'$"),
-        ({"prompt": "a", "response ": "b"}, "write 'data.columns={completion: \"response \"}'$"),
+        (
+            {"question": "a", "answer": "b", "id": 1},
+            r"data.columns.prompt=question data.columns.completion=answer$",
+        ),
+        ({"prompt": "a", "response ": "b"}, "write 'data.columns.completion=\"response \"'$"),
         (
             {"instruction": "a", "context": "", "response": "b"},
-            "write 'data.columns={output: response, input: context}'$",
+            "write data.columns.output=response data.columns.input=context$",
         ),
         ({"input_ids": [1], "labels": [1]}, "tokens are made here, .*: bring the texts"),
         ({"text": b"a\xff"}, "text is not UTF-8 at byte 1"),
@@ -384,9 +388,7 @@ def test_a_column_that_no_format_has_is_refused_with_the_nearest():
     columns.check_columns(section(columns={"messages": "x", "role": "y", "user": "z", "text": "t"}))
     with pytest.raises(ConfigError, match="no format has mesages, did you mean messages"):
         columns.check_columns(section(columns={"mesages": "dialogue"}))
-    with pytest.raises(
-        ConfigError, match=r"'data.columns=.nonsense: foo.': no format has nonsense; w"
-    ):
+    with pytest.raises(ConfigError, match=r"data.columns.nonsense=foo: no format has nonsense; w"):
         columns.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))
 
 
@@ -394,7 +396,7 @@ def test_a_column_that_no_format_has_is_refused_with_the_nearest():
 def test_a_mapping_to_a_column_that_is_not_there_is_named(own):
     mapped = section(columns={"completion": own, "system": "setup"})
     record = {"prompt": "q", "response ": "a"}
-    match = rf"a:1: 'data.columns=\{{completion: {own}\}}', but the record has: prompt, 'response '"
+    match = rf"a:1: data.columns.completion={own}, but the record has: prompt, 'response '"
     with pytest.raises(DataError, match=match):
         columns.recognise("a:1", record, mapped)
 
@@ -403,7 +405,7 @@ def test_a_mapping_to_a_column_that_is_not_there_is_named(own):
     ("auto", {"prompt": "a", "completion": "b"}, "this is prompt_completion, the first record is"),
     ("text", {"prompt": "a", "completion": "b"}, "write data.format=prompt_completion$"),
     ("messages", {"text": "a"}, "write data.format=text$"),
-    ("prompt_completion", {"prompt": "a", "answer": "b"}, r"\{completion: answer\}'$"),
+    ("prompt_completion", {"prompt": "a", "answer": "b"}, "data.columns.completion=answer$"),
 ])  # fmt: skip
 def test_a_record_of_another_format_is_named_with_what_it_is(chats, form, record, fix):
     name = "text" if form == "auto" else form

@@ -205,6 +205,22 @@ def test_keys_of_turns_that_nobody_reads_are_named(tmp_path, capsys, key, is_tol
     assert [line.endswith(f": turn.{key}") for line in said] == [True] * is_told
 
 
+@pytest.mark.parametrize(("each_turn", "swap"), [(False, True), (True, True), (False, False)])
+def test_conversations_that_nobody_answers_are_told(tmp_path, capsys, each_turn, swap):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}] * 2
+    records = {"train.jsonl": [{"messages": turns}] * 30}
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    roles = "{user: assistant, assistant: user}" if swap else "{}"
+    options = ("data.eval_fraction=0", f"data.chat_template={template}", f"data.columns={roles}")
+    told = lines_from(tmp_path, capsys, lines(), records, *options, f"data.each_turn={each_turn}")
+    said = "30 conversations end with a turn that nobody answers; if data.columns swaps user"
+    assert any(said in line for line in told) == swap
+
+
 @pytest.mark.parametrize("is_behind", [True, False])
 def test_a_tokenizer_that_puts_its_end_behind_prompts_is_told(tmp_path, capsys, is_behind):
     made = words()

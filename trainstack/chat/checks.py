@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,10 +25,11 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
         role = message["role"]
         if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
             odd.setdefault(role, f"message {number} is from {shown(role)}")
-    if odd:
+    if odd:  # the first that speaks is the user more often than not
+        user = shlex.quote(next(iter(odd)))
         raise DataError(
             f"{location}: {', '.join(odd.values())}, which the chat template does not know; say "
-            "who each is: 'data.columns={system: ITS_ROLE, user: ITS_ROLE, assistant: ITS_ROLE}'"
+            f"who each is, such as data.columns.user={user} (or .assistant, .system, .tool)"
         )
 
 

@@ -83,7 +83,7 @@ def message_of(turn: dict) -> tuple[dict, bool]:
     content = message.pop("value", None) if content is None else content
     if not isinstance(who, str):
         has = ", ".join(map(str, turn))
-        fix = "say which it is: 'data.columns={role: ITS_KEY, content: ITS_KEY}'"
+        fix = "say which it is: data.columns.role=ITS_KEY"
         raise ValueError(f"has no role; the turn has: {has}; {fix}")
     role = ROLES.get(who.lower(), who.lower() if who.lower() in KNOWN_ROLES else who)
     is_learned = learned_mark(message)
@@ -95,7 +95,7 @@ def message_of(turn: dict) -> tuple[dict, bool]:
         text, calls = "", [*calls, *calls_in(own if text is None else from_json(text, who))]
     if text is None and not calls and not (thoughts or thought):
         others = ", ".join(key for key in turn if key not in ("role", "from", "content", "value"))
-        way = f", or say which of {others} it is: 'data.columns={{content: ITS_KEY}}'"
+        way = f", or say which of {others} it is: data.columns.content=ITS_KEY"
         raise ValueError(f"has no content; write a text{way if others else ''}")
     message = {"role": role, "content": text or "", **message}
     if calls:

@@ -30,7 +30,7 @@ def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> 
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {config.model.name} or the tokens of {section.name} are not ready "
-                f"({error}); run: bash download_data_model.sh"
+                f"({error}); run: bash download_data_model.sh, with the same --config and settings"
             ) from None
     return Corpus(stores, earlier)
 

@@ -1,7 +1,6 @@
 """Documents that are there more than once: in the training split, or held out too."""
 
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -21,15 +20,20 @@ def duplicates(split: Split) -> int:
 def shared_documents(train: Split, held_out: Split) -> int:
     """How many held-out documents are in the training split too, token for token."""
     counts = Counter(map(hash_of, documents_of(held_out)))
-    lengths = {*np.diff(held_out.stops, prepend=0).tolist()}  # only these can be alike
-    both = {hash_of(ids) for ids in documents_of(train) if len(ids) in lengths} & counts.keys()
+    lengths = np.diff(train.stops, prepend=0)
+    alike = np.flatnonzero(np.isin(lengths, np.diff(held_out.stops, prepend=0)))
+    stops = train.stops[alike]
+    pairs = zip((stops - lengths[alike]).tolist(), stops.tolist(), strict=True)
+    both = {hash_of(train.ids[start:stop]) for start, stop in pairs} & counts.keys()
     return sum(counts[found] for found in both)
 
 
 def documents_of(split: Split) -> Iterator[np.ndarray]:
     """The token ids of each document, in the store's dtype."""
-    for start, stop in itertools.pairwise(itertools.chain([0], split.stops)):
+    start = 0
+    for stop in split.stops:
         yield split.ids[start:stop]
+        start = stop
 
 
 def hash_of(ids: np.ndarray) -> int:

@@ -21,10 +21,8 @@ from trainstack.data.corpus import open_corpus
 from trainstack.data.duplicates import duplicates
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore
-from trainstack.errors import ConfigError
 from trainstack.storage import layout
 
-SPEAKER = "data_report"
 SHOWN_SAMPLES = 3
 SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
 ENDS = 6  # tokens that are shown of a document's beginning and end
@@ -41,12 +39,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.home is None:
         parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
-    try:
-        config = load(options.config, options.overrides)
-        corpus = open_corpus(options.home, config)
-    except ConfigError as error:
-        print(error.report(SPEAKER), file=sys.stderr)
-        return error.code
+    config = load(options.config, options.overrides)
+    corpus = open_corpus(options.home, config)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
     model_folder = layout.model_folder(options.home, config.model.name)
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):

@@ -45,6 +45,8 @@ SINCE_VERSION_3 = {
 }  # fmt: skip
 REMARKS = {
     **template.REMARKS,
+    "unanswered": "conversations end with a turn that nobody answers; if data.columns swaps user "
+    "and assistant, correct it",
     "merged_answers": "prompts end with other tokens when their answers follow than alone, as at "
     "inference; take white space away where they meet, in the data or in the template",
     "unknown_tokens": "tokens are the unknown token, for what the tokenizer does not know; choose "
@@ -78,6 +80,7 @@ class Counts:
     unnamed_calls: int = 0  # of tools, without the name
     stray_ends: int = 0  # turns that close what nothing opens
     unasked_turns: int = 0  # without the generation prompt of inference before them
+    unanswered: int = 0  # conversations that end before an answer
     moved_turns: int = 0  # behind another text than when the model is asked
     uneven_turns: int = 0  # that begin otherwise than the last one of their conversation
     merged_answers: int = 0  # before which a prompt ends with other tokens than alone

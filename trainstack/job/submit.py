@@ -105,13 +105,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     rates = describe_schedule(config.optim, max_steps)
     step, changes = inputs.check_progress(run, config, corpus)
     if step >= max_steps and run.status().get("state") == "DONE":
-        _, newest = names.newest_checkpoint(run.checkpoints)
-        key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
-        say(f"run {config.run.name} is complete: {step:,} steps, {newest}")
-        further = f"to go further raise train.{key}"
-        if step > max_steps:
-            further = f"train.{key} asks for fewer steps, {max_steps:,}"
-        say(f"{further}; for a new run choose another run.name")
+        say_complete(run, config, step, max_steps)
         return "complete", run
     space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
@@ -148,6 +142,16 @@ def check_folder(path: Path) -> None:
     parent = path if path.exists() else path.parent
     if parent.exists() and not os.access(parent, os.W_OK):
         raise Failed(f"{parent} cannot be written; ask its owner, or choose another SHARED_DIR")
+
+
+def say_complete(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
+    _, newest = names.newest_checkpoint(run.checkpoints)
+    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+    further = f"to go further raise train.{key}"
+    if step > max_steps:
+        further = f"train.{key} asks for fewer steps, {max_steps:,}"
+    say(f"run {config.run.name} is complete: {step:,} steps, {newest}")
+    say(f"{further}; for a new run choose another run.name")
 
 
 def high_rate(config: Config) -> list[str]:

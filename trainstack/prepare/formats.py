@@ -169,6 +169,8 @@ def _rendered(
     except DataError:
         check_text(location, json.dumps(messages, ensure_ascii=False))  # which may be why
         raise
+    if messages[-1]["role"] in ("user", "tool"):
+        made[-1].remarks["unanswered"] = 1
     unread = chat.unread(messages, tools)
     return [
         Document(location, text, ranges, written, True, remarks=remarks, unread=unread)

@@ -57,10 +57,9 @@ def check_columns(section: SourceSection) -> None:
 
 
 def mapping(names: dict[str, str]) -> str:
-    """The setting data.columns as a person writes it, on a command line too."""
+    """Settings of data.columns for a command line: each adds one to those that are there."""
     quoted = {k: v if re.fullmatch(r"[\w-]+", v) else json.dumps(v) for k, v in names.items()}
-    pairs = ", ".join(f"{ours}: {own}" for ours, own in quoted.items())
-    return shlex.quote(f"data.columns={{{pairs}}}")
+    return " ".join(shlex.quote(f"data.columns.{ours}={own}") for ours, own in quoted.items())
 
 
 def recognise(location: str, record: Any, section: SourceSection) -> str:
@@ -150,13 +149,17 @@ def _odd_shape(record: Any) -> str:
     whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
     if not whole:
         return ""
-    columns = record[whole][0].keys()
+    columns = {key: None for turn in record[whole] for key in turn}.keys()
     if {"role", "from"} & columns:
         return f"say where its turns are: {mapping({'messages': whole})}"
     if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
         return f"write the list {whole} alone, an array of records"
     turns = mapping({"messages": whole, "role": "ITS_KEY", "content": "ITS_KEY"})
-    return f"if {whole} holds turns, write {turns}; if it holds records, write that list alone"
+    keys = ", ".join(map(str, columns))
+    return (
+        f"if {whole} holds turns, which have {keys}, write {turns}; if records, write that list "
+        "alone"
+    )
 
 
 def our_columns(name: str, section: SourceSection) -> set[str]:
