@@ -106,6 +106,8 @@ parse() {
     die "--local runs without Slurm; leave out: ${SBATCH_OPTIONS[*]}" 2
   fi
   if [[ -n "$CHAIN" ]]; then check_chain_options; fi
+  # Python says so too, but may have to be installed first.
+  [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; name one with --config FILE" 2
 }
 
 check_chain_length() {
