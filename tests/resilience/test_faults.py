@@ -57,9 +57,9 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
 
 
 HANGS = [
-    (  # slow: the watchdog has to look once after the first steps, which may take 15 minutes
+    (  # slow: the watchdog has to look after the first steps, which may take 15 minutes
         "F11",
-        "slow:rank=1,step=2,attempt=1;gil:rank=1,step=15,attempt=1",
+        "slow:rank=1,step=2,attempt=1;gil:rank=1,step=25,attempt=1",
         "rank 1 on HOST: stopped answering while the others",
     ),
     (
