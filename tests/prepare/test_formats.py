@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from trainstack.chat.checks import check_roles
 from trainstack.chat.template import Chat
 from trainstack.config.schema import DataSection
 from trainstack.errors import ConfigError, DataError
@@ -390,6 +391,18 @@ def test_a_column_that_no_format_has_is_refused_with_the_nearest():
         columns.check_columns(section(columns={"mesages": "dialogue"}))
     with pytest.raises(ConfigError, match=r"data.columns.nonsense=foo: no format has nonsense; w"):
         columns.check_columns(section(columns={"messages": "x", "nonsense": "foo"}))
+    with pytest.raises(ConfigError, match="; write data.columns.prompt=question in its place"):
+        columns.check_columns(section(columns={"question": "prompt"}))
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [(["expert"], "user=expert"), (["user", "expert"], "assistant=expert")],
+)
+def test_a_role_that_nobody_knows_comes_with_a_setting_that_fits_the_others(others, told):
+    turns = [{"role": role, "content": "one"} for role in others]
+    with pytest.raises(DataError, match=f"who each is, such as data.columns.{told}"):
+        check_roles("a:1", turns, "")
 
 
 @pytest.mark.parametrize("own", ["response", "answers"])

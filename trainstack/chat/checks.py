@@ -25,11 +25,12 @@ def check_roles(location: str, messages: list[dict], template: str) -> None:
         role = message["role"]
         if role not in KNOWN_ROLES and not re.search(f"['\"]{re.escape(role)}['\"]", template):
             odd.setdefault(role, f"message {number} is from {shown(role)}")
-    if odd:  # the first that speaks is the user more often than not
-        user = shlex.quote(next(iter(odd)))
+    if odd:
+        ours = "assistant" if any(m["role"] == "user" for m in messages) else "user"
+        example = f"data.columns.{ours}={shlex.quote(next(iter(odd)))}"
         raise DataError(
             f"{location}: {', '.join(odd.values())}, which the chat template does not know; say "
-            f"who each is, such as data.columns.user={user} (or .assistant, .system, .tool)"
+            f"who each is, such as {example} (or .user, .assistant, .system, .tool)"
         )
 
 

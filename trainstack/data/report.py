@@ -125,7 +125,3 @@ def marked(tokenizer, ids: list[int], carries: np.ndarray, marks: tuple[str, str
     for first, (before, text) in zip(edges, itertools.pairwise(texts), strict=False):
         text = text[len(os.path.commonprefix([before, text])) :]
         yield f"{marks[0]}{text}{marks[1]}" if carries[first] else text
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -18,7 +18,7 @@ from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
 
 FOR_A_PERSON = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that no other job gets past
-FIX = "fix the cause, then bash submit.sh with the same run.name"
+FIX = "fix the cause, then the same bash submit.sh (--config, run.name)"
 
 
 def main(arguments: list[str]) -> int:

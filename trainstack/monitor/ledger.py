@@ -145,7 +145,7 @@ def expected_hashes(sampler, last: int) -> Iterator[str]:
     steps_per_chunk = max(1, CHUNK_SAMPLES // batch)
     for first in range(0, last, steps_per_chunk):
         steps = np.arange(first, min(last, first + steps_per_chunk))
-        ahead = np.zeros_like(steps)  # as in StepSampler.samples_at, for many steps at once
+        ahead = np.zeros_like(steps)  # as in StepSampler.all_samples_at, for many steps at once
         for window in sampler.left_out:
             ahead += window["steps"] * (steps >= window["after"])
         positions = ((steps + ahead) * batch)[:, None] + np.arange(batch)

@@ -52,7 +52,8 @@ def check_columns(section: SourceSection) -> None:
         ours, own = odd[0], section.columns[odd[0]]
         near = difflib.get_close_matches(ours, known, 1)
         hint = f", did you mean {near[0]}?" if near else ""
-        fix = f"write {mapping({own: ours})}" if own in known else "write our name first"
+        swapped = f"write {mapping({own: ours})} in its place"
+        fix = swapped if own in known else "write our name first"
         raise ConfigError(f"{mapping({ours: own})}: no format has {ours}{hint}; {fix}")
 
 
@@ -149,13 +150,13 @@ def _odd_shape(record: Any) -> str:
     whole = next((key for key in lists if all(isinstance(v, dict) for v in record[key])), None)
     if not whole:
         return ""
-    columns = {key: None for turn in record[whole] for key in turn}.keys()
+    columns = record[whole][0].keys()
     if {"role", "from"} & columns:
         return f"say where its turns are: {mapping({'messages': whole})}"
     if any({*needed} <= columns for needed in (("text",), *COLUMNS.values())):
         return f"write the list {whole} alone, an array of records"
     turns = mapping({"messages": whole, "role": "ITS_KEY", "content": "ITS_KEY"})
-    keys = ", ".join(map(str, columns))
+    keys = ", ".join([*map(str, columns)][:MOST_NAMES])
     return (
         f"if {whole} holds turns, which have {keys}, write {turns}; if records, write that list "
         "alone"

@@ -183,8 +183,10 @@ class Report:
 def drop_beyond(step: int, run: RunFolder) -> None:
     """Leave lines up to a step in metrics.jsonl, so that the file is one curve; no torn one."""
     path = run.path / "metrics.jsonl"
+    if not path.exists():
+        return
     kept = "".join(json.dumps(r) + "\n" for r in run.measurements() if r["step"] <= step).encode()
-    if path.exists() and path.read_bytes() != kept:
+    if path.read_bytes() != kept:
         files.replace_file(path, kept)
 
 
