@@ -42,7 +42,7 @@ def newest_state(folder: Path) -> tuple[int, TrainState | None]:
     """
     for step, path in checkpoints(folder):
         with contextlib.suppress(OSError, ValueError):
-            if not any(manifest.damage(path, STATE_BYTES)):
+            if manifest.is_whole(path, STATE_BYTES):
                 return step, read_state(path)
     return 0, None
 

@@ -31,6 +31,7 @@ from trainstack.storage import files, layout
 from trainstack.storage.manifest import (
     TRUSTED_BY_SIZE,
     damage,
+    is_whole,
     read_manifest,
     remove_folder,
     write_manifest,
@@ -154,7 +155,7 @@ def change_of_originals(asset: Asset, manifest: dict[str, Any]) -> str:
 
 def put_back(asset: Asset) -> None:
     """Undo a swap that was killed between its two renames: the old folder gets its name back."""
-    if not asset.folder.exists() and next(damage(asset.aside, TRUSTED_BY_SIZE), None) is None:
+    if not asset.folder.exists() and is_whole(asset.aside):
         os.rename(asset.aside, asset.folder)
 
 

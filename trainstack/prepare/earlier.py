@@ -16,18 +16,14 @@ from trainstack.storage.files import read_object
 UNREAD = {"post_processor": None, "truncation": None, "padding": None}  # if they add no token
 
 
-def is_whole(folder: Path) -> bool:
-    return not any(manifest.damage(folder, manifest.TRUSTED_BY_SIZE))
-
-
 def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> bool:
     """Whether the rules before made the same store; then ``final`` becomes a link to it."""
     last = store.store_folder(home, model_name, section, store.LAST_VERSION).resolve()
-    if is_whole(last) and read_object(last / "meta.json")["format"] in store.PLAIN:
+    if manifest.is_whole(last) and read_object(last / "meta.json")["format"] in store.PLAIN:
         link(final, last)
         return True
     earlier = store.store_folder(home, model_name, section, store.EARLIER_VERSION)
-    if not (store.is_as_before(section) and is_whole(earlier)):
+    if not (store.is_as_before(section) and manifest.is_whole(earlier)):
         return False
     model_folder = layout.model_folder(home, model_name)
     made = store.TokenStore(earlier, section.seq_len)

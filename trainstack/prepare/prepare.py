@@ -27,7 +27,6 @@ from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError
 from trainstack.prepare import demo, earlier
-from trainstack.prepare.earlier import is_whole
 from trainstack.prepare.tokenise import (
     DataFile,
     Tokenised,
@@ -100,7 +99,7 @@ def make_demo(home: Path, config: Config, force: bool) -> None:
     wanted = [(section.name, *demo_data) for section in config.data.sources]
     wanted.append((config.model.name, layout.model_folder(home, layout.DEMO), demo.make_model))
     for name, folder, make in wanted:
-        if name == layout.DEMO and (force or not is_whole(folder)):
+        if name == layout.DEMO and (force or not manifest.is_whole(folder)):
             make(home)
 
 
@@ -126,7 +125,9 @@ def prepare_one(
     final = store.store_folder(home, model_name, section)
     lock = home / "cache" / "locks" / f"tokens--{final.name}"
     with files.only_one(lock, lambda: say(section, "another process tokenises it; waiting")):
-        if not force and (is_whole(final) or earlier.adopt(home, model_name, section, final)):
+        if not force and (
+            manifest.is_whole(final) or earlier.adopt(home, model_name, section, final)
+        ):
             # Checked here too, for models with the same tokenizer share a store.
             meta = files.read_object(final / "meta.json")
             largest_id = meta["counts"].get("largest_id", meta["vocab_size"] - 1)
@@ -177,7 +178,7 @@ def write_store(
         ends = ends_of_turns(encoder.tokenizer, learned.ids, learned.spans, encoder.end_id)
     meta["stop_ids"] = ends.stops
     meta["notes"] = notes_on_data(model_folder, tokenise, data_files, ends)
-    if not force and is_whole(final):
+    if not force and manifest.is_whole(final):
         remove([writer.temporary])  # where locks exclude nobody, another process was faster
         return
     target, is_plain = final, form == "text" and not writer.counts.written_documents

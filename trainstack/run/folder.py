@@ -81,10 +81,8 @@ class RunFolder:
             if size is not None:
                 file.seek(max(0, file.seek(0, 2) - size))
             for line in file.read().splitlines():
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        yield record
+                if record := record_in(line):
+                    yield record
 
     # --- Why an attempt failed: logs/<job>.<attempt>.*
 
@@ -161,3 +159,12 @@ class RunFolder:
                 return False
             time.sleep(0.1)
         return True
+
+
+def record_in(line: bytes) -> dict[str, Any]:
+    """The object in a line of JSON; an empty one if the line is torn, by a kill or a cut."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict):
+            return record
+    return {}

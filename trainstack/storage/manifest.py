@@ -60,6 +60,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def is_whole(folder: Path, hash_up_to: int = TRUSTED_BY_SIZE) -> bool:
+    """Whether a published folder verifies; ``hash_up_to`` as in ``damage``."""
+    return not any(damage(folder, hash_up_to))
+
+
 def damage(
     folder: Path, hash_up_to: int | None = None, moves: Callable[[], None] = lambda: None
 ) -> Iterator[str]:

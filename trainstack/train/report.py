@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
 from trainstack.resilience.guard import describe_bad
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
@@ -185,9 +185,10 @@ def drop_beyond(step: int, run: RunFolder) -> None:
     path = run.path / "metrics.jsonl"
     if not path.exists():
         return
-    kept = "".join(json.dumps(r) + "\n" for r in run.measurements() if r["step"] <= step).encode()
-    if path.read_bytes() != kept:
-        files.replace_file(path, kept)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if record_in(line).get("step", math.inf) <= step]
+    if len(kept) < len(lines):
+        files.replace_file(path, b"".join(kept))
 
 
 def perplexity_of(loss: float) -> float:
