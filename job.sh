@@ -16,8 +16,15 @@ log() { printf 'train.slurm: %s\n' "$*" >&2; }
 run_job() {
   HOME_DIR="$(dirname "$(dirname "$RUN_DIR")")"
   PYTHON="$HOME_DIR/venv/bin/python"
+  # shellcheck source=slurm.sh
+  source "$RUN_DIR/code/slurm.sh"
   set_environment
   name_job
+  [[ -x "$PYTHON" ]] || {
+    log "error: $(uname -n) does not see $PYTHON; all nodes must share the file system of" \
+      "SHARED_DIR: tell your admin, or leave the node out: -- --exclude=$(uname -n)"
+    exit 1
+  }
   trap give_up EXIT # whatever breaks from here on, the run's status says so
   trap 'request_stop "Slurm warned of the end of the job"' USR1
   trap 'IS_ENDING=yes; request_stop "the job was asked to end"' TERM INT HUP
@@ -29,8 +36,11 @@ run_job() {
   leave
 }
 
-# Nothing on a compute node uses a network but that of its peers, and no secret is needed there.
+# Nothing on a compute node uses a network but that of its peers, no secret is needed there, and
+# nothing of a person's own Python gets in.
 set_environment() {
+  unset PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE
+  export PYTHONNOUSERSITE=1
   unset HF_TOKEN HUGGING_FACE_HUB_TOKEN WANDB_API_KEY
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
   export HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
@@ -39,7 +49,7 @@ set_environment() {
   umask u=rwx,g+rx            # the group reads runs
 }
 
-# Sets: JOB RESTARTS ATTEMPT STOP_FILE
+# Sets: JOB RESTARTS ATTEMPT STOP_FILE SCRATCH
 name_job() {
   if [[ -n "${TRAINSTACK_LOCAL:-}" ]]; then
     JOB="local-$(uname -n)-$$-$(date +%s)" # pids repeat, in a container at once
@@ -51,9 +61,11 @@ name_job() {
   # Holds for all attempts until Slurm requeues the job, which then starts without it.
   STOP_FILE="$RUN_DIR/logs/$JOB.$RESTARTS.stop"
   rm -f "$STOP_FILE"
-  # Compiled kernels on the node's own disk: on a shared one, ranks trip over each other's files.
-  local cache="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/trainstack-$UID-$JOB"
-  export TRITON_CACHE_DIR="$cache/triton" TORCHINDUCTOR_CACHE_DIR="$cache/inductor"
+  # All that the job leaves on a node is in this folder of its own disk, compiled kernels too: on a
+  # shared disk, ranks trip over each other's. launch.py makes it; the end of the job removes it.
+  SCRATCH="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/trainstack-$UID-$JOB"
+  export TMPDIR="$SCRATCH"
+  export TRITON_CACHE_DIR="$SCRATCH/triton" TORCHINDUCTOR_CACHE_DIR="$SCRATCH/inductor"
 }
 
 # A batch shell is no login shell: it may have to learn what a module is.
@@ -81,7 +93,13 @@ run_attempt() {
     exit "$code"
   }
   count_processes
-  [[ -n "${TRAINSTACK_LOCAL:-}" ]] || choose_meeting_point
+  if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then
+    if ! { describe_tasks && find_blind_nodes; }; then
+      finish 1 # it was written down why
+      return
+    fi
+    choose_meeting_point
+  fi
   ENDS_AT="$(end_of_job)"
   GONE_HOLDER="$(gone_holder)"
   plan_launch
@@ -110,21 +128,98 @@ count_processes() {
     cores="$(nproc)"
   else
     NODES="$SLURM_JOB_NUM_NODES"
-    cores="${SLURM_CPUS_PER_TASK:-1}"
+    cores="$(cpus_per_node)"
   fi
   threads=$((cores / PROCESSES))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 }
 
-# GPUs of this node. SLURM_GPUS_PER_NODE may carry a type ("h100:8"); GPUS_ON_NODE is the number.
+# GPUs of this node: by Slurm, where it counts them, else those that are there and may be seen.
 count_gpus() {
-  if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then
-    printf '%s' "${SLURM_GPUS_ON_NODE:-0}"
+  if [[ -z "${TRAINSTACK_LOCAL:-}" && -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
+    printf '%s' "$SLURM_GPUS_ON_NODE"
   elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
     awk -F, '{ print ($0 == "") ? 0 : NF }' <<<"$CUDA_VISIBLE_DEVICES"
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi
+}
+
+# The CPUs that the job has on each of its nodes, by which option of sbatch ever; of nodes that
+# differ, the least: 4(x2),3 is 3. Fewer where this shell may use fewer (--hint=nomultithread).
+cpus_per_node() {
+  local each least="" usable
+  for each in ${SLURM_JOB_CPUS_PER_NODE//,/ }; do
+    each="${each%%(*}"
+    if [[ -z "$least" ]] || ((each < least)); then least="$each"; fi
+  done
+  usable="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)"
+  if ((usable < $(nproc --all) && usable < least)); then least="$usable"; fi
+  printf '%s' "$least"
+}
+
+# How srun starts one task on each node, with all the GPUs of the job there, whatever tasks and
+# GPUs per task the job was asked with. Fails if the nodes do not have as many GPUs each.
+# Sets: ONE_A_NODE CPUS
+# shellcheck disable=SC2034 # plan_launch, in train.slurm, reads them
+describe_tasks() {
+  local name total="${SLURM_GPUS:-}" gpus="${SLURM_GPUS_ON_NODE:-0}"
+  total="${total##*:}"
+  if [[ "$total" =~ ^[0-9]+$ ]] && ((total != gpus * NODES)); then
+    job fail --attempt "$ATTEMPT" --code 2 --cause "Slurm spread $total GPUs unevenly over $NODES \
+nodes; ask for as many on each, by #SBATCH --gpus-per-node=N in train.slurm"
+    return 1
+  fi
+  CPUS="$(cpus_per_node)"
+  while read -r name; do
+    case "$name" in
+      SLURM_CPUS_PER_* | SLURM_NTASKS* | SLURM_NPROCS | SLURM_TRES_PER_TASK | SLURM_DISTRIBUTION | \
+        SLURM_GPUS | SLURM_GPUS_PER_* | SLURM_GPU_BIND | SLURM_CPU_BIND* | SRUN_*)
+        unset "$name" # srun takes it for an option
+        ;;
+    esac
+  done < <(compgen -e)
+  ONE_A_NODE=(--nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --export=ALL)
+  if ((gpus)); then ONE_A_NODE+=(--gres="gpu:$gpus"); fi
+}
+
+# Nodes that do not see the environment or the run folder end a job in ways that name nobody. Fails
+# if there are such, or if srun cannot reach all.
+# Sets: AVOID
+find_blind_nodes() {
+  local said code=0 look
+  AVOID=""
+  ((NODES > 1)) || return 0
+  # shellcheck disable=SC2016 # for the shell of the node
+  look='[[ -x "$0" && -d "$1" ]] || echo "blind|$(uname -n)"'
+  said="$(cd / && timeout 60 srun "${ONE_A_NODE[@]}" --cpus-per-task=1 --chdir=/ \
+    bash -c "$look" "$PYTHON" "$RUN_DIR/code" 2>&1)" || code=$?
+  AVOID="$(sed -n 's/^blind|//p' <<<"$said" | sort | paste -sd,)"
+  if [[ -n "$AVOID" ]]; then
+    said="$AVOID: no sight of $PYTHON or $RUN_DIR there; all nodes must share the file system of \
+SHARED_DIR; tell your admin, or leave the node out: -- --exclude=$AVOID"
+  elif ((code)); then
+    said="srun fails on $SLURM_JOB_NODELIST (code $code): $(tr '\n' ' ' <<<"$said")"
+  else
+    return 0
+  fi
+  are_there_others || AVOID=""
+  job fail --attempt "$ATTEMPT" --cause "$said" ${AVOID:+--elsewhere}
+  return 1
+}
+
+# Whether Slurm may start the job on other nodes than those to leave out.
+are_there_others() {
+  local job count all=0
+  job="$(ask scontrol show job "$JOB")" || return 1
+  [[ -n "$AVOID" && "$job" == *" ReqNodeList=(null)"* ]] || return 1
+  [[ "$job" =~ Partition=([^ ]+) ]] || return 1
+  while read -r count; do
+    ((all += count)) || true
+  done < <(ask sinfo --noheader --partition="${BASH_REMATCH[1]}" --format='nodes|%D' |
+    sed -n 's/^nodes|//p')
+  count="${AVOID//[!,]/}"
+  ((all > NODES + ${#count}))
 }
 
 # The first host by Slurm's own list, never `hostname` (127.0.1.1 on many sites), and no fallback:
@@ -136,7 +231,7 @@ choose_meeting_point() {
   hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
   HEAD="${hosts%%$'\n'*}"
   first=$((20000 + (base + ATTEMPT) % 10000))
-  PORT="${MASTER_PORT:-$("$PYTHON" -m trainstack.job.attempts port "$first")}"
+  PORT="$("$PYTHON" -m trainstack.job.attempts port "$first")"
   log "job $JOB, attempt $ATTEMPT, $NODES nodes ($SLURM_JOB_NODELIST), meeting at $HEAD:$PORT"
 }
 
@@ -146,7 +241,8 @@ end_of_job() {
   local ends_at="${SLURM_JOB_END_TIME:-}" text
   [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 0
   if [[ -z "$ends_at" ]]; then
-    text="$(squeue --noheader --jobs="$JOB" --format=%e 2>/dev/null || true)"
+    text="$(ask squeue --noheader --jobs="$JOB" --format='end|%e' || true)"
+    text="$(sed -n 's/^end|//p' <<<"$text")"
     # To date(1) an empty text is last midnight.
     ends_at="$(date -d "${text:-N/A}" +%s 2>/dev/null || true)"
   fi
@@ -160,8 +256,9 @@ gone_holder() {
   [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 0
   holder="$("$PYTHON" -m trainstack.job.attempts holder "$RUN_DIR")" || return
   [[ "$holder" =~ ^[0-9]+$ && "$holder" != "$JOB" ]] || return 0
-  queue="$(squeue --noheader --states=RUNNING,COMPLETING,SUSPENDED --format=%A)" || return 0
-  grep -qx "$holder" <<<"$queue" || printf '%s' "$holder"
+  queue="$(list_jobs)" || return 0
+  grep -qE "^job\\|$holder\\|(RUNNING|COMPLETING|SUSPENDED|STOPPED|CONFIGURING|SIGNALING)\\|" \
+    <<<"$queue" || printf '%s' "$holder"
 }
 
 # A trap runs only between foreground commands, so the job runs in the background and is waited for.
@@ -186,20 +283,21 @@ request_stop() {
 # The truth is in status.json: torchrun swallows exit codes, and srun may return 0 when a node dies.
 # Sets: VERDICT CODE
 finish() {
-  local command=(job finish --attempt "$ATTEMPT" --stop-file "$STOP_FILE" --code "$1")
+  local command=(job finish --attempt "$ATTEMPT" --stop-file "$STOP_FILE" --code "$1") job=""
   CODE=0
+  if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then job="$(ask scontrol show job "$JOB")" || job=""; fi
+  # Slurm put the job back into the queue, or runs it elsewhere: after it lost a node, srun returns,
+  # even with 0, and this shell may still run.
+  if [[ "$job" =~ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] != RESTARTS)); then
+    command+=(--taken-back)
+  fi
+  # What it preempts it warns by SIGTERM to the tasks alone, who may not be able to hear it yet.
+  if [[ "$job" =~ PreemptTime=[0-9] ]]; then
+    request_stop "Slurm needs the nodes for another job"
+    command+=(--preempted)
+  fi
   if [[ -n "${IS_ENDING:-}" ]]; then command+=(--ending); fi
-  if is_taken_back; then command+=(--taken-back); fi
   VERDICT="$("${command[@]}")" || CODE=$?
-}
-
-# Whether Slurm has put the job back into the queue, or runs it elsewhere: after it lost a node,
-# srun returns, even with 0, and this shell may still run.
-is_taken_back() {
-  local job
-  [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 1
-  job="$(scontrol show job "$JOB" 2>/dev/null)" || return 1
-  [[ "$job" =~ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] != RESTARTS))
 }
 
 # Sets: IS_ENDING
@@ -208,29 +306,50 @@ give_up() {
   local code="$?"
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
+  remove_scratch
   exit "$CODE"
 }
 
 leave() {
   trap - EXIT
+  remove_scratch
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
     elif [[ -z "${IS_ENDING:-}" ]]; then
-      log "back to the queue"
-      scontrol requeue "$JOB" || log "this site does not requeue; to resume: the same bash" \
+      log "back to the queue${AVOID:+, for other nodes than $AVOID}"
+      requeue || log "this site does not requeue; to resume: the same bash" \
         "submit.sh; to queue the jobs that follow in advance: bash submit.sh --chain N"
     fi
   fi
   exit "$CODE"
 }
 
+# Right after a requeue Slurm still ends this shell, and takes the nodes to leave out.
+requeue() {
+  scontrol requeue "$JOB" || return
+  [[ -n "${AVOID:-}" ]] || return 0
+  # The signal that ends this shell may end the command, too.
+  scontrol update "JobId=$JOB" "ExcNodeList=$AVOID" ||
+    scontrol update "JobId=$JOB" "ExcNodeList=$AVOID" || true
+}
+
+# shellcheck disable=SC2329 # the trap calls it, too
+remove_scratch() {
+  rm -rf "$SCRATCH"
+  if [[ -z "${TRAINSTACK_LOCAL:-}" ]] && ((${NODES:-1} > 1)); then
+    timeout 30 srun "${ONE_A_NODE[@]}" --cpus-per-task=1 --overlap --chdir=/ \
+      rm -rf "$SCRATCH" || true
+  fi
+}
+
 # Slurm starts the next job of this name whatever the code; 0 tells a person not to look.
 leave_to_chain() {
   local waiting
-  waiting="$(squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --format=%A)" || waiting=""
-  if [[ -n "$waiting" ]]; then
+  waiting="$(ask squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --format='job|%A')" ||
+    waiting=""
+  if grep -q '^job|' <<<"$waiting"; then
     log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
     exit 0
   fi

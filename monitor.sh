@@ -19,14 +19,18 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
 usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+log() { printf 'monitor.sh: %s\n' "$1" >&2; }
 die() {
-  printf 'monitor.sh: error: %s\n' "$1" >&2
+  log "error: $1"
   exit "${2:-1}"
 }
 
 main() {
   parse "$@"
   load_environment
+  # shellcheck source=slurm.sh
+  source "$HERE/slurm.sh"
+  forget_outer_slurm
   case "$QUESTION" in
     --ledger | --goodput)
       run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "$RUN"
@@ -86,12 +90,20 @@ follow() {
 
 show() {
   local command=(run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
-  # Without an answer from Slurm the states of jobs are shown as unknown, not as gone.
-  if command -v squeue >/dev/null && queue="$(list_jobs 2>/dev/null)"; then command+=(--queue); fi
+  if has_jobs; then
+    if queue="$(list_jobs)"; then
+      command+=(--queue)
+    else
+      log "Slurm does not answer: $queue; states are as the runs wrote them"
+    fi
+  fi
   if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi
   "${command[@]}" <<<"$queue"
 }
 
-list_jobs() { squeue --noheader --format='%A|%T|%L|%r'; }
+# Where no run ever was submitted, Slurm is not asked.
+has_jobs() {
+  command -v squeue >/dev/null && grep -qs '"submitted"' "$TRAINSTACK_HOME"/runs/*/events.jsonl
+}
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

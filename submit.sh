@@ -21,13 +21,19 @@
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# What a job may see of the environment here: never a token, which Slurm would keep in its records.
-ALLOWED='PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ|TMPDIR'
-ALLOWED+='|MODULES|MODULEPATH|MODULESHOME|LMOD_[A-Z_]+'
-ALLOWED+='|NPROC_PER_NODE|MASTER_PORT|TRAINSTACK_CHAIN|TRAINSTACK_FAULT'
-ALLOWED+='|OMP_[A-Z_]+|CUDA_[A-Z_]+|PYTORCH_[A-Z_]+|TORCH_[A-Z_]+|TORCHINDUCTOR_[A-Z_]+'
-ALLOWED+='|NCCL_[A-Z0-9_]+|GLOO_[A-Z_]+|UCX_[A-Z_]+|FI_[A-Z_]+'
+# What a job sees of the environment here, beside the names that train.slurm takes from it: nothing
+# that decides what the job does, and never a token, which Slurm would keep in its records.
+ALLOWED='PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ'
+ALLOWED+='|MODULES|MODULEPATH|MODULESHOME|LMOD_[A-Z_]+|TRAINSTACK_CHAIN|TRAINSTACK_FAULT'
 SECRET='TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL'
+# What people set to decide something of a job, and are told of if it does not reach it.
+MEANT='(OMP|MKL|NCCL|GLOO|UCX|FI|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SBATCH)_.+'
+MEANT+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING)'
+# Options of sbatch for one resource: on the command line, one takes the place of all #SBATCH lines
+# of its kind. sbatch itself would take both, and refuses some pairs.
+RESOURCES=('--cpus-per-task|-c|--cpus-per-gpu' '--mem|--mem-per-cpu|--mem-per-gpu'
+  '--gpus|-G|--gpus-per-node|--gpus-per-task|--gpus-per-socket|--gres[= ][^ ]*gpu'
+  '--ntasks|-n|--ntasks-per-node')
 unset TRAINSTACK_CHAIN  # set by --chain alone
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
@@ -40,30 +46,37 @@ die() {
 
 # Sets: RUN_DIR
 main() {
-  local check queue="" answer
+  local check said="" answer unused=""
   parse "$@"
   load_environment
+  # shellcheck source=slurm.sh
+  source "$HERE/slurm.sh"
   check=("$TRAINSTACK_PYTHON" -m trainstack.job.submit --home "$TRAINSTACK_HOME"
     --repository "$HERE" --config "$CONFIG")
-  # Jobs that run or wait, so that a run with a live job is not given to a second one. Passed on
-  # stdin: an argument may have 128 KiB, which 8000 jobs fill.
+  # What Slurm says is passed on stdin: an argument may have 128 KiB, which 8000 jobs fill.
   if [[ -n "$IS_LOCAL" ]]; then
     check+=(--local)
-    # A job of Slurm may work on the run, also where this one needs no Slurm.
-    if queue="$(list_jobs 2>/dev/null)"; then check+=(--queue); fi
+    if said="$(ask_of_this_machine)"; then check+=(--queue); fi
   else
     command -v sbatch >/dev/null || die "no sbatch here; log in to the cluster, or use --local"
-    queue="$(list_jobs 2>&1)" ||
-      die "Slurm does not answer: ${queue%%$'\n'*}; try again when sinfo works, or use --local"
-    check+=(--queue)
+    unused="$(unused_names)"
+    forget_outer_slurm
+    write_job_script
+    said="$(list_jobs)" ||
+      die "Slurm does not answer: $said; try again when sinfo works, or use --local"
+    said+=$'\n'"$(list_nodes)"$'\n'"$(try_job)"
+    check+=(--queue --job-script "$JOB_SCRIPT")
   fi
   if [[ -n "$IS_DRY" ]]; then check+=(--dry-run); fi
   # Bash before 4.4 takes the expansion of an empty array for an unset variable.
   check+=(${SETTINGS[@]+"${SETTINGS[@]}"} -- ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"})
 
-  answer="$(PYTHONPATH="$HERE" "${check[@]}" <<<"$queue")" # "complete" or "ready", then the folder
+  answer="$(PYTHONPATH="$HERE" "${check[@]}" <<<"$said")" # "complete" or "ready", then the folder
   RUN_DIR="${answer#*$'\n'}"
   if [[ "${answer%%$'\n'*}" == complete ]]; then return; fi
+  if [[ -n "$unused" ]]; then
+    log "not passed to the job: $unused; train.slurm holds what a job is to have"
+  fi
   if [[ -n "$IS_LOCAL" ]]; then run_here; else submit; fi
 }
 
@@ -105,7 +118,7 @@ parse() {
   if [[ -n "$IS_LOCAL" ]] && ((${#SBATCH_OPTIONS[@]})); then
     die "--local runs without Slurm; leave out: ${SBATCH_OPTIONS[*]}" 2
   fi
-  if [[ -n "$CHAIN" ]]; then check_chain_options; fi
+  check_sbatch_options
   # Python says so too, but may have to be installed first.
   [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; name one with --config FILE" 2
 }
@@ -115,12 +128,19 @@ check_chain_length() {
     die "--chain $CHAIN is not a number of jobs from 2 to 999; write --chain 4" 2
 }
 
-check_chain_options() {
+check_sbatch_options() {
   local option
-  [[ -z "$IS_LOCAL" ]] || die "--local has no time limit and needs no chain; leave out: --chain" 2
+  [[ -z "$CHAIN" || -z "$IS_LOCAL" ]] ||
+    die "--local has no time limit and needs no chain; leave out: --chain" 2
   for option in ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"}; do
-    case "$option" in
-      --job-name* | -J* | --dependency* | -d* | --requeue | --array* | -a*)
+    case "$CHAIN $option" in
+      *" --array"* | *" -a"* | *" --wrap"*)
+        die "one job at a time works on a run; leave out: $option" 2
+        ;;
+      *" --export"*) die "train.slurm holds what a job is to have; leave out: $option" 2 ;;
+      *" --test-only"*) die "--dry-run, before the --, makes all checks; leave out: $option" 2 ;;
+      [0-9]*" --job-name"* | [0-9]*" -J"* | [0-9]*" --dependency"* | [0-9]*" -d"* | \
+        [0-9]*" --requeue"*)
         die "--chain gives its jobs their name and order; leave out: $option" 2
         ;;
     esac
@@ -139,7 +159,57 @@ load_environment() {
   source "$HERE/env.sh"
 }
 
-list_jobs() { squeue --noheader --format='%A %T'; }
+# A job of Slurm may work on a run that is to continue here; if no run had one, nobody is asked.
+ask_of_this_machine() {
+  local jobs
+  command -v squeue >/dev/null || return 1
+  grep -qs '"submitted"' "$TRAINSTACK_HOME"/runs/*/events.jsonl || return 1
+  forget_outer_slurm
+  jobs="$(list_jobs)" || {
+    log "Slurm does not answer: $jobs; that none of its jobs works on the run is not sure"
+    return 1
+  }
+  printf '%s\n' "$jobs"
+}
+
+# What was set here for a job, by its name, and does not reach it.
+unused_names() {
+  local name names="" taken
+  taken="$(taken_names)"
+  while read -r name; do
+    if [[ "$name" =~ ^($MEANT)$ && ! "$name" =~ ^($taken)$|$SECRET ]]; then names+=", $name"; fi
+  done < <(compgen -e)
+  printf '%s' "${names#, }"
+}
+
+# The names that the edit block of train.slurm takes from here, as NAME="${NAME:-...}": NAME|NAME
+taken_names() {
+  local taken='^(export )?([A-Za-z_][A-Za-z0-9_]*)="?\$\{\2[:}-].*'
+  sed -nE "/^# --- Edit/,/^# -{20}/s/$taken/\2/p" "$HERE/train.slurm" | tr '\n' '|' | sed 's/|$//'
+}
+
+# train.slurm without the #SBATCH lines that an option of the command line replaces.
+# Sets: JOB_SCRIPT
+write_job_script() {
+  local kind edit=(-e '')
+  for kind in "${RESOURCES[@]}"; do
+    if [[ " ${SBATCH_OPTIONS[*]-} " =~ \ ($kind)([=:,\ 0-9]) ]]; then
+      edit+=(-e "s/^#SBATCH([[:space:]]+($kind)([=:, 0-9]|\$))/##SBATCH\1/")
+    fi
+  done
+  JOB_SCRIPT="$(mktemp)"
+  trap 'rm -f "$JOB_SCRIPT"' EXIT
+  sed -E "${edit[@]}" "$HERE/train.slurm" >"$JOB_SCRIPT"
+}
+
+# What sbatch would say to the job: "try|0|..." or "try|1|the reason".
+try_job() {
+  local said code=0
+  said="$(ask sbatch --test-only --export=NIL ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"} \
+    "$JOB_SCRIPT")" || code=$?
+  said="$(tr '\n' ' ' <<<"$said")"
+  printf 'try|%s|%s %s' "$code" "${said% }" "$( ((code)) && hint "$said")"
+}
 
 run_here() {
   local command=(bash "$RUN_DIR/code/train.slurm" "$RUN_DIR")
@@ -165,13 +235,16 @@ submit() {
     print_jobs "${command[@]}"
     return
   fi
+  cp "$JOB_SCRIPT" "$RUN_DIR/code/train.slurm"
   said="$(mktemp)"
   while ((${#jobs[@]} < ${CHAIN:-1})); do
     code=0
     job="$("${command[@]}" 2>"$said")" || code=$?
-    job="${job%%;*}" # without the name of the cluster, which may follow
+    # Without the name of the cluster, which may follow, and a banner of the site.
+    job="$(sed -nE 's/^([0-9]+)(;.*)?$/\1/p' <<<"$job" | tail -n 1)"
+    [[ -n "$job" ]] || code="${code/#0/1}"
     PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m trainstack.job.attempts submitted "$RUN_DIR" \
-      --job "$job" --code "$code"
+      --job "$job" --code "$code" --cause "$(tr '\n' ' ' <"$said")"
     if ((code)); then
       explain_refusal "$said" "$name" ${jobs[@]+"${jobs[@]}"}
       rm -f "$said"
@@ -197,9 +270,10 @@ chain_name() {
 }
 
 allowed_names() {
-  local name names=NIL
+  local name names=NIL allowed
+  allowed="$ALLOWED|$(taken_names)"
   while read -r name; do
-    if [[ "$name" =~ ^($ALLOWED)$ && ! "$name" =~ $SECRET ]]; then names+=",$name"; fi
+    if [[ "$name" =~ ^($allowed)$ && ! "$name" =~ $SECRET ]]; then names+=",$name"; fi
   done < <(compgen -e)
   printf '%s' "${names#NIL,}"
 }

@@ -20,8 +20,8 @@ from trainstack.storage.manifest import write_manifest
 BASH = shutil.which("bash")
 TOOLS = (
     "awk", "bash", "cat", "chmod", "cp", "date", "df", "dirname", "env", "git", "grep", "id", "ln",
-    "ls", "mkdir", "mktemp", "mv", "nproc", "readlink", "rm", "sed", "sh", "sha256sum", "sleep",
-    "stat", "tail", "touch", "tr", "uname",
+    "ls", "mkdir", "mktemp", "mv", "nproc", "paste", "readlink", "rm", "sed", "sh", "sha256sum",
+    "sleep", "sort", "stat", "tail", "timeout", "touch", "tr", "uname",
 )  # fmt: skip
 HOSTILE = 'it\'s "a" $(touch canary) `touch canary` & é;#'
 SECRET = "hf_thisMustNeverBeSeenAnywhere0"
@@ -79,8 +79,8 @@ class Site:
         tiny.make_checkout(self.checkout, self.shared, run__name="first")
         self.python = self.home / "venv" / "bin" / "python"
         self.commands = Commands(folder)
-        self.commands.add("sbatch", "echo 4711")
-        for name in ("squeue", "scontrol", "srun"):
+        self.sbatch("echo 4711")
+        for name in ("squeue", "sinfo", "scontrol", "srun"):
             self.commands.add(name)
         self.cwd = folder / "elsewhere"  # with files that Python must not take for its own modules
         self.cwd.mkdir()
@@ -99,6 +99,21 @@ class Site:
             cwd=cwd or self.cwd, timeout=60,
             env={name: value for name, value in changed.items() if value is not None},
         )  # fmt: skip
+
+    def sbatch(self, body: str, trial: str = "") -> None:
+        """Let sbatch do ``body``, and ``trial`` where it is only to try the job."""
+        self.commands.add("sbatch", f'case " $* " in *--test-only*) {trial}\nexit ;; esac\n{body}')
+
+    def submissions(self) -> list[list[str]]:
+        """The calls of sbatch that were no trial."""
+        calls = self.commands.calls("sbatch")
+        return [call for call in calls if "--test-only" not in call]
+
+    def queue(self, *jobs: str) -> None:
+        """Let squeue know of jobs, each ``id state``, between the banners of a site."""
+        lines = [f"job|{'|'.join(job.split())}|1:00:00|None|gpu-07" for job in jobs]
+        text = "\n".join(["Welcome; 12 RUNNING", *lines, "job of the day: clean /scratch"])
+        self.commands.add("squeue", f"cat <<'EOF'\n{text}\nEOF")
 
     def submit(self, *arguments, **options) -> subprocess.CompletedProcess:
         return self.run("submit.sh", *arguments, **options)
@@ -137,13 +152,21 @@ class Job(Site):
         self.stop_file = self.run_dir / "logs" / "77.0.stop"
         self.release = folder / "release"
         self.commands.add("scontrol", "printf 'gpu-07\\ngpu-08\\n'")
-        self.commands.add("srun", self.status("DONE"))
+        self.ranks(self.status("DONE"))
         self.environment |= {
             "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "first-5eed1e55",
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu-[07-08]",
-            "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "16",
+            "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_CPUS_PER_NODE": "16(x2)",
             "SLURM_JOB_END_TIME": "1900000000", "TMPDIR": str(folder),
         }  # fmt: skip
+
+    def ranks(self, body: str) -> None:
+        """What srun does when it starts the ranks; the job's other steps do nothing."""
+        self.commands.add("srun", f'[[ " $* " == *" --attempt "* ]] || exit 0\n{body}')
+
+    def launches(self) -> list[list[str]]:
+        """The arguments of each srun that started ranks."""
+        return [call for call in self.commands.calls("srun") if "--attempt" in call]
 
     def status(self, state: str, job: str = "") -> str:
         """Bash by which the fake ranks say how they ended, in the attempt that they were told."""
@@ -161,8 +184,7 @@ class Job(Site):
 
     def attempts(self) -> list[str]:
         """The attempts that were launched."""
-        calls = self.commands.calls("srun")
-        return [call[call.index("--attempt") + 1] for call in calls]
+        return [call[call.index("--attempt") + 1] for call in self.launches()]
 
     def start(self, **changes: str | None) -> subprocess.Popen:
         changed = {**self.environment, **changes}
@@ -180,7 +202,7 @@ class Job(Site):
         return process.returncode, errors
 
     def command(self) -> list[str]:
-        (call,) = self.commands.calls("srun")
+        (call,) = self.launches()
         return call
 
     def value(self, option: str) -> str:

@@ -23,7 +23,7 @@ class Site:
         self.shared = checkout.parent
         self.environment = {
             **os.environ, **cluster.env(), "SHARED_DIR": str(self.shared), "NPROC_PER_NODE": "",
-            "OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_thisMustNeverBeSeenAnywhere",
+            "HF_TOKEN": "hf_thisMustNeverBeSeenAnywhere",
         }  # fmt: skip
 
     def submit(self, *arguments: str, fault: str = "") -> str:

@@ -43,3 +43,15 @@ def test_a_hang_is_found_and_blamed_before_the_collectives_give_up():
 
 def test_ranks_that_wait_for_rank_0_meet_long_before_a_collective_gives_up():
     assert 10 * waits.MEET_SECONDS < waits.COLLECTIVE_SECONDS
+
+
+def test_many_heartbeats_are_missed_before_a_job_is_taken_for_gone():
+    assert 4 * waits.HEARTBEAT_SECONDS < waits.ALIVE_SECONDS
+
+
+def test_hosts_that_cannot_reach_each_other_are_named_within_two_minutes():
+    assert waits.REACH_SECONDS + waits.SHUTDOWN_SECONDS < 60
+
+
+def test_a_node_that_is_slow_to_begin_is_waited_for_as_long_as_ranks_may_start():
+    assert waits.REACH_SECONDS < waits.MARK_SECONDS < waits.START_SECONDS

@@ -21,6 +21,10 @@ COLLECTIVE_SECONDS = 600  # of the loop: NCCL's own default; gloo's is 1,800
 MEET_SECONDS = 1.0  # ranks that wait for what rank 0 decides, between two collectives
 SAVE_COLLECTIVE_SECONDS = 7200  # of a save: a peer may write that long, to a slow file system
 
+# The nodes of a job meet. Whoever cannot reach another tells before torchrun's own ten minutes.
+MARK_SECONDS = 300.0  # all launchers have begun: each imports torch from the shared file system
+REACH_SECONDS = 30.0  # a connection between two hosts comes about
+
 # What a phase of the loop may take beyond a step.
 START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
 SAVE_SECONDS = 1800  # a save that the loop has to wait for, to a slow file system
@@ -33,4 +37,6 @@ MARGIN_SECONDS = 15  # kept free to leave in order: logs, the last status, torch
 # for longer than that.
 OWNED_SECONDS = 1.0  # an owner may write without another look
 TAKEOVER_SECONDS = 3.0  # the new owner, before it writes
+HEARTBEAT_SECONDS = 15.0  # the launcher of each node, between two heartbeats
+ALIVE_SECONDS = 120.0  # without a heartbeat for so long, a job is gone: clocks and caches differ
 VISIBLE_SECONDS = 10.0  # a rank on another node, until the new lease shows up (caches of NFS)

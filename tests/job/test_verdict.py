@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainstack.job import verdict
-from trainstack.job.verdict import Ending, decide
+from trainstack.job.verdict import Ending, Told, decide
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.lease import Owner
 
@@ -26,6 +26,10 @@ def run(tmp_path) -> RunFolder:
     (run.checkpoints / "checkpoint-5").mkdir()
     run.set_status("RUNNING", job="7", attempt=3, step=9)
     return run
+
+
+def node_failed(run: RunFolder, **facts) -> None:
+    run.add_failure("7", 3, "none", "FAILED", 1, "node2: no sight of x", False, **facts)
 
 
 def fail(run: RunFolder, state: str = "FAILED", code: int = 1, **facts) -> None:
@@ -93,6 +97,10 @@ SITUATIONS: dict[str, tuple[Callable, str, int, str | None]] = {
     "failed, srun ended the others": (failed_and_ended_by_srun, "restart", 1, "RESTARTING"),
     "stopped, then failed": (stopped_then_failed, "requeue", 75, "PAUSED"),
     "wrong setting": (lambda run: fail(run, code=2), "end", 2, "FAILED"),
+    "a node is blind": (lambda run: node_failed(run, is_final=True), "end", 1, "FAILED"),
+    "a node is blind, others are there": (
+        lambda run: node_failed(run, is_elsewhere=True), "requeue", 1, "RESTARTING"
+    ),
     "diverged": (lambda run: fail(run, "DIVERGED", 79), "end", 79, "DIVERGED"),
     "refused by the holder": (refused, "end", 78, None),
 }  # fmt: skip
@@ -103,8 +111,7 @@ def files(run: RunFolder) -> dict[Path, bytes]:
 
 
 def decided(run: RunFolder, **changes) -> Ending:
-    options = {"code": 1, "stop_file": run.logs / "7.0.stop", "is_taken_back": False}
-    return decide(run, OURS, **{**options, "is_ending": False, **changes})
+    return decide(run, OURS, Told(1, **{"stop_file": run.logs / "7.0.stop", **changes}))
 
 
 @pytest.mark.parametrize("what", SITUATIONS)
@@ -128,6 +135,24 @@ def test_a_job_that_slurm_took_back_leaves_the_run_to_its_next_start(run):
     ending = decided(run, is_taken_back=True)
     assert (ending.verdict, ending.state, ending.event) == ("end", None, "node_lost")
     assert "it resumes from checkpoint-5: 4 steps to redo" in ending.lines[0]
+
+
+@pytest.mark.parametrize("excuse", ["preempted", "node_lost"])
+def test_attempts_that_slurm_ended_while_they_started_do_not_count(tmp_path, excuse):
+    run = RunFolder(tmp_path / "runs" / "b")
+    run.create()
+    for attempt in range(1, 6):
+        run.add_event("attempt", job="7", attempt=attempt, newest=0)
+        run.add_event(excuse, job="7", attempt=attempt)
+        assert not verdict.is_stuck(run, "7")
+    run.pause("7", 5, "SIGTERM")
+    told = Told(1, run.logs / "7.0.stop", is_preempted=True)
+    assert decide(run, Owner("7", 5), told).verdict == "requeue"
+    for attempt in range(6, 9):
+        run.add_event("attempt", job="7", attempt=attempt, newest=0)
+        run.add_event("training", step=0)
+        run.add_event(excuse, job="7", attempt=attempt)
+    assert verdict.is_stuck(run, "7")
 
 
 @pytest.mark.parametrize(

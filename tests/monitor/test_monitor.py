@@ -54,12 +54,12 @@ class Runs:
         return run
 
     def monitor(self, *arguments: str, queue: str | None = None) -> subprocess.CompletedProcess:
-        """``queue``: what squeue said; None: there is no Slurm here."""
+        """``queue``: jobs as ``id|state|left|reason``; None: there is no Slurm here."""
         command = [sys.executable, "-m", "trainstack.monitor.screen", "--home", self.home]
         command += [*(["--queue"] if queue is not None else []), *arguments]
         return subprocess.run(
-            list(map(str, command)), input=queue or "", capture_output=True, text=True,
-            cwd=tiny.ROOT,
+            list(map(str, command)), input=lines_of_squeue(queue or ""), capture_output=True,
+            text=True, cwd=tiny.ROOT,
         )  # fmt: skip
 
     def table(self, queue: str | None = None) -> dict[str, dict[str, str]]:
@@ -83,6 +83,11 @@ class Runs:
         assert title == f"run {run}"
         found = {line[2:13].strip(): line[14:] for line in lines if line[2] != " "}
         return found | {"history": [line.strip() for line in lines if line.startswith("    ")]}
+
+
+def lines_of_squeue(queue: str) -> str:
+    """As slurm.sh asks for them."""
+    return "".join(f"job|{line}|gpu-07\n" for line in queue.splitlines())
 
 
 @pytest.fixture
@@ -134,7 +139,73 @@ def test_a_run_in_the_queue_is_queued_with_the_reason(runs):
     cells = runs.table(queue)["a"]
     assert (cells["JOB"], cells["SLURM"], cells["STATE"]) == ("7", "PENDING", "QUEUED")
     assert (cells["STEP"], cells["LOSS"], cells["CHECKPOINT"]) == ("-", "-", "-")
-    assert runs.screen("a", queue)["job"] == "7, attempt 1, Slurm says PENDING (Priority)"
+    why = "(Priority: jobs of higher priority wait before it)"
+    assert runs.screen("a", queue)["job"] == f"7, attempt 1, Slurm says PENDING {why}"
+
+
+STATES = [
+    # written, what Slurm says of the job -> shown
+    ("QUEUED", "RUNNING|1:00|None", "STARTING"),
+    ("QUEUED", "CONFIGURING|1:00|None", "STARTING"),
+    ("STARTING", "RUNNING|1:00|None", "STARTING"),
+    ("QUEUED", "PENDING|1:00|JobHeldUser", "HELD"),
+    ("RESTARTING", "PENDING|1:00|BeginTime", "QUEUED"),
+    ("RUNNING", "SUSPENDED|1:00|None", "SUSPENDED"),
+    ("RUNNING", "COMPLETING|1:00|None", "RUNNING"),
+    ("DONE", "COMPLETING|1:00|None", "DONE"),
+    ("QUEUED", "FAILED|1:00|NonZeroExitCode", "LOST"),
+    ("RUNNING", "NODE_FAIL|1:00|None", "LOST"),
+    ("DONE", "COMPLETED|1:00|None", "DONE"),
+    ("PAUSED", "CANCELLED|1:00|None", "PAUSED"),
+]
+
+
+@pytest.mark.parametrize(("written", "job", "shown"), STATES)
+def test_the_state_that_holds_is_shown_whatever_was_written_last(runs, written, job, shown):
+    run = runs.make("a", written, job="7")
+    run.add_event("submitted", job="7")
+    assert runs.table(f"7|{job}\n")["a"]["STATE"] == shown
+
+
+def test_of_a_chain_the_job_that_runs_is_shown_then_the_next_one(runs):
+    run = runs.make("a", "QUEUED", job=None)
+    for job in "789":
+        run.add_event("submitted", job=job)
+    waiting = "8|PENDING|1:00|Dependency\n9|PENDING|1:00|Dependency\n"
+    assert runs.table(f"7|RUNNING|1:00|None\n{waiting}")["a"]["JOB"] == "7"
+    run.set_status("PAUSED", job="7")
+    assert runs.table(waiting)["a"]["JOB"] == "8"
+    assert runs.table("8|COMPLETED|0:00|None\n9|PENDING|1:00|Dependency\n")["a"]["JOB"] == "9"
+
+
+def test_a_job_that_ended_without_a_word_is_named_with_its_node(runs):
+    run = runs.make("a", "QUEUED", job=None)
+    run.add_event("submitted", job="7")
+    cause = runs.screen("a", "7|FAILED|0:00|NonZeroExitCode\n")["cause"]
+    assert "Slurm says FAILED (NonZeroExitCode) on gpu-07, and the job wrote nothing" in cause
+    run.add_event("attempt", job="7", attempt=1)
+    assert "did not report why" in runs.screen("a", "7|NODE_FAIL|0:00|None\n")["cause"]
+
+
+def test_a_refused_first_job_is_no_lost_one(runs):
+    runs.make("a", "NOT_SUBMITTED", cause="sbatch: error: no such partition")
+    screen = runs.screen("a", "")
+    assert (screen["state"], screen["cause"]) == (
+        "NOT_SUBMITTED", "sbatch: error: no such partition",
+    )  # fmt: skip
+
+
+def test_the_hidden_job_of_a_colleague_is_not_lost_as_long_as_its_heart_beats(runs):
+    """Sites hide the jobs of others: PrivateData=jobs."""
+    run = runs.make("a", "QUEUED", job=None)
+    run.add_event("submitted", job="7", user="somebody")
+    assert runs.table("")["a"]["STATE"] == "QUEUED"
+    run.set_status("RUNNING", job="7")
+    run.beat("7")
+    assert runs.table("")["a"]["STATE"] == "RUNNING"
+    before = time.time() - 600
+    os.utime(run.logs / "7.alive", (before, before))
+    assert runs.table("")["a"]["STATE"] == "LOST"
 
 
 def test_a_paused_run_that_waits_for_its_next_attempt_says_both(runs):
@@ -265,7 +336,8 @@ def command(tmp_path):
         return subprocess.Popen(
             [BASH, checkout / "monitor.sh", *arguments], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            env={"PATH": str(commands.folder), "HOME": str(tmp_path), "LANG": "C.UTF-8"},
+            env={"PATH": str(commands.folder), "HOME": str(tmp_path), "LANG": "C.UTF-8",
+                 "ANSWER_SECONDS": "1"},
         )  # fmt: skip
 
     run.runs, run.commands, run.checkout = Runs(home), commands, checkout
@@ -274,24 +346,35 @@ def command(tmp_path):
 
 
 def test_monitor_asks_squeue_for_all_that_it_shows(command):
-    body = 'for ((i = 100000; i < 110000; i++)); do echo "$i|RUNNING|1:00|None"; done'
+    loop = "for ((i = 100000; i < 110000; i++)); do"
+    body = f'echo Welcome; {loop} echo "job|$i|RUNNING|1:00|None|gpu-07"; done'
     command.commands.add("squeue", body)
-    command.runs.make("a", "RUNNING", job="109999")
+    command.runs.make("a", "RUNNING", job="109999").add_event("submitted", job="109999")
     command.runs.make("b", "RUNNING", job="5")
     output, errors = command().communicate(timeout=30)
     assert errors == ""
-    assert command.commands.calls("squeue") == [["--noheader", "--format=%A|%T|%L|%r"]]
+    assert command.commands.calls("squeue") == [
+        ["--noheader", "--states=all", "--format=job|%A|%T|%L|%r|%N"]
+    ]
     assert re.search(r"^a +109999 +RUNNING +RUNNING ", output, re.MULTILINE)
     assert re.search(r"^b +5 +- +LOST ", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("answer", [None, "exit 1"])
-def test_monitor_works_without_slurm_and_with_one_that_does_not_answer(command, answer):
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, ""),
+        ("echo no contact; exit 1", "no contact"),
+        ("sleep 60", "squeue gave no answer in 1 s"),
+    ],
+)
+def test_monitor_works_without_slurm_and_with_one_that_does_not_answer(command, answer, told):
     if answer:
         command.commands.add("squeue", answer)
-    command.runs.make("a", "RUNNING", job="5")
+    command.runs.make("a", "RUNNING", job="5").add_event("submitted", job="5")
     output, errors = command().communicate(timeout=30)
-    assert errors == ""
+    line = f"monitor.sh: Slurm does not answer: {told}; states are as the runs wrote them\n"
+    assert errors == (line if told else "")
     assert re.search(r"^a +5 +- +RUNNING ", output, re.MULTILINE)
 
 

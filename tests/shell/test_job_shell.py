@@ -21,7 +21,8 @@ def test_srun_and_torchrun_get_exactly_these_arguments(job):
     assert code == 0, errors
     port = job.value("--rdzv-endpoint").partition(":")[2]
     assert job.command() == [
-        "--kill-on-bad-exit=1", "--ntasks-per-node=1", "--export=ALL", "--cpus-per-task=16",
+        "--kill-on-bad-exit=1", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--export=ALL",
+        "--gres=gpu:4", "--cpus-per-task=16",
         str(job.python), "-m", "trainstack.job.launch", "--run", str(job.run_dir), "--job", "77",
         "--attempt", "1", "--stop-file", str(job.stop_file), "--", "--max-restarts=0",
         "--rdzv-backend=c10d", "--rdzv-id=77.1", f"--rdzv-endpoint=gpu-07:{port}", "--nnodes=2",
@@ -44,10 +45,9 @@ def test_the_second_life_of_a_job_meets_under_its_own_name(job):
 
 
 def test_what_the_user_wrote_wins_over_what_slurm_says(job):
-    job.wait(NPROC_PER_NODE="3", MASTER_PORT="12345", OMP_NUM_THREADS="7")
+    job.wait(NPROC_PER_NODE="3", OMP_NUM_THREADS="7")
     assert job.value("--nproc-per-node") == "3"
     assert job.value("--expect-world-size") == "6"
-    assert job.value("--rdzv-endpoint") == "gpu-07:12345"
     assert job.commands.environment("srun")["OMP_NUM_THREADS"] == "7"
 
 
@@ -55,6 +55,116 @@ def test_a_node_without_gpus_gets_two_processes(job):
     job.wait(SLURM_GPUS_ON_NODE=None)
     assert job.value("--nproc-per-node") == "2"
     assert job.commands.environment("srun")["OMP_NUM_THREADS"] == "8"
+
+
+CORES = [
+    # SLURM_JOB_CPUS_PER_NODE -> of each task, threads of each of four processes
+    ("16(x2)", "16", "4"),
+    ("16,12", "12", "3"),
+    ("64(x3),2(x2)", "2", "1"),
+]
+
+
+@pytest.mark.parametrize(("told", "cores", "threads"), CORES)
+def test_a_task_has_all_cores_of_the_job_on_its_node_whatever_was_asked(job, told, cores, threads):
+    options = ("CPUS_PER_TASK", "CPUS_PER_GPU", "NTASKS", "NTASKS_PER_NODE", "TRES_PER_TASK",
+               "GPUS_PER_TASK", "GPUS_PER_NODE", "GPU_BIND", "CPU_BIND")  # fmt: skip
+    code, errors = job.wait(
+        SLURM_JOB_CPUS_PER_NODE=told, SRUN_CPUS_PER_TASK="1",
+        **{f"SLURM_{name}": "1" for name in options},
+    )  # fmt: skip
+    assert code == 0, errors
+    assert job.value("--cpus-per-task") == cores
+    seen = job.commands.environment("srun")
+    assert seen["OMP_NUM_THREADS"] == threads
+    assert not {"SRUN_CPUS_PER_TASK", *(f"SLURM_{name}" for name in options)} & seen.keys()
+
+
+def test_the_gpus_of_a_site_that_does_not_count_them_are_counted_on_the_node(job):
+    job.commands.add("nvidia-smi", "echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'")
+    job.wait(SLURM_GPUS_ON_NODE=None)
+    assert job.value("--nproc-per-node") == "3"
+    assert not [word for word in job.command() if word.startswith("--gres")]
+
+
+def test_gpus_that_slurm_spread_unevenly_are_refused_with_the_option_that_helps(job):
+    code, errors = job.wait(SLURM_GPUS="h100:7")
+    assert code == 2, errors
+    cause = job.run.status()["cause"]
+    assert cause.startswith("Slurm spread 7 GPUs unevenly over 2 nodes; ask for as many on each")
+    assert job.launches() == []
+
+
+@pytest.mark.parametrize(("requested", "is_elsewhere"), [("(null)", True), ("gpu-[07-08]", False)])
+def test_a_node_that_does_not_see_the_environment_is_named_and_left_out(
+    job, requested, is_elsewhere
+):
+    job.commands.add("srun", "echo 'Welcome'; echo 'blind|gpu-08'; exit 0")
+    job.commands.add(
+        "scontrol",
+        f'case "$1 $2" in "show hostnames") echo gpu-07 ;; "show job") echo "   Partition=p x=1";'
+        f" echo '   ReqNodeList={requested} ExcNodeList=(null)' ;; esac",
+    )
+    job.commands.add("sinfo", "echo 'nodes|7'")
+    code, errors = job.wait()
+    assert code == 1, errors
+    status = job.run.status()
+    assert status["cause"].startswith(f"gpu-08: no sight of {job.python} or {job.run_dir}")
+    assert status["state"] == ("RESTARTING" if is_elsewhere else "FAILED")
+    assert job.launches() == []
+    update = ["update", "JobId=77", "ExcNodeList=gpu-08"]
+    assert (requeues(job) == [["requeue", "77"]]) is is_elsewhere
+    assert (update in job.commands.calls("scontrol")) is is_elsewhere
+
+
+def test_a_step_that_srun_cannot_start_is_quoted(job):
+    job.commands.add("srun", "echo 'srun: error: Task launch failed on node gpu-07: x' >&2; exit 1")
+    code, errors = job.wait()
+    assert code == 1, errors
+    said = "srun fails on gpu-[07-08] (code 1): srun: error: Task launch failed on node gpu-07: x"
+    assert job.run.status()["cause"].startswith(said)
+
+
+def test_a_node_without_the_environment_says_so_in_the_log(job):
+    job.python.rename(job.python.with_name("gone"))
+    code, errors = job.wait()
+    assert code == 1
+    assert f"does not see {job.python}; all nodes must share the file system" in errors
+
+
+def test_a_preempted_job_whose_ranks_could_not_hear_of_it_yet_is_paused(job):
+    """Slurm sends SIGTERM to the tasks alone, and they die while they import."""
+    job.ranks("exit 143")
+    job.commands.add(
+        "scontrol",
+        'case "$1 $2" in "show hostnames") echo gpu-07 ;;'
+        ' "show job") echo "  PreemptTime=2026-11-29T18:00:00" ;; esac',
+    )
+    code, errors = job.wait()
+    assert code == 75, errors
+    status = job.run.status()
+    assert (status["state"], status["cause"]) == (
+        "PAUSED", "Slurm needs the nodes for another job, before training began",
+    )  # fmt: skip
+    assert "preempted" in [event["event"] for event in job.run.events()]
+    assert requeues(job) == [["requeue", "77"]]
+
+
+def test_a_job_leaves_nothing_on_the_disks_of_its_nodes(job):
+    scratch = job.folder / f"trainstack-{os.getuid()}-77"
+    job.ranks(f'mkdir -p "$TMPDIR/x"; {job.status("DONE")}')
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.commands.environment("srun")["TMPDIR"] == str(scratch)
+    assert not scratch.exists()
+    assert job.commands.calls("srun")[-1][-3:] == ["rm", "-rf", str(scratch)]
+
+
+def test_nothing_of_a_persons_own_python_reaches_the_ranks(job):
+    job.wait(PYTHONHOME=None, PYTHONUSERBASE="/u", PYTHONSTARTUP="/s")
+    seen = job.commands.environment("srun")
+    assert seen["PYTHONNOUSERSITE"] == "1"
+    assert not {"PYTHONUSERBASE", "PYTHONSTARTUP"} & seen.keys()
 
 
 @pytest.mark.parametrize(("number", "first"), [("9999", 20000), ("4294900000", 20001)])
@@ -83,7 +193,7 @@ def test_no_hosts_no_launch(job):
     code, errors = job.wait()
     assert code == 1
     assert "slurm_load_node error" in errors
-    assert job.commands.calls("srun") == []
+    assert job.launches() == []
     assert job.run.status()["state"] == "FAILED"  # and not QUEUED for ever
 
 
@@ -93,7 +203,7 @@ def test_a_module_that_does_not_load_makes_the_job_failed_before_its_first_attem
     code, errors = job.wait(MODULES="cuda/0")
     assert code == 1
     assert "no such module" in errors
-    assert job.commands.calls("srun") == []
+    assert job.launches() == []
     assert job.run.status()["state"] == "FAILED"
 
 
@@ -110,7 +220,7 @@ def test_without_a_fault_on_demand_the_ranks_hear_of_none(job):
 
 def test_the_tasks_have_modules_and_code_but_no_network_and_no_token(job):
     job.commands.add("module")
-    job.commands.add("srun", f"umask >{job.folder}/umask\n{job.status('DONE')}")
+    job.ranks(f"umask >{job.folder}/umask\n{job.status('DONE')}")
     job.wait(MODULES="cuda/12.8 python/3.12")
     assert job.commands.calls("module") == [["load", "cuda/12.8", "python/3.12"]]
     seen = job.commands.environment("srun")
@@ -124,13 +234,13 @@ def test_the_tasks_have_modules_and_code_but_no_network_and_no_token(job):
 
 
 def test_where_slurm_does_not_tell_the_end_of_the_job_squeue_is_asked(job):
-    job.commands.add("squeue", 'case "$*" in *%e*) echo 2030-01-02T03:04:05 ;; esac')
+    job.commands.add("squeue", 'case "$*" in *%e*) echo "end|2030-01-02T03:04:05" ;; esac')
     job.wait(SLURM_JOB_END_TIME=None, TZ="UTC")
     assert job.value("--ends-at") == "1893553445"
-    assert ["--noheader", "--jobs=77", "--format=%e"] in job.commands.calls("squeue")
+    assert ["--noheader", "--jobs=77", "--format=end|%e"] in job.commands.calls("squeue")
 
 
-@pytest.mark.parametrize("answer", ["exit 1", "echo N/A"])
+@pytest.mark.parametrize("answer", ["exit 1", "echo 'end|N/A'"])
 def test_an_end_that_nobody_knows_is_left_out(job, answer):
     """An empty date is last midnight to date(1): the job would stop at its first step."""
     job.commands.add("squeue", answer)
@@ -142,7 +252,7 @@ def test_an_end_that_nobody_knows_is_left_out(job, answer):
 def test_a_job_that_slurm_no_longer_has_is_told_to_the_ranks(job, queue, is_gone):
     holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
     (job.run_dir / "lease" / "1.json").write_text(json.dumps(holder))
-    job.commands.add("squeue", f"echo {queue}")
+    job.commands.add("squeue", f"echo 'job|{queue}|RUNNING|1:00|None|gpu-07'")
     job.wait()
     assert ("--gone" in job.command()) is is_gone
     if is_gone:
@@ -163,7 +273,7 @@ ENDS = [
 def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(
     job, written, srun, code, state, attempts
 ):
-    job.commands.add("srun", f"{job.status(written) if written else ':'}; exit {srun}")
+    job.ranks(f"{job.status(written) if written else ':'}; exit {srun}")
     ended, errors = job.wait()
     assert ended == code, errors
     status = job.run.status()
@@ -177,7 +287,7 @@ def test_the_status_decides_how_a_job_ended_not_the_code_of_srun(
 
 
 def test_the_done_of_an_earlier_life_is_not_taken_for_this_one(job):
-    job.commands.add("srun", job.status("DONE", job="12"))
+    job.ranks(job.status("DONE", job="12"))
     code, errors = job.wait()
     assert code == 76, errors
     assert "FAILED" in errors
@@ -189,7 +299,7 @@ def test_a_job_whose_run_is_done_ends_at_once_and_in_order(job):
     before = (job.run_dir / "status.json").read_bytes()
     code, errors = job.wait()
     assert (code, errors) == (0, "first: complete: DONE at step 5; nothing to do\n")
-    assert job.commands.calls("srun") == []
+    assert job.launches() == []
     assert job.run.events() == []
     assert (job.run_dir / "status.json").read_bytes() == before
 
@@ -197,7 +307,7 @@ def test_a_job_whose_run_is_done_ends_at_once_and_in_order(job):
 def test_the_first_culprit_among_the_ranks_is_named(job):
     for rank, victim, cause in ((0, True, "lost rank 1"), (1, False, "no space left")):
         job.run.add_failure("77", 1, rank, "FAILED", 1, cause, is_victim=victim)
-    job.commands.add("srun", job.in_turn("exit 1", job.status("DONE")))
+    job.ranks(job.in_turn("exit 1", job.status("DONE")))
     code, errors = job.wait()
     assert code == 0, errors
     assert re.search(r"first: FAILED at step 0: rank 1 on \S+: no space left", errors)
@@ -207,11 +317,11 @@ def test_the_first_culprit_among_the_ranks_is_named(job):
 def test_an_attempt_that_fails_is_followed_by_the_next_in_the_same_job(job):
     job.make_checkpoint(5)
     fails = f"{job.status('RUNNING')}; exit 1"
-    job.commands.add("srun", job.in_turn(fails, job.status("DONE")))
+    job.ranks(job.in_turn(fails, job.status("DONE")))
     code, errors = job.wait()
     assert code == 0, errors
     assert job.attempts() == ["1", "2"]
-    first, second = job.commands.calls("srun")
+    first, second = job.launches()
     changes = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
     ports = [word.rpartition(":")[2] for word in (*first, *second) if "--rdzv-endpoint" in word]
     assert changes == [
@@ -228,7 +338,7 @@ def test_an_attempt_that_fails_is_followed_by_the_next_in_the_same_job(job):
 def test_attempts_that_each_bring_a_newer_checkpoint_go_on_for_ever(job):
     folder = shlex.quote(str(job.run_dir / "checkpoints"))
     bodies = [f"mkdir -p {folder}/checkpoint-{step}; exit 1" for step in (5, 10, 15, 20)]
-    job.commands.add("srun", job.in_turn(*bodies, job.status("DONE")))
+    job.ranks(job.in_turn(*bodies, job.status("DONE")))
     code, errors = job.wait()
     assert code == 0, errors
     assert job.attempts() == ["1", "2", "3", "4", "5"]
@@ -248,7 +358,7 @@ FAILURES = [
 @pytest.mark.parametrize(("state", "code", "facts", "ends"), FAILURES)
 def test_another_attempt_follows_where_it_may_help_and_only_there(job, state, code, facts, ends):
     job.run.add_failure("77", 1, 0, state, code, "a reason", is_victim=False, **facts)
-    job.commands.add("srun", job.in_turn("exit 1", job.status("DONE")))
+    job.ranks(job.in_turn("exit 1", job.status("DONE")))
     ended, errors = job.wait()
     assert ended == (ends or 0), errors
     assert job.attempts() == (["1"] if ends else ["1", "2"])
@@ -265,7 +375,7 @@ def test_a_shell_whose_job_was_requeued_elsewhere_leaves_the_run_to_it(job):
     before = (job.run_dir / "status.json").read_bytes()
     holder = {"job": "77", "attempt": 2, "restarts": 1, "host": "gpu-09", "pid": 1}
     (job.run_dir / "lease" / "2.json").write_text(json.dumps(holder))
-    job.commands.add("srun", "exit 1")
+    job.ranks("exit 1")
     code, errors = job.wait()
     assert code == 78, errors
     assert "first: REFUSED: attempt 1 of job 77 was replaced" in errors
@@ -307,7 +417,7 @@ def requeues(job: Job) -> list[list[str]]:
 
 
 def test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself(job):
-    job.commands.add("srun", hold(job, job.status("PAUSED")))
+    job.ranks(hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 75, errors
     assert job.stop_file.read_text() == "Slurm warned of the end of the job\n"
@@ -317,7 +427,7 @@ def test_a_warned_job_asks_its_ranks_to_stop_and_requeues_itself(job):
 
 
 def test_a_job_that_was_ended_by_hand_saves_and_stays_ended(job):
-    job.commands.add("srun", hold(job, job.status("PAUSED")))
+    job.ranks(hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGTERM)
     assert code == 75, errors
     assert job.stop_file.read_text() == "the job was asked to end\n"
@@ -325,7 +435,7 @@ def test_a_job_that_was_ended_by_hand_saves_and_stays_ended(job):
 
 
 def test_a_warned_job_that_is_then_ended_is_left_to_slurm(job):
-    job.commands.add("srun", hold(job, job.status("PAUSED")))
+    job.ranks(hold(job, job.status("PAUSED")))
     code, errors = warn(job, signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM)
     assert code == 75, errors
     assert errors.count("the ranks will save and stop") == 1
@@ -333,7 +443,7 @@ def test_a_warned_job_that_is_then_ended_is_left_to_slurm(job):
 
 
 def test_a_warned_job_that_was_done_anyway_is_done(job):
-    job.commands.add("srun", hold(job, job.status("DONE")))
+    job.ranks(hold(job, job.status("DONE")))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 0, errors
     assert requeues(job) == []
@@ -341,7 +451,7 @@ def test_a_warned_job_that_was_done_anyway_is_done(job):
 
 def test_an_attempt_that_fails_after_the_job_was_asked_to_end_is_not_followed_by_another(job):
     job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
-    job.commands.add("srun", hold(job, ":"))
+    job.ranks(hold(job, ":"))
     code, errors = warn(job, signal.SIGTERM)
     assert code == 1, errors
     assert job.attempts() == ["1"]
@@ -353,7 +463,7 @@ def test_an_attempt_that_fails_after_the_job_was_asked_to_end_is_not_followed_by
 
 def test_a_job_that_is_asked_to_end_between_two_attempts_does_not_seem_to_go_on(job):
     job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
-    job.commands.add("srun", "exit 1")
+    job.ranks("exit 1")
     ours = shlex.quote(sys.executable)
     job.python.write_text(  # the session's leader is the batch shell
         f'#!{BASH}\nif [[ "$*" != *"job.attempts finish"* || "$*" == *--ending* ]]; then\n'
@@ -370,7 +480,7 @@ def test_a_job_that_is_asked_to_end_between_two_attempts_does_not_seem_to_go_on(
 def test_an_attempt_that_fails_after_a_warning_goes_back_to_the_queue_and_not_on_in_place(job):
     """Another attempt here would only load, and stop again."""
     job.run.add_failure("77", 1, 0, "FAILED", 1, "no space left", is_victim=False)
-    job.commands.add("srun", hold(job, ":"))
+    job.ranks(hold(job, ":"))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 75, errors
     assert "no space left" in errors
@@ -381,7 +491,7 @@ def test_an_attempt_that_fails_after_a_warning_goes_back_to_the_queue_and_not_on
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_ranks_that_were_gone_before_they_could_begin_leave_a_paused_run(job, number):
-    job.commands.add("srun", hold(job, ":"))
+    job.ranks(hold(job, ":"))
     code, errors = warn(job, number)
     assert code == 75, errors
     status = job.run.status()
@@ -395,7 +505,7 @@ def test_ranks_that_were_gone_before_they_could_save_are_not_said_to_have_lost_n
     job.make_checkpoint(5)
     ranks = ["rank 0 on gpu-07: pid 1"]
     job.run.add_event("start", job="77", attempt=1, ranks=ranks)
-    job.commands.add("srun", hold(job, job.status("RUNNING")))
+    job.ranks(hold(job, job.status("RUNNING")))
     code, errors = warn(job, signal.SIGUSR1)
     assert code == 75, errors
     assert job.run.status()["cause"].endswith(", before the ranks had saved")
@@ -405,14 +515,14 @@ def test_ranks_that_were_gone_before_they_could_save_are_not_said_to_have_lost_n
 def test_a_stop_file_of_an_earlier_process_of_this_name_stops_nobody(job):
     job.stop_file.write_text("of long ago")
     stop_file = shlex.quote(str(job.stop_file))
-    job.commands.add("srun", f"[[ ! -e {stop_file} ]] || exit 1\n{job.status('DONE')}")
+    job.ranks(f"[[ ! -e {stop_file} ]] || exit 1\n{job.status('DONE')}")
     code, errors = job.wait()
     assert code == 0, errors
     assert job.attempts() == ["1"]
 
 
 def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
-    job.commands.add("srun", job.status("PAUSED"))
+    job.ranks(job.status("PAUSED"))
     job.commands.add("scontrol", '[[ "$1" != requeue ]] || exit 1; echo gpu-07')
     code, errors = job.wait()
     assert code == 75
@@ -431,16 +541,16 @@ def test_three_lives_without_a_checkpoint_are_not_followed_by_a_fourth(job):
     assert code == 76, errors
     assert job.run.status()["state"] == "NO_PROGRESS"
     assert "3 attempts without a newer checkpoint" in errors
-    assert job.commands.calls("srun") == []
+    assert job.launches() == []
     assert requeues(job) == []
 
 
-CHAINED = ["--noheader", "--states=PENDING", "--name=first-5eed1e55", "--format=%A"]
+CHAINED = ["--noheader", "--states=PENDING", "--name=first-5eed1e55", "--format=job|%A"]
 
 
 def test_a_paused_job_of_a_chain_leaves_in_order_and_the_next_goes_on(job):
-    job.commands.add("srun", job.status("PAUSED"))
-    job.commands.add("squeue", "printf '78\\n79\\n'")
+    job.ranks(job.status("PAUSED"))
+    job.commands.add("squeue", "printf 'job|78\\njob|79\\n'")
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == 0, errors
     assert job.commands.calls("squeue")[-1] == CHAINED
@@ -454,7 +564,7 @@ def test_a_paused_job_of_a_chain_leaves_in_order_and_the_next_goes_on(job):
 
 @pytest.mark.parametrize("queue", ["", "exit 1"])
 def test_the_last_job_of_a_chain_says_that_nobody_goes_on(job, queue):
-    job.commands.add("srun", job.status("PAUSED"))
+    job.ranks(job.status("PAUSED"))
     job.commands.add("squeue", queue)
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == 75, errors
@@ -468,7 +578,7 @@ def test_what_a_person_has_to_look_at_ends_the_rest_of_a_chain(job, state):
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == EXIT_CODES[state]
     assert errors == f"first: {state} in job 76: the rest of the chain does not continue\n"
-    assert job.commands.calls("srun") == []
+    assert job.launches() == []
     assert job.run.status()["job"] == "76"
 
 

@@ -60,20 +60,54 @@ def exported(call: list[str]) -> set[str]:
 def test_sbatch_gets_exactly_these_arguments_also_where_paths_are_hostile(site):
     options = ["--nodes=4", "--gpus-per-node=1", "--comment=two words; $(touch canary)"]
     assert site.submit("--", *options).returncode == 0
-    (call,) = site.commands.calls("sbatch")
+    (call,) = site.submissions()
     assert without_export(call) == golden(site, *options)
 
 
 def test_a_job_sees_the_names_on_the_list_and_never_a_secret(site):
     fault = "kill:rank=1,step=25;nan:step=30"
     result = site.submit(
-        NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x", TRAINSTACK_FAULT=fault
-    )
+        NCCL_DEBUG="INFO", OMP_PLACES="cores", EDITOR="vi", PYTHONPATH="/x", MASTER_PORT="29500",
+        RANK="3", TMPDIR=str(site.folder), CONDA_PREFIX="/c", CUDA_VISIBLE_DEVICES="",
+        SLURM_MEM_PER_CPU="64", SBATCH_PARTITION="debug", NPROC_PER_NODE="2",
+        TRAINSTACK_FAULT=fault,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    (call,) = site.commands.calls("sbatch")
-    usual = {"HOME", "LANG", "MODULES", "NCCL_DEBUG", "OMP_PLACES", "PATH"}
-    assert exported(call) == {*usual, "TRAINSTACK_FAULT"}
+    (call,) = site.submissions()
+    assert exported(call) == {
+        "HOME", "LANG", "MODULES", "PATH", "NPROC_PER_NODE", "TRAINSTACK_FAULT",
+    }  # fmt: skip
+    told = "not passed to the job: CUDA_VISIBLE_DEVICES, NCCL_DEBUG, OMP_PLACES, SBATCH_PARTITION;"
+    assert told in result.stderr
+    seen = site.commands.environment("sbatch")
+    assert not {"SLURM_MEM_PER_CPU", "SBATCH_PARTITION"} & seen.keys()
     assert site.commands.environment("sbatch")["TRAINSTACK_FAULT"] == fault
+
+
+def test_a_variable_that_train_slurm_takes_from_the_shell_reaches_the_job(site):
+    script = site.checkout / "train.slurm"
+    line = 'export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"\n'
+    script.write_text(script.read_text().replace("# export NCCL_DEBUG", f"{line}# export NCCL_D"))
+    result = site.submit(NCCL_DEBUG="INFO")
+    assert result.returncode == 0, result.stderr
+    (call,) = site.submissions()
+    assert "NCCL_DEBUG" in exported(call)
+    assert "not passed" not in result.stderr
+
+
+def test_an_option_takes_the_place_of_the_lines_on_the_same_resource(site):
+    """sbatch takes both: two GPUs in all, of which each node has one, are two nodes."""
+    options = ["--gpus=2", "--cpus-per-gpu=3", "--mem-per-gpu", "2G"]
+    result = site.submit("--", *options)
+    assert result.returncode == 0, result.stderr
+    lines = (site.run_dir / "code" / "train.slurm").read_text().splitlines()
+    asked = [line for line in lines if line.startswith("#SBATCH")]
+    kept = (site.checkout / "train.slurm").read_text().splitlines()
+    dropped = ["#SBATCH --gpus-per-node=1", "#SBATCH --cpus-per-task=8"]
+    assert asked == [line for line in kept if line.startswith("#SBATCH") and line not in dropped]
+    assert "1 node x 2 GPUs" in result.stderr
+    assert site.submit("--", "--time=5").returncode == 0
+    assert (site.run_dir / "code" / "train.slurm").read_text().splitlines() == kept
 
 
 def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
@@ -82,7 +116,7 @@ def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
     result = site.submit("--dry-run", "--", "--time=5")
     assert result.returncode == 0, result.stderr
     assert site.files() == before
-    assert site.commands.calls("sbatch") == []
+    assert site.submissions() == []
     words = words_of(result.stdout)
     assert words[0] == "sbatch"
     assert without_export(words[1:]) == golden(site, "--time=5")
@@ -112,10 +146,10 @@ NUMBERED = """n="$(cat ids 2>/dev/null || echo 4710)"; echo "$((n + 1))" >ids; c
 
 
 def test_a_chain_is_jobs_of_one_name_of_which_each_waits_for_the_one_before(site):
-    site.commands.add("sbatch", NUMBERED)
+    site.sbatch(NUMBERED)
     result = site.submit("--chain", "3", "--", "--time=1:00:00")
     assert (result.returncode, result.stdout) == (0, "4711\n"), result.stderr
-    calls = site.commands.calls("sbatch")
+    calls = site.submissions()
     assert [without_export(call) for call in calls] == [golden_chain(site, "--time=1:00:00")] * 3
     assert all("TRAINSTACK_CHAIN" in exported(call) for call in calls)
     assert site.commands.environment("sbatch")["TRAINSTACK_CHAIN"] == "1"
@@ -135,14 +169,14 @@ def test_the_chains_of_two_projects_with_one_run_name_do_not_wait_for_each_other
     for names in ({}, {}, other):
         result = site.submit("--chain=2", **names)
         assert result.returncode == 0, result.stderr
-    names = [call[1] for call in site.commands.calls("sbatch")]
+    names = [call[1] for call in site.submissions()]
     assert names[0] == names[1] == names[2] == names[3] != names[4] == names[5]
     assert all(re.fullmatch(r"--job-name=first-[0-9a-f]{8}", name) for name in names)
 
 
 def test_without_chain_no_job_believes_that_others_wait_behind_it(site):
     assert site.submit(TRAINSTACK_CHAIN="1").returncode == 0
-    (call,) = site.commands.calls("sbatch")
+    (call,) = site.submissions()
     assert "TRAINSTACK_CHAIN" not in exported(call)
 
 
@@ -153,12 +187,12 @@ def test_a_dry_run_of_a_chain_prints_every_command_and_submits_nothing(site):
     assert first == second
     assert words_of(first)[:2] == ["TRAINSTACK_CHAIN=1", "sbatch"]
     assert without_export(words_of(first)[2:]) == golden_chain(site, "--time=5")
-    assert site.commands.calls("sbatch") == []
+    assert site.submissions() == []
     assert not site.run_dir.exists()
 
 
 def test_a_second_submit_is_refused_while_any_job_of_a_chain_waits(site):
-    site.commands.add("sbatch", NUMBERED)
+    site.sbatch(NUMBERED)
     assert site.submit("--chain", "3").returncode == 0
     for alive, named in (
         (
@@ -168,42 +202,41 @@ def test_a_second_submit_is_refused_while_any_job_of_a_chain_waits(site):
         ("4713 PENDING", "4713 (PENDING)"),
         ("4712 RUNNING", "4712 (RUNNING)"),
     ):
-        site.commands.add("squeue", f"printf '12 RUNNING\\n{alive}\\n'")
+        site.queue("12 RUNNING", *alive.split("\\n"))
         for arguments in ([], ["--chain", "2"]):
             line = complaint(site.submit(*arguments), 78)
             assert f"run first has job {named}" in line
             assert line.endswith("scancel " + " ".join(re.findall(r"471\d", alive)))
-    assert len(site.commands.calls("sbatch")) == 3
-    site.commands.add("squeue", "echo 12 RUNNING")
+    assert len(site.submissions()) == 3
+    site.queue("12 RUNNING")
     assert site.submit().stdout == "4714\n"
 
 
 def test_a_chain_that_sbatch_breaks_off_says_which_jobs_there_are(site):
     refusal = "echo 'sbatch: error: job submit limit' >&2; exit 3"
-    site.commands.add(
-        "sbatch", f"[[ ! -e ids || $(<ids) != 4712 ]] || {{ {refusal}; }}; {NUMBERED}"
-    )
+    site.sbatch(f"[[ ! -e ids || $(<ids) != 4712 ]] || {{ {refusal}; }}; {NUMBERED}")
     result = site.submit("--chain", "4")
     assert (result.returncode, result.stdout) == (3, "4711\n")
     last = result.stderr.splitlines()[-1]
     assert "error: sbatch refused job 3 of 4: sbatch: error: job submit limit" in last
     assert "; in the queue are already 4711 4712; to end them: scancel --name=first-" in last
     run = RunFolder(site.run_dir)
-    assert [event["job"] for event in run.events()] == ["4711", "4712"]
+    events = [(event["event"], event.get("job")) for event in run.events()]
+    assert events == [("submitted", "4711"), ("submitted", "4712"), ("not_submitted", None)]
     assert run.status()["state"] == "QUEUED"
 
 
 def test_a_chain_that_sbatch_refuses_at_once_leaves_nothing_behind(site):
-    site.commands.add("sbatch", "exit 3")
+    site.sbatch("exit 3")
     result = site.submit("--chain", "4")
     assert (result.returncode, result.stdout) == (3, "")
     assert "sbatch refused job 1 of 4" in result.stderr
     assert "in the queue" not in result.stderr
-    assert RunFolder(site.run_dir).status() == {}
+    assert RunFolder(site.run_dir).status()["state"] == "NOT_SUBMITTED"
 
 
 def test_the_cluster_that_sbatch_names_is_no_part_of_the_job_id(site):
-    site.commands.add("sbatch", "echo '4711;east'")
+    site.sbatch("echo 'Jobs before 2019:'; echo '4711;east'; echo 'Bye'")
     assert site.submit().stdout == "4711\n"
     assert [event["job"] for event in RunFolder(site.run_dir).events()] == ["4711"]
 
@@ -229,7 +262,7 @@ def test_a_refusal_of_sbatch_gets_a_hint(site, reason):
 
 def test_what_sbatch_refuses_is_one_line_with_its_reason_and_a_hint(site):
     reason = "sbatch: error: invalid partition specified: x\\nsbatch: error: and more"
-    site.commands.add("sbatch", f"printf '{reason}\\n' >&2; exit 3")
+    site.sbatch(f"printf '{reason}\\n' >&2; exit 3")
     result = site.submit()
     assert (result.returncode, result.stdout) == (3, "")
     assert result.stderr.count("error: sbatch refused") == 1
@@ -240,14 +273,15 @@ def test_what_sbatch_refuses_is_one_line_with_its_reason_and_a_hint(site):
 
 
 def test_a_refused_job_leaves_the_status_of_before(site):
-    site.commands.add("sbatch", "exit 3")
+    site.sbatch("echo 'sbatch: error: no room' >&2; exit 3")
     assert site.submit().returncode == 3
-    assert RunFolder(site.run_dir).status() == {}
+    status = RunFolder(site.run_dir).status()
+    assert (status["state"], status["cause"]) == ("NOT_SUBMITTED", "sbatch: error: no room")
     RunFolder(site.run_dir).set_status("PAUSED", step=7, job="12")
     before = (site.run_dir / "status.json").read_text()
     assert site.submit().returncode == 3
     assert json.loads((site.run_dir / "status.json").read_text()) == json.loads(before)
-    assert RunFolder(site.run_dir).events() == []
+    assert {e["event"] for e in RunFolder(site.run_dir).events()} == {"not_submitted"}
 
 
 def test_without_sbatch_the_way_out_is_named(site):
@@ -259,12 +293,13 @@ def test_a_slurm_that_does_not_answer_is_quoted_on_one_line(site):
     site.commands.add("squeue", "printf 'slurm_load_jobs error: no contact\\nmore\\n' >&2; exit 1")
     line = complaint(site.submit(), 1)
     assert "Slurm does not answer: slurm_load_jobs error: no contact; try again" in line
-    assert site.commands.calls("sbatch") == []
+    assert site.submissions() == []
 
 
 def test_a_queue_of_twenty_thousand_jobs_is_no_obstacle(site):
     """One argument of a command may have 128 KiB on Linux; this queue has 300."""
-    site.commands.add("squeue", "for ((i = 100000; i < 120000; i++)); do echo $i PENDING; done")
+    loop = "for ((i = 100000; i < 120000; i++)); do"
+    site.commands.add("squeue", f'{loop} echo "job|$i|PENDING|1:00|None|"; done')
     result = site.submit()
     assert result.stdout == "4711\n", result.stderr
 
@@ -296,37 +331,166 @@ WRONG_USE = [
     (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N2"], "no multiple of"),
     (["--", "--nodes=3", "--gpus-per-node=h100:8"], "x 24 processes; write train.global_batch"),
     (["--", "--nodes=0"], "0 processes cannot train"),
+    (["--", "--array=1-3"], "one job at a time works on a run; leave out: --array=1-3"),
+    (["--", "--export=ALL"], "train.slurm holds what a job is to have; leave out: --export=ALL"),
+    (["--", "--test-only"], "--dry-run, before the --, makes all checks; leave out: --test-only"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "fix"), WRONG_USE, ids=lambda value: " ".join(value)[:40])
 def test_a_wrong_use_is_one_line_before_the_queue(site, arguments, fix):
     assert fix in complaint(site.submit(*arguments), 2)
-    assert site.commands.calls("sbatch") == []
+    assert site.submissions() == []
     assert not site.run_dir.exists()
 
 
 SPELLINGS = [
-    # options after -- -> nodes and GPUs per node, over train.slurm's one of each
-    ("", 1, 1),
-    ("--nodes=3", 3, 1),
-    ("--nodes 3", 3, 1),
-    ("-N3", 3, 1),
-    ("-N 3 --nodes=4", 4, 1),
-    ("--nodes=2-4", None, 1),
-    ("--gpus-per-node=3", 1, 3),
-    ("--gpus-per-node a100:3", 1, 3),
-    ("--gres=gpu:3", 1, 3),
-    ("--gres=gpu:a100:3", 1, 3),
-    ("--gpus=8", 1, None),
+    # options -> nodes, and GPUs, CPUs, MB on each
+    ("", 1, 0, 1, None),
+    ("--nodes=3", 3, 0, 1, None),
+    ("--nodes 3", 3, 0, 1, None),
+    ("-N3", 3, 0, 1, None),
+    ("-N 3 --nodes=4 -c8", 4, 0, 8, None),
+    ("--nodes=2-4", None, None, None, None),
+    ("--gpus-per-node=3 --mem=0", 1, 3, 1, 0),
+    ("--gpus-per-node a100:3 --cpus-per-gpu=4 --mem-per-gpu=2G", 1, 3, 12, 6144),
+    ("--gres=gpu:3 -c 6", 1, 3, 6, None),
+    ("--gres=gpu", 1, 1, 1, None),
+    ("--gres=lscratch:100,gpu:a100:3 --mem=1.5G", 1, 3, 1, None),
+    ("--gres=lscratch:100", 1, 0, 1, None),
+    ("--gpus=8", 1, 8, 1, None),
+    ("-N2 -G h100:8 --cpus-per-gpu=2", 2, 4, 8, None),
+    ("-N3 --gpus=8", 3, None, 1, None),
+    ("-N2 -n16 --gpus-per-task=1 --cpus-per-task=4 --mem-per-cpu=500M", 2, 8, 32, 16000),
+    ("--ntasks-per-node=4 --cpus-per-task=2 --mem=64GB", 1, 0, 8, 65536),
 ]
 
 
-@pytest.mark.parametrize(("options", "nodes", "gpus"), SPELLINGS)
-def test_what_the_job_asks_for_is_read_in_every_spelling_of_sbatch(options, nodes, gpus):
-    found = read_resources(tiny.ROOT / "train.slurm", options.split())
-    assert (found.nodes, found.gpus_per_node) == (nodes, gpus)
-    assert (found.time, found.processes_per_node) == ("24:00:00", 0)
+@pytest.mark.parametrize(("options", "nodes", "gpus", "cpus", "megabytes"), SPELLINGS)
+def test_what_the_job_asks_for_is_read_in_every_spelling_of_sbatch(
+    tmp_path, options, nodes, gpus, cpus, megabytes
+):
+    script = tmp_path / "train.slurm"
+    script.write_text('#SBATCH --time=24:00:00\nNPROC_PER_NODE="${NPROC_PER_NODE:-}"\n')
+    for words in ((options.split(), ""), ([], f"#SBATCH {options} # because\n")):
+        script.write_text(script.read_text() + words[1])
+        found = read_resources(script, words[0])
+        asked = found.nodes, found.gpus_per_node, found.cpus_per_node, found.megabytes_per_node
+        assert asked == (nodes, gpus, cpus, megabytes)
+        assert (found.time, found.processes_per_node) == ("24:00:00", 0)
+
+
+CLUSTER = """\
+node|gpu|gpu*|2|4|8000|gpu:h100:2(S:0-1)|2-00:00:00|1-infinite|up|idle
+node|gpu|gpu*|1|16|64000|gpu:a100:4|2-00:00:00|1-infinite|up|mix
+node|debug|debug|1|4|8000|(null)|1:00:00|1-infinite|up|idle
+"""
+NEVER = [
+    # options -> what the line says, which of them helps, written so
+    ("-c32", "=32 is 32 CPUs per node, but no node of partition gpu has more than 16",
+     "--cpus-per-task=16"),
+    ("-c8 --ntasks-per-node=4", "--cpus-per-task=8 is 32 CPUs per node", "--cpus-per-task=4"),
+    ("-p debug -c8 -t 9 --gpus-per-node=0", "no node of partition debug has more than 4",
+     "--cpus-per-task=4"),
+    ("--mem=128G", "--mem=128G is 131,072 MB of memory per node", "--mem=64000M"),
+    ("--cpus-per-gpu=8 --gpus-per-node=4", "--cpus-per-gpu=8 is 32 CPUs", "--cpus-per-gpu=4"),
+    ("--mem-per-cpu=16G -c8", "--mem-per-cpu=16G is 131,072 MB", "--mem-per-cpu=8000M"),
+    ("--gpus-per-node=8", "--gpus-per-node=8 is 8 GPUs per node", "--gpus-per-node=4"),
+    ("--gres=gpu:h100:4", "--gres=gpu:h100:4 is 4 GPUs of type h100 per node", "--gres=gpu:h100:2"),
+    ("--gpus-per-node=v100:1", "is 1 GPU of type v100 per node, but no", "--gpus-per-node=v100:0"),
+    ("-p debug -c4 -t 9", "=1 is 1 GPU per node, but no node of partition debug has more than 0",
+     "--gpus-per-node=0"),
+    ("-N4 -c4", "--nodes=4, but partition gpu has 3 with all that the job asks for", "--nodes=3"),
+    ("-N2 -c16", "--nodes=2, but partition gpu has 1 with all", "--nodes=1"),
+    ("-c16 --gres=gpu:h100:2", "partition gpu has 0 with all", "ask for less on each node"),
+    ("-t 3-0", "--time=3-0 is more than partition gpu allows, 2-00:00:00", "--time=2-00:00:00"),
+    ("-p debug --gpus-per-node=0 -c4 -t 61", "--time=61 is more than partition debug allows",
+     "--time=1:00:00"),
+]  # fmt: skip
+
+
+def know_cluster(site) -> None:
+    site.commands.add("sinfo", f"cat <<'EOF'\nWelcome\n{CLUSTER}\nEOF")
+
+
+@pytest.mark.parametrize(("options", "what", "fix"), NEVER)
+def test_a_job_that_can_never_start_is_refused_with_the_option_to_change(site, options, what, fix):
+    know_cluster(site)
+    batch = ("train.global_batch_size=48", "train.micro_batch_size=1")
+    line = complaint(site.submit(*batch, "--", *options.split()), 2)
+    assert what in line and fix in line
+    assert site.submissions() == []
+    assert not site.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "", "-c16", "--mem=0", "-N3 -c4", "--gpus=4", "--gres=gpu:a100:4", "-t 2-0",
+        "-p debug,gpu -t 2-0", "-p nobody-told-of -c 999", "-p debug --gpus-per-node=0 -c4 -t 30",
+        "--gpus-per-task=1 --ntasks-per-node=4 --cpus-per-task=4",
+    ],
+)  # fmt: skip
+def test_a_job_that_some_partition_of_it_can_start_is_accepted(site, options):
+    know_cluster(site)
+    batch = ("train.global_batch_size=48", "train.micro_batch_size=1")
+    result = site.submit(*batch, "--", *options.split())
+    assert result.stdout == "4711\n", result.stderr
+
+
+def test_what_a_qos_may_lift_is_told_and_not_refused(site):
+    know_cluster(site)
+    result = site.submit("--", "--time=3-0", "--qos=long")
+    assert result.stdout == "4711\n", result.stderr
+    assert "--time=3-0 is more than partition gpu allows, 2-00:00:00; the QOS would have to" in (
+        result.stderr
+    )
+
+
+def test_what_sbatch_would_refuse_is_known_before_anything_is_written(site):
+    site.sbatch("echo 4711", trial="echo 'sbatch: error: Invalid account or x' >&2; exit 1")
+    line = complaint(site.submit(), 2)
+    assert "sbatch refuses the job: sbatch: error: Invalid account or x" in line
+    assert "#SBATCH --account=NAME" in line
+    assert not site.run_dir.exists()
+
+
+def test_nodes_that_are_only_down_and_a_late_start_are_told(site):
+    text = "allocation failure: Required node not available (down, drained or reserved)"
+    site.sbatch("echo 4711", trial=f"echo '{text}' >&2; exit 1")
+    result = site.submit()
+    assert result.stdout == "4711\n"
+    assert f"Slurm, asked when the job could start: {text}" in result.stderr
+    start = "sbatch: Job 3 to start at 2099-01-01T00:00:00 using 4 processors on nodes bar1"
+    site.sbatch("echo 4711", trial=f"echo '{start}' >&2")
+    assert re.search(r"Slurm expects to start the job in \d+ d\n", site.submit().stderr)
+
+
+def test_a_slurm_that_is_silent_costs_seconds_and_one_line(site):
+    site.commands.add("squeue", "sleep 60")
+    line = complaint(site.submit(ANSWER_SECONDS="1"), 1)
+    assert "Slurm does not answer: squeue gave no answer in 1 s; try again when" in line
+
+
+def test_a_local_run_asks_slurm_only_of_runs_that_had_a_job(site):
+    fake_torchrun(site)
+    site.commands.add("squeue", "echo no contact; exit 1")
+    assert "Slurm" not in site.submit("--local").stderr
+    RunFolder(site.run_dir).add_event("submitted", job="1")
+    told = "Slurm does not answer: no contact; that none of its jobs works on the run is not sure"
+    assert told in site.submit("--local").stderr
+
+
+def test_the_run_of_a_colleague_whose_job_slurm_hides_is_left_alone(site):
+    run = RunFolder(site.run_dir)
+    run.create()
+    holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
+    (site.run_dir / "lease" / "1.json").write_text(json.dumps({**holder, "user": "somebody"}))
+    run.beat("55")
+    line = complaint(site.submit(), 78)
+    assert "is in the hands of job 55 of somebody, whose heartbeat is " in line
+    os.utime(run.logs / "55.alive", (0, 0))
+    assert site.submit().stdout == "4711\n"
 
 
 def test_several_mistakes_are_told_together_under_one_head(site):
@@ -360,19 +524,19 @@ def test_a_config_file_is_found_from_the_folder_of_the_user(site):
 
 def test_a_second_submit_is_refused_while_the_job_of_the_first_waits(site):
     assert site.submit().returncode == 0
-    site.commands.add("squeue", "printf '12 RUNNING\\n4711 PENDING\\n'")
+    site.queue("12 RUNNING", "4711 PENDING")
     line = complaint(site.submit(), 78)
     assert "run first has job 4711 (PENDING) already; wait for it, or end it: scancel 4711" in line
-    assert len(site.commands.calls("sbatch")) == 1
+    assert len(site.submissions()) == 1
 
 
 def test_a_run_in_the_hands_of_a_live_job_is_refused_and_of_a_dead_one_continued(site):
     RunFolder(site.run_dir).create()
     holder = {"job": "55", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
     (site.run_dir / "lease" / "1.json").write_text(json.dumps(holder))
-    site.commands.add("squeue", "echo 55 RUNNING")
+    site.queue("55 RUNNING")
     assert "in the hands of job 55; wait for it" in complaint(site.submit(), 78)
-    site.commands.add("squeue", "echo 56 RUNNING")
+    site.queue("56 RUNNING")
     assert site.submit().stdout == "4711\n"
 
 
@@ -388,7 +552,7 @@ def test_a_run_that_lives_on_this_machine_is_left_alone(site):
 
 def test_a_local_run_is_refused_while_a_job_of_slurm_works_on_it(site):
     assert site.submit().returncode == 0
-    site.commands.add("squeue", "echo 4711 RUNNING")
+    site.queue("4711 RUNNING")
     assert "run first has job 4711 (RUNNING) already" in complaint(site.submit("--local"), 78)
 
 
@@ -460,7 +624,7 @@ def test_a_complete_run_says_so_and_submits_nothing(site):
     assert "raise train.max_steps" in result.stderr
     fewer = site.submit("train.max_steps=null", "train.num_train_epochs=0.01").stderr
     assert "train.num_train_epochs asks for fewer steps, 1; for a new run" in fewer
-    assert site.commands.calls("sbatch") == []
+    assert site.submissions() == []
     assert site.submit("train.max_steps=30").stdout == "4711\n"
 
 
@@ -593,7 +757,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_the_queue(site):
         r"is an encoder-decoder model, .*; choose a causal LM.*",
         refused.stderr.splitlines()[-1],
     )
-    assert "Traceback" not in refused.stderr and not site.commands.calls("sbatch")
+    assert "Traceback" not in refused.stderr and not site.submissions()
 
 
 def test_data_smaller_than_one_batch_is_told_with_both_numbers(site):
@@ -625,7 +789,7 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
     package = site.checkout / "trainstack"
     modules = {path.relative_to(site.checkout) for path in package.rglob("*.py")}
-    others = ("train.py", "train.slurm", "job.sh", "requirements.txt")
+    others = ("train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt")
     assert kept == modules | {Path(name) for name in others}
     for path in kept:
         assert (code / path).read_bytes() == (site.checkout / path).read_bytes()

@@ -1,10 +1,12 @@
 """The attempts of a job: its shell asks here to begin one, and to end one.
 
-Command line: ``python -m trainstack.job.attempts port|holder|submitted|begin|finish ...``.
+Command line: ``python -m trainstack.job.attempts port|holder|submitted|begin|fail|finish ...``.
 """
 
 import argparse
 import json
+import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from trainstack.errors import USAGE_ERROR
 from trainstack.job import verdict
 from trainstack.job.preflight import free_port
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, Owner
-from trainstack.run.states import EXIT_CODES
+from trainstack.run.lease import Lease, Owner, is_local_job, user
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING
 from trainstack.storage import files
 
 FOR_A_PERSON = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that no other job gets past
@@ -25,7 +27,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack.job.attempts", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("port").add_argument("first", type=int)
-    for name in ("holder", "submitted", "begin", "finish"):
+    for name in ("holder", "submitted", "begin", "fail", "finish"):
         command = commands.add_parser(name)
         command.add_argument("run_folder", type=Path)
         command.add_argument("--job", default="")
@@ -34,6 +36,9 @@ def main(arguments: list[str]) -> int:
         command.add_argument("--code", type=int, default=0, help="of sbatch, srun or torchrun")
         command.add_argument("--stop-file", type=Path)
         command.add_argument("--taken-back", action="store_true", help="Slurm has the job again")
+        command.add_argument("--preempted", action="store_true", help="Slurm wants its nodes")
+        command.add_argument("--cause", default="", help="why it failed, or was refused")
+        command.add_argument("--elsewhere", action="store_true", help="it may run on other nodes")
         command.add_argument("--chain", action="store_true", help="others wait behind this job")
         command.add_argument("--ending", action="store_true", help="the job ends: no restart")
     options = parser.parse_args(arguments)
@@ -46,25 +51,35 @@ def main(arguments: list[str]) -> int:
         print(holder["job"] if holder else "")
         return 0
     if options.command == "submitted":
-        note_submission(run, options.job, options.code)
+        note_submission(run, options.job, options.code, options.cause.strip())
         return 0
     if options.command == "begin":
         return begin(run, options.job, options.restarts, options.chain)
+    if options.command == "fail":
+        run.add_failure(
+            options.job, options.attempt, "none", "FAILED", options.code or 1, options.cause, False,
+            is_second_hand=True, is_final=not options.elsewhere, is_elsewhere=options.elsewhere,
+        )  # fmt: skip
+        return 0
     owner = Owner(options.job, options.attempt, options.restarts)
-    stop_file, is_taken_back, is_ending = options.stop_file, options.taken_back, options.ending
-    return finish(run, owner, options.code, stop_file, is_taken_back, is_ending)
+    told = verdict.Told(
+        options.code, options.stop_file, options.taken_back, options.preempted, options.ending
+    )
+    return finish(run, owner, told)
 
 
-def note_submission(run: RunFolder, job: str, code: int) -> None:
+def note_submission(run: RunFolder, job: str, code: int, cause: str) -> None:
     """Record the job id; if sbatch refused, the status becomes what it was before."""
     if code == 0:
-        run.add_event("submitted", job=job)
-    elif run.status_before.exists():
+        run.add_event("submitted", job=job, user=user())
+    else:
+        run.add_event("not_submitted", cause=cause)
+    if code and run.status_before.exists():  # of a chain, the first job
         former = json.loads(run.status_before.read_bytes())
         if former:
             files.replace_file(run.path / "status.json", json.dumps(former).encode())
         else:
-            (run.path / "status.json").unlink(missing_ok=True)
+            run.set_status(NOT_SUBMITTED, cause=cause, next_action=FIX)
     run.status_before.unlink(missing_ok=True)
 
 
@@ -89,35 +104,40 @@ def begin(run: RunFolder, job: str, restarts: int, is_in_chain: bool) -> int:
         stuck = verdict.Ending(verdict.END, code, "NO_PROGRESS", verdict.STUCK, status.get("step"))
         record(run, last, stuck)
         return code
+    shutil.rmtree(run.path / ".meeting", ignore_errors=True)
     # Restarts count too: an attempt may have died before it was recorded.
     attempt = max([restarts, *(event["attempt"] for event in own)]) + 1
+    if not verdict.is_replaced(run, Owner(job, attempt, restarts)):
+        run.set_status(STARTING, job=job, attempt=attempt, cause=None, exit_code=None, **place(job))
     run.add_event("attempt", job=job, attempt=attempt, restarts=restarts,
                   newest=names.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
     print(attempt)
     return 0
 
 
-def finish(
-    run: RunFolder,
-    owner: Owner,
-    code: int,
-    stop_file: Path | None,
-    is_taken_back: bool,
-    is_ending: bool,
-) -> int:
+def place(job: str) -> dict[str, str | int]:
+    """Where a job without Slurm begins: its shell's host and pid, which its id has."""
+    if not is_local_job(job):
+        return {}
+    return {"host": socket.gethostname(), "pid": int(job.rsplit("-", 2)[1])}
+
+
+def finish(run: RunFolder, owner: Owner, told: verdict.Told) -> int:
     """Decide how an attempt ended, record it, print what follows; returns the job's exit code.
 
     Printed is ``restart`` (here, at once), ``requeue``, or ``end``.
     """
-    ending = verdict.decide(run, owner, code, stop_file, is_taken_back, is_ending)
-    record(run, owner, ending)
-    if ending.verdict == verdict.RESTART and verdict.is_false_stop(stop_file):
-        stop_file.unlink()  # or the next attempt would stop at once
+    ending = verdict.decide(run, owner, told)
+    record(run, owner, ending, told.is_preempted)
+    if ending.verdict == verdict.RESTART and verdict.is_false_stop(told.stop_file):
+        told.stop_file.unlink()  # or the next attempt would stop at once
     print(ending.verdict)
     return ending.code
 
 
-def record(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
+def record(
+    run: RunFolder, owner: Owner, ending: verdict.Ending, is_preempted: bool = False
+) -> None:
     """Write down how an attempt ended, and say it."""
     if ending.event:
         run.add_event(ending.event, **ending.facts)

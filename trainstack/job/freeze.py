@@ -12,7 +12,13 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
 from trainstack.storage import files
 
-SNAPSHOT = ("train.py", "train.slurm", "job.sh", "requirements.txt")  # beside the package
+SNAPSHOT = (
+    "train.py",
+    "train.slurm",
+    "job.sh",
+    "slurm.sh",
+    "requirements.txt",
+)  # beside the package
 
 
 def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: bool) -> None:

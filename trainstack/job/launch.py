@@ -4,7 +4,8 @@
 with torchrun's options.
 
 torchrun knows by which signal a rank died, prints it among forty other lines and forgets it; and on
-SIGTERM it ends its workers after thirty seconds, whether or not they have saved.
+SIGTERM it ends its workers after thirty seconds, whether or not they have saved. It is imported
+late, for that takes seconds, in which Slurm may preempt the job.
 """
 
 import argparse
@@ -17,18 +18,15 @@ import sys
 import threading
 import time
 from pathlib import Path
-
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from typing import Any
 
 from trainstack.errors import ConfigError
-from trainstack.job.preflight import preflight
+from trainstack.job.preflight import meet_hosts, preflight
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
 from trainstack.units import time_of
-from trainstack.waits import LOOK_SECONDS, SHUTDOWN_SECONDS
+from trainstack.waits import HEARTBEAT_SECONDS, LOOK_SECONDS, SHUTDOWN_SECONDS
 
 
 def main(arguments: list[str]) -> int:
@@ -40,25 +38,47 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--stop-file", type=Path, required=True)
     options = parser.parse_args(arguments[:split])
     run, job, attempt = RunFolder(options.run), options.job, options.attempt
+    failed_mark = run.failed_mark(job, attempt)
+    stop_by_signal(options.stop_file, failed_mark)
+    threading.Thread(target=beat, args=(run, job), daemon=True).start()
+    if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
+        Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
+    killed_before = kernel_kills()
+    torchrun_arguments = arguments[split + 1 :]
     try:
-        if remark := preflight(arguments[split + 1 :], run.logs):
+        if remark := preflight(torchrun_arguments, run.logs):
             say(remark)
     except ConfigError as error:
         note_agent(run, job, attempt, str(error), error.code)  # it is not tried again
         return 1
-    killed_before = kernel_kills()
-    failed_mark = run.failed_mark(job, attempt)
-    stop_by_signal(options.stop_file, failed_mark)
     threading.Thread(target=end_with_others, args=(failed_mark,), daemon=True).start()
     os.environ["TRAINSTACK_PARENT"] = str(os.getpid())  # for the ranks' die_with_parent
+    return run_ranks(run, job, attempt, torchrun_arguments, killed_before)
+
+
+def run_ranks(
+    run: RunFolder, job: str, attempt: int, torchrun_arguments: list[str], killed_before: int
+) -> int:
+    """Meet the other nodes, start the ranks, wait for their end, report; the exit code.
+
+    ``killed_before``: how often the kernel had killed for memory on this node.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # Its table of failures says less than the reports below.
     logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
     # Signals that are not in this list torchrun leaves to the handlers of stop_by_signal.
-    command = ["--signals-to-handle", "SIGQUIT", *arguments[split + 1 :]]
+    options = torchrun.parse_args(["--signals-to-handle", "SIGQUIT", *torchrun_arguments])
     try:
-        torchrun.run(torchrun.parse_args(command))
+        meet_hosts(torchrun_arguments, run.meeting(job, attempt))
+        torchrun.run(options)
+    except ConfigError as error:
+        note_agent(run, job, attempt, str(error), error.code)
+        return 1
     except ChildFailedError as error:
-        note_failures(run, job, attempt, error, kernel_kills() - killed_before)
+        note_failures(run, job, attempt, error.failures, kernel_kills() - killed_before)
         return 1
     except SignalException as error:
         say(f"ended by {signal.Signals(error.sigval).name}")
@@ -86,7 +106,7 @@ def stop_by_signal(stop_file: Path, failed_mark: Path) -> None:
     def on_signal(number: int, _frame) -> None:
         seen.append(number)
         if failed_mark.exists() or seen.count(signal.SIGINT) > 1:
-            raise SignalException("a rank failed, or Ctrl-C twice", signal.Signals(number))
+            end_ranks(number)
         with contextlib.suppress(OSError):
             if not stop_file.exists():  # else somebody gave a better reason
                 reason = f"{TORCHRUN_GOT} {signal.Signals(number).name}\n"
@@ -94,6 +114,21 @@ def stop_by_signal(stop_file: Path, failed_mark: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, on_signal)
+
+
+def end_ranks(number: int) -> None:
+    """End what torchrun started, by the exception that it knows, once it is imported."""
+    api = sys.modules.get("torch.distributed.elastic.multiprocessing.api")
+    if not hasattr(api, "SignalException"):
+        os._exit(128 + number)
+    raise api.SignalException("a rank failed, or Ctrl-C twice", signal.Signals(number))
+
+
+def beat(run: RunFolder, job: str) -> None:
+    """Show that the job is alive, also to those from whom Slurm hides it."""
+    while True:
+        run.beat(job)
+        time.sleep(HEARTBEAT_SECONDS)
 
 
 def end_with_others(failed_mark: Path) -> None:
@@ -113,14 +148,15 @@ def end_with_others(failed_mark: Path) -> None:
 
 
 def note_failures(
-    run: RunFolder, job: str, attempt: int, error: ChildFailedError, kernel_killed: int
+    run: RunFolder, job: str, attempt: int, failures: dict[int, Any], kernel_killed: int
 ) -> None:
     """Leave a failure report for each rank that could not write one: killed, crashed, or silent.
 
+    ``failures``: torchrun's own, by rank.
     ``kernel_killed``: how often the kernel killed for memory on this node meanwhile.
     """
     reported = {record["rank"] for record in run.failures(job, attempt)}
-    for rank, failure in error.failures.items():
+    for rank, failure in failures.items():
         if rank in reported:
             continue
         stacks = run.stacks_file(job, attempt, rank)

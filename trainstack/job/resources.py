@@ -1,17 +1,20 @@
-"""What the job asks of Slurm, read from train.slurm and the command line."""
+"""What the job asks of Slurm, and whether its partition can ever give it."""
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError
 
 OPTIONS = (  # of sbatch
-    ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--gpus", "-G"),
-    ("--gpus-per-node",), ("--gres",),
+    ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--qos", "-q"),
+    ("--gpus", "-G"), ("--gpus-per-node",), ("--gpus-per-task",), ("--gres",),
+    ("--ntasks", "-n"), ("--ntasks-per-node",), ("--cpus-per-task", "-c"), ("--cpus-per-gpu",),
+    ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",),
 )  # fmt: skip
+MEGABYTES = {"k": 1 / 1024, "m": 1, "": 1, "g": 1024, "t": 1024**2}  # in a unit of --mem
 
 
 @dataclass(frozen=True)
@@ -20,55 +23,266 @@ class Resources:
 
     nodes: int | None
     gpus_per_node: int | None
-    time: str
-    partition: str
+    gpu_type: str
+    cpus_per_node: int | None
+    megabytes_per_node: float | None
+    time: str  # as sbatch takes it; empty for the partition's own limit
+    partitions: list[str]  # any of them will do; empty for the default one
+    has_qos: bool  # a QOS may lift the limits of a partition
     processes_per_node: int | None  # NPROC_PER_NODE of train.slurm; 0 if it is empty there
+    options: dict[str, str] = field(default_factory=dict)  # as they were written, by long name
 
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes or '?'} nodes"
         gpus = f" x {self.gpus_per_node} GPUs" if self.gpus_per_node else ""
-        return f"{nodes}{gpus}, {self.time}, {self.partition}"
+        time = self.time or "the partition's time limit"
+        return f"{nodes}{gpus}, {time}, partition {','.join(self.partitions) or '(default)'}"
 
 
 def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
-    """Nodes, GPUs per node, time and partition; the command line wins over the #SBATCH lines."""
+    """What the #SBATCH lines ask for, and the command line, which wins.
+
+    ``train_slurm``: without the lines that an option of the command line replaces.
+    """
     script = train_slurm.read_text()
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
-    written = [word for line in lines for word in line.split()]
-    asked = _options(written + sbatch_options)
+    asked = _options([word for line in lines for word in line.split()] + sbatch_options)
+    nodes = _number(asked.get("nodes", "1"))
+    tasks = _tasks_per_node(asked, nodes)
+    gpus = _gpus_per_node(asked, nodes, tasks)
+    cpus = _cpus_per_node(asked, tasks, gpus)
     return Resources(
-        nodes=_number(asked.nodes or "1"),
-        gpus_per_node=_gpus_per_node(sbatch_options, written),
-        time=asked.time or "the partition's time limit",
-        partition=f"partition {asked.partition or '(default)'}",
+        nodes=nodes,
+        gpus_per_node=gpus,
+        gpu_type=_gpu_type(asked),
+        cpus_per_node=cpus,
+        megabytes_per_node=_megabytes_per_node(asked, cpus, gpus),
+        time=asked.get("time", ""),
+        partitions=[name for name in asked.get("partition", "").split(",") if name],
+        has_qos="qos" in asked,
         processes_per_node=_number(edited[1] or "0") if edited else None,
+        options=asked,
     )
 
 
-def _options(words: list[str]) -> argparse.Namespace:
+def _options(words: list[str]) -> dict[str, str]:
     """The last value of each option that is read here, in any of the spellings of sbatch."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in OPTIONS:
-        parser.add_argument(*names, nargs="?", const="")
-    return parser.parse_known_args(words)[0]
+        parser.add_argument(*names, nargs="?", const="", dest=names[0].removeprefix("--"))
+    found = vars(parser.parse_known_args(words)[0])
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _gpus_per_node(*sources: list[str]) -> int | None:
-    """GPUs per node by the first source that says; None if it gives only a total."""
-    for asked in map(_options, sources):
-        gres = re.fullmatch(r"gpu:(.*)", asked.gres or "")
-        if asked.gpus_per_node or gres:
-            return _number(asked.gpus_per_node or gres[1])
-        if asked.gpus is not None:
-            return None
-    return 0
+def _tasks_per_node(asked: dict[str, str], nodes: int | None) -> int | None:
+    if "ntasks-per-node" in asked:
+        return _number(asked["ntasks-per-node"])
+    tasks = _number(asked.get("ntasks", "1"))
+    return -(-tasks // nodes) if tasks and nodes else None
+
+
+def _gpus_per_node(asked: dict[str, str], nodes: int | None, tasks: int | None) -> int | None:
+    """None if only a total is said that the nodes cannot share evenly."""
+    gres = [part for part in asked.get("gres", "").split(",") if part.split(":")[0] == "gpu"]
+    if "gpus-per-node" in asked or gres:
+        return _number(asked.get("gpus-per-node") or gres[0].partition(":")[2] or "1")
+    if "gpus-per-task" in asked:
+        per_task = _number(asked["gpus-per-task"])
+        return per_task * tasks if per_task is not None and tasks else None
+    total = _number(asked.get("gpus", "0"))
+    return total // nodes if total is not None and nodes and total % nodes == 0 else None
+
+
+def _gpu_type(asked: dict[str, str]) -> str:
+    """``h100``, of h100:8 or gpu:h100:8; empty if any will do."""
+    for name in ("gpus-per-node", "gpus", "gpus-per-task", "gres"):
+        words = asked.get(name, "").removeprefix("gpu:").split(":")
+        if len(words) == 2:
+            return words[0]
+    return ""
+
+
+def _cpus_per_node(asked: dict[str, str], tasks: int | None, gpus: int | None) -> int | None:
+    if "cpus-per-gpu" in asked:
+        each, count = _number(asked["cpus-per-gpu"]), gpus
+    else:
+        each, count = _number(asked.get("cpus-per-task", "1")), tasks
+    return each * count if each and count else None
+
+
+def _megabytes_per_node(asked: dict[str, str], cpus: int | None, gpus: int | None) -> float | None:
+    """0 if all of a node is asked for."""
+    for name, count in (("mem", 1), ("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
+        if name in asked:
+            size = re.fullmatch(r"(\d+)([kmgt]?)b?", asked[name].lower())
+            return int(size[1]) * MEGABYTES[size[2]] * count if size and count else None
+    return None
 
 
 def _number(text: str) -> int | None:
     """4, or the 8 of h100:8; None for ranges and lists such as 2-4."""
     last = text.rpartition(":")[2]
     return int(last) if last.isdigit() else None
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """One line of sinfo, ``node|partition|partition*|nodes|CPUs|MB|gres|time|size|up|state``."""
+
+    partition: str
+    is_default: bool
+    count: int
+    cpus: int
+    megabytes: int
+    gpus: dict[str, int]  # by type
+    time: str
+    is_up: bool
+
+    def gpus_of(self, gpu_type: str) -> int:
+        return self.gpus.get(gpu_type, 0) if gpu_type else sum(self.gpus.values())
+
+
+def read_nodes(text: str) -> list[NodeKind]:
+    """The kinds of nodes that Slurm told; other lines are left out."""
+    found = []
+    for line in text.splitlines():
+        words = line.split("|")
+        if words[0] != "node" or len(words) != 11:
+            continue
+        _, partition, marked, count, cpus, memory, gres, time, _, is_up, _ = words
+        counts = [_number(each.rstrip("+")) for each in (count, cpus, memory)]
+        if None not in counts:
+            is_default = marked.endswith("*") and not partition.endswith("*")
+            kind = (partition, is_default, *counts, _gpus_of(gres), time, is_up == "up")
+            found.append(NodeKind(*kind))
+    return found
+
+
+def _gpus_of(gres: str) -> dict[str, int]:
+    """``{"h100": 8}`` of ``gpu:h100:8(S:0-1),nvme:1``; without a type its name is empty."""
+    found: dict[str, int] = {}
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        words = part.split(":")
+        count = _number(words[-1]) if len(words) > 1 else 1
+        if words[0] == "gpu" and count is not None:
+            gpu_type = words[1] if len(words) > 2 else ""
+            found[gpu_type] = found.get(gpu_type, 0) + count
+    return found
+
+
+def check_partition(asked: Resources, kinds: list[NodeKind]) -> list[str]:
+    """Lines on what only waits long; ConfigError for what no partition of the job can ever give.
+
+    ``kinds``: empty if Slurm did not tell; a partition that is not there is left to sbatch.
+    """
+    wanted = asked.partitions or [kind.partition for kind in kinds if kind.is_default][:1]
+    problems = []
+    for partition in wanted:
+        within = [kind for kind in kinds if kind.partition == partition]
+        found = list(_excesses(asked, partition, within)) if within else []
+        if all(excess.may_be_lifted for excess in found) and (asked.has_qos or not found):
+            return [f"{excess.text}; the QOS would have to lift that" for excess in found]
+        problems += [f"{excess.text}; {excess.fix}" for excess in found]
+    if problems:
+        raise ConfigError(*problems)
+    return []
+
+
+@dataclass(frozen=True)
+class Excess:
+    """Something of which a partition has less than the job asks for."""
+
+    text: str
+    fix: str
+    may_be_lifted: bool = False
+
+
+def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]):
+    """What the job asks for and no node of the partition has, or not so many nodes."""
+    amounts = (  # what, how much of it, how much each kind has, the options that ask for it
+        ("CPU", asked.cpus_per_node, [k.cpus for k in kinds], ("cpus-per-task", "cpus-per-gpu")),
+        ("MB of memory", asked.megabytes_per_node, [k.megabytes for k in kinds],
+         ("mem", "mem-per-cpu", "mem-per-gpu")),
+        ("GPU", asked.gpus_per_node, [k.gpus_of(asked.gpu_type) for k in kinds],
+         ("gpus-per-node", "gres", "gpus-per-task", "gpus")),
+    )  # fmt: skip
+    is_each_enough = True
+    for what, amount, have, names in amounts:
+        if amount is None or amount <= max(have):
+            continue
+        is_each_enough = False
+        written = asked.options
+        name = next((name for name in names if name in written), names[0])
+        factor = amount / (_size(written.get(name, "1")) or 1)
+        yield Excess(
+            f"{_as_written(name, written)} is {_counted(amount, what, asked)} per node, but no "
+            f"node of partition {partition} has more than {max(have):,}",
+            _write(name, max(have), factor, _gpu_prefix(name, written)),
+        )
+    fitting = sum(
+        kind.count
+        for row, kind in enumerate(kinds)
+        if all(amount is None or amount <= have[row] for _, amount, have, _ in amounts)
+    )
+    if is_each_enough and asked.nodes and asked.nodes > fitting:
+        yield Excess(
+            f"{_as_written('nodes', asked.options)}, but partition {partition} has {fitting:,} "
+            "with all that the job asks for",
+            _write("nodes", fitting) if fitting else "ask for less on each node",
+        )
+    minutes, limits = _minutes(asked.time), [_minutes(kind.time) for kind in kinds]
+    if minutes is not None and None not in limits and minutes > max(limits):
+        yield Excess(
+            f"{_as_written('time', asked.options)} is more than partition {partition} allows, "
+            f"{kinds[0].time}",
+            _write("time", kinds[0].time),
+            may_be_lifted=True,
+        )
+
+
+def _counted(amount: float, what: str, asked: Resources) -> str:
+    plural = "s" if amount != 1 and len(what) == 3 else ""
+    of_type = f" of type {asked.gpu_type}" if what == "GPU" and asked.gpu_type else ""
+    return f"{amount:,.0f} {what}{plural}{of_type}"
+
+
+def _as_written(name: str, options: dict[str, str]) -> str:
+    return f"--{name}={options.get(name, '1')}"
+
+
+def _gpu_prefix(name: str, options: dict[str, str]) -> str:
+    """What stands before the number of GPUs: ``gpu:h100:`` of gpu:h100:8."""
+    return options.get(name, "").rpartition(":")[0] + ":" * (":" in options.get(name, ""))
+
+
+def _write(name: str, most: float | str, factor: float = 1, prefix: str = "") -> str:
+    value = most if isinstance(most, str) else f"{prefix}{int(most // factor)}"
+    unit = "M" if name.startswith("mem") else ""
+    option = f"--{name}={value}{unit}"
+    return f"write #SBATCH {option} into train.slurm, or, for this job alone: -- {option}"
+
+
+def _size(text: str) -> float | None:
+    """The number in an option's value, memory in MB."""
+    size = re.fullmatch(r"(?:.*:)?(\d+)([kmgt]?)b?", text.lower())
+    return int(size[1]) * MEGABYTES[size[2]] if size else None
+
+
+def _minutes(text: str) -> float | None:
+    """Of a time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None if unlimited."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
+        return None
+    numbers = [int(part) for part in parts]
+    if dash:  # hours first
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def check_batch(config: Config, resources: Resources, processes: str) -> None:

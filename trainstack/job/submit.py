@@ -7,9 +7,11 @@ model that it tries for the first time (model/proof.py).
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from trainstack.checkpoint import names
@@ -19,20 +21,30 @@ from trainstack.data.corpus import not_used
 from trainstack.errors import ConfigError, Failed, Refused
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
-from trainstack.job.resources import check_batch, read_resources
+from trainstack.job.resources import (
+    Resources,
+    check_batch,
+    check_partition,
+    read_nodes,
+    read_resources,
+)
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule
 from trainstack.processes import is_dead
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, is_known_here
+from trainstack.run.lease import Lease, is_hidden, is_known_here
+from trainstack.run.queue import NO_JOB, Job, read_queue
 from trainstack.storage import layout
+from trainstack.units import age
 
 SPEAKER = "submit.sh"
 LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
 MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
-LIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED"}
+NO_ANSWER = {"124", "137"}  # exit codes of timeout(1)
+NOT_NOW = "not available (down, drained or reserved)"  # of nodes that will be there again
+LONG_WAIT_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Request:
     sbatch_options: list[str]
     is_local: bool
     is_dry_run: bool
-    queue: str  # the ids and states that squeue printed; empty if it was not asked
+    job_script: Path  # train.slurm with what the command line replaces
+    said: str  # by Slurm, of its jobs and nodes and of this job; empty if it was not asked
 
 
 def main(arguments: list[str]) -> int:
@@ -72,10 +85,13 @@ def parse(arguments: list[str]) -> Request:
     parser.add_argument("--config", type=Path, required=True, dest="config_file")
     parser.add_argument("--local", action="store_true", dest="is_local")
     parser.add_argument("--dry-run", action="store_true", dest="is_dry_run")
-    parser.add_argument("--queue", action="store_true", help="stdin has squeue's ids, states")
+    parser.add_argument("--queue", action="store_true", help="stdin has what Slurm says")
+    parser.add_argument("--job-script", type=Path)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_known_args(arguments[:split])
-    options.queue = sys.stdin.read() if options.queue else ""
+    options.said = sys.stdin.read() if options.queue else ""
+    options.job_script = options.job_script or options.repository / "train.slurm"
+    del options.queue
     return Request(**vars(options), overrides=overrides, sbatch_options=arguments[split + 1 :])
 
 
@@ -86,15 +102,13 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     """
     home, config_file, overrides = request.home, request.config_file, request.overrides
     run = RunFolder(layout.run_folder(home, config.run.name))
-    resources = read_resources(request.repository / "train.slurm", request.sbatch_options)
-    if request.is_local:
-        resources = replace(resources, nodes=1, gpus_per_node=local_gpus())
+    resources, remarks = check_resources(request)
     check_batch(config, resources, os.environ.get("NPROC_PER_NODE", ""))
     wanted = os.environ.get("TRAINSTACK_FAULT", "")
     if faults.parse(wanted):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
     check_folder(run.path)
-    check_owner(run, request.queue)
+    check_owner(run, read_queue(request.said))
     if request.is_local:
         inputs.prepare_demo(home, config_file, overrides, config)
     command = inputs.download_command(request.repository, config_file, overrides)
@@ -110,7 +124,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     space = inputs.check_space(home, config, prove(home, config, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
     rates += [*high_rate(config), *rate_jump(run, config.optim, step, max_steps)]
-    for line in (*rates, *not_used(config, corpus)):
+    for line in (*rates, *not_used(config, corpus), *remarks):
         say(line)
     if changes:
         say(f"run {config.run.name} continues with other settings: {', '.join(changes)}")
@@ -121,6 +135,36 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     else:
         say(f"{resources} | code and config kept in {run.path}/code")
     return "ready", run
+
+
+def check_resources(request: Request) -> tuple[Resources, list[str]]:
+    """What the job asks for, and remarks on its start; ConfigError if it can never start."""
+    resources = read_resources(request.job_script, request.sbatch_options)
+    if request.is_local:
+        return replace(resources, nodes=1, gpus_per_node=local_gpus()), []
+    kinds = read_nodes(request.said)
+    remarks = check_partition(resources, kinds)
+    if kinds and not resources.gpus_per_node and not any(kind.gpus for kind in kinds):
+        resources = replace(resources, gpus_per_node=None)  # a site that does not count its GPUs
+    return resources, [*remarks, *check_trial(request.said)]
+
+
+def check_trial(said: str) -> list[str]:
+    """A line if the job starts late, by ``sbatch --test-only``; ConfigError if sbatch refuses it.
+
+    A job for which nodes are only down or reserved is accepted all the same.
+    """
+    trial = re.search(r"(?m)^try\|(\d+)\|(.*)$", said)
+    if not trial:
+        return []
+    code, text = trial.groups()
+    if code in NO_ANSWER or NOT_NOW in text:
+        return [f"Slurm, asked when the job could start: {text}"]
+    if code != "0":
+        raise ConfigError(f"sbatch refuses the job: {text}")
+    start = re.search(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text)
+    wait = (datetime.fromisoformat(start[1]) - datetime.now()).total_seconds() if start else 0
+    return [f"Slurm expects to start the job in {age(wait)}"] if wait > LONG_WAIT_SECONDS else []
 
 
 def local_gpus() -> int | None:
@@ -184,13 +228,15 @@ def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) 
     ]
 
 
-def check_owner(run: RunFolder, queue: str) -> None:
-    """Refused if a job that runs or waits already works on this run."""
-    states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
+def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
+    """Refused if a job that runs or waits already works on this run.
+
+    Slurm may hide the jobs of others: then the heartbeat of the run tells.
+    """
     submitted = [e["job"] for e in run.events() if e["event"] == "submitted"]
-    live = [job for job in dict.fromkeys(submitted) if job in states]  # of a chain, several
-    if live:
-        named = ", ".join(f"{job} ({states[job]})" for job in live)
+    live = [job for job in dict.fromkeys(submitted) if jobs.get(job, NO_JOB).is_live]
+    if live:  # of a chain, several
+        named = ", ".join(f"{job} ({jobs[job].state})" for job in live)
         raise Refused(
             f"run {run.path.name} has job {named} already; wait for it, or end it: "
             f"scancel {' '.join(live)}"
@@ -199,8 +245,13 @@ def check_owner(run: RunFolder, queue: str) -> None:
     if holder is None:
         return
     is_alive = is_known_here(holder) and not is_dead(holder)
-    if is_alive or states.get(holder["job"]) in LIVE:
+    if is_alive or jobs.get(holder["job"], NO_JOB).is_started:
         raise Refused(f"run {run.path.name} is in the hands of job {holder['job']}; wait for it")
+    if is_hidden(holder, run):
+        raise Refused(
+            f"run {run.path.name} is in the hands of job {holder['job']} of {holder['user']}, "
+            f"whose heartbeat is {age(run.silence(holder['job']))} old; wait for it"
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ RESTART, REQUEUE, END = "restart", "requeue", "end"  # what the job's shell does
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
+EXCUSES = {"preempted", "node_lost"}  # events
 LOG_TAIL_BYTES = 1 << 14  # of metrics.jsonl: many lines
 
 
@@ -32,47 +33,54 @@ class Ending:
     facts: dict[str, Any] = field(default_factory=dict)  # of that event
 
 
-def decide(
-    run: RunFolder, owner: Owner, code: int, stop_file: Path | None, is_taken_back: bool,
-    is_ending: bool,
-) -> Ending:  # fmt: skip
-    """How an attempt ended, and what follows. Writes nothing; the first that holds decides.
+@dataclass(frozen=True)
+class Told:
+    """What the job's shell tells of an end."""
 
-    ``code``: of srun or torchrun, which counts only if no rank reported. ``is_taken_back``: Slurm
-    has requeued the job. ``is_ending``: the job ends whatever follows, so nothing restarts.
-    """
+    code: int  # of srun or torchrun, which counts only if no rank reported
+    stop_file: Path | None = None
+    is_taken_back: bool = False  # Slurm has requeued the job
+    is_preempted: bool = False  # Slurm wants its nodes for another job
+    is_ending: bool = False  # the job ends whatever follows, so nothing restarts
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_file is not None and self.stop_file.exists()
+
+
+def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
+    """How an attempt ended, and what follows. Writes nothing; the first that holds decides."""
     job, attempt, status = owner.job, owner.attempt, run.status()
+    facts = {"job": job, "attempt": attempt}
     is_ours = status.get("job") == job and status.get("attempt") == attempt
     # The ranks wrote the end into status.json: that holds, whatever srun returned.
-    if is_ours and status["state"] == "PAUSED" and is_stuck(run, job):
+    if is_ours and status["state"] == "PAUSED" and is_stuck(run, job) and not told.is_preempted:
         cause = f"{STUCK}; the last one was paused: {status['cause']}"
         return Ending(END, EXIT_CODES["NO_PROGRESS"], "NO_PROGRESS", cause, status.get("step"))
     if is_ours and status["state"] in EXIT_CODES:
         verdict = REQUEUE if status["state"] == "PAUSED" else END
-        return Ending(verdict, EXIT_CODES[status["state"]])
+        event = "preempted" if told.is_preempted else None
+        return Ending(verdict, EXIT_CODES[status["state"]], event=event, facts=facts)
     # The run is another attempt's by now, and so is its status.
     if is_replaced(run, owner):
         line = f"REFUSED: attempt {attempt} of job {job} was replaced: another one owns the run"
         return Ending(END, EXIT_CODES["REFUSED"], lines=(line,))
     # Slurm starts the job again by itself, on other nodes.
-    if is_taken_back:
+    if told.is_taken_back:
         line = f"Slurm took the job back, a node failed; it resumes from {next_start(run)}"
-        facts = {"job": job, "attempt": attempt}
         return Ending(END, EXIT_CODES["FAILED"], lines=(line,), event="node_lost", facts=facts)
     # A stop that came while the ranks were loading, before they could hear of it, is no failure.
     failure = blame(run, job, attempt)
     is_only_victim = failure is None or failure["is_victim"]
-    is_stopped = stop_file is not None and stop_file.exists()
-    if is_stopped and is_only_victim and not has_trained(run, owner):
-        return pause_without_save(run, owner, stop_file)
-    failure = failure or unreported(run, job, attempt, code)
-    return decide_failed(run, owner, failure, is_ours, stop_file, is_ending)
+    if told.is_stopped and is_only_victim and not has_trained(run, owner):
+        return pause_without_save(run, owner, told)
+    failure = failure or unreported(run, job, attempt, told.code)
+    return decide_failed(run, owner, failure, is_ours, told)
 
 
 def decide_failed(
-    run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, stop_file: Path | None,
-    is_ending: bool,
-) -> Ending:  # fmt: skip
+    run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, told: Told
+) -> Ending:
     """What follows a failure, by the report of the rank that is to blame."""
     is_of_rank = not isinstance(failure["rank"], str)
     who = f"rank {failure['rank']} on {failure['host']}: " if is_of_rank else ""
@@ -83,12 +91,12 @@ def decide_failed(
     step = last_step(run)
     # A wrong setting fails again; a divergence too, unless a rollback leaves out its data.
     may_pass = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")
-    if not may_pass or is_ending:
+    if not may_pass or told.is_ending or failure.get("is_final"):
         return Ending(END, code, state, cause, step)
     failed = f"{state} at step {step:,}: {cause}"
     # Asked to stop: another attempt here would only load, and stop again.
-    if stop_file and stop_file.exists() and not is_false_stop(stop_file):
-        return pause_without_save(run, owner, stop_file, failed)
+    if told.is_stopped and not is_false_stop(told.stop_file):
+        return pause_without_save(run, owner, told, failed)
     lines = (failed, *(f"  {line}" for line in failure.get("traceback") or []))
     event, rank = state.lower(), failure["rank"]
     facts = {"job": owner.job, "attempt": owner.attempt, "cause": cause, "step": step, "rank": rank}
@@ -97,6 +105,9 @@ def decide_failed(
         state, code = "NO_PROGRESS", EXIT_CODES["NO_PROGRESS"]
         cause = f"{STUCK}; the last one: {cause}"
         return Ending(END, code, state, cause, step, lines, event, facts)
+    if failure.get("is_elsewhere"):
+        again = f"it resumes on other nodes from {next_start(run)}"
+        return Ending(REQUEUE, code, "RESTARTING", cause, step, (*lines, again), event, facts)
     again = (
         f"restarting in place from {next_start(run)} (attempt {owner.attempt} ended; "
         f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} without a newer checkpoint would end the job)"
@@ -104,12 +115,14 @@ def decide_failed(
     return Ending(RESTART, code, "RESTARTING", cause, step, (*lines, again), event, facts)
 
 
-def pause_without_save(run: RunFolder, owner: Owner, stop_file: Path, *lines: str) -> Ending:
+def pause_without_save(run: RunFolder, owner: Owner, told: Told, *lines: str) -> Ending:
     """The job was asked to end, and its ranks were gone before they could save, or even begin."""
     has_begun = ranks_of(run, owner.job, owner.attempt)
     when = "before the ranks had saved" if has_begun else "before training began"
-    cause = f"{stop_file.read_text().strip()}, {when}"
-    return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, lines=lines)
+    cause = f"{told.stop_file.read_text().strip()}, {when}"
+    event = "preempted" if told.is_preempted else None
+    facts = {"job": owner.job, "attempt": owner.attempt}
+    return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, None, lines, event, facts)
 
 
 def is_false_stop(stop_file: Path | None) -> bool:
@@ -136,8 +149,12 @@ def is_replaced(run: RunFolder, owner: Owner) -> bool:
 
 
 def is_stuck(run: RunFolder, job: str) -> bool:
-    """Whether the last attempts of a job all ended without a newer checkpoint, in whatever way."""
-    last = attempts_of(run, job)[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
+    """Whether the last attempts of a job all ended without a newer checkpoint, in whatever way.
+
+    Those do not count that Slurm ended for its own reasons before they had trained.
+    """
+    last = [event for event in attempts_of(run, job) if not event["is_excused"]]
+    last = last[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
     if len(last) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
         return False
     newest, _ = names.newest_checkpoint(run.checkpoints)
@@ -157,8 +174,21 @@ def has_trained(run: RunFolder, owner: Owner) -> bool:
 
 
 def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:
-    """The events by which the attempts of a job began, oldest first."""
-    return [e for e in run.events() if e["event"] == "attempt" and e["job"] == job]
+    """The events by which the attempts of a job began, oldest first, each with ``is_excused``:
+
+    Slurm preempted it or lost a node before it had trained.
+    """
+    found: list[dict[str, Any]] = []
+    has_trained = False
+    for event in run.events():
+        if event["event"] == "attempt" and event["job"] == job:
+            found.append({**event, "is_excused": False})
+            has_trained = False
+        elif event["event"] == "training":
+            has_trained = True
+        elif event["event"] in EXCUSES and event["job"] == job and found:
+            found[-1]["is_excused"] = not has_trained
+    return found
 
 
 def next_start(run: RunFolder) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 from trainstack.checkpoint import names
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import is_local_job
-from trainstack.run.states import EXIT_CODES, RUNNING
+from trainstack.run.lease import is_local_job, user
+from trainstack.run.queue import NO_JOB, Job, meaning, read_queue
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, QUEUED, RUNNING, STARTING
 from trainstack.storage import layout
 from trainstack.units import NOTHING, age, duration, rounded
+from trainstack.waits import ALIVE_SECONDS
 
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "KILLED": "its processes are gone and did not report why; the same command continues it",
@@ -23,18 +25,6 @@ LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
 }
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
 SHOWN_EVENTS = 8
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """One line of squeue."""
-
-    state: str
-    left: str
-    reason: str
-
-
-NO_JOB = SlurmJob("", "", "")
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class View:
     events: list[dict[str, Any]]
     state: str  # that holds now, which may differ from the one in status
     job_id: str | None
-    job: SlurmJob
+    job: Job
     measured: dict[str, Any]  # the last logged step; empty if there is none
     evaluated: dict[str, Any]  # the last evaluation; empty if there is none
     checkpoint: tuple[int, Path] | None
@@ -69,8 +59,20 @@ class View:
     @property
     def cause(self) -> str | None:
         """Why the run is in its state."""
-        is_own = self.state in EXIT_CODES
-        return self.status.get("cause") if is_own else LOST_CAUSES.get(self.state)
+        if self.state not in LOST_CAUSES:
+            return self.status.get("cause")
+        if self.job.state:  # of a job that has ended: Slurm remembers it for some minutes
+            where = f" on {self.job.nodes}" if self.job.nodes else ""
+            reason = f" ({self.job.reason})" if self.job.reason not in ("", "None") else ""
+            return f"Slurm says {self.job.state}{reason}{where}, and {self.silent_end}"
+        return LOST_CAUSES[self.state]
+
+    @property
+    def silent_end(self) -> str:
+        """What a job that ended without a word may have lacked."""
+        if any(event["event"] == "attempt" for event in self.events):
+            return "the job did not report why; the same command continues the run"
+        return f"the job wrote nothing: is {self.run.path} visible there? Then the same command"
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +81,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument(
-        "--queue", action="store_true", help="stdin has squeue's lines: id|state|time left|reason"
+        "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
     )
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
@@ -100,42 +102,66 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_queue(text: str) -> dict[str, SlurmJob]:
-    """Jobs by id from squeue's lines ``id|state|time left|reason``."""
-    lines = (line.split("|") for line in text.splitlines())
-    return {line[0]: SlurmJob(line[1], line[2], line[3]) for line in lines if len(line) == 4}
-
-
-def view_of(run: RunFolder, jobs: dict[str, SlurmJob] | None) -> View:
+def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
     """Read one run's folder; ``jobs``: those that Slurm has, None without Slurm."""
     status, newest = run.status(), names.checkpoints(run.checkpoints)
     events = run.events()
-    submitted = [event["job"] for event in events if event["event"] == "submitted"]
-    job_id = status.get("job") or (submitted[-1] if submitted else None)
-    job = (jobs or {}).get(job_id)
+    job_id = job_of(status, events, jobs or {})
+    job = (jobs or {}).get(job_id, NO_JOB)
     logged = list(run.measurements(TAIL_BYTES))[::-1]
     return View(
-        run=run, status=status, events=events, state=true_state(status, job, jobs), job_id=job_id,
-        job=job or NO_JOB, measured=next((r for r in logged if "loss" in r), {}),
+        run=run, status=status, events=events, job_id=job_id, job=job,
+        state=true_state(run, status, events, job, is_slurm_heard=jobs is not None),
+        measured=next((r for r in logged if "loss" in r), {}),
         evaluated=next((r for r in logged if "eval_loss" in r), {}),
         checkpoint=newest[0] if newest else None,
     )  # fmt: skip
 
 
+def job_of(
+    status: dict[str, Any], events: list[dict[str, Any]], jobs: dict[str, Job]
+) -> str | None:
+    """The job of a run that is shown: the one that runs, else the next, else the last."""
+    submitted = [event["job"] for event in events if event["event"] == "submitted"]
+    own = [status["job"]] if status.get("job") else []
+    for is_wanted in (lambda job: job.is_started, lambda job: job.is_live):
+        for job_id in (*own, *submitted):
+            if is_wanted(jobs.get(job_id, NO_JOB)):
+                return job_id
+    return next(iter(own or submitted[-1:]), None)
+
+
 def true_state(
-    status: dict[str, Any], job: SlurmJob | None, jobs: dict[str, SlurmJob] | None
-) -> str:
-    """The state that holds now: a job that was killed could not write that it ended."""
+    run: RunFolder, status: dict[str, Any], events: list[dict[str, Any]], job: Job,
+    is_slurm_heard: bool,
+) -> str:  # fmt: skip
+    """The state that holds now: a job that waits, starts or was killed could not write it."""
     state = status.get("state", "UNKNOWN")
-    if state in EXIT_CODES:
-        return state if job is None or job.state != "PENDING" else f"{state}, QUEUED"
-    if job is not None:
-        return "QUEUED" if job.state == "PENDING" else state
-    if state != "QUEUED" and is_local_job(status.get("job") or ""):
+    if job.is_waiting:
+        waits = "HELD" if job.is_held else QUEUED
+        return f"{state}, {waits}" if state in EXIT_CODES else waits
+    if job.state in ("SUSPENDED", "STOPPED"):
+        return "SUSPENDED"
+    if job.is_started:
+        return STARTING if state == QUEUED else state
+    if state in EXIT_CODES or state == NOT_SUBMITTED:
+        return state
+    if state != QUEUED and is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"
-    return state if jobs is None else "LOST"
+    if not is_slurm_heard or (not job.state and is_another_users(run, status, events)):
+        return state
+    return "LOST"
+
+
+def is_another_users(run: RunFolder, status: dict[str, Any], events: list[dict[str, Any]]) -> bool:
+    """Whether a job may be there though Slurm does not show it: sites hide the jobs of others."""
+    owners = [event.get("user", user()) for event in events if event["event"] == "submitted"]
+    if not owners or owners[-1] == user():
+        return False
+    silence = run.silence(status.get("job") or "")
+    return status.get("state") == QUEUED or (silence is not None and silence < ALIVE_SECONDS)
 
 
 def show_table(views: Iterable[View]) -> None:
@@ -229,8 +255,8 @@ def job_text(view: View) -> str:
     text = f"{view.job_id}, attempt {view.status.get('attempt') or 1}"
     if view.job.state:
         text += f", Slurm says {view.job.state}"
-    if view.job.state == "PENDING":
-        text += f" ({view.job.reason})"
+    if view.job.is_waiting:
+        text += f" ({meaning(view.job.reason)})"
     return text
 
 

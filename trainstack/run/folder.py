@@ -84,6 +84,19 @@ class RunFolder:
                 if record := record_in(line):
                     yield record
 
+    # --- The heartbeat of a job: logs/<job>.alive, which the launchers of its nodes touch
+
+    def beat(self, job: str) -> None:
+        with contextlib.suppress(OSError):
+            (self.logs / f"{job}.alive").touch()
+
+    def silence(self, job: str) -> float | None:
+        """Seconds since a job's last heartbeat; None if there never was one."""
+        try:
+            return max(0.0, time.time() - (self.logs / f"{job}.alive").stat().st_mtime)
+        except OSError:
+            return None
+
     # --- Why an attempt failed: logs/<job>.<attempt>.*
 
     def add_failure(
@@ -115,6 +128,10 @@ class RunFolder:
     def failed_mark(self, job: str | None, attempt: int) -> Path:
         """A file that is there once any rank of an attempt has failed: cheap to look for."""
         return self._log(job, attempt, "failed")
+
+    def meeting(self, job: str, attempt: int) -> Path:
+        """The folder where the nodes of an attempt tell each other their addresses."""
+        return self.path / ".meeting" / f"{job}.{attempt}"
 
     def stacks_file(self, job: str | None, attempt: int, rank: int) -> Path:
         """Where a rank's watchdog writes what its threads were doing."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pwd
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -11,9 +12,10 @@ from typing import Any
 
 from trainstack.errors import Refused
 from trainstack.processes import is_dead, process_start
+from trainstack.run.folder import RunFolder
 from trainstack.storage import files
 from trainstack.units import now
-from trainstack.waits import OWNED_SECONDS, TAKEOVER_SECONDS
+from trainstack.waits import ALIVE_SECONDS, OWNED_SECONDS, TAKEOVER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ class Lease:
         """Own the folder from now on, or raise Refused naming who does.
 
         Replaced are: one that gave it back, an earlier attempt of the same job, the job ``gone``
-        (which Slurm no longer knows), and a process of this host that has ended.
+        (which Slurm no longer shows; one that it may hide must have no heartbeat), and a process of
+        this host that has ended.
         """
         number, holder = self.holder()
         if holder and holder.get("released"):
             holder = None
+        if holder and is_hidden(holder, RunFolder(self.folder.parent)):
+            gone = None
         if holder and not may_replace(holder, owner, gone):
             raise Refused(
                 f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
@@ -68,7 +73,7 @@ class Lease:
                 f"{self._file(number)}"
             )
         self.record = {
-            **asdict(owner), "host": socket.gethostname(), "pid": os.getpid(),
+            **asdict(owner), "user": user(), "host": socket.gethostname(), "pid": os.getpid(),
             "process_started": process_start(os.getpid()), "taken_at": now(),
         }  # fmt: skip
         if not files.create_file(self._file(number + 1), json.dumps(self.record).encode()):
@@ -147,6 +152,22 @@ def may_still_run(holder: dict[str, Any], owner: Owner) -> bool:
 def is_known_here(holder: dict[str, Any]) -> bool:
     """Whether this host can tell if a holder is alive: a job of its own, without Slurm."""
     return is_local_job(holder["job"]) and holder["host"] == socket.gethostname()
+
+
+def is_hidden(holder: dict[str, Any], run: RunFolder) -> bool:
+    """Whether a holder is alive though Slurm may not show its job: sites hide those of others."""
+    if holder.get("user", user()) == user():
+        return False
+    silence = run.silence(holder["job"])
+    return silence is not None and silence < ALIVE_SECONDS
+
+
+def user() -> str:
+    """The name of this account, or its number where it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def is_local_job(job: str) -> bool:

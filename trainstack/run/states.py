@@ -13,6 +13,7 @@ EXIT_CODES = {
     "HANG": 81,
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+NOT_SUBMITTED = "NOT_SUBMITTED"  # sbatch refused its first job
 CONTINUES = "the same command continues it"
 
 

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+#
+# How the scripts ask Slurm. submit.sh, monitor.sh and job.sh read this file; nothing here is run by
+# hand.
+#
+# Sites put banners around what Slurm's commands print, so every line that is asked for has a mark.
+
+ANSWER_SECONDS="${ANSWER_SECONDS:-10}" # squeue of a busy site takes some; of a dead controller, a minute and a half
+
+# What an outer job or a profile says to Slurm's commands: SQUEUE_STATES hides jobs, and
+# SLURM_MEM_PER_CPU goes into a job and ends its srun. Only which Slurm it is stays.
+forget_outer_slurm() {
+  local name
+  while read -r name; do
+    case "$name" in
+      SLURM_CONF | SLURM_CONF_SERVER | SLURM_CLUSTERS | SLURM_JWT) ;;
+      SLURM_* | SBATCH_* | SALLOC_* | SRUN_* | SQUEUE_* | SINFO_* | SCONTROL_* | SCANCEL_*)
+        unset "$name"
+        ;;
+    esac
+  done < <(compgen -e)
+}
+
+# A command of Slurm, for not longer than it may take; where it fails, one line on stdout says why.
+ask() {
+  local said code=0
+  said="$(timeout --kill-after=1 "$ANSWER_SECONDS" "$@" 2>&1)" || code=$?
+  case "$code" in
+    0) printf '%s\n' "$said" ;;
+    124 | 137) printf '%s\n' "$1 gave no answer in $ANSWER_SECONDS s" ;;
+    *) printf '%s\n' "${said%%$'\n'*}" ;;
+  esac
+  return "$code"
+}
+
+# All jobs that Slurm shows and those that ended minutes ago, a line for each; see run/queue.py.
+list_jobs() {
+  local said
+  said="$(ask squeue --noheader --states=all --format='job|%A|%T|%L|%r|%N')" || {
+    printf '%s\n' "$said"
+    return 1
+  }
+  grep '^job|' <<<"$said" || true
+}
+
+# What the nodes of each partition have, a line for each kind of node; see job/resources.py.
+list_nodes() {
+  local said
+  said="$(ask sinfo --noheader --all --exact --format='node|%R|%P|%D|%c|%m|%G|%l|%s|%a|%t')" ||
+    return 0 # sbatch says what is wrong
+  grep '^node|' <<<"$said" || true
+}

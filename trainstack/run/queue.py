@@ -1,0 +1,90 @@
+"""Jobs as Slurm knows them, from lines of the shell: ``job|id|state|left|reason|nodes``."""
+
+from dataclasses import dataclass
+
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
+STARTED = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED", "STAGE_OUT", "RESIZING",
+           "SIGNALING"}  # fmt: skip
+HELD = "held by you: scontrol release JOB"
+MEANINGS = {  # how a reason of Slurm begins -> what it means, and what to do; the first that fits
+    "None": "Slurm has not looked at it yet",
+    "Priority": "jobs of higher priority wait before it",
+    "Resources": "it is next, and waits for nodes",
+    "Dependency": "it waits for the job before it",
+    "BeginTime": "Slurm starts it later; after a requeue that is some two minutes",
+    "JobHeldUser": HELD,
+    "JobHeldAdmin": "held by an administrator, or after a failed start; ask them",
+    "job_requeued_in_held_state": HELD,
+    "launch_failed_requeued_held": "a node could not start it, and it is " + HELD,
+    "PartitionTimeLimit": "it never starts: #SBATCH --time is more than the partition allows",
+    "PartitionNodeLimit": "it never starts: #SBATCH --nodes is more than the partition allows",
+    "PartitionConfig": "it never starts: the partition does not allow what it asks for",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is not active",
+    "BadConstraints": "it never starts: no node has what it asks for",
+    "NodeDown": "a node that it names is down",
+    "ReqNodeNotAvail": "nodes that it needs are down or reserved, for maintenance perhaps",
+    "Reservation": "it waits for its reservation",
+    "Licenses": "it waits for a license",
+    "InvalidAccount": "it never starts: this account may not run here",
+    "InvalidQOS": "it never starts: this QOS may not run here",
+    "AssocMaxJobs": "your account runs as many jobs as it may",
+    "QOSMaxJobs": "you run as many jobs as the QOS allows",
+    "QOSMax": "it asks for more than the QOS allows in one job or for one user",
+    "QOSMin": "it asks for less than the QOS wants",
+    "QOSGrp": "all jobs of the QOS together have what they may",
+    "AssocGrp": "all jobs of your account together have what they may; see sshare, or ask",
+    "AssocMax": "it asks for more than your account may have",
+    "MaxSubmit": "you have queued as many jobs as you may",
+    "NodeFail": "a node failed",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line; ``left`` as Slurm writes it, ``nodes`` in Slurm's short form."""
+
+    state: str = ""
+    left: str = ""
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.state in WAITING
+
+    @property
+    def is_started(self) -> bool:
+        """Whether its processes may be there."""
+        return self.state in STARTED
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it works on its run, or will."""
+        return self.is_waiting or self.is_started
+
+    @property
+    def is_held(self) -> bool:
+        return self.is_waiting and "held" in self.reason.lower()
+
+
+NO_JOB = Job()
+
+
+def read_queue(text: str) -> dict[str, Job]:
+    """Jobs by id; other lines are left out. A job may have several lines: the live one counts."""
+    found: dict[str, Job] = {}
+    for line in text.splitlines():
+        words = line.split("|")
+        if words[0] == "job" and len(words) == 6:
+            job = Job(*words[2:])
+            if job.is_live or words[1] not in found:
+                found[words[1]] = job
+    return found
+
+
+def meaning(reason: str) -> str:
+    """Slurm's reason, and what it means; the reason alone where that is not known."""
+    reason = reason.strip("()")
+    told = next((text for start, text in MEANINGS.items() if reason.startswith(start)), "")
+    return f"{reason}: {told}" if told else reason
