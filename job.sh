@@ -229,6 +229,7 @@ are_there_others() {
 choose_meeting_point() {
   local hosts base="$JOB" first
   hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+  hosts="$(grep -xE '[A-Za-z0-9._-]+' <<<"$hosts" | tail -n "$NODES")" # without a site's banner
   HEAD="${hosts%%$'\n'*}"
   first=$((20000 + (base + ATTEMPT) % 10000))
   PORT="$("$PYTHON" -m trainstack.job.attempts port "$first")"

@@ -47,7 +47,7 @@ SlurmdSpoolDir={runtime}/%n
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmdLogFile={folder}/slurmd.%n.log
 MpiDefault=none
-TaskPlugin=task/none
+TaskPlugin={task_plugin}
 ProctrackType=proctrack/{proctrack}
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -61,11 +61,12 @@ MinJobAge=86400
 SlurmdTimeout=10
 SlurmdParameters=config_overrides
 ReturnToService=2
-GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=short Nodes=ALL MaxTime=60 MaxNodes=2
+{more}
 """
 CGROUP_CONF = """\
 CgroupPlugin=cgroup/v1
@@ -106,12 +107,16 @@ class SlurmCluster:
         gpus_per_host: int = 2,
         cpus_per_host: int = 8,
         proctrack: Literal["linuxproc", "cgroup"] = "linuxproc",
+        task_plugin: str = "task/none",
+        more: str = "",
     ) -> None:
         self.folder = Path(folder).resolve()
         self.hosts = tuple(hosts)
         self.gpus_per_host = gpus_per_host
         self.cpus_per_host = cpus_per_host
         self.proctrack = proctrack
+        self.task_plugin = task_plugin
+        self.more = more  # lines for slurm.conf
         # An interface name has at most 15 characters, and h1 to h99 comes after this.
         self.tag = f"ts{os.getpid():06x}{secrets.token_hex(2)}"
         self.address = ""
@@ -301,6 +306,7 @@ class SlurmCluster:
         addresses = {host: f"{self.address}{n}" for n, host in enumerate(self.hosts, start=1)}
         size = f"CPUs={self.cpus_per_host} RealMemory=64000"
         gpus = f"Gres=gpu:{self.gpus_per_host}" if self.gpus_per_host else ""
+        gres_types = ["GresTypes=gpu"] if self.gpus_per_host else []
         nodes = [f"NodeName={h} NodeAddr={a} {size} {gpus}" for h, a in addresses.items()]
         devices = [f"Name=gpu File={self.folder}/nvidia{n}" for n in range(self.gpus_per_host)]
         names = {"localhost": "127.0.0.1", machine: self.address, **addresses}
@@ -312,7 +318,9 @@ class SlurmCluster:
             folder=self.folder,
             runtime=self._runtime,
             proctrack=self.proctrack,
-            nodes="\n".join(nodes),
+            task_plugin=self.task_plugin,
+            more=self.more,
+            nodes="\n".join([*gres_types, *nodes]),
         )
         self._conf.write_text(slurm_conf)
         (self.folder / "gres.conf").write_text("\n".join(devices))

@@ -27,6 +27,7 @@ def test_two_nodes_with_two_processes_each_train_to_done(user):
     assert status["nodes"] == ["node1", "node2"]
     names = {p.name for p in user.folder("first").logs.glob(f"{job}.1.rank*.log")}
     assert names == {f"{job}.1.rank{rank}.log" for rank in range(4)}
+    assert not list(Path("/tmp").glob(f"trainstack-*-{job}"))
     losses = tiny.metrics(user.shared / "trainstack", "first")
     assert losses[20] < losses[1] - 1
 

@@ -383,7 +383,7 @@ def test_what_the_job_asks_for_is_read_in_every_spelling_of_sbatch(
 CLUSTER = """\
 node|gpu|gpu*|2|4|8000|gpu:h100:2(S:0-1)|2-00:00:00|1-infinite|up|idle
 node|gpu|gpu*|1|16|64000|gpu:a100:4|2-00:00:00|1-infinite|up|mix
-node|debug|debug|1|4|8000|(null)|1:00:00|1-infinite|up|idle
+node|debug|debug|3|4|8000|(null)|1:00:00|1-2|up|idle
 """
 NEVER = [
     # options -> what the line says, which of them helps, written so
@@ -404,6 +404,8 @@ NEVER = [
     ("-N2 -c16", "--nodes=2, but partition gpu has 1 with all", "--nodes=1"),
     ("-c16 --gres=gpu:h100:2", "partition gpu has 0 with all", "ask for less on each node"),
     ("-t 3-0", "--time=3-0 is more than partition gpu allows, 2-00:00:00", "--time=2-00:00:00"),
+    ("-p debug --gpus-per-node=0 -c4 -t 30 -N3", "=3 is more than partition debug gives to one job",
+     "--nodes=2"),
     ("-p debug --gpus-per-node=0 -c4 -t 61", "--time=61 is more than partition debug allows",
      "--time=1:00:00"),
 ]  # fmt: skip

@@ -137,7 +137,7 @@ class NodeKind:
     megabytes: int
     gpus: dict[str, int]  # by type
     time: str
-    is_up: bool
+    most_nodes: int | None  # of one job; None: as many as there are
 
     def gpus_of(self, gpu_type: str) -> int:
         return self.gpus.get(gpu_type, 0) if gpu_type else sum(self.gpus.values())
@@ -150,11 +150,12 @@ def read_nodes(text: str) -> list[NodeKind]:
         words = line.split("|")
         if words[0] != "node" or len(words) != 11:
             continue
-        _, partition, marked, count, cpus, memory, gres, time, _, is_up, _ = words
+        _, partition, marked, count, cpus, memory, gres, time, size, _, _ = words
         counts = [_number(each.rstrip("+")) for each in (count, cpus, memory)]
         if None not in counts:
             is_default = marked.endswith("*") and not partition.endswith("*")
-            kind = (partition, is_default, *counts, _gpus_of(gres), time, is_up == "up")
+            most_nodes = _number(size.rpartition("-")[2])
+            kind = (partition, is_default, *counts, _gpus_of(gres), time, most_nodes)
             found.append(NodeKind(*kind))
     return found
 
@@ -230,6 +231,14 @@ def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]):
             f"{_as_written('nodes', asked.options)}, but partition {partition} has {fitting:,} "
             "with all that the job asks for",
             _write("nodes", fitting) if fitting else "ask for less on each node",
+        )
+    most = kinds[0].most_nodes
+    if asked.nodes and most is not None and asked.nodes > most:
+        yield Excess(
+            f"{_as_written('nodes', asked.options)} is more than partition {partition} gives to "
+            f"one job, {most:,}",
+            _write("nodes", most),
+            may_be_lifted=True,
         )
     minutes, limits = _minutes(asked.time), [_minutes(kind.time) for kind in kinds]
     if minutes is not None and None not in limits and minutes > max(limits):

@@ -1,0 +1,194 @@
+"""How sites differ, and how people ask: what a job may find, on a real Slurm."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import tiny
+from slurm_cluster import SlurmCluster, missing_requirements
+from slurm_user import PAIR, Site
+
+pytestmark = pytest.mark.slurm
+NOBODY = 65534
+
+NEVER = [
+    ("--cpus-per-task=9", "--cpus-per-task=8"),
+    ("--mem=70G", "--mem=64000M"),
+    ("--gpus-per-node=3", "--gpus-per-node=2"),
+    ("--gpus=7", "--gpus=2"),
+    ("--nodes=4", "--nodes=3"),
+    ("--partition=short --nodes=3 --time=5", "--nodes=2"),
+    ("--partition=short --time=2:00:00", "--time=1:00:00"),
+]
+
+
+@pytest.mark.parametrize(("options", "fix"), NEVER)
+def test_what_no_node_can_give_is_refused_with_the_option_to_change(user, options, fix):
+    ask = ("run.name=never", "--dry-run", "train.global_batch_size=48", "--", *options.split())
+    result = user.run("submit.sh", *ask)
+    assert result.returncode == 2, result.stderr
+    assert f"for this job alone: -- {fix}" in result.stderr.splitlines()[-1]
+    accepted = user.run("submit.sh", *ask, fix)
+    assert accepted.returncode == 0, accepted.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "processes"),
+    [
+        ("--gpus-per-task=1 --ntasks-per-node=2 --cpus-per-task=3", 6, 2),
+        ("--gpus=2 --cpus-per-gpu=4", 4, 1),
+    ],
+)
+def test_one_launcher_a_node_has_all_that_the_job_has_there(user, options, cores, processes):
+    run = f"form{cores}"
+    training = (f"run.name={run}", "train.max_steps=100000")
+    job = user.submit(*training, "--", "--nodes=2", *options.split())
+    try:
+        user.wait_until(lambda: user.steps(run) >= 1, "training")
+        assert f"2 hosts x {processes} processes" in user.log(run, job)
+        assert user.cluster.job(job)["NumCPUs"] == str(2 * cores)
+        steps = user.cluster.run("scontrol", "show", "step", job).stdout
+        assert f"CPUs={2 * cores} Tasks=2" in steps
+    finally:
+        user.cluster.run("scancel", job)
+        user.cluster.wait(job, timeout=60)
+
+
+def test_a_node_that_does_not_see_the_shared_folder_is_named_and_left_out(user):
+    """Slurm starts the job again, on the two nodes that see it."""
+    empty = user.shared / "empty"
+    empty.mkdir(exist_ok=True)
+    enter = user.cluster.enter("node2")
+    user.cluster.run(*enter, "mount", "-n", "--bind", empty, user.shared / "trainstack")
+    try:
+        job = user.submit("run.name=blind", "train.max_steps=3", *PAIR)
+        cause = "node2: no sight of"
+        user.wait_until(
+            lambda: (user.folder("blind").status().get("cause") or "").startswith(cause), cause
+        )
+        assert "node2: no sight of" in user.run("monitor.sh", "blind").stdout
+        assert user.cluster.wait(job, timeout=120) == "COMPLETED", user.log("blind", job)
+    finally:
+        user.cluster.run(*enter, "umount", "-n", user.shared / "trainstack")
+    status = user.folder("blind").status()
+    assert (status["state"], status["nodes"]) == ("DONE", ["node1", "node3"])
+
+
+@pytest.mark.matrix
+def test_a_firewall_between_two_nodes_is_named_with_both_and_the_port(user):
+    if not shutil.which("iptables"):
+        pytest.skip("no iptables here")
+    rule = ["INPUT", "-p", "tcp", "--dport", "20000:29999", "-j", "DROP"]
+    rule += ["-s", f"{user.cluster.address}2"]
+    enter = [*user.cluster.enter("node1"), "iptables"]
+    user.cluster.run(*enter, "-A", *rule)
+    try:
+        job = user.submit("run.name=wall", "train.max_steps=3", *PAIR, "--nodelist=node[1-2]")
+        assert user.cluster.wait(job, timeout=120) == "FAILED"
+    finally:
+        user.cluster.run(*enter, "-D", *rule)
+    cause = user.folder("wall").status()["cause"]
+    assert re.match(r"node2 cannot reach node1 \([\d.]+\) at port \d{5}: no answer; it", cause)
+
+
+@pytest.mark.matrix
+def test_preemptions_while_a_job_starts_cost_it_no_attempt(user):
+    preemptable = [*PAIR, "--partition=grace", "--exclusive"]
+    job = user.submit("run.name=pushed", "train.max_steps=3", *preemptable)
+    for _ in range(3):
+        user.cluster.wait(job, {"RUNNING"}, timeout=120)
+        user.wait_until(lambda: "meeting at" in user.log("pushed", job), "the start")
+        other = user.cluster.run(
+            "sbatch", "--parsable", "--nodes=3", "--exclusive", "--output=/dev/null",
+            "--wrap=sleep 2",
+        ).stdout.strip()  # fmt: skip
+        user.cluster.wait(other, timeout=120)
+        assert user.cluster.job_state(job) in ("PENDING", "RUNNING", "COMPLETING")
+    assert user.cluster.wait(job, timeout=240) == "COMPLETED", user.log("pushed", job)
+    assert user.folder("pushed").status()["state"] == "DONE"
+
+
+@pytest.fixture(scope="module")
+def other(home, tmp_path_factory) -> Iterator[Site]:
+    """A user of a site that is set up otherwise, in a folder that everybody may read."""
+    if missing := missing_requirements("cgroup"):
+        pytest.skip("; ".join(missing))
+    cluster = SlurmCluster(
+        tmp_path_factory.mktemp("other"), hosts=("o1", "o2"), gpus_per_host=0, cpus_per_host=2,
+        proctrack="cgroup", task_plugin="task/affinity,task/cgroup", more="PrivateData=jobs",
+    )  # fmt: skip
+    with cluster, readable_folder() as shared:
+        shutil.copytree(
+            home, shared / "trainstack", symlinks=True, ignore=shutil.ignore_patterns("runs")
+        )
+        (shared / "trainstack").chmod(0o755)
+        tiny.make_checkout(shared / "checkout", shared, run__name="first")
+        site = Site(shared / "checkout", cluster)
+        wrapped = shared / "bin"
+        wrapped.mkdir()
+        for name in ("sbatch", "squeue", "sinfo", "scontrol"):
+            script = '#!/bin/sh\necho "Maintenance on 2031-01-01: 12 RUNNING"\n'
+            (wrapped / name).write_text(f'{script}exec {shutil.which(name)} "$@"\n')
+            (wrapped / name).chmod(0o755)
+        site.environment["PATH"] = f"{wrapped}:{os.environ['PATH']}"
+        site.environment["SQUEUE_STATES"] = "PENDING"
+        yield site
+
+
+@contextmanager
+def readable_folder() -> Iterator[Path]:
+    folder = Path(f"/var/tmp/trainstack-tests-{os.getpid()}")
+    folder.mkdir(mode=0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.matrix
+def test_a_site_without_gres_whose_commands_print_banners_trains_to_done(other):
+    refused = other.run("submit.sh")
+    assert "no node of partition main has more than 0; write #SBATCH --gpus-per-node=0" in (
+        refused.stderr
+    )
+    options = ("--", "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10")
+    job = other.submit(*options)
+    assert other.cluster.wait(job, timeout=180) == "COMPLETED", other.log("first", job)
+    assert "2 hosts x 2 processes, gloo" in other.log("first", job)
+    assert other.folder("first").status()["state"] == "DONE"
+
+
+@pytest.mark.matrix
+def test_the_job_of_a_colleague_that_slurm_hides_is_neither_lost_nor_taken_over(other):
+    options = ("--", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10")
+    job = other.submit("run.name=theirs", "train.max_steps=100000", *options)
+    try:
+        other.wait_until(lambda: other.steps("theirs") >= 1, "training")
+        assert not as_nobody(other, "squeue", "-h").stdout.count(job)
+        shown = as_nobody(other, "bash", str(other.checkout / "monitor.sh"), "theirs")
+        if "Permission denied" in shown.stderr:
+            pytest.skip(f"nobody else may run {sys.executable}")
+        assert re.search(r"state +RUNNING\n", shown.stdout), shown.stdout + shown.stderr
+        submit = ("bash", str(other.checkout / "submit.sh"), "run.name=theirs")
+        other.folder("theirs").path.chmod(0o777)
+        refused = as_nobody(other, *submit, *options)
+        assert refused.returncode == 78, refused.stderr
+        assert f"is in the hands of job {job} of root, whose heartbeat is " in refused.stderr
+    finally:
+        other.cluster.run("scancel", job)
+        other.cluster.wait(job, timeout=60)
+
+
+def as_nobody(site: Site, *command: str) -> subprocess.CompletedProcess:
+    ids = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return subprocess.run(
+        ["setpriv", *ids, *command], env={**site.environment, "HOME": "/"}, cwd="/",
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
