@@ -3,11 +3,7 @@
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +12,6 @@ from slurm_cluster import SlurmCluster, missing_requirements
 from slurm_user import PAIR, Site
 
 pytestmark = pytest.mark.slurm
-NOBODY = 65534
 
 NEVER = [
     ("--cpus-per-task=9", "--cpus-per-task=8"),
@@ -117,18 +112,18 @@ def test_preemptions_while_a_job_starts_cost_it_no_attempt(user):
 
 @pytest.fixture(scope="module")
 def other(home, tmp_path_factory) -> Iterator[Site]:
-    """A user of a site that is set up otherwise, in a folder that everybody may read."""
+    """A user of a site that is set up otherwise."""
     if missing := missing_requirements("cgroup"):
         pytest.skip("; ".join(missing))
     cluster = SlurmCluster(
         tmp_path_factory.mktemp("other"), hosts=("o1", "o2"), gpus_per_host=0, cpus_per_host=2,
         proctrack="cgroup", task_plugin="task/affinity,task/cgroup", more="PrivateData=jobs",
     )  # fmt: skip
-    with cluster, readable_folder() as shared:
+    shared = tmp_path_factory.mktemp("shared")
+    with cluster:
         shutil.copytree(
             home, shared / "trainstack", symlinks=True, ignore=shutil.ignore_patterns("runs")
         )
-        (shared / "trainstack").chmod(0o755)
         tiny.make_checkout(shared / "checkout", shared, run__name="first")
         site = Site(shared / "checkout", cluster)
         wrapped = shared / "bin"
@@ -142,16 +137,6 @@ def other(home, tmp_path_factory) -> Iterator[Site]:
         yield site
 
 
-@contextmanager
-def readable_folder() -> Iterator[Path]:
-    folder = Path(f"/var/tmp/trainstack-tests-{os.getpid()}")
-    folder.mkdir(mode=0o755)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
 @pytest.mark.matrix
 def test_a_site_without_gres_whose_commands_print_banners_trains_to_done(other):
     refused = other.run("submit.sh")
@@ -163,32 +148,3 @@ def test_a_site_without_gres_whose_commands_print_banners_trains_to_done(other):
     assert other.cluster.wait(job, timeout=180) == "COMPLETED", other.log("first", job)
     assert "2 hosts x 2 processes, gloo" in other.log("first", job)
     assert other.folder("first").status()["state"] == "DONE"
-
-
-@pytest.mark.matrix
-def test_the_job_of_a_colleague_that_slurm_hides_is_neither_lost_nor_taken_over(other):
-    options = ("--", "--nodes=1", "--gpus-per-node=0", "--cpus-per-task=2", "--time=10")
-    job = other.submit("run.name=theirs", "train.max_steps=100000", *options)
-    try:
-        other.wait_until(lambda: other.steps("theirs") >= 1, "training")
-        assert not as_nobody(other, "squeue", "-h").stdout.count(job)
-        shown = as_nobody(other, "bash", str(other.checkout / "monitor.sh"), "theirs")
-        if "Permission denied" in shown.stderr:
-            pytest.skip(f"nobody else may run {sys.executable}")
-        assert re.search(r"state +RUNNING\n", shown.stdout), shown.stdout + shown.stderr
-        submit = ("bash", str(other.checkout / "submit.sh"), "run.name=theirs")
-        other.folder("theirs").path.chmod(0o777)
-        refused = as_nobody(other, *submit, *options)
-        assert refused.returncode == 78, refused.stderr
-        assert f"is in the hands of job {job} of root, whose heartbeat is " in refused.stderr
-    finally:
-        other.cluster.run("scancel", job)
-        other.cluster.wait(job, timeout=60)
-
-
-def as_nobody(site: Site, *command: str) -> subprocess.CompletedProcess:
-    ids = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    return subprocess.run(
-        ["setpriv", *ids, *command], env={**site.environment, "HOME": "/"}, cwd="/",
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
