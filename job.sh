@@ -320,8 +320,8 @@ leave() {
       leave_to_chain
     elif [[ -z "${IS_ENDING:-}" ]]; then
       log "back to the queue${AVOID:+, for other nodes than $AVOID}"
-      requeue || log "this site does not requeue; to resume: the same bash" \
-        "submit.sh; to queue the jobs that follow in advance: bash submit.sh --chain N"
+      requeue || log "this site does not requeue; to resume: bash submit.sh" \
+        "--resume ${RUN_DIR##*/}; to queue the jobs that follow in advance, too: --chain N"
     fi
   fi
   exit "$CODE"
@@ -354,7 +354,8 @@ leave_to_chain() {
     log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
     exit 0
   fi
-  log "this was the last job of the chain; to resume: the same bash submit.sh --chain N"
+  log "this was the last job of the chain; to resume: bash submit.sh --chain N" \
+    "--resume ${RUN_DIR##*/}"
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then

@@ -2,10 +2,12 @@
 #
 # Check everything, then submit one training run to Slurm, or run it here.
 #
-# Usage: bash submit.sh [--config FILE] [--local | --chain N] [--dry-run] [key=value ...]
+# Usage: bash submit.sh [FILE | --resume RUN] [--local | --chain N] [--dry-run] [key=value ...]
 #                       [-- SBATCH_OPTION ...]
 #
-#   --config FILE   settings of the run (default: config.yaml beside this file)
+#   FILE            settings of the run; what it does not name is as in config.yaml, the default.
+#                   Also: --config FILE
+#   --resume RUN    continue a run with its own settings, and its own options for sbatch
 #   --local         run the same job on this machine: all its GPUs, or two processes without one
 #   --chain N       submit N jobs, each waiting for the one before it to end: for a short time limit
 #                   on a site that does not requeue jobs; jobs that are not needed end at once
@@ -51,6 +53,7 @@ main() {
   load_environment
   # shellcheck source=slurm.sh
   source "$HERE/slurm.sh"
+  if [[ -n "$RESUME" ]]; then find_run; fi
   check=("$TRAINSTACK_PYTHON" -m trainstack.job.submit --home "$TRAINSTACK_HOME"
     --repository "$HERE" --config "$CONFIG")
   # What Slurm says is passed on stdin: an argument may have 128 KiB, which 8000 jobs fill.
@@ -80,18 +83,24 @@ main() {
   if [[ -n "$IS_LOCAL" ]]; then run_here; else submit; fi
 }
 
-# Sets: CONFIG IS_LOCAL IS_DRY CHAIN SETTINGS SBATCH_OPTIONS
+# Sets: CONFIG RESUME IS_LOCAL IS_DRY CHAIN SETTINGS SBATCH_OPTIONS
 parse() {
-  CONFIG="$HERE/config.yaml" IS_LOCAL="" IS_DRY="" CHAIN="" SETTINGS=() SBATCH_OPTIONS=()
+  CONFIG="" RESUME="" IS_LOCAL="" IS_DRY="" CHAIN="" SETTINGS=() SBATCH_OPTIONS=()
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
       --config)
         (($# > 1)) || die "--config needs a file" 2
-        CONFIG="$2"
+        name_file "$2"
         shift
         ;;
-      --config=*) CONFIG="${1#*=}" ;;
+      --config=*) name_file "${1#*=}" ;;
+      --resume)
+        (($# > 1)) || die "--resume needs the name of a run; bash monitor.sh lists them" 2
+        RESUME="$2"
+        shift
+        ;;
+      --resume=*) RESUME="${1#*=}" ;;
       --local) IS_LOCAL=yes ;;
       --chain)
         (($# > 1)) || die "--chain needs a number of jobs, such as --chain 4" 2
@@ -111,6 +120,7 @@ parse() {
         ;;
       --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
       -*) die "$1 is not an option of submit.sh; options for sbatch come after --, see --help" 2 ;;
+      *.yaml | *.yml) if [[ "$1" == *=* ]]; then SETTINGS+=("$1"); else name_file "$1"; fi ;;
       *) SETTINGS+=("$1") ;;
     esac
     shift
@@ -119,8 +129,48 @@ parse() {
     die "--local runs without Slurm; leave out: ${SBATCH_OPTIONS[*]}" 2
   fi
   check_sbatch_options
+  if [[ -n "$RESUME" ]]; then
+    check_resume
+    return
+  fi
+  CONFIG="${CONFIG:-$HERE/config.yaml}"
   # Python says so too, but may have to be installed first.
   [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; name one with --config FILE" 2
+}
+
+# Sets: CONFIG
+name_file() {
+  [[ -z "$CONFIG" ]] || die "one file of settings at a time, got $CONFIG and $1" 2
+  CONFIG="$1"
+}
+
+check_resume() {
+  local setting
+  [[ "$RESUME" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
+    die "--resume $RESUME is not the name of a run; bash monitor.sh lists them" 2
+  [[ -z "$CONFIG" ]] ||
+    die "--resume takes the settings of the run; leave out $CONFIG, or write key=value" 2
+  for setting in ${SETTINGS[@]+"${SETTINGS[@]}"}; do
+    [[ "$setting" != run.name=* ]] ||
+      die "--resume $RESUME continues that run; leave out: $setting" 2
+  done
+}
+
+# The settings of the run, and, where none are given, its options for sbatch.
+# Sets: CONFIG SETTINGS SBATCH_OPTIONS
+find_run() {
+  local folder="$TRAINSTACK_HOME/runs/$RESUME" runs option
+  CONFIG="$folder/config.yaml"
+  if [[ ! -f "$CONFIG" ]]; then
+    runs="$(cd "$TRAINSTACK_HOME/runs" 2>/dev/null && ls -m)" || runs=""
+    die "no run $RESUME in $TRAINSTACK_HOME/runs; there are: ${runs:-none yet}"
+  fi
+  SETTINGS=("run.name=$RESUME" ${SETTINGS[@]+"${SETTINGS[@]}"}) # a folder may have been renamed
+  [[ -z "$IS_LOCAL" && -f "$folder/.sbatch_options" ]] && ((! ${#SBATCH_OPTIONS[@]})) || return 0
+  while IFS= read -r -d '' option; do
+    if [[ -n "$option" ]]; then SBATCH_OPTIONS+=("$option"); fi # printf writes one of nothing
+  done <"$folder/.sbatch_options"
+  if ((${#SBATCH_OPTIONS[@]})); then log "with the options of before: ${SBATCH_OPTIONS[*]}"; fi
 }
 
 check_chain_length() {
@@ -236,6 +286,7 @@ submit() {
     return
   fi
   cp "$JOB_SCRIPT" "$RUN_DIR/code/train.slurm"
+  printf '%s\0' ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"} >"$RUN_DIR/.sbatch_options"
   said="$(mktemp)"
   while ((${#jobs[@]} < ${CHAIN:-1})); do
     code=0

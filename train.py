@@ -87,7 +87,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
         stop=stop, interval=startup.build_interval(attempt, stop.save_seconds),
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
-        small_files=startup.small_files(strategy.causal_lm, model_folder, corpus),
+        small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
         watch=watch, faults=faults,
         report=Report(attempt, rate_at, feed.sampler.total_samples, state.step),
     )  # fmt: skip

@@ -220,7 +220,7 @@ def test_a_job_that_slurm_no_longer_has_is_lost_with_a_next_step(runs, state):
     run.add_event("submitted", job="7")
     assert runs.table("8|RUNNING|1:00|None\n")["a"]["STATE"] == "LOST"
     assert "no longer has its job" in runs.screen("a", "")["cause"]
-    assert "the same command continues it" in runs.screen("a", "")["cause"]
+    assert runs.screen("a", "")["next"] == "to resume: bash submit.sh --resume a"
 
 
 def test_without_slurm_no_job_is_called_lost(runs):
@@ -240,7 +240,8 @@ def test_a_local_run_whose_process_is_gone_was_killed(runs):
     runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=gone.pid)
     assert runs.table(None)["a"]["STATE"] == "KILLED"
     cause = runs.screen("a")["cause"]
-    assert "its processes are gone and did not report why; the same command continues it" in cause
+    assert cause == "its processes are gone and did not report why"
+    assert runs.screen("a")["next"] == "to resume: bash submit.sh --resume a --local"
 
 
 def test_a_local_run_of_another_host_is_left_as_it_said(runs):

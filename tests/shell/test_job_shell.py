@@ -182,9 +182,16 @@ def test_a_port_that_somebody_uses_is_passed_over(job):
 
 def test_two_thousand_hosts_do_not_break_the_pipe(job):
     job.commands.add("scontrol", "for i in {1000..2999}; do echo a-rather-long-host-name-$i; done")
-    code, errors = job.wait()
+    code, errors = job.wait(SLURM_JOB_NUM_NODES="2000")
     assert code == 0, errors
     assert job.value("--rdzv-endpoint").startswith("a-rather-long-host-name-1000:")
+
+
+def test_a_banner_of_the_site_is_no_host(job):
+    job.commands.add("scontrol", "echo 'Welcome to x'; printf 'gpu-07\\ngpu-08\\n'; echo Bye, all")
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert job.value("--rdzv-endpoint").startswith("gpu-07:")
 
 
 def test_no_hosts_no_launch(job):
@@ -527,8 +534,8 @@ def test_a_site_that_does_not_requeue_is_told_what_to_do(job):
     code, errors = job.wait()
     assert code == 75
     assert errors.endswith(
-        "train.slurm: this site does not requeue; to resume: the same bash submit.sh; "
-        "to queue the jobs that follow in advance: bash submit.sh --chain N\n"
+        "train.slurm: this site does not requeue; to resume: bash submit.sh --resume first; "
+        "to queue the jobs that follow in advance, too: --chain N\n"
     )
     assert job.run.status()["state"] == "PAUSED"
 
@@ -568,7 +575,7 @@ def test_the_last_job_of_a_chain_says_that_nobody_goes_on(job, queue):
     job.commands.add("squeue", queue)
     code, errors = job.wait(TRAINSTACK_CHAIN="1")
     assert code == 75, errors
-    assert "last job of the chain; to resume: the same bash submit.sh --chain N\n" in errors
+    assert "last job of the chain; to resume: bash submit.sh --chain N --resume first\n" in errors
     assert requeues(job) == []
 
 

@@ -542,6 +542,90 @@ def test_a_run_in_the_hands_of_a_live_job_is_refused_and_of_a_dead_one_continued
     assert site.submit().stdout == "4711\n"
 
 
+def test_a_run_is_resumed_by_its_name_with_its_settings_and_options(site):
+    options = ["--time=5", "--comment=two words"]
+    site.submit("optim.learning_rate=0.5", "train.max_steps=30", "--", *options)
+    site.make_checkpoint(5)
+    RunFolder(site.run_dir).set_status("PAUSED", step=5)
+    (site.checkout / "config.yaml").write_text("run: {name: another}\n")
+    result = site.submit("--resume", "first")
+    assert result.stdout == "4711\n", result.stderr
+    assert "with the options of before: --time=5 --comment=two words" in result.stderr
+    assert without_export(site.submissions()[-1]) == golden(site, *options)
+    kept = load(site.run_dir / "config.yaml", [])
+    assert (kept.optim.learning_rate, kept.train.max_steps) == (0.5, 30)
+    result = site.submit("--resume=first", "optim.weight_decay=0.2", "--", "--time=6")
+    assert "continues with other settings: train.max_steps: 20 -> 30, optim" in result.stderr
+    assert without_export(site.submissions()[-1]) == golden(site, "--time=6")
+    refused = site.submit("--resume", "first", "run.seed=7")
+    assert refused.returncode == 78
+    assert "run first cannot continue with run.seed=7 (the run has 1234)" in refused.stderr
+
+
+def test_a_run_is_resumed_by_its_own_copy_of_the_code_without_any_checkout(site):
+    assert site.submit().returncode == 0
+    site.make_checkpoint(5)
+    shutil.rmtree(site.checkout)
+    own = [BASH, site.run_dir / "code" / "submit.sh", "--resume", "first"]
+    result = subprocess.run(own, capture_output=True, text=True, cwd="/", env=site.environment)
+    assert result.stdout == "4711\n", result.stderr
+    assert (site.run_dir / "code" / "submit.sh").exists()
+
+
+def test_the_settings_of_an_earlier_version_with_keys_missing_are_resumed(site):
+    assert site.submit().returncode == 0
+    path = site.run_dir / "config.yaml"
+    kept = [line for line in path.read_text().splitlines() if "on_divergence" not in line]
+    path.write_text("\n".join(kept) + "\n")
+    assert site.submit("--resume", "first").stdout == "4711\n"
+    assert "on_divergence: stop" in path.read_text()
+
+
+RESUMES = [
+    (["--resume", "second"], 1, "no run second in "),
+    (["--resume"], 2, "--resume needs the name of a run; bash monitor.sh lists them"),
+    (["--resume", "../x"], 2, "--resume ../x is not the name of a run"),
+    (["--resume", "first", "run.name=b"], 2, "continues that run; leave out: run.name=b"),
+    (["--resume", "first", "my.yaml"], 2, "takes the settings of the run; leave out my.yaml"),
+    (["a.yaml", "--config", "b.yaml"], 2, "one file of settings at a time, got a.yaml and b.yaml"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "what"), RESUMES)
+def test_what_cannot_be_resumed_is_named(site, arguments, code, what):
+    site.submit()
+    assert what in complaint(site.submit(*arguments), code)
+
+
+def test_a_run_that_has_lost_its_checkpoints_never_starts_over_unsaid(site):
+    RunFolder(site.run_dir).create()
+    RunFolder(site.run_dir).add_event("checkpoint", step=15)
+    line = complaint(site.submit(), 1)
+    assert "run first has lost its checkpoints, the last of step 15: restore one into" in line
+
+
+def test_a_file_of_settings_may_stand_without_its_option(site):
+    text = "run: {name: small}\noptim: {learning_rate: 0.5}\n"
+    (site.cwd / "my own.yaml").write_text(text)
+    result = site.submit("my own.yaml", "model.name=tiny", "data.name=tiny")
+    assert "my own.yaml ok" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("what", ["model", "data", "both"])
+def test_a_run_with_a_checkpoint_needs_nothing_of_its_start(site, what):
+    assert site.submit().returncode == 0
+    site.make_checkpoint(10)
+    model, data = site.home / "models" / "tiny", site.home / "datasets" / "tiny"
+    shutil.copy(model / "config.json", site.run_dir / "checkpoints/checkpoint-10/config.json")
+    gone = {"model": [model], "data": [data], "both": [model, data]}[what]
+    for path in gone:
+        shutil.rmtree(path)
+    result = site.submit("--resume", "first")
+    assert result.stdout == "4711\n", result.stderr
+    told = [line for line in result.stderr.splitlines() if "is gone; not needed: the run" in line]
+    assert len(told) == len(gone)
+
+
 def test_a_run_that_lives_on_this_machine_is_left_alone(site):
     assert site.submit().returncode == 0
     before = (site.run_dir / "config.yaml").read_text()
@@ -791,7 +875,10 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
     package = site.checkout / "trainstack"
     modules = {path.relative_to(site.checkout) for path in package.rglob("*.py")}
-    others = ("train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt")
+    others = (
+        "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh",
+        "setup.sh", "monitor.sh", "config.yaml", "env.sh",
+    )  # fmt: skip
     assert kept == modules | {Path(name) for name in others}
     for path in kept:
         assert (code / path).read_bytes() == (site.checkout / path).read_bytes()

@@ -4,8 +4,10 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from trainstack.checkpoint.state import STATE, TrainState, read_state
+from trainstack.errors import Failed
 from trainstack.storage import manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
@@ -45,6 +47,17 @@ def newest_state(folder: Path) -> tuple[int, TrainState | None]:
             if manifest.is_whole(path, STATE_BYTES):
                 return step, read_state(path)
     return 0, None
+
+
+def check_not_lost(folder: Path, events: list[dict[str, Any]]) -> None:
+    """Failed if a run has none of the checkpoints that its events name: it never starts over."""
+    published = [event["step"] for event in events if event["event"] == "checkpoint"]
+    if published and not by_name(folder):
+        raise Failed(
+            f"run {folder.parent.name} has lost its checkpoints, the last of step "
+            f"{max(published):,}: restore one into {folder}, or, to start over, choose another "
+            f"run.name or remove {folder.parent}"
+        )
 
 
 def is_copy(checkpoint: Path, step: int) -> bool:

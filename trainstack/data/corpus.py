@@ -1,5 +1,6 @@
 """What a run learns from: the token stores of its data sets as one."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from trainstack.checkpoint.names import kept_stores
 from trainstack.config.schema import Config
 from trainstack.data.split import Split
-from trainstack.data.store import PLAIN, TokenStore, find_store
+from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
 
 EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
@@ -20,18 +21,24 @@ def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> 
     ``checkpoints``: of the run, which continues with the stores that it has learned from already.
     """
     kept = kept_stores(checkpoints)
-    stores, earlier = {}, []
-    for section in config.data.sources:
-        try:
-            folder = find_store(home, config.model.name, section, kept)
+    stores, sections = {}, config.data.sources
+    try:
+        for section, folder in zip(sections, find_stores(home, config, kept), strict=True):
             stores[section.label] = TokenStore(folder, section.seq_len)
-            if kept and folder != find_store(home, config.model.name, section, ()):
-                earlier.append(section.label)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model {config.model.name} or the tokens of {section.name} are not ready "
-                f"({error}); run: bash download_data_model.sh, with the same --config and settings"
-            ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {config.model.name} or the tokens of {' and '.join(s.name for s in sections)} "
+            f"are not ready ({error}); run: bash download_data_model.sh, with the same --config "
+            "and settings"
+        ) from None
+    earlier = []
+    with contextlib.suppress(OSError, ValueError):  # what they were made from is gone
+        fresh = find_stores(home, config, ()) if kept else []
+        earlier = [
+            label
+            for (label, own), new in zip(stores.items(), fresh, strict=False)
+            if own.folder != new
+        ]
     return Corpus(stores, earlier)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from trainstack.chat import template
-from trainstack.config.schema import DataSection
+from trainstack.config.schema import Config, DataSection
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.errors import ConfigError
 from trainstack.storage import manifest
@@ -154,6 +154,25 @@ def find_store(home: Path, model_name: str, section: DataSection, kept: Sequence
             if earlier.name in kept and earlier.exists():
                 return earlier
     return store_folder(home, model_name, section).resolve()
+
+
+def find_stores(home: Path, config: Config, kept: Sequence[str]) -> list[Path]:
+    """The store of each data set, in their order, as ``find_store`` has them.
+
+    Of a run that has learned (``kept``) the stores themselves will do, whatever became of the model
+    and the data that they were made from.
+    """
+    found, sections = [], config.data.sources
+    for number, section in enumerate(sections):
+        own = home / "tokens" / kept[number] if len(kept) == len(sections) else None
+        try:
+            folder = find_store(home, config.model.name, section, kept)
+        except (OSError, ValueError):
+            if own is None:
+                raise
+            folder = own
+        found.append(own if own is not None and not folder.exists() else folder)
+    return found
 
 
 def is_as_before(section: DataSection) -> bool:

@@ -16,11 +16,10 @@ from trainstack.job import verdict
 from trainstack.job.preflight import free_port
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner, is_local_job, user
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING, resume_command
 from trainstack.storage import files
 
 FOR_A_PERSON = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that no other job gets past
-FIX = "fix the cause, then the same bash submit.sh (--config, run.name)"
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +78,9 @@ def note_submission(run: RunFolder, job: str, code: int, cause: str) -> None:
         if former:
             files.replace_file(run.path / "status.json", json.dumps(former).encode())
         else:
-            run.set_status(NOT_SUBMITTED, cause=cause, next_action=FIX)
+            run.set_status(
+                NOT_SUBMITTED, cause=cause, next_action="fix the cause, then submit again"
+            )
     run.status_before.unlink(missing_ok=True)
 
 
@@ -155,8 +156,9 @@ def record(
 
 def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     """Write a final state and say it: at which step, why, what is safe, what to do."""
+    fix = f"fix the cause, then: {resume_command(run.path.name, owner.job)}"
     run.set_status(
-        ending.state, job=owner.job, attempt=owner.attempt, cause=ending.cause, next_action=FIX,
+        ending.state, job=owner.job, attempt=owner.attempt, cause=ending.cause, next_action=fix,
         exit_code=ending.code,
     )  # fmt: skip
     run.add_event(ending.state.lower(), job=owner.job, step=ending.step, cause=ending.cause)
@@ -165,7 +167,7 @@ def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     if newest:
         kept, begins = newest.name, f"resumes from {newest.name}"
     say(run, f"{ending.state} at step {ending.step or 0:,}: {ending.cause}")
-    say(run, f"kept: {kept}; logs: {run.logs}/{owner.job}.*; {FIX}; it {begins}")
+    say(run, f"kept: {kept}; logs: {run.logs}/{owner.job}.*; {fix}; it {begins}")
 
 
 def say(run: RunFolder, text: str) -> None:

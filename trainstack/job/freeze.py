@@ -12,13 +12,11 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
 from trainstack.storage import files
 
-SNAPSHOT = (
-    "train.py",
-    "train.slurm",
-    "job.sh",
-    "slurm.sh",
-    "requirements.txt",
-)  # beside the package
+SNAPSHOT = (  # beside the package: what a job runs, and what resumes the run without any checkout
+    "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh", "setup.sh",
+    "monitor.sh", "config.yaml",
+)  # fmt: skip
+OWN_OF_A_CHECKOUT = "env.sh"  # written by setup.sh
 
 
 def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: bool) -> None:
@@ -74,6 +72,7 @@ def copy_code(repository: Path, folder: Path) -> None:
     """
     package = (repository / "trainstack").rglob("[!.]*")  # an editor may have hidden files open
     kept = [p for p in package if p.is_file() and p.parent.name != "__pycache__"]
-    for name in [*SNAPSHOT, *(path.relative_to(repository) for path in kept)]:
+    own = [OWN_OF_A_CHECKOUT] if (repository / OWN_OF_A_CHECKOUT).exists() else []
+    for name in [*SNAPSHOT, *own, *(path.relative_to(repository) for path in kept)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, folder / name)

@@ -1,11 +1,18 @@
 """What the run needs on disk: model, data, tokens, space."""
 
+import contextlib
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from trainstack.checkpoint.names import BYTES_PER_PARAMETER, kept_stores, newest_state
+from trainstack.checkpoint.names import (
+    BYTES_PER_PARAMETER,
+    check_not_lost,
+    kept_stores,
+    newest_checkpoint,
+    newest_state,
+)
 from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
@@ -15,7 +22,7 @@ from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
-from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, read_manifest
+from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
 
 
 def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
@@ -54,19 +61,46 @@ def check_inputs(home: Path, config: Config, command: str, checkpoints: Path) ->
 def input_problem(
     home: Path, config: Config, command: str, checkpoints: Path | None = None
 ) -> str | None:
-    """What is missing or damaged of model, data sets and tokens, and what fixes it."""
+    """What is missing or damaged of model, data sets and tokens, and what fixes it.
+
+    A run that has a checkpoint needs its tokens, and nothing of what they were made from.
+    """
     kept = kept_stores(checkpoints)
-    for asset in named_assets(config, home):
-        # A run that has begun reads its tokens, whatever became of what they were made from.
-        is_tokens = kept and asset.kind == "dataset" and asset.folder.exists()
-        if not is_tokens and (problem := asset_problem(asset, command)):
+    for asset in [] if kept else named_assets(config, home):
+        if problem := asset_problem(asset, command):
             return f"{asset} {problem}"
-    for section in config.data.sources:
-        folder = store.find_store(home, config.model.name, section, kept)
+    stores = store.find_stores(home, config, kept)
+    for section, folder in zip(config.data.sources, stores, strict=True):
         problem = next(damage(folder, TRUSTED_BY_SIZE), None)
         if problem:
             return f"the tokens of {section.name} are not ready ({problem}); run: {command}"
     return None
+
+
+def not_needed(home: Path, config: Config, checkpoints: Path) -> list[str]:
+    """What is gone or has changed of a run's start, and does not matter to it any more; lines."""
+    if not kept_stores(checkpoints):
+        return []
+    found = []
+    for asset in named_assets(config, home):
+        original = Path(asset.name)
+        if not asset.folder.exists() or (layout.is_local(asset.name) and not original.exists()):
+            found.append(f"{asset} is gone; not needed: the run has a checkpoint and its tokens")
+        elif asset.kind == "model" and (problem := asset_problem(asset, "")):
+            problem = problem.partition("; ")[0]
+            found.append(f"{asset} {problem}; not used: the run has a checkpoint")
+    return found
+
+
+def model_source(home: Path, config: Config, checkpoints: Path) -> Path:
+    """The folder of the model that a run starts from: its own checkpoint, where that model is gone.
+
+    Called once a run without a checkpoint is known to have its model.
+    """
+    folder = layout.model_folder(home, config.model.name)
+    is_there = (folder / "config.json").exists() and (folder / MANIFEST).exists()
+    _, newest = newest_checkpoint(checkpoints)
+    return newest if newest and not is_there else folder
 
 
 def asset_problem(asset: Asset, command: str) -> str | None:
@@ -94,11 +128,14 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int,
     """
     step, saved = newest_state(run.checkpoints)
     if saved is None:
+        check_not_lost(run.checkpoints, run.events())
         return step, []
     check_identity(saved.identity, identity(config, corpus.key), config.run.name)
     changes = changed_settings(saved.settings, config.model_dump())
     begun = next((event["at"] for event in run.events()), "")
-    brought = read_manifest(layout.model_folder(run.path.parents[1], config.model.name))
+    brought = {}
+    with contextlib.suppress(OSError, ValueError):  # it is gone
+        brought = read_manifest(layout.model_folder(run.path.parents[1], config.model.name))
     if begun and brought.get("fetched_at", "") > begun:  # both in UTC, as text
         changes.append("model.name was brought again since, which changes nothing in this run")
     return step, changes

@@ -121,8 +121,11 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     if step >= max_steps and run.status().get("state") == "DONE":
         say_complete(run, config, step, max_steps)
         return "complete", run
-    space = inputs.check_space(home, config, prove(home, config, say))
+    model = inputs.model_source(home, config, run.checkpoints)
+    space = inputs.check_space(home, config, prove(home, config, model, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
+    for line in inputs.not_needed(home, config, run.checkpoints):
+        say(line)
     rates += [*high_rate(config), *rate_jump(run, config.optim, step, max_steps)]
     for line in (*rates, *not_used(config, corpus), *remarks):
         say(line)

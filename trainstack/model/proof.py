@@ -32,16 +32,15 @@ def main(arguments: list[str]) -> int:
     config = load(options.config, options.overrides)
     folder = layout.model_folder(options.home, config.model.name)
     if config.model.name != layout.DEMO or folder.exists():  # else it is made later
-        prove(options.home, config, lambda text: print(f"prove: {text}", file=sys.stderr))
+        prove(options.home, config, folder, lambda text: print(f"prove: {text}", file=sys.stderr))
     return 0
 
 
-def prove(home: Path, config: Config, say: Callable[[str], None]) -> int:
+def prove(home: Path, config: Config, folder: Path, say: Callable[[str], None]) -> int:
     """Say what is known of the model, tried now if need be; returns how many parameters it has.
 
-    ConfigError if it cannot be trained as configured.
+    ``folder``: that holds the model. ConfigError if it cannot be trained as configured.
     """
-    folder = layout.model_folder(home, config.model.name)
     record = home / "cache" / "proofs" / f"{proof_key(folder, config)}.json"
     try:
         found = json.loads(record.read_bytes())

@@ -14,14 +14,21 @@ from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job, user
 from trainstack.run.queue import NO_JOB, Job, meaning, read_queue
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, QUEUED, RUNNING, STARTING
+from trainstack.run.states import (
+    EXIT_CODES,
+    NOT_SUBMITTED,
+    QUEUED,
+    RUNNING,
+    STARTING,
+    resume_command,
+)
 from trainstack.storage import layout
 from trainstack.units import NOTHING, age, duration, rounded
 from trainstack.waits import ALIVE_SECONDS
 
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
-    "KILLED": "its processes are gone and did not report why; the same command continues it",
-    "LOST": "Slurm no longer has its job, which did not report why; the same command continues it",
+    "KILLED": "its processes are gone and did not report why",
+    "LOST": "Slurm no longer has its job, which did not report why",
 }
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
 SHOWN_EVENTS = 8
@@ -71,8 +78,15 @@ class View:
     def silent_end(self) -> str:
         """What a job that ended without a word may have lacked."""
         if any(event["event"] == "attempt" for event in self.events):
-            return "the job did not report why; the same command continues the run"
-        return f"the job wrote nothing: is {self.run.path} visible there? Then the same command"
+            return "the job did not report why"
+        return f"the job wrote nothing: is {self.run.path} visible there?"
+
+    @property
+    def next_action(self) -> str | None:
+        """What a person does now."""
+        if self.state in LOST_CAUSES:
+            return f"to resume: {resume_command(self.run.path.name, self.status.get('job'))}"
+        return self.status.get("next_action")
 
 
 def main(arguments: list[str]) -> int:
@@ -225,8 +239,8 @@ def rows_of(view: View) -> Iterator[tuple[str, str]]:
     yield "step", steps(view)
     if view.cause:
         yield "cause", view.cause
-    if view.status.get("next_action"):
-        yield "next", view.status["next_action"]
+    if view.next_action:
+        yield "next", view.next_action
     if view.job_id:
         yield "job", job_text(view)
     if view.job.left:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trainstack.run.states import CONTINUES, EXIT_CODES
+from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage import files
 from trainstack.units import now
 from trainstack.waits import VISIBLE_SECONDS
@@ -51,9 +51,10 @@ class RunFolder:
         files.replace_file(self.path / "status.json", text.encode())
 
     def pause(self, job: str, attempt: int, cause: str, **facts: Any) -> None:
-        """Record that an attempt ended in order; the same command continues the run."""
+        """Record that an attempt ended in order, and how the run is resumed."""
+        action = f"to resume: {resume_command(self.path.name, job)}"
         facts |= {"job": job, "attempt": attempt, "cause": cause}
-        self.set_status("PAUSED", **facts, exit_code=EXIT_CODES["PAUSED"], next_action=CONTINUES)
+        self.set_status("PAUSED", **facts, exit_code=EXIT_CODES["PAUSED"], next_action=action)
         self.add_event("paused", **facts)
 
     # --- What happened: events.jsonl

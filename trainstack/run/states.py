@@ -14,7 +14,13 @@ EXIT_CODES = {
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
 NOT_SUBMITTED = "NOT_SUBMITTED"  # sbatch refused its first job
-CONTINUES = "the same command continues it"
+
+
+def resume_command(run: str, job: str | None) -> str:
+    """What a person types to continue a run whose last job was ``job``."""
+    return f"bash submit.sh --resume {run}" + (
+        " --local" if (job or "").startswith("local") else ""
+    )
 
 
 class Phase(enum.Enum):

@@ -9,7 +9,7 @@ from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.checkpoint.state import TrainState
 from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
-from trainstack.run.states import CONTINUES, EXIT_CODES
+from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import answer
@@ -30,7 +30,9 @@ def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
         else:
             facts, where = {"step": step}, f" at step {step:,}"
         attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, **facts)
-        log.info("%s: PAUSED%s (%s); %s", attempt.run.path.name, where, cause, CONTINUES)
+        name = attempt.run.path.name
+        resume = resume_command(name, attempt.owner.job)
+        log.info("%s: PAUSED%s (%s); to resume: %s", name, where, cause, resume)
         attempt.lease.release()
     return "PAUSED"
 

@@ -109,7 +109,9 @@ def find_checkpoint(
 
     def find() -> Path | None:
         newest = newest_whole(run.checkpoints, moves)
-        if newest:
+        if newest is None:
+            names.check_not_lost(run.checkpoints, run.events())
+        else:
             check_identity(read_state(newest).identity, identity, run.path.name)
         return newest
 
