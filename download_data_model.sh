@@ -96,16 +96,19 @@ read_arguments() {
 
 # Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON
 load_environment() {
+  local code=0
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
-  bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
+  bash "$HERE/setup.sh" --is-ready || code=$?
+  if ((code == 3)); then exit 1; fi # it was edited, and has said so
+  ((code == 0)) || die "the environment is not ready; run: bash setup.sh"
   # shellcheck source=/dev/null
   source "$HERE/env.sh" # which the check may just have written
 }
 
 # A command of the package, see python -m trainstack.
 run() {
-  PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 \
+  PYTHONPATH="$HERE" PYTHONSAFEPATH=1 \
     "$TRAINSTACK_PYTHON" -m trainstack "$@"
 }
 

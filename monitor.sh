@@ -71,7 +71,7 @@ load_environment() {
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
   if [[ ! -x "${TRAINSTACK_PYTHON:-}" ]]; then # SHARED_DIR may come from the environment alone
-    bash "$HERE/setup.sh" --check || die "the environment is not ready; run: bash setup.sh"
+    bash "$HERE/setup.sh" --is-ready || die "the environment is not ready; run: bash setup.sh"
     # shellcheck source=/dev/null
     source "$HERE/env.sh"
   fi

@@ -2,9 +2,10 @@
 #
 # Make the shared folders and the Python environment, and prove that it works.
 #
-# Usage: bash setup.sh [--check | --beside FILE]
+# Usage: bash setup.sh [--check | --is-ready | --beside FILE]
 #
-#   --check         only tell whether everything is ready: exit 0 or 1, and nothing is printed
+#   --check         only tell what is here, in ten lines, and what to do next: exit 0 if ready, or 1
+#   --is-ready      the same exit codes without the lines, for scripts
 #   --beside FILE   install the requirements in FILE beside the environment, which stays as it is,
 #                   and print their folder, for PYTHONPATH; tests and benchmarks use it
 #
@@ -20,6 +21,7 @@ SHARED_DIR="${SHARED_DIR:-${HOME:-/tmp}/shared}" # on a file system that every n
 ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda
 MODULES="${MODULES:-}"                           # modules that jobs load too: "python/3.12"
 MIN_FREE_GB="${MIN_FREE_GB:-10}"                 # environment: 1.5 GB, with CUDA 7; its cache: 3
+WHEELS="${WHEELS:-}"                             # a folder of wheels, for a site without internet
 # ------------------------------------------------------------------------------------------------
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -35,7 +37,7 @@ die() {
 main() {
   case "${1:-}" in
     -h | --help) usage && return ;;
-    --check | "") ;;
+    --check | --is-ready | "") ;;
     --beside)
       [[ -f "${2:-}" ]] || die "--beside needs a requirements file" 2
       check_settings
@@ -46,13 +48,24 @@ main() {
     *) die "$1 is not an option; see bash setup.sh --help" 2 ;;
   esac
   check_settings
+  case "${1:-}" in
+    --check)
+      tell_what_is_here || exit 1
+      return
+      ;;
+    --is-ready)
+      is_ready || exit 1
+      # A SHARED_DIR that was set for one command stays with that command.
+      [[ -f "$HERE/env.sh" ]] || write_env_file
+      is_as_edited || die "setup.sh was edited since it ran last; run: bash setup.sh" 3
+      return
+      ;;
+  esac
   if is_ready; then
-    # A SHARED_DIR that was set for one command stays with that command.
-    [[ "${1:-}" == --check && -f "$HERE/env.sh" ]] || write_env_file
-    [[ "${1:-}" == --check ]] || log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
+    write_env_file
+    log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
     return
   fi
-  [[ "${1:-}" != --check ]] || exit 1
   load_modules
   make_folders
   take_lock
@@ -73,7 +86,7 @@ install_beside() {
     log "installing $1 into $folder"
     rm -rf "$folder" && mkdir -p "$folder"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      --target "$folder" --requirement "$1" >&2
+      ${WHEELS:+--no-index --find-links "$WHEELS"} --target "$folder" --requirement "$1" >&2
     touch "$folder/.ready"
   fi
   printf '%s\n' "$folder"
@@ -98,11 +111,66 @@ check_settings() {
   export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$PROJECT_DIR/cache/pip}"
   export UV_CACHE_DIR="${UV_CACHE_DIR:-$PROJECT_DIR/cache/uv}"
   export CONDA_PKGS_DIRS="${CONDA_PKGS_DIRS:-$PROJECT_DIR/cache/conda}"
+  # Nothing of a person's own Python and pip gets in.
+  unset PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONUSERBASE PIP_TARGET PIP_PREFIX
+  export PYTHONNOUSERSITE=1 PIP_USER=0
 }
 
 # Ready is what the last successful install wrote, as long as its Python still starts.
 is_ready() {
   [[ -f "$VENV/.pins" && "$(<"$VENV/.pins")" == "$PINS" && -x "$VENV/bin/python" ]]
+}
+
+# The edit block of this file, in twelve digits.
+block_hash() {
+  local sum
+  sum="$(sed -n '/^# --- Edit/,/^# -\{20\}/p' "$HERE/setup.sh" | sha256sum)"
+  printf '%s' "${sum:0:12}"
+}
+
+# Whether env.sh was written from the edit block as it is now; one from before has no mark.
+is_as_edited() {
+  local mark
+  mark="$(sed -n 's/^# of the edit block //p' "$HERE/env.sh")"
+  [[ -z "$mark" || "$mark" == "$(block_hash)" ]]
+}
+
+# Ten lines about this machine and this project; fails if the environment is not ready.
+tell_what_is_here() {
+  local ready="not there yet" next="bash setup.sh" submit="bash submit.sh" slurm=none name counts=""
+  if is_ready; then ready="$(<"$VENV/.summary")"; fi
+  if command -v sinfo >/dev/null; then
+    slurm="$(timeout 10 sinfo --noheader --format='%P %D nodes, %c CPUs, %G each;' 2>&1 |
+      tr '\n' ' ')" ||
+      slurm="sinfo does not answer"
+  else
+    submit+=" --local"
+  fi
+  for name in models datasets tokens runs; do
+    counts+=", $(find "$PROJECT_DIR/$name" -mindepth 1 -maxdepth 1 ! -name '.*' 2>/dev/null |
+      wc -l) $name"
+  done
+  if is_ready; then next="$submit (the demo), or your own: download_data_model.sh --help"; fi
+  if [[ -f "$HERE/env.sh" ]] && ! is_as_edited; then next="bash setup.sh (it was edited)"; fi
+  printf '%-12s %s\n' project "$PROJECT_DIR" environment "$ready" \
+    python "$(find_python || printf 'none >= %s; load one, or install uv' "$MIN_PYTHON")" \
+    "GPUs here" "$(gpus_here)" slurm "$slurm" cores "$(env -u OMP_NUM_THREADS nproc)" \
+    "space free" "$(free_gb) GB" holds "${counts#, }" next "$next"
+  is_ready
+}
+
+gpus_here() {
+  local said
+  said="$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null |
+    sort | uniq -c)"
+  printf '%s' "${said:-none (login nodes often have none)}" | tr -s ' \n' ' '
+}
+
+# Of the disk on which the project lies or will.
+free_gb() {
+  local path="$PROJECT_DIR"
+  while [[ ! -e "$path" ]]; do path="$(dirname "$path")"; done
+  df -Pk "$path" | awk 'NR == 2 { printf "%d", $4 / 1000000 }'
 }
 
 load_modules() {
@@ -168,10 +236,9 @@ is_lock_stale() {
 }
 
 check_space() {
-  local free_kb need="needs $MIN_FREE_GB GB; free some, or choose another SHARED_DIR"
-  free_kb="$(df -Pk "$PROJECT_DIR" | awk 'NR == 2 { print $4 }')"
-  ((free_kb >= MIN_FREE_GB * 1000 * 1000)) ||
-    die "$PROJECT_DIR has $((free_kb / 1000000)) GB free, the environment $need"
+  local free need="needs $MIN_FREE_GB GB; free some, or choose another SHARED_DIR"
+  free="$(free_gb)"
+  ((free >= MIN_FREE_GB)) || die "$PROJECT_DIR has $free GB free, the environment $need"
 }
 
 # Build beside the environment in use, prove it, then replace the link: a rename, never half done.
@@ -278,7 +345,8 @@ with_conda() {
 install_pins() {
   local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-input)
   if [[ "$ENV_TOOL" == uv ]]; then pip=(uv pip install --python "$1/bin/python"); fi
-  "${pip[@]}" --requirement "$HERE/requirements.txt" >>"$2" 2>&1
+  "${pip[@]}" ${WHEELS:+--no-index --find-links "$WHEELS"} \
+    --requirement "$HERE/requirements.txt" >>"$2" 2>&1
 }
 
 explain_failure() {
@@ -287,7 +355,8 @@ explain_failure() {
   no_network+='|max retries|ProxyError|timed out|dns error'
   tail -n 5 "$1" | sed 's/^/    /' >&2
   if grep -qiE "$no_network" "$1"; then
-    die "the package index cannot be reached; $fix, or set PIP_INDEX_URL to your site's mirror"
+    fix+=", or set PIP_INDEX_URL to your site's mirror, or WHEELS to a folder filled elsewhere by:"
+    die "the package index cannot be reached; $fix pip download -r requirements.txt -d FOLDER"
   elif grep -qi 'quota exceeded' "$1"; then
     die "a quota is used up; free some space, or move PIP_CACHE_DIR=$PIP_CACHE_DIR or TMPDIR"
   elif grep -qi 'no space left' "$1"; then
@@ -300,12 +369,15 @@ explain_failure() {
 write_env_file() {
   local text temporary="$HERE/.env.sh.$$"
   text="# Written by setup.sh; sourced by the other scripts.
+# of the edit block $(block_hash)
 [ -n \"\${SHARED_DIR:-}\" ] || SHARED_DIR=$(printf '%q' "$SHARED_DIR")
 [ -n \"\${PROJECT_NAME:-}\" ] || PROJECT_NAME=$(printf '%q' "$PROJECT_NAME")
 [ -n \"\${MODULES:-}\" ] || MODULES=$(printf '%q' "$MODULES")
 export SHARED_DIR PROJECT_NAME MODULES
 export TRAINSTACK_HOME=\"\$SHARED_DIR/\$PROJECT_NAME\"
 export TRAINSTACK_PYTHON=\"\$TRAINSTACK_HOME/venv/bin/python\"
+unset PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE
+export PYTHONNOUSERSITE=1
 [ -z \"\$MODULES\" ] || module load \$MODULES"
   [[ ! -f "$HERE/env.sh" || "$(<"$HERE/env.sh")" != "$text" ]] || return 0
   printf '%s\n' "$text" 2>/dev/null >"$temporary" || {

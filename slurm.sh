@@ -5,7 +5,8 @@
 #
 # Sites put banners around what Slurm's commands print, so every line that is asked for has a mark.
 
-ANSWER_SECONDS="${ANSWER_SECONDS:-10}" # squeue of a busy site takes some; of a dead controller, a minute and a half
+# squeue of a busy site takes some; where the controller is down, a minute and a half.
+ANSWER_SECONDS="${ANSWER_SECONDS:-10}"
 
 # What an outer job or a profile says to Slurm's commands: SQUEUE_STATES hides jobs, and
 # SLURM_MEM_PER_CPU goes into a job and ends its srun. Only which Slurm it is stays.

@@ -199,9 +199,12 @@ check_sbatch_options() {
 
 # Sets: TRAINSTACK_HOME TRAINSTACK_PYTHON
 load_environment() {
+  local code=0
   # shellcheck source=/dev/null
   if [[ -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
-  if ! bash "$HERE/setup.sh" --check; then
+  bash "$HERE/setup.sh" --is-ready || code=$?
+  if ((code == 3)); then exit 1; fi # it was edited, and has said so
+  if ((code)); then
     [[ -n "$IS_LOCAL" ]] || die "the environment is not ready; run: bash setup.sh"
     bash "$HERE/setup.sh"
   fi

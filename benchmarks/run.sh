@@ -33,7 +33,7 @@ main() {
     done
     names=("$@")
   fi
-  bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
+  bash "$ROOT/setup.sh" --is-ready || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
   peers="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"

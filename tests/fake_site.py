@@ -19,9 +19,9 @@ from trainstack.storage.manifest import write_manifest
 
 BASH = shutil.which("bash")
 TOOLS = (
-    "awk", "bash", "cat", "chmod", "cp", "date", "df", "dirname", "env", "git", "grep", "id", "ln",
-    "ls", "mkdir", "mktemp", "mv", "nproc", "paste", "readlink", "rm", "sed", "sh", "sha256sum",
-    "sleep", "sort", "stat", "tail", "timeout", "touch", "tr", "uname",
+    "awk", "bash", "cat", "chmod", "cp", "date", "df", "dirname", "env", "find", "git", "grep",
+    "id", "ln", "ls", "mkdir", "mktemp", "mv", "nproc", "paste", "readlink", "rm", "sed", "sh",
+    "sha256sum", "sleep", "sort", "stat", "tail", "timeout", "touch", "tr", "uname", "uniq", "wc",
 )  # fmt: skip
 HOSTILE = 'it\'s "a" $(touch canary) `touch canary` & é;#'
 SECRET = "hf_thisMustNeverBeSeenAnywhere0"

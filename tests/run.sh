@@ -26,7 +26,7 @@ main() {
       return
       ;;
   esac
-  bash "$ROOT/setup.sh" --check || bash "$ROOT/setup.sh"
+  bash "$ROOT/setup.sh" --is-ready || bash "$ROOT/setup.sh"
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
   tools="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"

@@ -1,16 +1,18 @@
 """What all ranks do together, by real processes over gloo."""
 
 import datetime
+import os
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import tiny
 from trainstack import distributed
 from trainstack.distributed import World
-from trainstack.errors import Refused
+from trainstack.errors import ConfigError, Refused
 
 LIMIT = 2.5  # seconds that a collective may take here
 
@@ -42,6 +44,24 @@ def slowly(world: World, folder: Path):
 
     result = distributed.main_decides(world, act, waiting=lambda: waited.append(1))
     return result, len(waited)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU that is here")
+def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 550.54'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(
+        ConfigError, match=r"has a GPU \(NVIDIA H100, 550.54\), but torch 2.*cannot"
+    ):
+        distributed.read_world()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.read_world().device.type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert distributed.read_world().device.type == "cpu"
 
 
 def test_rank_0_may_take_longer_than_a_collective_while_the_others_wait(tmp_path):

@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
     "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),
     "goodput": (".monitor.goodput", "show where the time of a run went"),
+    "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 
 

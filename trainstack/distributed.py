@@ -3,11 +3,14 @@
 The only module that reads RANK and its kin. Without them a process is a world of one.
 """
 
+import contextlib
 import datetime
 import logging
 import os
 import random
+import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -97,7 +100,9 @@ def read_world() -> World:
     rank, local_rank = (int(os.environ.get(name, 0)) for name in names[:2])
     world_size, local_world_size = (int(os.environ.get(name, 1)) for name in names[2:])
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        check_driver()
+    else:
         if local_world_size > torch.cuda.device_count():
             raise ConfigError(
                 f"{local_world_size} processes on a node with {torch.cuda.device_count()} GPUs; "
@@ -105,6 +110,25 @@ def read_world() -> World:
             )
         device = torch.device("cuda", local_rank)
     return World(rank, local_rank, world_size, local_world_size, device)
+
+
+def check_driver() -> None:
+    """ConfigError if this node has GPUs for this process and torch cannot use them.
+
+    nvidia-smi shows those that a job may use. Without a word, it would train on the CPU.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
+        return
+    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
+        if told.strip():
+            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
+            raise ConfigError(
+                f"{socket.gethostname()} has a GPU ({told.splitlines()[0]}), but torch "
+                f"{torch.__version__}, built {built}, cannot use it: choose a build for that driver"
+                " (doc/cluster.md), or train on the CPU: CUDA_VISIBLE_DEVICES= in train.slurm"
+            )
 
 
 def start_logging(world: World, log_file: Path) -> None:

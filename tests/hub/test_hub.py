@@ -1172,7 +1172,7 @@ def checkout(tmp_path):
     shutil.copytree(PROJECT / "trainstack", folder / "trainstack")
     for name in ("download_data_model.sh", "config.yaml"):
         shutil.copy(PROJECT / name, folder)
-    (folder / "setup.sh").write_text('[[ "$1" == --check && -z "${NOT_READY:-}" ]]\n')
+    (folder / "setup.sh").write_text('[[ "$1" == --is-ready && -z "${NOT_READY:-}" ]]\n')
     (folder / "env.sh").write_text(
         f'export TRAINSTACK_HOME="{tmp_path}/shared home"\n'
         f'export TRAINSTACK_PYTHON="{sys.executable}"\n'

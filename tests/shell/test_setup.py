@@ -145,16 +145,16 @@ def test_what_goes_beside_the_environment_is_installed_once_and_changes_nothing_
 
 
 def test_a_check_is_silent_and_makes_nothing(machine):
-    result = machine.setup("--check")
+    result = machine.setup("--is-ready")
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
     assert not machine.shared.exists()
     machine.setup()
     (machine.checkout / "env.sh").unlink()
-    result = machine.setup("--check")
+    result = machine.setup("--is-ready")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (machine.checkout / "env.sh").exists()  # a second checkout beside a ready folder
     machine.change_pins()
-    assert machine.setup("--check").returncode == 1
+    assert machine.setup("--is-ready").returncode == 1
 
 
 WRONG = [
@@ -301,7 +301,7 @@ def test_an_environment_that_does_not_import_is_not_taken_into_use(machine):
     machine.installs('printf "#!/bin/sh\\nexit 1\\n" >"$0"')
     assert "the new environment does not import; see" in error_of(machine.setup(), 1)
     assert not (machine.home / "venv").exists()
-    assert machine.setup("--check").returncode == 1
+    assert machine.setup("--is-ready").returncode == 1
 
 
 def test_a_killed_install_is_repaired_by_the_next_at_once(machine):
@@ -360,11 +360,63 @@ def test_env_sh_survives_a_hostile_folder_and_the_environment_wins(machine):
     assert source_env(machine, PROJECT_NAME="other") == f"{machine.shared}/other"
 
 
+def test_a_check_tells_what_is_here_in_ten_lines_and_what_to_do_next(machine):
+    def told(**changes) -> dict[str, str]:
+        result = machine.setup("--check", **changes)
+        lines = result.stdout.splitlines()
+        assert len(lines) == 9 and result.stderr == ""
+        return {line[:12].strip(): line[13:] for line in lines} | {"code": str(result.returncode)}
+
+    first = told()
+    assert (first["code"], first["next"], first["environment"]) == (
+        "1", "bash setup.sh", "not there yet",
+    )  # fmt: skip
+    assert not machine.shared.exists()
+    machine.setup()
+    machine.commands.add("sinfo", "echo 'gpu* 3 nodes, 64 CPUs, gpu:h100:8 each;'")
+    machine.commands.add("nvidia-smi", "echo 'H100, 550.54'; echo 'H100, 550.54'")
+    (machine.home / "runs" / "a").mkdir()
+    second = told()
+    assert second["code"] == "0"
+    assert second["next"].startswith("bash submit.sh (the demo)")
+    assert second["environment"] == READY.removeprefix("ready: ")
+    assert second["slurm"].strip() == "gpu* 3 nodes, 64 CPUs, gpu:h100:8 each;"
+    assert second["GPUs here"].strip() == "2 H100, 550.54"
+    assert second["holds"] == "0 models, 0 datasets, 0 tokens, 1 runs"
+
+
+def test_an_edited_setup_that_was_not_run_again_is_noticed(machine):
+    machine.setup()
+    assert machine.setup("--is-ready").returncode == 0
+    script = machine.checkout / "setup.sh"
+    script.write_text(script.read_text().replace('ENV_TOOL:-venv}"', 'ENV_TOOL:-venv}" # mine'))
+    line = error_of(machine.setup("--is-ready"), 3)
+    assert line == "setup.sh: error: setup.sh was edited since it ran last; run: bash setup.sh"
+    machine.setup()
+    assert machine.setup("--is-ready").returncode == 0
+
+
+def test_wheels_of_a_folder_take_the_place_of_the_internet(machine):
+    machine.setup(WHEELS="/my wheels")
+    (call,) = machine.commands.calls("pip")
+    assert call[-5:-2] == ["--no-index", "--find-links", "/my wheels"]
+
+
+def test_nothing_of_a_persons_own_python_and_pip_gets_into_an_install(machine):
+    machine.installs(f"env -0 >{shlex.quote(str(machine.folder))}/seen")
+    machine.setup(PYTHONPATH="/x", PIP_TARGET="/y", PIP_USER="1", PYTHONUSERBASE="/z")
+    text = (machine.folder / "seen").read_text()
+    seen = dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
+    assert not {"PYTHONPATH", "PIP_TARGET", "PYTHONUSERBASE"} & seen.keys()
+    assert (seen["PIP_USER"], seen["PYTHONNOUSERSITE"]) == ("0", "1")
+    assert seen["PIP_CACHE_DIR"].startswith(str(machine.home))
+
+
 def test_a_folder_that_was_set_for_one_command_stays_with_that_command(machine):
     other = machine.folder / "other"
     machine.setup(SHARED_DIR=str(other))
     machine.setup()
-    assert machine.setup("--check", SHARED_DIR=str(other)).returncode == 0
+    assert machine.setup("--is-ready", SHARED_DIR=str(other)).returncode == 0
     assert source_env(machine) == f"{machine.shared}/trainstack"
 
 

@@ -111,7 +111,7 @@ def test_an_option_takes_the_place_of_the_lines_on_the_same_resource(site):
 
 
 def test_a_dry_run_prints_the_command_of_the_job_and_changes_nothing(site):
-    site.run("setup.sh", "--check")
+    site.run("setup.sh", "--is-ready")
     before = site.files()
     result = site.submit("--dry-run", "--", "--time=5")
     assert result.returncode == 0, result.stderr

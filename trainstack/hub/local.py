@@ -32,10 +32,13 @@ class LocalFiles:
 
     def __init__(self, asset: Asset):
         self.original = Path(asset.name)
+        # A checkpoint of a run here would be pruned one day: its files get a second name.
+        self.is_kept = asset.home / "runs" in self.original.parents
         self.folder = asset.folder.with_name(f".{asset.folder.name}.local.partial")
         self.entries: dict[str, dict[str, Any]] = {}
         self.sizes, self.modified_ns = {}, {}
-        self.facts = {"source": "local", "modified_ns": self.modified_ns}
+        source = "checkpoint" if self.is_kept else "local"
+        self.facts = {"source": source, "modified_ns": self.modified_ns}
         self._is_model = asset.kind == "model"
         with readable():
             self._look()
@@ -98,8 +101,11 @@ class LocalFiles:
                     fix = f"run in {self.root}: git lfs pull"
                     raise ConfigError(f"{name} is a pointer of git-lfs, not the file; {fix}")
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).symlink_to(self.root / name)
             with readable():
+                if self.is_kept:
+                    os.link(self.root / name, self.folder / name)
+                else:
+                    (self.folder / name).symlink_to(self.root / name)
                 self.entries[name] = manifest.hash_file(self.root / name)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -199,7 +200,7 @@ class Excess:
     may_be_lifted: bool = False
 
 
-def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]):
+def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]) -> Iterator[Excess]:
     """What the job asks for and no node of the partition has, or not so many nodes."""
     amounts = (  # what, how much of it, how much each kind has, the options that ask for it
         ("CPU", asked.cpus_per_node, [k.cpus for k in kinds], ("cpus-per-task", "cpus-per-gpu")),
@@ -232,6 +233,13 @@ def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]):
             "with all that the job asks for",
             _write("nodes", fitting) if fitting else "ask for less on each node",
         )
+    yield from _excesses_of_limits(asked, partition, kinds)
+
+
+def _excesses_of_limits(
+    asked: Resources, partition: str, kinds: list[NodeKind]
+) -> Iterator[Excess]:
+    """Nodes of one job and its time, of which a partition gives only so much."""
     most = kinds[0].most_nodes
     if asked.nodes and most is not None and asked.nodes > most:
         yield Excess(

@@ -3,5 +3,6 @@
 screen.py   the table of all runs; one run's screen
 history.py  the attempts of a run, from its records
 goodput.py  where a run's time went, by cause
+clean.py    what lies in the project, and what may go
 ledger.py   the proof that every sample came once
 """

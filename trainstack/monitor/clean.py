@@ -1,0 +1,238 @@
+"""``python -m trainstack clean``: what lies in the project, who needs it, and what may go.
+
+Removes only what it is told to, by the names that it lists, and never what a run that can go on
+needs: its checkpoints and tokens; before its first checkpoint also its model and its data.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainstack.checkpoint.names import checkpoints, kept_stores
+from trainstack.config.load import load
+from trainstack.data.store import find_stores
+from trainstack.errors import ConfigError, Failed
+from trainstack.hub.asset import named_assets
+from trainstack.processes import is_dead
+from trainstack.run.folder import RunFolder
+from trainstack.run.lease import Lease, is_known_here
+from trainstack.storage import files
+from trainstack.storage.manifest import MANIFEST, remove_folder
+from trainstack.units import NOTHING, bytes_text
+from trainstack.waits import ALIVE_SECONDS
+
+REBUILT = ("pip", "uv", "conda", "hub", "xet", "datasets")  # caches: fetched again where needed
+OLD_SECONDS = 86400  # after which nobody is still at it
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+@dataclass
+class Item:
+    """Something in the project that may be removed as a whole."""
+
+    name: str  # below the project's folder
+    path: Path
+    size: int  # bytes
+    needed_by: list[str] = field(default_factory=list)  # runs
+    note: str = ""
+
+    @property
+    def may_go(self) -> bool:
+        """Whether nobody would miss it: it is no run, and no run needs it."""
+        return not self.needed_by and not re.fullmatch(r"runs/[^/]+", self.name)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack clean", description=__doc__)
+    home = os.environ.get("TRAINSTACK_HOME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to remove, as it is listed")
+    parser.add_argument("--below", metavar="SIZE", help="advise how to come below it, such as 50GB")
+    parser.add_argument("--home", type=Path, default=home, help="project's folder; env.sh sets it")
+    options = parser.parse_args(arguments)
+    if options.home is None:
+        raise ConfigError("the project's folder is not known; run: source env.sh (or pass --home)")
+    wanted = size_of_text(options.below) if options.below else None
+    items = list(items_of(options.home))
+    if options.names:
+        remove(options.home, items, options.names)
+    elif wanted is not None:
+        return advise(items, wanted)
+    else:
+        show(items)
+    return 0
+
+
+def size_of_text(text: str) -> float:
+    """Bytes, of 50GB, 50G or 500 MB; ConfigError if it is no size."""
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
+        raise ConfigError(f"--below {text} is not a size; write for example 50GB")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def items_of(home: Path) -> Iterator[Item]:
+    """All that could be removed, each with who needs it."""
+    needs = needs_of(home)
+    for kind in ("models", "datasets", "tokens"):
+        for path in published(home / kind):
+            name = str(path.relative_to(home))
+            is_it = {path, path.resolve()}
+            users = [
+                r for r, paths in needs.items() if paths is None or not is_it.isdisjoint(paths)
+            ]
+            yield Item(name, path, size_of(path), users)
+    for path in sorted((home / "runs").glob("*")):
+        if path.is_dir() and not path.is_symlink():
+            yield from items_of_run(home, path)
+    for path in leftovers(home):
+        yield Item(str(path.relative_to(home)), path, size_of(path), note="left over, or a cache")
+
+
+def items_of_run(home: Path, path: Path) -> Iterator[Item]:
+    """A run, and those of its checkpoints that it does not need to go on."""
+    run = RunFolder(path)
+    state = run.status().get("state", "no state")
+    name = str(path.relative_to(home))
+    yield Item(name, path, size_of(path), [path.name] if is_alive(run) else [], state)
+    for step, checkpoint in checkpoints(run.checkpoints)[1:] if state == "DONE" else ():
+        own = str(checkpoint.relative_to(home))
+        yield Item(
+            own, checkpoint, size_of(checkpoint), note=f"of a run that is DONE, step {step:,}"
+        )
+
+
+def needs_of(home: Path) -> dict[str, set[Path] | None]:
+    """The folders that each run needs beside its own; None: all, for it cannot be read."""
+    found = {}
+    for path in sorted((home / "runs").glob("*/config.yaml")):
+        run = RunFolder(path.parent)
+        try:
+            config = load(path, [])
+        except ConfigError:
+            found[path.parent.name] = None
+            continue
+        kept = kept_stores(run.checkpoints)
+        paths = {home / "tokens" / name for name in kept}
+        with contextlib.suppress(OSError, ValueError):  # what it was to be made from is gone
+            paths |= {*find_stores(home, config, kept)}
+        if not kept:
+            paths |= {asset.folder for asset in named_assets(config, home)}
+        found[path.parent.name] = paths | {path.resolve() for path in paths}
+    return found
+
+
+def published(folder: Path) -> Iterator[Path]:
+    """The folders below that were published whole, and links to such; org/name is two folders."""
+    for path in sorted(folder.glob("*")):
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() or (path / MANIFEST).exists():
+            yield path
+        elif path.is_dir():
+            yield from published(path)
+
+
+def leftovers(home: Path) -> Iterator[Path]:
+    """What a killed process left, environments that are not used, and caches that fill again."""
+    current = (home / "venv").resolve()
+    yield from (path for path in sorted(home.glob("venv-*")) if path != current)
+    for path in sorted(home.glob("*/**/.*")):  # downloads and stores that were never finished
+        is_old = path.is_dir() and time.time() - path.stat().st_mtime > OLD_SECONDS
+        if is_old and path.relative_to(home).parts[0] in ("models", "datasets", "tokens"):
+            yield path
+    yield from (home / "cache" / name for name in REBUILT if (home / "cache" / name).is_dir())
+
+
+def is_alive(run: RunFolder) -> bool:
+    """Whether a job works on a run, or waits to."""
+    state = run.status().get("state")
+    holder = Lease(run.path).unreleased()
+    silence = run.silence((holder or {}).get("job", ""))
+    if holder and is_known_here(holder):
+        return not is_dead(holder)
+    is_silent = silence is None or silence > ALIVE_SECONDS
+    return (holder is not None and not is_silent) or state == "QUEUED"
+
+
+def size_of(path: Path) -> int:
+    """Bytes on the disk below a path; a link counts nothing."""
+    if path.is_symlink():
+        return 0
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_size
+            except OSError:
+                continue  # removed meanwhile
+    return total
+
+
+def show(items: list[Item]) -> None:
+    """A line for each item: size, name, who needs it."""
+    for item in sorted(items, key=lambda item: -item.size):
+        users = f"needed by run {', '.join(item.needed_by)}" if item.needed_by else "may go"
+        if re.fullmatch(r"runs/[^/]+", item.name):
+            users = f"{item.note}; a job works on it" if item.needed_by else item.note
+        elif item.note:
+            users = f"{users} ({item.note})"
+        print(f"{bytes_text(item.size) if item.size else NOTHING:>10}  {item.name:<44} {users}")
+    print(f"{bytes_text(total_of(items)):>10}  in all")
+
+
+def total_of(items: list[Item]) -> int:
+    """The bytes of all items, those of a run's checkpoints once."""
+    return sum(item.size for item in items if "/checkpoints/" not in item.name)
+
+
+def advise(items: list[Item], wanted: float) -> int:
+    """Print what to remove to come below ``wanted`` bytes, what nobody misses first."""
+    total, chosen = total_of(items), []
+    print(f"{bytes_text(total)} in all, {bytes_text(wanted)} wanted")
+    for item in sorted((i for i in items if i.may_go), key=lambda item: -item.size):
+        if total <= wanted:
+            break
+        chosen.append(item)
+        total -= item.size
+    if chosen:
+        print(f"nobody needs these; without them {bytes_text(total)} are left:")
+        print(f"  python -m trainstack clean {' '.join(item.name for item in chosen)}")
+    if total <= wanted:
+        return 0
+    runs = [i for i in items if re.fullmatch(r"runs/[^/]+", i.name) and not i.needed_by]
+    print("that is not enough; of these runs only you know which may go, with their tokens after:")
+    for item in sorted(runs, key=lambda item: -item.size):
+        print(f"  {bytes_text(item.size):>8}  {item.name}  {item.note}")
+    return 1
+
+
+def remove(home: Path, items: list[Item], names: list[str]) -> None:
+    """Remove items by their names; Failed, and nothing is removed, if one is needed."""
+    known = {item.name: item for item in items}
+    chosen = [name.rstrip("/") for name in names]
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"{name}: not in the list; python -m trainstack clean shows it")
+        users = [run for run in known[name].needed_by if f"runs/{run}" not in chosen]
+        if name.startswith("runs/") and known[name].needed_by:
+            raise Failed(f"{name}: a job works on it or waits to; end it first")
+        if users:
+            also = " ".join(f"runs/{run}" for run in users)
+            raise Failed(
+                f"{name}: run {', '.join(users)} needs it to go on; nothing was removed. If that "
+                f"run may go: python -m trainstack clean {name} {also}"
+            )
+    freed = 0
+    for name in chosen:
+        item = known[name]
+        remove_folder(item.path)
+        files.remove_tree(item.path)
+        freed += item.size
+        print(f"removed {name}  ({bytes_text(item.size)})", file=sys.stderr)
+    print(f"{bytes_text(freed)} freed", file=sys.stderr)
