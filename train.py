@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before torch is missed
 import torch
 
 from trainstack import distributed

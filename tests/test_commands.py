@@ -54,6 +54,17 @@ def test_a_name_that_is_none_is_one_line_with_the_nearest_name(name, problem):
     assert line.startswith(f"trainstack: error: {problem}")
 
 
+def test_a_reader_that_goes_away_and_a_wrong_python_leave_no_traceback():
+    command = f"{sys.executable} -m trainstack config | true; exit ${{PIPESTATUS[0]}}"
+    closed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tiny.ROOT)
+    assert closed.returncode in (0, 141) and closed.stderr == ""
+    for what in (["-m", "trainstack"], ["train.py"]):
+        bare = [sys.executable, "-S", *what]  # without site-packages
+        result = subprocess.run(bare, capture_output=True, text=True, cwd=tiny.ROOT)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 1 and "is not the Python that setup.sh made; write: sou" in line
+
+
 def test_the_list_loads_nothing_but_the_standard_library():
     code = "import sys; from trainstack.__main__ import main; main([]); print(*sys.modules)"
     command = [sys.executable, "-c", code]

@@ -25,3 +25,12 @@ train/       the parts of train.py's loop
 job/         from the command to the ranks
 monitor/     what runs do, and did
 """
+
+import importlib.util
+import sys
+
+if sys.version_info < (3, 11) or not importlib.util.find_spec("pydantic"):
+    sys.exit(
+        f"trainstack: error: {sys.executable} is not the Python that setup.sh made; write: "
+        'source env.sh; "$TRAINSTACK_PYTHON" ...'
+    )

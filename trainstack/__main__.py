@@ -8,6 +8,7 @@ import importlib
 import sys
 
 from trainstack.errors import USAGE_ERROR, ConfigError
+from trainstack.processes import run_command
 
 COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigError; what it does
     "config": (".config.command", "check and print a configuration and its batch"),
@@ -42,4 +43,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,19 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Run a command and exit by its code; Ctrl-C and a reader that went away end it quietly."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # as of ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is written at the exit
+        code = 141
+    sys.exit(code)
 
 
 def end_on_interrupt(line: str) -> None:

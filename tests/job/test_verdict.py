@@ -137,6 +137,19 @@ def test_a_job_that_slurm_took_back_leaves_the_run_to_its_next_start(run):
     assert "it resumes from checkpoint-5: 4 steps to redo" in ending.lines[0]
 
 
+def test_an_error_that_comes_again_before_any_step_is_not_tried_a_third_time(tmp_path):
+    run = RunFolder(tmp_path / "runs" / "b")
+    run.create()
+    for attempt, verdict_ in ((1, "restart"), (2, "end")):
+        run.add_event("attempt", job="7", attempt=attempt, newest=0)
+        report = ("7", attempt, 0, "FAILED", 1, "ValueError: shapes do not fit", False)
+        run.add_failure(*report, traceback=["x"])
+        ending = decide(run, Owner("7", attempt), Told(1))
+        assert ending.verdict == verdict_
+        run.add_event("failed", job="7", attempt=attempt, cause=ending.cause)
+    assert ending.cause.endswith("ValueError: shapes do not fit; twice, before any step")
+
+
 @pytest.mark.parametrize("excuse", ["preempted", "node_lost"])
 def test_attempts_that_slurm_ended_while_they_started_do_not_count(tmp_path, excuse):
     run = RunFolder(tmp_path / "runs" / "b")

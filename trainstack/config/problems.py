@@ -167,6 +167,9 @@ def suggestion(dotted: str) -> str:
     if dotted in Config.model_fields:
         return f"{dotted} is a section: write {dotted}.key=value"
     keys = all_keys()
+    section = difflib.get_close_matches(dotted, Config.model_fields, 1, 0.6)
+    if section and "." not in dotted and dotted not in OTHER_NAMES:
+        return f"did you mean {section[0]}?"
     if name in OTHER_NAMES and OTHER_NAMES[name] is None:
         return "it is derived from the batch sizes and the number of processes; remove it"
     exact = OTHER_NAMES.get(name) or next((k for k in keys if k.endswith(f".{name}")), None)

@@ -30,7 +30,7 @@ from trainstack.job.resources import (
 )
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule
-from trainstack.processes import is_dead
+from trainstack.processes import is_dead, run_command
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_hidden, is_known_here
@@ -258,4 +258,4 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

@@ -105,6 +105,8 @@ def decide_failed(
         state, code = "NO_PROGRESS", EXIT_CODES["NO_PROGRESS"]
         cause = f"{STUCK}; the last one: {cause}"
         return Ending(END, code, state, cause, step, lines, event, facts)
+    if failure.get("traceback") and came_before(run, owner, cause):
+        return Ending(END, code, state, f"{cause}; twice, before any step", step, lines[1:])
     if failure.get("is_elsewhere"):
         again = f"it resumes on other nodes from {next_start(run)}"
         return Ending(REQUEUE, code, "RESTARTING", cause, step, (*lines, again), event, facts)
@@ -189,6 +191,14 @@ def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:
         elif event["event"] in EXCUSES and event["job"] == job and found:
             found[-1]["is_excused"] = not has_trained
     return found
+
+
+def came_before(run: RunFolder, owner: Owner, cause: str) -> bool:
+    """Whether the attempt before ended by the same error, and none of the two made a step."""
+    from_step, _ = names.newest_checkpoint(run.checkpoints)
+    failed = [e for e in run.events() if e["event"] == "failed" and e.get("job") == owner.job]
+    is_same = bool(failed) and failed[-1].get("cause") == cause
+    return is_same and last_step(run) <= from_step
 
 
 def next_start(run: RunFolder) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint import names
-from trainstack.processes import process_start
+from trainstack.processes import process_start, run_command
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job, user
 from trainstack.run.queue import NO_JOB, Job, meaning, read_queue
@@ -275,4 +275,4 @@ def job_text(view: View) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_command(main)

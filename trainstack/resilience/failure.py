@@ -14,6 +14,7 @@ from trainstack.run.states import EXIT_CODES
 from trainstack.waits import PEER_LOST_SECONDS
 
 log = logging.getLogger("trainstack")
+CONSTANT = (ImportError, NameError, AttributeError, NotImplementedError)  # they come again
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
@@ -46,6 +47,7 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
         kind = type(error).__name__
         cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
         facts = {"traceback": "".join(lines[-3:]).splitlines()[-8:]}
+        facts |= {"is_final": True} if isinstance(error, CONSTANT) else {}
     if run is not None and run.path.is_dir():
         run.add_failure(job, attempt, rank, state, code, cause, is_victim, **facts)
     if is_victim:

@@ -1,0 +1,88 @@
+"""Mistakes of a first hour: one line, the right exit code, and a fix that works when it is made."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+from fake_site import complaint
+
+TINY = "run: {name: first}\nmodel: {name: tiny}\ndata: {name: tiny}\n"
+
+
+def write(text: str, name: str = "my.yaml") -> Callable:
+    return lambda site: (site.cwd / name).write_text(text)
+
+
+def nothing(site) -> None:
+    pass
+
+
+MISTAKES = [
+    # prepared, typed -> exit code, what the line says; the fix that it names, typed
+    (nothing, ["train.micro_batchsize=4"], 2, "did you mean train.micro_batch_size?",
+     ["train.micro_batch_size=4"]),
+    (nothing, ["lr=1e-3"], 2, "optim.learning_rate", ["optim.learning_rate=1e-3"]),
+    (nothing, ["optim.learning_rate=1e-3x"], 2, "not a number", ["optim.learning_rate=1e-3"]),
+    (nothing, ["optim.learning_rate=-1"], 2, "a number more than 0.0", ["optim.learning_rate=1"]),
+    (nothing, ["train.precision=fp8"], 2, "not one of fp32, bf16", ["train.precision=fp32"]),
+    (nothing, ["train.max_steps=ten"], 2, "not a whole number", ["train.max_steps=10"]),
+    (nothing, ["train.max_steps=none"], 2, "null", ["train.max_steps=null"]),
+    (nothing, ["eval.sample_prompt=none"], 2, "null", ["eval.sample_prompt=null"]),
+    (nothing, ["train.torch_compile=yes"], 2, "neither true nor false; write true", ["train.torch_compile=false"]),
+    (nothing, ["train.global_batch_size=9", "train.micro_batch_size=2"], 2,
+     "train.global_batch_size=", ["train.global_batch_size=8", "train.micro_batch_size=2"]),
+    (nothing, ["train.global_batch_size=4096"], 2, "less than train.global_batch_size=4096",
+     ["train.global_batch_size=8"]),
+    (nothing, ["checkpoint.save_total_limit=1"], 2, "2", ["checkpoint.save_total_limit=2"]),
+    (nothing, ["run.name=my run"], 2, "not a plain name", ["run.name=my-run"]),
+    (nothing, ["--run.name=b"], 2, "write run.name=b", ["run.name=b"]),
+    (nothing, ["--nodes=2"], 2, "options for sbatch come after --", ["--", "--nodes=2"]),
+    (nothing, ["--resume=nobody"], 1, "no run nobody in", []),
+    (nothing, ["model.name=tiny/"], 2, "neither org/name on the Hub nor", ["model.name=tiny"]),
+    (nothing, ["model.name=https://huggingface.co/tiny"], 2, "write tiny", ["model.name=tiny"]),
+    (nothing, ["model.name=other/model"], 1, "run: bash download_data_model.sh model.name=other", []),
+    (nothing, ["model.init=pretrained"], 1, "or set model.init=scratch", ["model.init=scratch"]),
+    (nothing, ["data.name=./nowhere.jsonl"], 1, "no such file or folder; check its path", []),
+    (nothing, ["data.name=$DATA"], 2, "write what it stands for", ["data.name=tiny"]),
+    (nothing, ["data.text_field=body"], 1, "are not ready", []),
+    (nothing, ["optim.lr_scheduler_type=cosine"], 2, "takes num_cycles, and not min_lr_rate",
+     ["optim.lr_scheduler_type=cosine", "optim.lr_scheduler_kwargs={}"]),
+    (nothing, ["optim.lr_scheduler_type=cosin"], 2, "cosine", ["run.name=c"]),
+    (nothing, ["my.yml"], 2, "no such file", []),
+    (write(TINY + "train: {max_steps: 5\n"), ["my.yaml"], 2, "my.yaml:", []),
+    (write(TINY + "train:\n\tmax_steps: 5\n"), ["my.yaml"], 2, "tab", []),
+    (write(TINY + "train: {max_steps: 5}\ntrain: {max_steps: 6}\n"), ["my.yaml"], 2, "train: is repeated, first on line 4", []),
+    (write(TINY + "trian: {max_steps: 5}\n"), ["my.yaml"], 2, "did you mean train?", []),
+    (write(TINY + "train: 5\n"), ["my.yaml"], 2, "train", []),
+    (write("- a\n- b\n"), ["my.yaml"], 2, "my.yaml", []),
+    (write(""), ["my.yaml"], 2, "holds nothing instead of sections", []),
+    (nothing, ["--config", "my.yaml", "other.yaml"], 2, "one file of settings at a time", []),
+    (nothing, ["--", "--gpus-per-nodes=2"], 2, "sbatch", []),
+    (nothing, ["--local", "--chain", "3"], 2, "leave out: --chain", ["--local"]),
+    (nothing, ["--chain", "0"], 2, "write --chain 4", ["--chain", "4"]),
+    (nothing, ["--", "--wrap=hostname"], 2, "leave out: --wrap=hostname", []),
+    (nothing, ["run.seed=-1"], 2, "write a number at least 0", ["run.seed=1"]),
+    (nothing, ["log.report_to=wandb"], 2, "tensorboard", ["log.report_to=[tensorboard]"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prepare", "typed", "code", "what", "fix"), MISTAKES, ids=lambda value: " ".join(value)[:40]
+    if isinstance(value, list) else ""
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_a_fix_that_works(site, prepare, typed, code, what, fix):
+    prepare(site)
+    site.sbatch(
+        "echo 4711",
+        trial="""
+        if [[ "$*" == *--gpus-per-nodes* ]]; then
+          echo "sbatch: unrecognized option '--gpus-per-nodes=2'" >&2; exit 1
+        fi""",
+    )
+    line = complaint(site.submit("--dry-run", *typed), code)
+    assert what in line
+    assert not re.search(r"Traceback|pydantic|\bNone\b|<class", line)
+    assert not site.run_dir.exists()
+    if fix:
+        fixed = site.submit("--dry-run", *fix)
+        assert fixed.returncode == 0, fixed.stderr
