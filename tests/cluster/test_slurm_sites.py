@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -148,3 +149,16 @@ def test_a_site_without_gres_whose_commands_print_banners_trains_to_done(other):
     assert other.cluster.wait(job, timeout=180) == "COMPLETED", other.log("first", job)
     assert "2 hosts x 2 processes, gloo" in other.log("first", job)
     assert other.folder("first").status()["state"] == "DONE"
+
+
+@pytest.mark.matrix
+def test_a_job_that_slurm_suspends_is_shown_so_and_has_not_hung(user):
+    job = user.submit("run.name=held", "train.max_steps=400", "guard.hang_seconds=4", *PAIR)
+    user.wait_until(lambda: user.steps("held") >= 3, "training")
+    user.cluster.run("scontrol", "suspend", job)
+    time.sleep(15)
+    assert re.search(r"state +SUSPENDED\n", user.run("monitor.sh", "held").stdout)
+    user.cluster.run("scontrol", "resume", job)
+    assert user.cluster.wait(job, timeout=180) == "COMPLETED", user.log("held", job)
+    events = {event["event"] for event in user.folder("held").events()}
+    assert not events & {"hang", "failed"}
