@@ -44,6 +44,7 @@ main() {
   run hub ${IS_FORCED:+--force} "${what[@]}"
   export HF_HUB_OFFLINE=1 # as in a job: what follows loads what a job loads
   run prove "${what[@]}"  # before tokens are made for nothing
+  log "tokens: reading what there is"
   run prepare ${IS_FORCED:+--force} ${PROCESSES:+--processes "$PROCESSES"} "${what[@]}"
   tell_next_step
 }

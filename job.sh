@@ -12,8 +12,9 @@
 # By the name of what people edit and start.
 log() { printf 'train.slurm: %s\n' "$*" >&2; }
 
-# Sets: HOME_DIR PYTHON IS_ENDING
+# Sets: HOME_DIR PYTHON IS_ENDING ONE_A_NODE AVOID
 run_job() {
+  ONE_A_NODE=() AVOID=""
   HOME_DIR="$(dirname "$(dirname "$RUN_DIR")")"
   PYTHON="$HOME_DIR/venv/bin/python"
   # shellcheck source=slurm.sh
@@ -21,14 +22,15 @@ run_job() {
   set_environment
   name_job
   [[ -x "$PYTHON" ]] || {
-    log "error: $(uname -n) does not see $PYTHON; all nodes must share the file system of" \
-      "SHARED_DIR: tell your admin, or leave the node out: -- --exclude=$(uname -n)"
+    log "error: ${SLURMD_NODENAME:-$(uname -n)} does not see $PYTHON; all nodes must share the" \
+      "file system of SHARED_DIR: tell your admin, or leave the node out: -- --exclude=NODE"
     exit 1
   }
   trap give_up EXIT # whatever breaks from here on, the run's status says so
   trap 'request_stop "Slurm warned of the end of the job"' USR1
   trap 'IS_ENDING=yes; request_stop "the job was asked to end"' TERM INT HUP
   [[ -z "${MODULES:-}" ]] || load_modules
+  set_environment # again: what modules bring of another Python goes
   while :; do
     run_attempt
     [[ "$VERDICT" == restart && -z "${IS_ENDING:-}" ]] || break
@@ -42,6 +44,7 @@ set_environment() {
   unset PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE
   export PYTHONNOUSERSITE=1
   unset HF_TOKEN HUGGING_FACE_HUB_TOKEN WANDB_API_KEY
+  export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # else it warns of names in every job
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
   export HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
   export PYTHONPATH="$RUN_DIR/code"
@@ -64,6 +67,7 @@ name_job() {
   # All that the job leaves on a node is in this folder of its own disk, compiled kernels too: on a
   # shared disk, ranks trip over each other's. launch.py makes it; the end of the job removes it.
   SCRATCH="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/trainstack-$UID-$JOB"
+  mkdir -p "$SCRATCH" && chmod 700 "$SCRATCH"
   export TMPDIR="$SCRATCH"
   export TRITON_CACHE_DIR="$SCRATCH/triton" TORCHINDUCTOR_CACHE_DIR="$SCRATCH/inductor"
 }
@@ -130,12 +134,23 @@ count_processes() {
     NODES="$SLURM_JOB_NUM_NODES"
     cores="$(cpus_per_node)"
   fi
+  if ((gpus)) && ! command -v nvidia-smi >/dev/null && ! command -v rocm-smi >/dev/null; then
+    log "Slurm gave GPUs, and $(uname -n) has no nvidia-smi: without CUDA this trains on the CPU"
+  fi
   threads=$((cores / PROCESSES))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 }
 
 # GPUs of this node: by Slurm, where it counts them, else those that are there and may be seen.
 count_gpus() {
+  local node
+  if [[ -z "${TRAINSTACK_LOCAL:-}" && -z "${SLURM_GPUS_ON_NODE:-}" ]]; then
+    node="$(ask scontrol show node "${SLURMD_NODENAME:-$(uname -n)}")" || node=""
+    if [[ "$node" == *Gres=*gpu* ]]; then # it counts them, and gave this job none
+      printf 0
+      return
+    fi
+  fi
   if [[ -z "${TRAINSTACK_LOCAL:-}" && -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
     printf '%s' "$SLURM_GPUS_ON_NODE"
   elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -164,7 +179,7 @@ cpus_per_node() {
 # shellcheck disable=SC2034 # plan_launch, in train.slurm, reads them
 describe_tasks() {
   local name total="${SLURM_GPUS:-}" gpus="${SLURM_GPUS_ON_NODE:-0}"
-  total="${total##*:}"
+  total="${total#*:}" # of a type, or none; several types are not counted
   if [[ "$total" =~ ^[0-9]+$ ]] && ((total != gpus * NODES)); then
     job fail --attempt "$ATTEMPT" --code 2 --cause "Slurm spread $total GPUs unevenly over $NODES \
 nodes; ask for as many on each, by #SBATCH --gpus-per-node=N in train.slurm"
@@ -191,9 +206,10 @@ find_blind_nodes() {
   AVOID=""
   ((NODES > 1)) || return 0
   # shellcheck disable=SC2016 # for the shell of the node
-  look='[[ -x "$0" && -d "$1" ]] || echo "blind|$(uname -n)"'
-  said="$(cd / && timeout 60 srun "${ONE_A_NODE[@]}" --cpus-per-task=1 --chdir=/ \
-    bash -c "$look" "$PYTHON" "$RUN_DIR/code" 2>&1)" || code=$?
+  look='[[ -x "$0" && -d "$1" ]] || echo "blind|${SLURMD_NODENAME:-$(uname -n)}"'
+  said="$(cd / && timeout 60 srun "${ONE_A_NODE[@]}" --cpus-per-task=1 --overlap --gres=none \
+    --chdir=/ bash -c "$look" "$PYTHON" "$RUN_DIR/code" 2>&1)" || code=$?
+  ((code != 124)) || return 0 # so many nodes: the launch itself will tell
   AVOID="$(sed -n 's/^blind|//p' <<<"$said" | sort | paste -sd,)"
   if [[ -n "$AVOID" ]]; then
     said="$AVOID: no sight of $PYTHON or $RUN_DIR there; all nodes must share the file system of \
@@ -203,21 +219,22 @@ SHARED_DIR; tell your admin, or leave the node out: -- --exclude=$AVOID"
   else
     return 0
   fi
-  are_there_others || AVOID=""
-  job fail --attempt "$ATTEMPT" --cause "$said" ${AVOID:+--elsewhere}
+  if [[ -n "$AVOID" ]]; then are_there_others || AVOID="" code=2; fi
+  job fail --attempt "$ATTEMPT" --cause "$said" ${AVOID:+--elsewhere} --code "$code"
   return 1
 }
 
-# Whether Slurm may start the job on other nodes than those to leave out.
+# Whether Slurm may start the job on other nodes than those to leave out, with those it leaves out.
+# Sets: AVOID
 are_there_others() {
   local job count all=0
   job="$(ask scontrol show job "$JOB")" || return 1
-  [[ -n "$AVOID" && "$job" == *" ReqNodeList=(null)"* ]] || return 1
-  [[ "$job" =~ Partition=([^ ]+) ]] || return 1
+  [[ "$job" == *" ReqNodeList=(null)"* && "$job" =~ Partition=([^ ]+) ]] || return 1
   while read -r count; do
     ((all += count)) || true
   done < <(ask sinfo --noheader --partition="${BASH_REMATCH[1]}" --format='nodes|%D' |
     sed -n 's/^nodes|//p')
+  if [[ "$job" =~ ExcNodeList=([^ ()]+) ]]; then AVOID+=",${BASH_REMATCH[1]}"; fi
   count="${AVOID//[!,]/}"
   ((all > NODES + ${#count}))
 }
@@ -253,13 +270,10 @@ end_of_job() {
 # The job that still holds the run folder though it has ended, as Slurm knows: a job that was killed
 # could not give the folder back. Empty if there is none.
 gone_holder() {
-  local holder queue
+  local queue
   [[ -z "${TRAINSTACK_LOCAL:-}" ]] || return 0
-  holder="$("$PYTHON" -m trainstack.job.attempts holder "$RUN_DIR")" || return
-  [[ "$holder" =~ ^[0-9]+$ && "$holder" != "$JOB" ]] || return 0
   queue="$(list_jobs)" || return 0
-  grep -qE "^job\\|$holder\\|(RUNNING|COMPLETING|SUSPENDED|STOPPED|CONFIGURING|SIGNALING)\\|" \
-    <<<"$queue" || printf '%s' "$holder"
+  job holder <<<"$queue"
 }
 
 # A trap runs only between foreground commands, so the job runs in the background and is waited for.
@@ -284,7 +298,8 @@ request_stop() {
 # The truth is in status.json: torchrun swallows exit codes, and srun may return 0 when a node dies.
 # Sets: VERDICT CODE
 finish() {
-  local command=(job finish --attempt "$ATTEMPT" --stop-file "$STOP_FILE" --code "$1") job=""
+  local command=(job finish --attempt "$ATTEMPT" --stop-file "$STOP_FILE" --code "$1")
+  local job="" preempted
   CODE=0
   if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then job="$(ask scontrol show job "$JOB")" || job=""; fi
   # Slurm put the job back into the queue, or runs it elsewhere: after it lost a node, srun returns,
@@ -292,8 +307,10 @@ finish() {
   if [[ "$job" =~ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] != RESTARTS)); then
     command+=(--taken-back)
   fi
-  # What it preempts it warns by SIGTERM to the tasks alone, who may not be able to hear it yet.
-  if [[ "$job" =~ PreemptTime=[0-9] ]]; then
+  # What it preempts it warns by SIGTERM to the tasks alone, who may not be able to hear it yet. A
+  # time before the start is of an earlier start.
+  if [[ "$job" =~ PreemptTime=([0-9][^ ]*) ]] && preempted="${BASH_REMATCH[1]}" &&
+    [[ "$job" =~ StartTime=([0-9][^ ]*) && ! "$preempted" < "${BASH_REMATCH[1]}" ]]; then
     request_stop "Slurm needs the nodes for another job"
     command+=(--preempted)
   fi
@@ -313,17 +330,18 @@ give_up() {
 
 leave() {
   trap - EXIT
-  remove_scratch
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
     elif [[ -z "${IS_ENDING:-}" ]]; then
       log "back to the queue${AVOID:+, for other nodes than $AVOID}"
+      remove_scratch
       requeue || log "this site does not requeue; to resume: bash submit.sh" \
         "--resume ${RUN_DIR##*/}; to queue the jobs that follow in advance, too: --chain N"
     fi
   fi
+  remove_scratch
   exit "$CODE"
 }
 
@@ -338,7 +356,7 @@ requeue() {
 
 # shellcheck disable=SC2329 # the trap calls it, too
 remove_scratch() {
-  rm -rf "$SCRATCH"
+  rm -rf "$SCRATCH" || true # something may still write there
   if [[ -z "${TRAINSTACK_LOCAL:-}" ]] && ((${NODES:-1} > 1)); then
     timeout 30 srun "${ONE_A_NODE[@]}" --cpus-per-task=1 --overlap --chdir=/ \
       rm -rf "$SCRATCH" || true
@@ -352,6 +370,7 @@ leave_to_chain() {
     waiting=""
   if grep -q '^job|' <<<"$waiting"; then
     log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
+    remove_scratch
     exit 0
   fi
   log "this was the last job of the chain; to resume: bash submit.sh --chain N" \

@@ -61,12 +61,12 @@ main() {
       return
       ;;
   esac
+  load_modules
   if is_ready; then
     write_env_file
     log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
     return
   fi
-  load_modules
   make_folders
   take_lock
   if ! is_ready; then # another setup.sh may have installed it meanwhile
@@ -101,6 +101,7 @@ check_settings() {
     die "PROJECT_NAME=$PROJECT_NAME is not a plain folder name; use letters, digits, . _ -" 2
   [[ "$ENV_TOOL" =~ ^(venv|uv|conda)$ ]] ||
     die "ENV_TOOL=$ENV_TOOL is not known; write venv, uv or conda" 2
+  [[ -z "$WHEELS" || -d "$WHEELS" ]] || die "WHEELS=$WHEELS is no folder; name one with wheels" 2
   [[ "$MIN_FREE_GB" =~ ^[0-9]+$ ]] ||
     die "MIN_FREE_GB=$MIN_FREE_GB is not a whole number; write for example 8" 2
   PROJECT_DIR="$SHARED_DIR/$PROJECT_NAME"
@@ -121,10 +122,11 @@ is_ready() {
   [[ -f "$VENV/.pins" && "$(<"$VENV/.pins")" == "$PINS" && -x "$VENV/bin/python" ]]
 }
 
-# The edit block of this file, in twelve digits.
+# The values of the edit block of this file, in twelve digits.
 block_hash() {
   local sum
-  sum="$(sed -n '/^# --- Edit/,/^# -\{20\}/p' "$HERE/setup.sh" | sha256sum)"
+  sum="$(sed -n '/^# --- Edit/,/^# -\{20\}/s/^\([A-Z_]*=[^#]*\).*/\1/p' "$HERE/setup.sh" |
+    tr -d ' ' | sha256sum)"
   printf '%s' "${sum:0:12}"
 }
 
@@ -140,17 +142,18 @@ tell_what_is_here() {
   local ready="not there yet" next="bash setup.sh" submit="bash submit.sh" slurm=none name counts=""
   if is_ready; then ready="$(<"$VENV/.summary")"; fi
   if command -v sinfo >/dev/null; then
+    submit="bash download_data_model.sh, then bash submit.sh"
     slurm="$(timeout 10 sinfo --noheader --format='%P %D nodes, %c CPUs, %G each;' 2>&1 |
       tr '\n' ' ')" ||
-      slurm="sinfo does not answer"
+      slurm="sinfo does not answer" submit="bash submit.sh --local"
   else
     submit+=" --local"
   fi
-  for name in models datasets tokens runs; do
-    counts+=", $(find "$PROJECT_DIR/$name" -mindepth 1 -maxdepth 1 ! -name '.*' 2>/dev/null |
+  for name in models datasets tokens; do
+    counts+=", $(find "$PROJECT_DIR/$name" -maxdepth 4 -name manifest.json 2>/dev/null |
       wc -l) $name"
   done
-  if is_ready; then next="$submit (the demo), or your own: download_data_model.sh --help"; fi
+  if is_ready; then next="$submit (the demo), or doc/bring-your-own.md"; fi
   if [[ -f "$HERE/env.sh" ]] && ! is_as_edited; then next="bash setup.sh (it was edited)"; fi
   printf '%-12s %s\n' project "$PROJECT_DIR" environment "$ready" \
     python "$(find_python || printf 'none >= %s; load one, or install uv' "$MIN_PYTHON")" \
@@ -378,7 +381,13 @@ export TRAINSTACK_HOME=\"\$SHARED_DIR/\$PROJECT_NAME\"
 export TRAINSTACK_PYTHON=\"\$TRAINSTACK_HOME/venv/bin/python\"
 unset PYTHONHOME PYTHONSTARTUP PYTHONUSERBASE
 export PYTHONNOUSERSITE=1
-[ -z \"\$MODULES\" ] || module load \$MODULES"
+if [ -n \"\$MODULES\" ]; then
+  type module >/dev/null 2>&1 || {
+    echo \"env.sh: error: MODULES=\$MODULES, and no module here; run: MODULES= bash setup.sh\" >&2
+    return 1
+  }
+  module load \$MODULES
+fi"
   [[ ! -f "$HERE/env.sh" || "$(<"$HERE/env.sh")" != "$text" ]] || return 0
   printf '%s\n' "$text" 2>/dev/null >"$temporary" || {
     [[ -f "$HERE/env.sh" ]] && return 0 # a read-only checkout that was set up before

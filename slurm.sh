@@ -22,14 +22,14 @@ forget_outer_slurm() {
   done < <(compgen -e)
 }
 
-# A command of Slurm, for not longer than it may take; where it fails, one line on stdout says why.
+# A command of Slurm, for not longer than it may take; where it fails, stdout says why.
 ask() {
   local said code=0
   said="$(timeout --kill-after=1 "$ANSWER_SECONDS" "$@" 2>&1)" || code=$?
   case "$code" in
     0) printf '%s\n' "$said" ;;
     124 | 137) printf '%s\n' "$1 gave no answer in $ANSWER_SECONDS s" ;;
-    *) printf '%s\n' "${said%%$'\n'*}" ;;
+    *) grep . <<<"$said" | tail -n 3 | tr '\n' ' ' | sed 's/ $//' ;; # a site's banners come first
   esac
   return "$code"
 }

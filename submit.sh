@@ -7,7 +7,8 @@
 #
 #   FILE            settings of the run; what it does not name is as in config.yaml, the default.
 #                   Also: --config FILE
-#   --resume RUN    continue a run with its own settings, and its own options for sbatch
+#   --resume RUN    continue a run with its own settings and, if none are given, its own options
+#                   for sbatch
 #   --local         run the same job on this machine: all its GPUs, or two processes without one
 #   --chain N       submit N jobs, each waiting for the one before it to end: for a short time limit
 #                   on a site that does not requeue jobs; jobs that are not needed end at once
@@ -121,7 +122,8 @@ parse() {
       --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
       -*) die "$1 is not an option of submit.sh; options for sbatch come after --, see --help" 2 ;;
       *.yaml | *.yml) if [[ "$1" == *=* ]]; then SETTINGS+=("$1"); else name_file "$1"; fi ;;
-      *) SETTINGS+=("$1") ;;
+      *=*) SETTINGS+=("$1") ;;
+      *) die "$1 is not a setting; write section.key=value, a file (.yaml), or see --help" 2 ;;
     esac
     shift
   done
@@ -135,7 +137,7 @@ parse() {
   fi
   CONFIG="${CONFIG:-$HERE/config.yaml}"
   # Python says so too, but may have to be installed first.
-  [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; name one with --config FILE" 2
+  [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; check its path" 2
 }
 
 # Sets: CONFIG
@@ -162,15 +164,24 @@ find_run() {
   local folder="$TRAINSTACK_HOME/runs/$RESUME" runs option
   CONFIG="$folder/config.yaml"
   if [[ ! -f "$CONFIG" ]]; then
-    runs="$(cd "$TRAINSTACK_HOME/runs" 2>/dev/null && ls -m)" || runs=""
+    runs="$(cd "$TRAINSTACK_HOME/runs" 2>/dev/null && printf '%s ' *)" || runs=""
     die "no run $RESUME in $TRAINSTACK_HOME/runs; there are: ${runs:-none yet}"
   fi
   SETTINGS=("run.name=$RESUME" ${SETTINGS[@]+"${SETTINGS[@]}"}) # a folder may have been renamed
-  [[ -z "$IS_LOCAL" && -f "$folder/.sbatch_options" ]] && ((! ${#SBATCH_OPTIONS[@]})) || return 0
+  [[ -z "$IS_LOCAL" ]] || return 0
+  if ((${#SBATCH_OPTIONS[@]})); then
+    log "the options of before are not taken, since others are given: bash submit.sh --help"
+    return
+  fi
+  if [[ ! -f "$folder/.sbatch_options" ]]; then
+    log "what the run asked Slurm for on the command line is not known; train.slurm decides"
+    return
+  fi
   while IFS= read -r -d '' option; do
     if [[ -n "$option" ]]; then SBATCH_OPTIONS+=("$option"); fi # printf writes one of nothing
   done <"$folder/.sbatch_options"
   if ((${#SBATCH_OPTIONS[@]})); then log "with the options of before: ${SBATCH_OPTIONS[*]}"; fi
+  check_sbatch_options
 }
 
 check_chain_length() {
@@ -188,6 +199,12 @@ check_sbatch_options() {
         die "one job at a time works on a run; leave out: $option" 2
         ;;
       *" --export"*) die "train.slurm holds what a job is to have; leave out: $option" 2 ;;
+      *" --output"* | *" -o"* | *" --error"* | *" -e"*)
+        die "logs lie in the folder of the run, where monitor.sh looks; leave out: $option" 2
+        ;;
+      *" --wait" | *" -W" | *" :" | *" --help" | *" --usage" | *" --version")
+        die "submit.sh submits one job and returns its id; leave out: $option" 2
+        ;;
       *" --test-only"*) die "--dry-run, before the --, makes all checks; leave out: $option" 2 ;;
       [0-9]*" --job-name"* | [0-9]*" -J"* | [0-9]*" --dependency"* | [0-9]*" -d"* | \
         [0-9]*" --requeue"*)
@@ -241,15 +258,22 @@ taken_names() {
   sed -nE "/^# --- Edit/,/^# -{20}/s/$taken/\2/p" "$HERE/train.slurm" | tr '\n' '|' | sed 's/|$//'
 }
 
-# train.slurm without the #SBATCH lines that an option of the command line replaces.
+# train.slurm without the options of #SBATCH lines that one of the command line replaces.
 # Sets: JOB_SCRIPT
 write_job_script() {
-  local kind edit=(-e '')
+  local kind value option edit=(-e '')
   for kind in "${RESOURCES[@]}"; do
     if [[ " ${SBATCH_OPTIONS[*]-} " =~ \ ($kind)([=:,\ 0-9]) ]]; then
-      edit+=(-e "s/^#SBATCH([[:space:]]+($kind)([=:, 0-9]|\$))/##SBATCH\1/")
+      value='([=:,0-9][^ ]*|[[:space:]]+[^-# ][^ ]*)'
+      edit+=(-e "s/^(#SBATCH.*[[:space:]])($kind)$value?/\1/" -e 's/^#SBATCH *$/##SBATCH/')
     fi
   done
+  option='--(array|wrap|export|output|error|wait)([= ]|$)|-[aoeW]([ 0-9]|$)'
+  option="$(grep -m 1 -nE "^#SBATCH.*[[:space:]]($option)" "$HERE/train.slurm")" || true
+  [[ -z "$option" ]] ||
+    die "train.slurm:${option%%:*}: submit.sh decides this; remove ${option#*:}" 2
+  option="$(bash -n "$HERE/train.slurm" 2>&1)" || die "train.slurm is no bash: ${option%%$'\n'*}" 2
+  [[ -d "${TMPDIR:-/tmp}" ]] || unset TMPDIR
   JOB_SCRIPT="$(mktemp)"
   trap 'rm -f "$JOB_SCRIPT"' EXIT
   sed -E "${edit[@]}" "$HERE/train.slurm" >"$JOB_SCRIPT"
@@ -267,7 +291,7 @@ try_job() {
 run_here() {
   local command=(bash "$RUN_DIR/code/train.slurm" "$RUN_DIR")
   if [[ -n "$IS_DRY" ]]; then
-    printf '%q ' "${command[@]}" && printf '\n'
+    printf 'TRAINSTACK_LOCAL=yes ' && printf '%q ' "${command[@]}" && printf '\n'
     return
   fi
   TRAINSTACK_LOCAL=yes exec "${command[@]}"
@@ -283,13 +307,12 @@ submit() {
   command=(sbatch --parsable --job-name="$name" --output="$RUN_DIR/logs/%j.out"
     --chdir="$RUN_DIR" --export="$(allowed_names)" ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"})
   if [[ -n "$CHAIN" ]]; then command+=(--no-requeue --dependency=singleton); fi
-  command+=("$RUN_DIR/code/train.slurm" "$RUN_DIR")
+  command+=("$RUN_DIR/code/job.slurm" "$RUN_DIR")
   if [[ -n "$IS_DRY" ]]; then
     print_jobs "${command[@]}"
     return
   fi
-  cp "$JOB_SCRIPT" "$RUN_DIR/code/train.slurm"
-  printf '%s\0' ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"} >"$RUN_DIR/.sbatch_options"
+  cp "$JOB_SCRIPT" "$RUN_DIR/code/job.slurm"
   said="$(mktemp)"
   while ((${#jobs[@]} < ${CHAIN:-1})); do
     code=0
@@ -306,6 +329,7 @@ submit() {
     fi
     cat "$said" >&2
     jobs+=("$job")
+    keep_options
   done
   rm -f "$said"
   log "run $run is queued; look: bash monitor.sh $run     log: $RUN_DIR/logs/${jobs[0]}.out"
@@ -313,6 +337,22 @@ submit() {
     log "then follow, one after the other: ${jobs[*]:1}; to end all: scancel --name=$name"
   fi
   printf '%s\n' "${jobs[0]}"
+}
+
+# For --resume; but not what was meant for this one time.
+keep_options() {
+  local option stored=() is_value=""
+  for option in ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"}; do
+    case "$option" in
+      --dependency=* | --begin=* | --reservation=* | --hold | -H | -d?* | -b?*) is_value="" ;;
+      --dependency | --begin | --reservation | -d | -b) is_value=yes ;;
+      *)
+        if [[ -z "$is_value" ]]; then stored+=("$option"); fi
+        is_value=""
+        ;;
+    esac
+  done
+  printf '%s\0' ${stored[@]+"${stored[@]}"} >"$RUN_DIR/.sbatch_options"
 }
 
 # Slurm starts the jobs of one name and one user one after the other (singleton). Two projects may

@@ -127,7 +127,8 @@ def check_driver() -> None:
             raise ConfigError(
                 f"{socket.gethostname()} has a GPU ({told.splitlines()[0]}), but torch "
                 f"{torch.__version__}, built {built}, cannot use it: choose a build for that driver"
-                " (doc/cluster.md), or train on the CPU: CUDA_VISIBLE_DEVICES= in train.slurm"
+                " (doc/cluster.md), or hide the GPU: CUDA_VISIBLE_DEVICES= bash submit.sh --local, "
+                "or -- --gpus-per-node=0"
             )
 
 

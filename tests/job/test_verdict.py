@@ -99,7 +99,7 @@ SITUATIONS: dict[str, tuple[Callable, str, int, str | None]] = {
     "wrong setting": (lambda run: fail(run, code=2), "end", 2, "FAILED"),
     "a node is blind": (lambda run: node_failed(run, is_final=True), "end", 1, "FAILED"),
     "a node is blind, others are there": (
-        lambda run: node_failed(run, is_elsewhere=True), "requeue", 1, "RESTARTING"
+        lambda run: node_failed(run, is_elsewhere=True), "requeue", 75, "PAUSED"
     ),
     "diverged": (lambda run: fail(run, "DIVERGED", 79), "end", 79, "DIVERGED"),
     "refused by the holder": (refused, "end", 78, None),

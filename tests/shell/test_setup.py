@@ -375,31 +375,31 @@ def test_a_check_tells_what_is_here_in_ten_lines_and_what_to_do_next(machine):
     machine.setup()
     machine.commands.add("sinfo", "echo 'gpu* 3 nodes, 64 CPUs, gpu:h100:8 each;'")
     machine.commands.add("nvidia-smi", "echo 'H100, 550.54'; echo 'H100, 550.54'")
-    (machine.home / "runs" / "a").mkdir()
     second = told()
     assert second["code"] == "0"
-    assert second["next"].startswith("bash submit.sh (the demo)")
+    assert second["next"].startswith("bash download_data_model.sh, then bash submit.sh (the demo)")
     assert second["environment"] == READY.removeprefix("ready: ")
     assert second["slurm"].strip() == "gpu* 3 nodes, 64 CPUs, gpu:h100:8 each;"
     assert second["GPUs here"].strip() == "2 H100, 550.54"
-    assert second["holds"] == "0 models, 0 datasets, 0 tokens, 1 runs"
+    assert second["holds"] == "0 models, 0 datasets, 0 tokens"
 
 
 def test_an_edited_setup_that_was_not_run_again_is_noticed(machine):
     machine.setup()
     assert machine.setup("--is-ready").returncode == 0
     script = machine.checkout / "setup.sh"
-    script.write_text(script.read_text().replace('ENV_TOOL:-venv}"', 'ENV_TOOL:-venv}" # mine'))
+    script.write_text(script.read_text().replace('ENV_TOOL:-venv}"', 'ENV_TOOL:-uv}"'))
     line = error_of(machine.setup("--is-ready"), 3)
     assert line == "setup.sh: error: setup.sh was edited since it ran last; run: bash setup.sh"
-    machine.setup()
-    assert machine.setup("--is-ready").returncode == 0
+    script.write_text((tiny.ROOT / "setup.sh").read_text().replace("venv, uv or conda", "x"))
+    assert machine.setup("--is-ready").returncode == 0  # a comment
 
 
 def test_wheels_of_a_folder_take_the_place_of_the_internet(machine):
-    machine.setup(WHEELS="/my wheels")
+    assert "WHEELS=/nowhere is no folder" in error_of(machine.setup(WHEELS="/nowhere"), 2)
+    machine.setup(WHEELS=str(machine.folder))
     (call,) = machine.commands.calls("pip")
-    assert call[-5:-2] == ["--no-index", "--find-links", "/my wheels"]
+    assert call[-5:-2] == ["--no-index", "--find-links", str(machine.folder)]
 
 
 def test_nothing_of_a_persons_own_python_and_pip_gets_into_an_install(machine):

@@ -19,7 +19,7 @@ def load(path: Path, overrides: list[str]) -> Config:
     """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
     try:
         values, locations = read_yaml(path)
-        add_shipped(values, path)
+        add_shipped(values, locations, path)
         problems = apply_overrides(values, locations, overrides)
         complete_mixture(values)
     except RecursionError:  # an alias of itself, say
@@ -37,14 +37,17 @@ def load(path: Path, overrides: list[str]) -> Config:
     return config
 
 
-def add_shipped(values: dict, path: Path) -> None:
+def add_shipped(values: dict, locations: dict[str, str], path: Path) -> None:
     """Give the settings of another file what the shipped one has and it does not.
 
     The copy of the code that a run keeps has no such file, for its own is whole.
     """
     if not SHIPPED.exists() or path.resolve() == SHIPPED:
         return
-    for section, settings in read_yaml(SHIPPED)[0].items():
+    shipped, shipped_locations = read_yaml(SHIPPED)
+    for key, location in shipped_locations.items():
+        locations.setdefault(key, location)
+    for section, settings in shipped.items():
         own = values.setdefault(section, {})
         if isinstance(own, dict) and isinstance(settings, dict):
             values[section] = settings | own

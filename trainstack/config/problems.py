@@ -36,6 +36,9 @@ def describe(detail: dict, values: dict, locations: dict[str, str], path: Path) 
     value = detail["input"]
     # An override shows key and value itself, if it is about that key alone.
     is_override = "(command line)" in location and dotted in location
+    if kind == "extra_forbidden" and "." in str(detail["loc"][0]):
+        section, _, key = str(detail["loc"][0]).partition(".")
+        return f"{location}: {shown(dotted)}: a file has sections; write {section}: {{{key}: ...}}"
     if kind == "extra_forbidden":
         key = location if is_override else f"{location}: {shown(dotted)}"
         return f"{key}: no such key; {suggestion(dotted)}"

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from trainstack.config.batch import BatchPlan, batch_problem
+from trainstack.config.batch import BatchPlan
 from trainstack.config.names import asset_name, file_path, split_name
 from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
@@ -170,12 +170,6 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16", "fp16", "fp64"]
     torch_compile: bool
     activation_checkpointing: bool
-
-    @model_validator(mode="after")
-    def check_batch(self) -> "TrainSection":
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(batch_problem(self.global_batch_size, self.micro_batch_size, 1))
-        return self
 
 
 class OptimSection(Section):

@@ -22,9 +22,9 @@ def read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; name one with --config FILE") from None
+        raise ConfigError(f"{path}: no such file; check its path") from None
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; name another with --config FILE") from None
+        raise ConfigError(f"{path}: {error.strerror}; name a file of settings") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
     try:

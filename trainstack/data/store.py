@@ -171,7 +171,8 @@ def find_stores(home: Path, config: Config, kept: Sequence[str]) -> list[Path]:
             if own is None:
                 raise
             folder = own
-        found.append(own if own is not None and not folder.exists() else folder)
+        is_gone = not (model_folder(home, config.model.name) / "config.json").exists()
+        found.append(own if own is not None and is_gone else folder)
     return found
 
 

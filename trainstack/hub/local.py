@@ -33,7 +33,7 @@ class LocalFiles:
     def __init__(self, asset: Asset):
         self.original = Path(asset.name)
         # A checkpoint of a run here would be pruned one day: its files get a second name.
-        self.is_kept = asset.home / "runs" in self.original.parents
+        self.is_kept = (asset.home / "runs").resolve() in self.original.resolve().parents
         self.folder = asset.folder.with_name(f".{asset.folder.name}.local.partial")
         self.entries: dict[str, dict[str, Any]] = {}
         self.sizes, self.modified_ns = {}, {}
@@ -103,10 +103,18 @@ class LocalFiles:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with readable():
                 if self.is_kept:
-                    os.link(self.root / name, self.folder / name)
+                    give_second_name(self.root / name, self.folder / name)
                 else:
                     (self.folder / name).symlink_to(self.root / name)
                 self.entries[name] = manifest.hash_file(self.root / name)
+
+
+def give_second_name(path: Path, other: Path) -> None:
+    """A hard link; a copy where the file is somebody else's, or on another file system."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def files_below(original: Path) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from trainstack.job import verdict
 from trainstack.job.preflight import free_port
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner, is_local_job, user
+from trainstack.run.queue import NO_JOB, Job, read_queue
 from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING, resume_command
 from trainstack.storage import files
 
@@ -46,8 +47,7 @@ def main(arguments: list[str]) -> int:
         return 0
     run = RunFolder(options.run_folder)
     if options.command == "holder":
-        holder = Lease(run.path).unreleased()
-        print(holder["job"] if holder else "")
+        print(gone_holder(run, options.job, read_queue(sys.stdin.read())))
         return 0
     if options.command == "submitted":
         note_submission(run, options.job, options.code, options.cause.strip())
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     if options.command == "fail":
         run.add_failure(
             options.job, options.attempt, "none", "FAILED", options.code or 1, options.cause, False,
-            is_second_hand=True, is_final=not options.elsewhere, is_elsewhere=options.elsewhere,
+            is_second_hand=True, is_elsewhere=options.elsewhere,
         )  # fmt: skip
         return 0
     owner = Owner(options.job, options.attempt, options.restarts)
@@ -105,15 +105,32 @@ def begin(run: RunFolder, job: str, restarts: int, is_in_chain: bool) -> int:
         stuck = verdict.Ending(verdict.END, code, "NO_PROGRESS", verdict.STUCK, status.get("step"))
         record(run, last, stuck)
         return code
-    shutil.rmtree(run.path / ".meeting", ignore_errors=True)
+    for former in run.meeting(job, 0).parent.glob(f"{job}.*"):
+        shutil.rmtree(former, ignore_errors=True)
     # Restarts count too: an attempt may have died before it was recorded.
     attempt = max([restarts, *(event["attempt"] for event in own)]) + 1
-    if not verdict.is_replaced(run, Owner(job, attempt, restarts)):
-        run.set_status(STARTING, job=job, attempt=attempt, cause=None, exit_code=None, **place(job))
+    holder = Lease(run.path).unreleased()
+    is_replaced = verdict.is_replaced(run, Owner(job, attempt, restarts))
+    if holder is None or (holder["job"] == job and not is_replaced):  # else that status stays
+        facts = dict.fromkeys(("cause", "exit_code", "next_action"))
+        run.set_status(STARTING, job=job, attempt=attempt, **facts, **place(job))
     run.add_event("attempt", job=job, attempt=attempt, restarts=restarts,
                   newest=names.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
     print(attempt)
     return 0
+
+
+def gone_holder(run: RunFolder, job: str, jobs: dict[str, Job]) -> str:
+    """The job that could not give the run folder back, if it has ended and is not ``job`` itself.
+
+    One that Slurm does not show may be hidden, or of another cluster: its heartbeat tells.
+    """
+    holder = Lease(run.path).unreleased()
+    if holder is None or holder["job"] == job or is_local_job(holder["job"]):
+        return ""
+    known = jobs.get(holder["job"], NO_JOB)
+    is_gone = not known.is_started if known.state else not run.is_beating(holder["job"])
+    return holder["job"] if is_gone else ""
 
 
 def place(job: str) -> dict[str, str | int]:
@@ -129,16 +146,16 @@ def finish(run: RunFolder, owner: Owner, told: verdict.Told) -> int:
     Printed is ``restart`` (here, at once), ``requeue``, or ``end``.
     """
     ending = verdict.decide(run, owner, told)
-    record(run, owner, ending, told.is_preempted)
+    record(run, owner, ending)
+    if told.is_preempted and run.status().get("state") == "PAUSED":
+        run.set_status("PAUSED", cause="Slurm needed the nodes for another job")
     if ending.verdict == verdict.RESTART and verdict.is_false_stop(told.stop_file):
         told.stop_file.unlink()  # or the next attempt would stop at once
     print(ending.verdict)
     return ending.code
 
 
-def record(
-    run: RunFolder, owner: Owner, ending: verdict.Ending, is_preempted: bool = False
-) -> None:
+def record(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     """Write down how an attempt ended, and say it."""
     if ending.event:
         run.add_event(ending.event, **ending.facts)

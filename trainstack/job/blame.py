@@ -49,8 +49,11 @@ def silent_rank(
     run: RunFolder, job: str, attempt: int, reports: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """Rank and host of the first rank that did not report; None if all did, or none had begun."""
-    # An abort at second hand is a report: NCCL aborts ranks that wait, so it was not silent.
-    heard = {r["rank"] for r in reports if not r.get("is_second_hand") or r.get("is_abort")}
+    # An abort at second hand is a report: NCCL aborts ranks that wait, so it was not silent. What a
+    # rank says that was stopped, and ran again only when others had hung, is none.
+    hung = [report["at"] for report in reports if report["state"] == "HANG"]
+    late = {r["rank"] for r in reports if hung and run.woke_at(job, attempt, r["rank"]) > min(hung)}
+    heard = {r["rank"] for r in reports if not r.get("is_second_hand") or r.get("is_abort")} - late
     for rank, line in enumerate(ranks_of(run, job, attempt)):
         if rank not in heard:
             return {"rank": rank, "host": host_of(line)}

@@ -25,13 +25,17 @@ def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: 
     replace_code(repository, run.path)
     config = keep_templates(config, run.path / "chat_templates")
     files.replace_file(run.path / "config.yaml", config.to_yaml().encode())
-    described = json.dumps(describe_environment(repository), indent=1)
+    described = describe_environment(repository)
+    if described["git_commit"] is None and repository == run.path / "code":  # it resumes itself
+        former = json.loads((run.path / "environment.json").read_bytes())
+        described |= {key: former[key] for key in ("git_commit", "git_difference")}
+    described = json.dumps(described, indent=1)
     files.replace_file(run.path / "environment.json", described.encode())
     if not is_local:
         files.replace_file(run.status_before, json.dumps(run.status()).encode())
     # Also here: a DONE of before would tell the job that there is nothing to do.
     state = STARTING if is_local else QUEUED
-    run.set_status(state, job=None, attempt=None, exit_code=None, cause=None)
+    run.set_status(state, job=None, attempt=None, exit_code=None, cause=None, next_action=None)
 
 
 def keep_templates(config: Config, folder: Path) -> Config:

@@ -10,7 +10,6 @@ from trainstack.checkpoint.names import (
     BYTES_PER_PARAMETER,
     check_not_lost,
     kept_stores,
-    newest_checkpoint,
     newest_state,
 )
 from trainstack.config.schema import Config
@@ -84,8 +83,10 @@ def not_needed(home: Path, config: Config, checkpoints: Path) -> list[str]:
     found = []
     for asset in named_assets(config, home):
         original = Path(asset.name)
-        if not asset.folder.exists() or (layout.is_local(asset.name) and not original.exists()):
-            found.append(f"{asset} is gone; not needed: the run has a checkpoint and its tokens")
+        is_gone = layout.is_local(asset.name) and not original.exists()
+        if is_gone or not asset.folder.exists():
+            where = "is gone" if is_gone else "is not in the project any more"
+            found.append(f"{asset} {where}; not needed: the run has a checkpoint and its tokens")
         elif asset.kind == "model" and (problem := asset_problem(asset, "")):
             problem = problem.partition("; ")[0]
             found.append(f"{asset} {problem}; not used: the run has a checkpoint")
@@ -99,8 +100,8 @@ def model_source(home: Path, config: Config, checkpoints: Path) -> Path:
     """
     folder = layout.model_folder(home, config.model.name)
     is_there = (folder / "config.json").exists() and (folder / MANIFEST).exists()
-    _, newest = newest_checkpoint(checkpoints)
-    return newest if newest and not is_there else folder
+    step, saved = newest_state(checkpoints)
+    return checkpoints / f"checkpoint-{step}" if saved and not is_there else folder
 
 
 def asset_problem(asset: Asset, command: str) -> str | None:

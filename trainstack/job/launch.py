@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.errors import ConfigError
-from trainstack.job.preflight import meet_hosts, preflight
+from trainstack.job.preflight import is_same, meet_hosts, meeting_point, preflight
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     run, job, attempt = RunFolder(options.run), options.job, options.attempt
     failed_mark = run.failed_mark(job, attempt)
     stop_by_signal(options.stop_file, failed_mark)
-    threading.Thread(target=beat, args=(run, job), daemon=True).start()
+    head, _ = meeting_point(arguments[split + 1 :])
+    if not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand nodes
+        threading.Thread(target=beat, args=(run, job), daemon=True).start()
     if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
         Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
     killed_before = kernel_kills()

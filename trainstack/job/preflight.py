@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, Failed
 from trainstack.storage import files
 from trainstack.waits import LOOK_SECONDS, MARK_SECONDS, REACH_SECONDS
 
@@ -70,19 +70,25 @@ def meet_hosts(torchrun_arguments: list[str], folder: Path) -> None:
     files.make_folder(folder)
     with contextlib.ExitStack() as stack:
         ports = [listen(number, stack) for number in ([0, port] if is_same(host, head) else [0])]
-        mark = {"host": host, "address": address_towards(head), "ports": ports}
+        mark = {"host": host, "address": address_of(head), "ports": ports}
         files.replace_file(folder / f"{host}.json", json.dumps(mark).encode())
-        marks = [json.loads(path.read_bytes()) for path in wait_for(folder, "*.json", count)]
-        for other in neighbours(marks, host, head):
+        for path in neighbours(wait_for(folder, "*.json", count), host, head):
+            other = json.loads(path.read_bytes())
             for number in other["ports"]:
                 reach(host, other, number)
         (folder / f"{host}.met").touch()
         wait_for(folder, "*.met", count)
+    if is_same(host, head):
+        (folder / "open").touch()  # the port is torchrun's now
+    else:
+        wait_for(folder, "open", 1)
 
 
 def listen(port: int, stack: contextlib.ExitStack) -> int:
     """Accept connections until the end of ``stack``, and drop each; returns the port."""
-    server = socket.create_server(("", port))
+    is_dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_dual else socket.AF_INET
+    server = socket.create_server(("", port), family=family, dualstack_ipv6=is_dual)
 
     def accept() -> None:
         with contextlib.suppress(OSError):  # shut down
@@ -115,19 +121,19 @@ def wait_for(folder: Path, pattern: str, count: int) -> list[Path]:
             return found
         if time.monotonic() > deadline:
             here = ", ".join(path.stem for path in found)
-            raise ConfigError(
+            raise Failed(
                 f"only {len(found)} of {count} nodes began within {MARK_SECONDS:.0f} s ({here}); "
                 "leave out the others: -- --exclude=NODE"
             )
-        time.sleep(LOOK_SECONDS / 4)
+        time.sleep(max(LOOK_SECONDS / 4, count / 100))  # a thousand nodes look at one folder
 
 
-def neighbours(marks: list[dict[str, Any]], host: str, head: str) -> list[dict[str, Any]]:
-    """Whom a node tries: the head, and the nodes that follow it in order."""
-    at = next(i for i, mark in enumerate(marks) if mark["host"] == host)
+def neighbours(marks: list[Path], host: str, head: str) -> list[Path]:
+    """The marks of those that a node tries: the head, and the nodes that follow it in order."""
+    at = next(i for i, path in enumerate(marks) if path.stem == host)
     following = (marks[at + 1 :] + marks[:at])[:NEIGHBOURS]
-    heads = [mark for mark in marks if is_same(mark["host"], head) and mark["host"] != host]
-    return [*heads, *(mark for mark in following if mark not in heads)]
+    heads = [path for path in marks if is_same(path.stem, head) and path.stem != host]
+    return list(dict.fromkeys([*heads, *following]))
 
 
 def reach(host: str, other: dict[str, Any], port: int) -> None:
@@ -143,12 +149,16 @@ def reach(host: str, other: dict[str, Any], port: int) -> None:
         ) from None
 
 
-def address_towards(head: str) -> str:
-    """The address of this host on the network that leads to the head."""
+def address_of(head: str) -> str:
+    """How others find this host: its address on the network that leads to the head.
+
+    The head itself has none: it may take its own name for 127.0.1.1. Its name has to do.
+    """
     family, _, _, _, address = socket.getaddrinfo(head, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
-        return probe.getsockname()[0]
+        own = probe.getsockname()[0]
+    return head if ipaddress.ip_address(own).is_loopback else own
 
 
 def is_same(host: str, other: str) -> bool:

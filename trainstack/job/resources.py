@@ -1,12 +1,12 @@
 """What the job asks of Slurm, and whether its partition can ever give it."""
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainstack.config.schema import Config
 from trainstack.errors import ConfigError
 
 OPTIONS = (  # of sbatch
@@ -15,6 +15,7 @@ OPTIONS = (  # of sbatch
     ("--ntasks", "-n"), ("--ntasks-per-node",), ("--cpus-per-task", "-c"), ("--cpus-per-gpu",),
     ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",),
 )  # fmt: skip
+LEAST_SECONDS = 60  # of a job before it is warned of its end
 MEGABYTES = {"k": 1 / 1024, "m": 1, "": 1, "g": 1024, "t": 1024**2}  # in a unit of --mem
 
 
@@ -49,6 +50,7 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
     asked = _options([word for line in lines for word in line.split()] + sbatch_options)
+    check_warning(asked.get("time", ""), lines)
     nodes = _number(asked.get("nodes", "1"))
     tasks = _tasks_per_node(asked, nodes)
     gpus = _gpus_per_node(asked, nodes, tasks)
@@ -65,6 +67,18 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
         processes_per_node=_number(edited[1] or "0") if edited else None,
         options=asked,
     )
+
+
+def check_warning(time: str, lines: list[str]) -> None:
+    """ConfigError if the job would be over when Slurm warns it of its end, as train.slurm asks."""
+    signal = re.search(r"--signal=B:\w+@(\d+)", " ".join(lines))
+    minutes = _minutes(time)
+    if signal and minutes and minutes * 60 <= int(signal[1]) + LEAST_SECONDS:
+        least = int(signal[1]) // 60 + 2
+        raise ConfigError(
+            f"--time={time} is too short: train.slurm asks for a warning {signal[1]} s before the "
+            f"end, at which the job saves and stops; write --time={least} or more"
+        )
 
 
 def _options(words: list[str]) -> dict[str, str]:
@@ -84,24 +98,32 @@ def _tasks_per_node(asked: dict[str, str], nodes: int | None) -> int | None:
 
 
 def _gpus_per_node(asked: dict[str, str], nodes: int | None, tasks: int | None) -> int | None:
-    """None if only a total is said that the nodes cannot share evenly."""
-    gres = [part for part in asked.get("gres", "").split(",") if part.split(":")[0] == "gpu"]
+    """ConfigError if a total is said that the nodes cannot share evenly."""
+    gres = _gres_of_gpus(asked)
     if "gpus-per-node" in asked or gres:
         return _number(asked.get("gpus-per-node") or gres[0].partition(":")[2] or "1")
     if "gpus-per-task" in asked:
         per_task = _number(asked["gpus-per-task"])
         return per_task * tasks if per_task is not None and tasks else None
     total = _number(asked.get("gpus", "0"))
+    if total and nodes and total % nodes:
+        raise ConfigError(
+            f"--gpus={asked['gpus']} cannot be the same on each of {nodes} nodes; write "
+            f"--gpus-per-node=N, or --gpus={total // nodes * nodes + nodes}"
+        )
     return total // nodes if total is not None and nodes and total % nodes == 0 else None
 
 
 def _gpu_type(asked: dict[str, str]) -> str:
     """``h100``, of h100:8 or gpu:h100:8; empty if any will do."""
-    for name in ("gpus-per-node", "gpus", "gpus-per-task", "gres"):
-        words = asked.get(name, "").removeprefix("gpu:").split(":")
-        if len(words) == 2:
-            return words[0]
-    return ""
+    written = [asked.get(name, "") for name in ("gpus-per-node", "gpus", "gpus-per-task")]
+    written += [gres.partition(":")[2] for gres in _gres_of_gpus(asked)]
+    return next((text.partition(":")[0] for text in written if ":" in text), "")
+
+
+def _gres_of_gpus(asked: dict[str, str]) -> list[str]:
+    """The parts of --gres that are GPUs: gpu:h100:8 of lscratch:10,gpu:h100:8."""
+    return [part for part in asked.get("gres", "").split(",") if part.split(":")[0] == "gpu"]
 
 
 def _cpus_per_node(asked: dict[str, str], tasks: int | None, gpus: int | None) -> int | None:
@@ -116,8 +138,8 @@ def _megabytes_per_node(asked: dict[str, str], cpus: int | None, gpus: int | Non
     """0 if all of a node is asked for."""
     for name, count in (("mem", 1), ("mem-per-cpu", cpus), ("mem-per-gpu", gpus)):
         if name in asked:
-            size = re.fullmatch(r"(\d+)([kmgt]?)b?", asked[name].lower())
-            return int(size[1]) * MEGABYTES[size[2]] * count if size and count else None
+            size = _size(asked[name])
+            return size * count if size is not None and count else None
     return None
 
 
@@ -153,7 +175,7 @@ def read_nodes(text: str) -> list[NodeKind]:
             continue
         _, partition, marked, count, cpus, memory, gres, time, size, _, _ = words
         counts = [_number(each.rstrip("+")) for each in (count, cpus, memory)]
-        if None not in counts:
+        if all(counts[:2]) and counts[2] is not None:  # of powered-down nodes Slurm may say 0
             is_default = marked.endswith("*") and not partition.endswith("*")
             most_nodes = _number(size.rpartition("-")[2])
             kind = (partition, is_default, *counts, _gpus_of(gres), time, most_nodes)
@@ -173,16 +195,18 @@ def _gpus_of(gres: str) -> dict[str, int]:
     return found
 
 
-def check_partition(asked: Resources, kinds: list[NodeKind]) -> list[str]:
-    """Lines on what only waits long; ConfigError for what no partition of the job can ever give.
+def check_partition(asked: Resources, kinds: list[NodeKind], is_accepted: bool) -> list[str]:
+    """Lines on what a QOS would have to lift; ConfigError for what no partition can ever give.
 
     ``kinds``: empty if Slurm did not tell; a partition that is not there is left to sbatch.
+    ``is_accepted``: Slurm has tried the job, which says nothing of its limits.
     """
     wanted = asked.partitions or [kind.partition for kind in kinds if kind.is_default][:1]
     problems = []
     for partition in wanted:
         within = [kind for kind in kinds if kind.partition == partition]
-        found = list(_excesses(asked, partition, within)) if within else []
+        found = list(_excesses_of_limits(asked, partition, within)) if within else []
+        found += _excesses(asked, partition, within) if within and not is_accepted else []
         if all(excess.may_be_lifted for excess in found) and (asked.has_qos or not found):
             return [f"{excess.text}; the QOS would have to lift that" for excess in found]
         problems += [f"{excess.text}; {excess.fix}" for excess in found]
@@ -233,7 +257,6 @@ def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]) -> Iterat
             "with all that the job asks for",
             _write("nodes", fitting) if fitting else "ask for less on each node",
         )
-    yield from _excesses_of_limits(asked, partition, kinds)
 
 
 def _excesses_of_limits(
@@ -274,6 +297,10 @@ def _gpu_prefix(name: str, options: dict[str, str]) -> str:
 
 
 def _write(name: str, most: float | str, factor: float = 1, prefix: str = "") -> str:
+    if not isinstance(most, str) and most // factor < 1 and not name.startswith("gpus-per-node"):
+        return "ask for less on each node: fewer tasks or GPUs there, or more --nodes"
+    if prefix and not most:
+        return "name a type that is there, or none: sinfo -o %G lists them"
     value = most if isinstance(most, str) else f"{prefix}{int(most // factor)}"
     unit = "M" if name.startswith("mem") else ""
     option = f"--{name}={value}{unit}"
@@ -287,7 +314,9 @@ def _size(text: str) -> float | None:
 
 
 def _minutes(text: str) -> float | None:
-    """Of a time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None if unlimited."""
+    """Of a time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or no limit."""
+    if text.lower() in ("0", "unlimited", "infinite"):
+        return math.inf
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")
     if not all(part.isdigit() for part in (*parts, days or "0")) or len(parts) > 3:
@@ -300,20 +329,3 @@ def _minutes(text: str) -> float | None:
     else:
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
-
-
-def check_batch(config: Config, resources: Resources, processes: str) -> None:
-    """ConfigError if the global batch cannot be spread over the job's processes.
-
-    ``processes``: NPROC_PER_NODE of the environment, as text; empty if it is not set.
-    """
-    if processes and not (processes.isdigit() and int(processes)):
-        raise ConfigError(
-            f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"
-        )
-    per_node = int(processes) if processes else resources.processes_per_node
-    if per_node == 0 and resources.gpus_per_node is not None:
-        per_node = resources.gpus_per_node or 2
-    if resources.nodes is None or not per_node:
-        return  # train.py checks it as well, when it knows
-    config.batch_plan(resources.nodes * per_node)

@@ -23,7 +23,6 @@ from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import (
     Resources,
-    check_batch,
     check_partition,
     read_nodes,
     read_resources,
@@ -33,8 +32,9 @@ from trainstack.optim.schedule import build_schedule, describe_schedule
 from trainstack.processes import is_dead, run_command
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, is_hidden, is_known_here
+from trainstack.run.lease import Lease, is_known_here, user
 from trainstack.run.queue import NO_JOB, Job, read_queue
+from trainstack.run.states import QUEUED
 from trainstack.storage import layout
 from trainstack.units import age
 
@@ -42,9 +42,9 @@ SPEAKER = "submit.sh"
 LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
 MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
-NO_ANSWER = {"124", "137"}  # exit codes of timeout(1)
-NOT_NOW = "not available (down, drained or reserved)"  # of nodes that will be there again
+CERTAIN = re.compile("(?i)invalid|unrecogni|mutually exclusive|account|qos|policy|limit")
 LONG_WAIT_SECONDS = 900
+NEVER_SECONDS = 30 * 86400  # what Slurm says of jobs before it that have no limit
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,14 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     command = inputs.download_command(request.repository, config_file, overrides)
     corpus = inputs.check_inputs(home, config, command, run.checkpoints)
     max_steps = config.steps_for(corpus.train.num_samples)
-    for label in corpus.earlier:
-        say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")
     rates = describe_schedule(config.optim, max_steps)
     step, changes = inputs.check_progress(run, config, corpus)
+    for label in corpus.earlier:
+        say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")
     if step >= max_steps and run.status().get("state") == "DONE":
         say_complete(run, config, step, max_steps)
         return "complete", run
+    check_further(run, config, step, max_steps)
     model = inputs.model_source(home, config, run.checkpoints)
     space = inputs.check_space(home, config, prove(home, config, model, say))
     say(f"{config_file.name} ok | model and tokens present and verified | {space}")
@@ -136,8 +137,19 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     if request.is_local:
         say(f"run {config.run.name} -> {run.path}")
     else:
-        say(f"{resources} | code and config kept in {run.path}/code")
+        kept = "would be kept" if request.is_dry_run else "kept"
+        say(f"{resources} | code and config {kept} in {run.path}/code")
     return "ready", run
+
+
+def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
+    """ConfigError if a run has made more steps than it is asked for."""
+    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+    if step > max_steps:
+        raise ConfigError(
+            f"train.{key} asks for {max_steps:,} steps, and run {run.path.name} has made {step:,}; "
+            "ask for more, or choose another run.name"
+        )
 
 
 def check_resources(request: Request) -> tuple[Resources, list[str]]:
@@ -146,28 +158,52 @@ def check_resources(request: Request) -> tuple[Resources, list[str]]:
     if request.is_local:
         return replace(resources, nodes=1, gpus_per_node=local_gpus()), []
     kinds = read_nodes(request.said)
-    remarks = check_partition(resources, kinds)
+    code, text = read_trial(request.said)
+    if chosen := re.search(r" in partition (\S+)", text):  # by a plugin of the site, perhaps
+        resources = replace(resources, partitions=[chosen[1]])
+    remarks = check_partition(resources, kinds, is_accepted=code == "0")
     if kinds and not resources.gpus_per_node and not any(kind.gpus for kind in kinds):
         resources = replace(resources, gpus_per_node=None)  # a site that does not count its GPUs
-    return resources, [*remarks, *check_trial(request.said)]
+    return resources, [*remarks, *check_trial(code, text)]
 
 
-def check_trial(said: str) -> list[str]:
-    """A line if the job starts late, by ``sbatch --test-only``; ConfigError if sbatch refuses it.
+def check_batch(config: Config, resources: Resources, processes: str) -> None:
+    """ConfigError if the global batch cannot be spread over the job's processes.
 
-    A job for which nodes are only down or reserved is accepted all the same.
+    ``processes``: NPROC_PER_NODE of the environment, as text; empty if it is not set.
     """
+    if processes and not (processes.isdigit() and int(processes)):
+        raise ConfigError(
+            f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"
+        )
+    per_node = int(processes) if processes else resources.processes_per_node
+    if per_node == 0 and resources.gpus_per_node is not None:
+        per_node = resources.gpus_per_node or 2
+    if resources.nodes is None or not per_node:
+        return  # train.py checks it as well, when it knows
+    config.batch_plan(resources.nodes * per_node)
+
+
+def read_trial(said: str) -> tuple[str, str]:
+    """The exit code of ``sbatch --test-only`` and what it said; empty if it was not asked."""
     trial = re.search(r"(?m)^try\|(\d+)\|(.*)$", said)
-    if not trial:
-        return []
-    code, text = trial.groups()
-    if code in NO_ANSWER or NOT_NOW in text:
+    return (trial[1], trial[2]) if trial else ("", "")
+
+
+def check_trial(code: str, text: str) -> list[str]:
+    """A line if the job starts late; ConfigError if sbatch refuses it for good.
+
+    Nodes that are only down or drained are one more reason of the trial to refuse, and none to
+    sbatch itself.
+    """
+    if code not in ("", "0"):
+        if CERTAIN.search(text):
+            raise ConfigError(f"sbatch refuses the job: {text}")
         return [f"Slurm, asked when the job could start: {text}"]
-    if code != "0":
-        raise ConfigError(f"sbatch refuses the job: {text}")
     start = re.search(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text)
     wait = (datetime.fromisoformat(start[1]) - datetime.now()).total_seconds() if start else 0
-    return [f"Slurm expects to start the job in {age(wait)}"] if wait > LONG_WAIT_SECONDS else []
+    is_late = LONG_WAIT_SECONDS < wait < NEVER_SECONDS
+    return [f"Slurm expects to start the job within {age(wait)}"] if is_late else []
 
 
 def local_gpus() -> int | None:
@@ -244,16 +280,25 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
             f"run {run.path.name} has job {named} already; wait for it, or end it: "
             f"scancel {' '.join(live)}"
         )
+    last = next((e for e in reversed(run.events()) if e["event"] == "submitted"), {})
+    other = last.get("user", user())
+    if run.status().get("state") == QUEUED and other != user() and last["job"] not in jobs:
+        raise Refused(
+            f"run {run.path.name} has job {last['job']} of {other}, which Slurm does not show you; "
+            "ask them, or choose another run.name"
+        )
     holder = Lease(run.path).unreleased()
     if holder is None:
         return
+    job = holder["job"]
     is_alive = is_known_here(holder) and not is_dead(holder)
-    if is_alive or jobs.get(holder["job"], NO_JOB).is_started:
-        raise Refused(f"run {run.path.name} is in the hands of job {holder['job']}; wait for it")
-    if is_hidden(holder, run):
+    if is_alive or jobs.get(job, NO_JOB).is_started:
+        stop = f", or stop it: kill -INT {holder['pid']}" if is_alive else ""
+        raise Refused(f"run {run.path.name} is in the hands of job {job}; wait for it{stop}")
+    if job not in jobs and run.is_beating(job):
         raise Refused(
-            f"run {run.path.name} is in the hands of job {holder['job']} of {holder['user']}, "
-            f"whose heartbeat is {age(run.silence(holder['job']))} old; wait for it"
+            f"run {run.path.name} is in the hands of job {job} of {holder.get('user', 'somebody')},"
+            f" whose heartbeat is {age(run.silence(job))} old; wait for it"
         )
 
 

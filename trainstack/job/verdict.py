@@ -105,11 +105,10 @@ def decide_failed(
         state, code = "NO_PROGRESS", EXIT_CODES["NO_PROGRESS"]
         cause = f"{STUCK}; the last one: {cause}"
         return Ending(END, code, state, cause, step, lines, event, facts)
-    if failure.get("traceback") and came_before(run, owner, cause):
+    if failure.get("traceback") and came_before(run, owner, failure["cause"]):
         return Ending(END, code, state, f"{cause}; twice, before any step", step, lines[1:])
     if failure.get("is_elsewhere"):
-        again = f"it resumes on other nodes from {next_start(run)}"
-        return Ending(REQUEUE, code, "RESTARTING", cause, step, (*lines, again), event, facts)
+        return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, step, lines, event, facts)
     again = (
         f"restarting in place from {next_start(run)} (attempt {owner.attempt} ended; "
         f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} without a newer checkpoint would end the job)"
@@ -197,7 +196,7 @@ def came_before(run: RunFolder, owner: Owner, cause: str) -> bool:
     """Whether the attempt before ended by the same error, and none of the two made a step."""
     from_step, _ = names.newest_checkpoint(run.checkpoints)
     failed = [e for e in run.events() if e["event"] == "failed" and e.get("job") == owner.job]
-    is_same = bool(failed) and failed[-1].get("cause") == cause
+    is_same = bool(failed) and failed[-1].get("cause", "").endswith(cause)  # of any rank
     return is_same and last_step(run) <= from_step
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.store import is_of_weights
+from trainstack.errors import ConfigError
 from trainstack.storage import files, layout, manifest
 
 
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     config = load(options.config, options.overrides)
     folder = layout.model_folder(options.home, config.model.name)
+    if config.model.name == layout.DEMO and config.model.init == "pretrained":
+        raise ConfigError("model demo has no weights; set model.init=scratch")
     if config.model.name != layout.DEMO or folder.exists():  # else it is made later
         prove(options.home, config, folder, lambda text: print(f"prove: {text}", file=sys.stderr))
     return 0

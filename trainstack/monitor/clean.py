@@ -22,10 +22,10 @@ from trainstack.hub.asset import named_assets
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_known_here
+from trainstack.run.states import QUEUED
 from trainstack.storage import files
 from trainstack.storage.manifest import MANIFEST, remove_folder
 from trainstack.units import NOTHING, bytes_text
-from trainstack.waits import ALIVE_SECONDS
 
 REBUILT = ("pip", "uv", "conda", "hub", "xet", "datasets")  # caches: fetched again where needed
 OLD_SECONDS = 86400  # after which nobody is still at it
@@ -90,7 +90,7 @@ def items_of(home: Path) -> Iterator[Item]:
     for path in sorted((home / "runs").glob("*")):
         if path.is_dir() and not path.is_symlink():
             yield from items_of_run(home, path)
-    for path in leftovers(home):
+    for path in [*(home / "runs").glob("*/checkpoints/damaged-*"), *leftovers(home)]:
         yield Item(str(path.relative_to(home)), path, size_of(path), note="left over, or a cache")
 
 
@@ -98,13 +98,16 @@ def items_of_run(home: Path, path: Path) -> Iterator[Item]:
     """A run, and those of its checkpoints that it does not need to go on."""
     run = RunFolder(path)
     state = run.status().get("state", "no state")
+    losses = {r["step"]: r["eval_loss"] for r in run.measurements() if "eval_loss" in r}
+    best = min(losses, key=losses.get, default=None)
     name = str(path.relative_to(home))
     yield Item(name, path, size_of(path), [path.name] if is_alive(run) else [], state)
-    for step, checkpoint in checkpoints(run.checkpoints)[1:] if state == "DONE" else ():
+    spare = checkpoints(run.checkpoints)[1 if state == "DONE" else 2 :]
+    for step, checkpoint in spare if not is_alive(run) else ():
+        if step == best:
+            continue
         own = str(checkpoint.relative_to(home))
-        yield Item(
-            own, checkpoint, size_of(checkpoint), note=f"of a run that is DONE, step {step:,}"
-        )
+        yield Item(own, checkpoint, size_of(checkpoint), note=f"within the run, step {step:,}")
 
 
 def needs_of(home: Path) -> dict[str, set[Path] | None]:
@@ -113,18 +116,25 @@ def needs_of(home: Path) -> dict[str, set[Path] | None]:
     for path in sorted((home / "runs").glob("*/config.yaml")):
         run = RunFolder(path.parent)
         try:
-            config = load(path, [])
-        except ConfigError:
+            config, kept = load(path, []), kept_stores(run.checkpoints)
+        except ConfigError:  # also of another version
             found[path.parent.name] = None
             continue
-        kept = kept_stores(run.checkpoints)
         paths = {home / "tokens" / name for name in kept}
         with contextlib.suppress(OSError, ValueError):  # what it was to be made from is gone
             paths |= {*find_stores(home, config, kept)}
         if not kept:
             paths |= {asset.folder for asset in named_assets(config, home)}
+            paths |= {link.resolve().parent for link in folder_links(home, paths)}
         found[path.parent.name] = paths | {path.resolve() for path in paths}
     return found
+
+
+def folder_links(home: Path, folders: set[Path]) -> Iterator[Path]:
+    """The links in folders, such as those of models to checkpoints of other runs."""
+    for folder in folders:
+        if folder.is_dir() and not folder.is_relative_to(home / "tokens"):
+            yield from (path for path in folder.iterdir() if path.is_symlink())
 
 
 def published(folder: Path) -> Iterator[Path]:
@@ -141,10 +151,11 @@ def published(folder: Path) -> Iterator[Path]:
 def leftovers(home: Path) -> Iterator[Path]:
     """What a killed process left, environments that are not used, and caches that fill again."""
     current = (home / "venv").resolve()
-    yield from (path for path in sorted(home.glob("venv-*")) if path != current)
-    for path in sorted(home.glob("*/**/.*")):  # downloads and stores that were never finished
-        is_old = path.is_dir() and time.time() - path.stat().st_mtime > OLD_SECONDS
-        if is_old and path.relative_to(home).parts[0] in ("models", "datasets", "tokens"):
+    unfinished = [path for path in home.glob("venv-*") if path != current]
+    for kind in ("models", "datasets", "tokens"):  # downloads and stores
+        unfinished += [p for p in (home / kind).glob("**/.*") if not p.name.endswith(".old")]
+    for path in sorted(unfinished):
+        if path.is_dir() and time.time() - path.stat().st_mtime > OLD_SECONDS:
             yield path
     yield from (home / "cache" / name for name in REBUILT if (home / "cache" / name).is_dir())
 
@@ -152,12 +163,10 @@ def leftovers(home: Path) -> Iterator[Path]:
 def is_alive(run: RunFolder) -> bool:
     """Whether a job works on a run, or waits to."""
     state = run.status().get("state")
-    holder = Lease(run.path).unreleased()
-    silence = run.silence((holder or {}).get("job", ""))
-    if holder and is_known_here(holder):
+    holder = Lease(run.path).unreleased() or {"job": run.status().get("job") or ""}
+    if is_known_here({"host": "", **holder}):
         return not is_dead(holder)
-    is_silent = silence is None or silence > ALIVE_SECONDS
-    return (holder is not None and not is_silent) or state == "QUEUED"
+    return run.is_beating(holder["job"]) or state == QUEUED
 
 
 def size_of(path: Path) -> int:
@@ -168,7 +177,8 @@ def size_of(path: Path) -> int:
     for folder, _, names in os.walk(path):
         for name in names:
             try:
-                total += os.lstat(os.path.join(folder, name)).st_size
+                stat = os.lstat(os.path.join(folder, name))
+                total += stat.st_size // stat.st_nlink  # of a file with two names, half for each
             except OSError:
                 continue  # removed meanwhile
     return total
@@ -202,7 +212,11 @@ def advise(items: list[Item], wanted: float) -> int:
         total -= item.size
     if chosen:
         print(f"nobody needs these; without them {bytes_text(total)} are left:")
-        print(f"  python -m trainstack clean {' '.join(item.name for item in chosen)}")
+        print(
+            f'  "$TRAINSTACK_PYTHON" -m trainstack clean {" ".join(item.name for item in chosen)}'
+        )
+    elif total <= wanted:
+        print("nothing to remove")
     if total <= wanted:
         return 0
     runs = [i for i in items if re.fullmatch(r"runs/[^/]+", i.name) and not i.needed_by]
@@ -218,21 +232,28 @@ def remove(home: Path, items: list[Item], names: list[str]) -> None:
     chosen = [name.rstrip("/") for name in names]
     for name in chosen:
         if name not in known:
-            raise ConfigError(f"{name}: not in the list; python -m trainstack clean shows it")
+            kept = "the run keeps it" if "/checkpoints/" in name else "not in the list"
+            raise ConfigError(f"{name}: {kept}; clean without a name shows what may be named")
         users = [run for run in known[name].needed_by if f"runs/{run}" not in chosen]
         if name.startswith("runs/") and known[name].needed_by:
-            raise Failed(f"{name}: a job works on it or waits to; end it first")
+            raise Failed(
+                f"{name}: a job works on it or waits to; end it first. If surely none does: rm -r "
+                f"{known[name].path}"
+            )
         if users:
             also = " ".join(f"runs/{run}" for run in users)
             raise Failed(
                 f"{name}: run {', '.join(users)} needs it to go on; nothing was removed. If that "
-                f"run may go: python -m trainstack clean {name} {also}"
+                f"run may go too: {name} {also}"
             )
     freed = 0
     for name in chosen:
         item = known[name]
-        remove_folder(item.path)
-        files.remove_tree(item.path)
+        try:
+            remove_folder(item.path)
+            files.remove_tree(item.path)
+        except OSError as error:
+            raise Failed(f"{name}: {error.filename}: {error.strerror}; ask its owner") from None
         freed += item.size
         print(f"removed {name}  ({bytes_text(item.size)})", file=sys.stderr)
     print(f"{bytes_text(freed)} freed", file=sys.stderr)

@@ -24,7 +24,6 @@ from trainstack.run.states import (
 )
 from trainstack.storage import layout
 from trainstack.units import NOTHING, age, duration, rounded
-from trainstack.waits import ALIVE_SECONDS
 
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "KILLED": "its processes are gone and did not report why",
@@ -32,6 +31,7 @@ LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
 }
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
 SHOWN_EVENTS = 8
+BEGINS_SECONDS = 60  # from the checks of submit.sh --local to its job
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class View:
     @property
     def silent_end(self) -> str:
         """What a job that ended without a word may have lacked."""
+        if self.job.state == "CANCELLED":
+            return "somebody cancelled it"
         if any(event["event"] == "attempt" for event in self.events):
             return "the job did not report why"
         return f"the job wrote nothing: is {self.run.path} visible there?"
@@ -84,6 +86,8 @@ class View:
     @property
     def next_action(self) -> str | None:
         """What a person does now."""
+        if self.job.is_live:
+            return None
         if self.state in LOST_CAUSES:
             return f"to resume: {resume_command(self.run.path.name, self.status.get('job'))}"
         return self.status.get("next_action")
@@ -160,22 +164,28 @@ def true_state(
         return STARTING if state == QUEUED else state
     if state in EXIT_CODES or state == NOT_SUBMITTED:
         return state
+    if state == STARTING and not status.get("job"):  # of this machine, and it has not begun
+        return state if age_of(run.path / "status.json") < BEGINS_SECONDS else "KILLED"
     if state != QUEUED and is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"
-    if not is_slurm_heard or (not job.state and is_another_users(run, status, events)):
+    if not is_slurm_heard or (not job.state and may_be_hidden(run, status, events)):
         return state
     return "LOST"
 
 
-def is_another_users(run: RunFolder, status: dict[str, Any], events: list[dict[str, Any]]) -> bool:
+def age_of(path: Path) -> float:
+    """Seconds since a file was written."""
+    return time.time() - path.stat().st_mtime
+
+
+def may_be_hidden(run: RunFolder, status: dict[str, Any], events: list[dict[str, Any]]) -> bool:
     """Whether a job may be there though Slurm does not show it: sites hide the jobs of others."""
     owners = [event.get("user", user()) for event in events if event["event"] == "submitted"]
-    if not owners or owners[-1] == user():
-        return False
-    silence = run.silence(status.get("job") or "")
-    return status.get("state") == QUEUED or (silence is not None and silence < ALIVE_SECONDS)
+    is_others = bool(owners) and owners[-1] != user()
+    is_waiting = is_others and status.get("state") == QUEUED
+    return is_waiting or run.is_beating(status.get("job") or "")
 
 
 def show_table(views: Iterable[View]) -> None:
@@ -202,7 +212,7 @@ def cells_of(view: View) -> dict[str, str]:
         "STEP": steps(view),
         "LOSS": loss,
         "TOK/S": speed if view.state == RUNNING else NOTHING,
-        "JOB LEFT": view.job.left or NOTHING,
+        "JOB LEFT": view.job.left if view.job.is_started else NOTHING,
         "RUN ETA": duration(view.seconds_left),
         "CHECKPOINT": newest_checkpoint(view),
     }
@@ -243,7 +253,7 @@ def rows_of(view: View) -> Iterator[tuple[str, str]]:
         yield "next", view.next_action
     if view.job_id:
         yield "job", job_text(view)
-    if view.job.left:
+    if view.job.is_started:
         yield "job left", view.job.left
     if view.status.get("nodes"):
         yield "nodes", ", ".join(view.status["nodes"])
@@ -270,7 +280,7 @@ def job_text(view: View) -> str:
     if view.job.state:
         text += f", Slurm says {view.job.state}"
     if view.job.is_waiting:
-        text += f" ({meaning(view.job.reason)})"
+        text += f" ({meaning(view.job.reason, view.job_id)})"
     return text
 
 

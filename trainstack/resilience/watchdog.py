@@ -74,6 +74,8 @@ class Watch:
             late = time.monotonic() - ticked - tick
             if late > STOPPED_SECONDS:  # the whole process was stopped, by Ctrl-Z or by Slurm
                 self._at += late
+                with contextlib.suppress(OSError):
+                    self.run.stopped_mark(self.job, self.attempt, self.rank).touch()
             ticked = time.monotonic()
             limit, position, at = self.limit_seconds(), self._position, self._at
             stalled = time.monotonic() - at

@@ -10,8 +10,8 @@ from typing import Any
 
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage import files
-from trainstack.units import now
-from trainstack.waits import VISIBLE_SECONDS
+from trainstack.units import now, time_of
+from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
 # How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
 # that the job shall end; this one may only say that srun ended the other nodes, since one failed.
@@ -98,6 +98,11 @@ class RunFolder:
         except OSError:
             return None
 
+    def is_beating(self, job: str) -> bool:
+        """Whether the job is alive, by its heartbeat."""
+        silence = self.silence(job)
+        return silence is not None and silence < ALIVE_SECONDS
+
     # --- Why an attempt failed: logs/<job>.<attempt>.*
 
     def add_failure(
@@ -129,6 +134,16 @@ class RunFolder:
     def failed_mark(self, job: str | None, attempt: int) -> Path:
         """A file that is there once any rank of an attempt has failed: cheap to look for."""
         return self._log(job, attempt, "failed")
+
+    def stopped_mark(self, job: str | None, attempt: int, rank: int) -> Path:
+        """A file whose time says when a rank that was stopped ran again."""
+        return self._log(job, attempt, f"rank{rank}.stopped")
+
+    def woke_at(self, job: str, attempt: int, rank: int | str) -> str:
+        """That time, as reports have it; empty if the rank was never stopped."""
+        with contextlib.suppress(OSError, TypeError):
+            return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
+        return ""
 
     def meeting(self, job: str, attempt: int) -> Path:
         """The folder where the nodes of an attempt tell each other their addresses."""

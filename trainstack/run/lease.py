@@ -12,10 +12,9 @@ from typing import Any
 
 from trainstack.errors import Refused
 from trainstack.processes import is_dead, process_start
-from trainstack.run.folder import RunFolder
 from trainstack.storage import files
 from trainstack.units import now
-from trainstack.waits import ALIVE_SECONDS, OWNED_SECONDS, TAKEOVER_SECONDS
+from trainstack.waits import OWNED_SECONDS, TAKEOVER_SECONDS
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,12 @@ class Lease:
         """Own the folder from now on, or raise Refused naming who does.
 
         Replaced are: one that gave it back, an earlier attempt of the same job, the job ``gone``
-        (which Slurm no longer shows; one that it may hide must have no heartbeat), and a process of
-        this host that has ended.
+        (which Slurm says has ended, or does not show and has no heartbeat), and a process of this
+        host that has ended.
         """
         number, holder = self.holder()
         if holder and holder.get("released"):
             holder = None
-        if holder and is_hidden(holder, RunFolder(self.folder.parent)):
-            gone = None
         if holder and not may_replace(holder, owner, gone):
             raise Refused(
                 f"job {holder['job']} (attempt {holder['attempt']}) on {holder['host']} works in "
@@ -152,14 +149,6 @@ def may_still_run(holder: dict[str, Any], owner: Owner) -> bool:
 def is_known_here(holder: dict[str, Any]) -> bool:
     """Whether this host can tell if a holder is alive: a job of its own, without Slurm."""
     return is_local_job(holder["job"]) and holder["host"] == socket.gethostname()
-
-
-def is_hidden(holder: dict[str, Any], run: RunFolder) -> bool:
-    """Whether a holder is alive though Slurm may not show its job: sites hide those of others."""
-    if holder.get("user", user()) == user():
-        return False
-    silence = run.silence(holder["job"])
-    return silence is not None and silence < ALIVE_SECONDS
 
 
 def user() -> str:

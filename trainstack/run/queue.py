@@ -11,7 +11,7 @@ MEANINGS = {  # how a reason of Slurm begins -> what it means, and what to do; t
     "Priority": "jobs of higher priority wait before it",
     "Resources": "it is next, and waits for nodes",
     "Dependency": "it waits for the job before it",
-    "BeginTime": "Slurm starts it later; after a requeue that is some two minutes",
+    "BeginTime": "it asked for that, or was requeued: that takes some two minutes",
     "JobHeldUser": HELD,
     "JobHeldAdmin": "held by an administrator, or after a failed start; ask them",
     "job_requeued_in_held_state": HELD,
@@ -83,8 +83,8 @@ def read_queue(text: str) -> dict[str, Job]:
     return found
 
 
-def meaning(reason: str) -> str:
-    """Slurm's reason, and what it means; the reason alone where that is not known."""
+def meaning(reason: str, job: str) -> str:
+    """Slurm's reason, and what it means for ``job``; the reason alone where that is not known."""
     reason = reason.strip("()")
     told = next((text for start, text in MEANINGS.items() if reason.startswith(start)), "")
-    return f"{reason}: {told}" if told else reason
+    return f"{reason}: {told.replace('JOB', job)}" if told else reason

@@ -32,7 +32,7 @@ def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
         attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, **facts)
         name = attempt.run.path.name
         resume = resume_command(name, attempt.owner.job)
-        log.info("%s: PAUSED%s (%s); to resume: %s", name, where, cause, resume)
+        log.info("%s: PAUSED%s (%s); to resume by hand: %s", name, where, cause, resume)
         attempt.lease.release()
     return "PAUSED"
 
@@ -44,7 +44,8 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
         _, newest = newest_checkpoint(run.checkpoints)
         look, taken = f"bash monitor.sh {name}", duration(seconds)
         code = EXIT_CODES["DONE"]
-        run.set_status("DONE", step=step, exit_code=code, cause=None, next_action=look)
+        facts = {"job": attempt.owner.job, "attempt": attempt.owner.attempt, "exit_code": code}
+        run.set_status("DONE", step=step, **facts, cause=None, next_action=f"its model: {newest}")
         run.add_event("done", step=step, job=attempt.owner.job, attempt=attempt.owner.attempt)
         log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
         if state.updates < step:
