@@ -250,7 +250,7 @@ choose_meeting_point() {
   HEAD="${hosts%%$'\n'*}"
   first=$((20000 + (base + ATTEMPT) % 10000))
   PORT="$("$PYTHON" -m trainstack.job.attempts port "$first")"
-  log "job $JOB, attempt $ATTEMPT, $NODES nodes ($SLURM_JOB_NODELIST), meeting at $HEAD:$PORT"
+  log "job $JOB, attempt $ATTEMPT on $SLURM_JOB_NODELIST, meeting at $HEAD:$PORT"
 }
 
 # When Slurm will end the job, in seconds since 1970: in the environment since Slurm 23.02, before

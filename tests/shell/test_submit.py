@@ -32,7 +32,7 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert all(line.startswith("submit.sh: ") for line in lines)
     assert "config.yaml ok | model and tokens present and verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
-    assert "1 node x 1 GPUs, 24:00:00, partition (default) | code and config kept in" in lines[3]
+    assert "1 node x 1 GPU, 24:00:00, partition (default) | code and config kept in" in lines[3]
     assert "run first is queued; look: bash monitor.sh first" in lines[4]
     run = RunFolder(site.run_dir)
     assert run.status()["state"] == "QUEUED"
@@ -332,6 +332,9 @@ WRONG_USE = [
     (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N2"], "no multiple of"),
     (["--", "--nodes=3", "--gpus-per-node=h100:8"], "x 24 processes; write train.global_batch"),
     (["--", "--nodes=0"], "0 processes cannot train"),
+    (["--", "--time=3"], "--time=3 is too short: train.slurm asks for a warning 180 s before the"),
+    (["--", "--gpus=3", "-N2"], "--gpus=3 cannot be the same on each of 2 nodes"),
+    (["--", "-o", "x.log"], "logs lie in the folder of the run, where monitor.sh looks; leave out"),
     (["--", "--array=1-3"], "one job at a time works on a run; leave out: --array=1-3"),
     (["--", "--export=ALL"], "train.slurm holds what a job is to have; leave out: --export=ALL"),
     (["--", "--test-only"], "--dry-run, before the --, makes all checks; leave out: --test-only"),

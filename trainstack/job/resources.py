@@ -37,6 +37,7 @@ class Resources:
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes or '?'} nodes"
         gpus = f" x {self.gpus_per_node} GPUs" if self.gpus_per_node else ""
+        gpus = " x 1 GPU" if self.gpus_per_node == 1 else gpus
         time = self.time or "the partition's time limit"
         return f"{nodes}{gpus}, {time}, partition {','.join(self.partitions) or '(default)'}"
 
@@ -50,7 +51,7 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
     asked = _options([word for line in lines for word in line.split()] + sbatch_options)
-    check_warning(asked.get("time", ""), lines)
+    check_warning(asked.get("time", ""), [*lines, *sbatch_options])
     nodes = _number(asked.get("nodes", "1"))
     tasks = _tasks_per_node(asked, nodes)
     gpus = _gpus_per_node(asked, nodes, tasks)
@@ -69,14 +70,14 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     )
 
 
-def check_warning(time: str, lines: list[str]) -> None:
+def check_warning(time: str, options: list[str]) -> None:
     """ConfigError if the job would be over when Slurm warns it of its end, as train.slurm asks."""
-    signal = re.search(r"--signal=B:\w+@(\d+)", " ".join(lines))
-    minutes = _minutes(time)
-    if signal and minutes and minutes * 60 <= int(signal[1]) + LEAST_SECONDS:
-        least = int(signal[1]) // 60 + 2
+    signals = re.findall(r"--signal=B:\w+@(\d+)", " ".join(options))
+    seconds, minutes = int(signals[-1]) if signals else 0, _minutes(time)
+    if seconds > 1 and minutes and minutes * 60 <= seconds + LEAST_SECONDS:
+        least = seconds // 60 + 2
         raise ConfigError(
-            f"--time={time} is too short: train.slurm asks for a warning {signal[1]} s before the "
+            f"--time={time} is too short: train.slurm asks for a warning {seconds} s before the "
             f"end, at which the job saves and stops; write --time={least} or more"
         )
 
