@@ -370,7 +370,7 @@ def test_what_was_tried_once_is_known_without_torch_until_something_changes(home
     code = (
         "import sys; from pathlib import Path; from trainstack.config.load import load;"
         "from trainstack.model.proof import prove; home = Path(sys.argv[1]);"
-        "prove(home, load(home / 'config.yaml', sys.argv[2:]), print);"
+        "prove(home, load(home / 'config.yaml', sys.argv[2:]), home / 'models/tiny', print);"
         "print({'torch', 'transformers'} & {*sys.modules})"
     )
 

@@ -645,6 +645,16 @@ def test_a_run_that_lives_on_this_machine_is_left_alone(site):
     assert (site.run_dir / "config.yaml").read_text() == before
 
 
+def test_a_run_whose_local_job_was_killed_a_moment_ago_is_continued(site):
+    run = RunFolder(site.run_dir)
+    run.create()
+    host = os.uname().nodename
+    holder = {"job": f"local-{host}-1-2", "attempt": 1, "host": host, "pid": 2**22 + 1}
+    (site.run_dir / "lease" / "1.json").write_text(json.dumps({**holder, "process_started": "x"}))
+    run.beat(holder["job"])
+    assert site.submit("--dry-run", "--local").returncode == 0
+
+
 def test_a_local_run_is_refused_while_a_job_of_slurm_works_on_it(site):
     assert site.submit().returncode == 0
     site.queue("4711 RUNNING")

@@ -291,7 +291,9 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
     if holder is None:
         return
     job = holder["job"]
-    is_alive = is_known_here(holder) and not is_dead(holder)
+    if is_known_here(holder) and is_dead(holder):
+        return  # its heartbeat may be seconds old
+    is_alive = is_known_here(holder)
     if is_alive or jobs.get(job, NO_JOB).is_started:
         stop = f", or stop it: kill -INT {holder['pid']}" if is_alive else ""
         raise Refused(f"run {run.path.name} is in the hands of job {job}; wait for it{stop}")
