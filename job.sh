@@ -143,16 +143,16 @@ count_processes() {
 
 # GPUs of this node: by Slurm, where it counts them, else those that are there and may be seen.
 count_gpus() {
-  local node
-  if [[ -z "${TRAINSTACK_LOCAL:-}" && -z "${SLURM_GPUS_ON_NODE:-}" ]]; then
-    node="$(ask scontrol show node "${SLURMD_NODENAME:-$(uname -n)}")" || node=""
-    if [[ "$node" == *Gres=*gpu* ]]; then # it counts them, and gave this job none
-      printf 0
-      return
+  local counted="" node
+  if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then
+    counted="${SLURM_GPUS_ON_NODE:-}"
+    if [[ -z "$counted" ]]; then
+      node="$(ask scontrol show node "${SLURMD_NODENAME:-$(uname -n)}")" || node=""
+      if [[ "$node" == *Gres=*gpu* ]]; then counted=0; fi # it counts them, and gave this job none
     fi
   fi
-  if [[ -z "${TRAINSTACK_LOCAL:-}" && -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
-    printf '%s' "$SLURM_GPUS_ON_NODE"
+  if [[ -n "$counted" ]]; then
+    printf '%s' "$counted"
   elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
     awk -F, '{ print ($0 == "") ? 0 : NF }' <<<"$CUDA_VISIBLE_DEVICES"
   else
@@ -331,17 +331,17 @@ give_up() {
 leave() {
   trap - EXIT
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
+  # Before a requeue: at that, Slurm ends this shell.
+  remove_scratch
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
     elif [[ -z "${IS_ENDING:-}" ]]; then
       log "back to the queue${AVOID:+, for other nodes than $AVOID}"
-      remove_scratch
       requeue || log "this site does not requeue; to resume: bash submit.sh" \
         "--resume ${RUN_DIR##*/}; to queue the jobs that follow in advance, too: --chain N"
     fi
   fi
-  remove_scratch
   exit "$CODE"
 }
 
@@ -370,7 +370,6 @@ leave_to_chain() {
     waiting=""
   if grep -q '^job|' <<<"$waiting"; then
     log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
-    remove_scratch
     exit 0
   fi
   log "this was the last job of the chain; to resume: bash submit.sh --chain N" \

@@ -101,9 +101,4 @@ show() {
   "${command[@]}" <<<"$queue"
 }
 
-# Where no run ever was submitted, Slurm is not asked.
-has_jobs() {
-  command -v squeue >/dev/null && grep -qs '"submitted"' "$TRAINSTACK_HOME"/runs/*/events.jsonl
-}
-
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -34,6 +34,11 @@ ask() {
   return "$code"
 }
 
+# Whether Slurm is worth asking: where no run was ever submitted, it knows of none.
+has_jobs() {
+  command -v squeue >/dev/null && grep -qs '"submitted"' "$TRAINSTACK_HOME"/runs/*/events.jsonl
+}
+
 # All jobs that Slurm shows and those that ended minutes ago, a line for each; see run/queue.py.
 list_jobs() {
   local said

@@ -229,11 +229,10 @@ load_environment() {
   source "$HERE/env.sh"
 }
 
-# A job of Slurm may work on a run that is to continue here; if no run had one, nobody is asked.
+# A job of Slurm may work on a run that is to continue here.
 ask_of_this_machine() {
   local jobs
-  command -v squeue >/dev/null || return 1
-  grep -qs '"submitted"' "$TRAINSTACK_HOME"/runs/*/events.jsonl || return 1
+  has_jobs || return 1
   forget_outer_slurm
   jobs="$(list_jobs)" || {
     log "Slurm does not answer: $jobs; that none of its jobs works on the run is not sure"

@@ -148,6 +148,7 @@ def finish(run: RunFolder, owner: Owner, told: verdict.Told) -> int:
     ending = verdict.decide(run, owner, told)
     record(run, owner, ending)
     if told.is_preempted and run.status().get("state") == "PAUSED":
+        run.add_event("preempted", job=owner.job, attempt=owner.attempt)
         run.set_status("PAUSED", cause="Slurm needed the nodes for another job")
     if ending.verdict == verdict.RESTART and verdict.is_false_stop(told.stop_file):
         told.stop_file.unlink()  # or the next attempt would stop at once

@@ -100,8 +100,10 @@ def model_source(home: Path, config: Config, checkpoints: Path) -> Path:
     """
     folder = layout.model_folder(home, config.model.name)
     is_there = (folder / "config.json").exists() and (folder / MANIFEST).exists()
+    if is_there:
+        return folder
     step, saved = newest_state(checkpoints)
-    return checkpoints / f"checkpoint-{step}" if saved and not is_there else folder
+    return checkpoints / f"checkpoint-{step}" if saved else folder
 
 
 def asset_problem(asset: Asset, command: str) -> str | None:

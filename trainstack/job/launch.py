@@ -40,13 +40,13 @@ def main(arguments: list[str]) -> int:
     run, job, attempt = RunFolder(options.run), options.job, options.attempt
     failed_mark = run.failed_mark(job, attempt)
     stop_by_signal(options.stop_file, failed_mark)
-    head, _ = meeting_point(arguments[split + 1 :])
+    torchrun_arguments = arguments[split + 1 :]
+    head, _ = meeting_point(torchrun_arguments)
     if not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand nodes
         threading.Thread(target=beat, args=(run, job), daemon=True).start()
     if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
         Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
     killed_before = kernel_kills()
-    torchrun_arguments = arguments[split + 1 :]
     try:
         if remark := preflight(torchrun_arguments, run.logs):
             say(remark)

@@ -36,8 +36,8 @@ class Resources:
 
     def __str__(self) -> str:
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes or '?'} nodes"
-        gpus = f" x {self.gpus_per_node} GPUs" if self.gpus_per_node else ""
-        gpus = " x 1 GPU" if self.gpus_per_node == 1 else gpus
+        plural = "" if self.gpus_per_node == 1 else "s"
+        gpus = f" x {self.gpus_per_node} GPU{plural}" if self.gpus_per_node else ""
         time = self.time or "the partition's time limit"
         return f"{nodes}{gpus}, {time}, partition {','.join(self.partitions) or '(default)'}"
 

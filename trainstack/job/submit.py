@@ -272,35 +272,35 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
 
     Slurm may hide the jobs of others: then the heartbeat of the run tells.
     """
-    submitted = [e["job"] for e in run.events() if e["event"] == "submitted"]
-    live = [job for job in dict.fromkeys(submitted) if jobs.get(job, NO_JOB).is_live]
+    name, submitted = run.path.name, [e for e in run.events() if e["event"] == "submitted"]
+    live = [
+        job for job in dict.fromkeys(e["job"] for e in submitted) if jobs.get(job, NO_JOB).is_live
+    ]
     if live:  # of a chain, several
         named = ", ".join(f"{job} ({jobs[job].state})" for job in live)
         raise Refused(
-            f"run {run.path.name} has job {named} already; wait for it, or end it: "
-            f"scancel {' '.join(live)}"
+            f"run {name} has job {named} already; wait for it, or end it: scancel {' '.join(live)}"
         )
-    last = next((e for e in reversed(run.events()) if e["event"] == "submitted"), {})
+    last = submitted[-1] if submitted else {}
     other = last.get("user", user())
     if run.status().get("state") == QUEUED and other != user() and last["job"] not in jobs:
         raise Refused(
-            f"run {run.path.name} has job {last['job']} of {other}, which Slurm does not show you; "
-            "ask them, or choose another run.name"
+            f"run {name} has job {last['job']} of {other}, which Slurm does not show you; ask "
+            "them, or choose another run.name"
         )
     holder = Lease(run.path).unreleased()
-    if holder is None:
-        return
-    job = holder["job"]
-    if is_known_here(holder) and is_dead(holder):
+    if holder is None or (is_known_here(holder) and is_dead(holder)):
         return  # its heartbeat may be seconds old
-    is_alive = is_known_here(holder)
-    if is_alive or jobs.get(job, NO_JOB).is_started:
-        stop = f", or stop it: kill -INT {holder['pid']}" if is_alive else ""
-        raise Refused(f"run {run.path.name} is in the hands of job {job}; wait for it{stop}")
+    job = holder["job"]
+    held = f"run {name} is in the hands of job {job}"
+    if is_known_here(holder):
+        raise Refused(f"{held}; wait for it, or stop it: kill -INT {holder['pid']}")
+    if jobs.get(job, NO_JOB).is_started:
+        raise Refused(f"{held}; wait for it")
     if job not in jobs and run.is_beating(job):
         raise Refused(
-            f"run {run.path.name} is in the hands of job {job} of {holder.get('user', 'somebody')},"
-            f" whose heartbeat is {age(run.silence(job))} old; wait for it"
+            f"{held} of {holder.get('user', 'somebody')}, whose heartbeat is "
+            f"{age(run.silence(job))} old; wait for it"
         )
 
 

@@ -51,7 +51,6 @@ class Told:
 def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
     """How an attempt ended, and what follows. Writes nothing; the first that holds decides."""
     job, attempt, status = owner.job, owner.attempt, run.status()
-    facts = {"job": job, "attempt": attempt}
     is_ours = status.get("job") == job and status.get("attempt") == attempt
     # The ranks wrote the end into status.json: that holds, whatever srun returned.
     if is_ours and status["state"] == "PAUSED" and is_stuck(run, job) and not told.is_preempted:
@@ -59,8 +58,7 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
         return Ending(END, EXIT_CODES["NO_PROGRESS"], "NO_PROGRESS", cause, status.get("step"))
     if is_ours and status["state"] in EXIT_CODES:
         verdict = REQUEUE if status["state"] == "PAUSED" else END
-        event = "preempted" if told.is_preempted else None
-        return Ending(verdict, EXIT_CODES[status["state"]], event=event, facts=facts)
+        return Ending(verdict, EXIT_CODES[status["state"]])
     # The run is another attempt's by now, and so is its status.
     if is_replaced(run, owner):
         line = f"REFUSED: attempt {attempt} of job {job} was replaced: another one owns the run"
@@ -68,6 +66,7 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
     # Slurm starts the job again by itself, on other nodes.
     if told.is_taken_back:
         line = f"Slurm took the job back, a node failed; it resumes from {next_start(run)}"
+        facts = {"job": job, "attempt": attempt}
         return Ending(END, EXIT_CODES["FAILED"], lines=(line,), event="node_lost", facts=facts)
     # A stop that came while the ranks were loading, before they could hear of it, is no failure.
     failure = blame(run, job, attempt)
@@ -121,9 +120,7 @@ def pause_without_save(run: RunFolder, owner: Owner, told: Told, *lines: str) ->
     has_begun = ranks_of(run, owner.job, owner.attempt)
     when = "before the ranks had saved" if has_begun else "before training began"
     cause = f"{told.stop_file.read_text().strip()}, {when}"
-    event = "preempted" if told.is_preempted else None
-    facts = {"job": owner.job, "attempt": owner.attempt}
-    return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, None, lines, event, facts)
+    return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, lines=lines)
 
 
 def is_false_stop(stop_file: Path | None) -> bool:
@@ -165,30 +162,24 @@ def is_stuck(run: RunFolder, job: str) -> bool:
 
 def has_trained(run: RunFolder, owner: Owner) -> bool:
     """Whether an attempt came as far as its first step."""
-    is_training_seen = False
-    for event in reversed(run.events()):
-        is_training_seen |= event["event"] == "training"
-        is_attempt = event["event"] == "attempt"
-        if is_attempt and (event["job"], event["attempt"]) == (owner.job, owner.attempt):
-            return is_training_seen
-    return False
+    own = [e for e in attempts_of(run, owner.job) if e["attempt"] == owner.attempt]
+    return bool(own) and own[-1]["has_trained"]
 
 
 def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:
-    """The events by which the attempts of a job began, oldest first, each with ``is_excused``:
+    """The events by which the attempts of a job began, oldest first, with what came of each.
 
-    Slurm preempted it or lost a node before it had trained.
+    ``has_trained``: it came as far as its first step. ``is_excused``: it did not, for Slurm
+    preempted it or lost a node.
     """
     found: list[dict[str, Any]] = []
-    has_trained = False
     for event in run.events():
         if event["event"] == "attempt" and event["job"] == job:
-            found.append({**event, "is_excused": False})
-            has_trained = False
-        elif event["event"] == "training":
-            has_trained = True
+            found.append({**event, "has_trained": False, "is_excused": False})
+        elif event["event"] == "training" and found:
+            found[-1]["has_trained"] = True
         elif event["event"] in EXCUSES and event["job"] == job and found:
-            found[-1]["is_excused"] = not has_trained
+            found[-1]["is_excused"] = not found[-1]["has_trained"]
     return found
 
 

@@ -43,9 +43,13 @@ class Item:
     note: str = ""
 
     @property
+    def is_run(self) -> bool:
+        return re.fullmatch(r"runs/[^/]+", self.name) is not None
+
+    @property
     def may_go(self) -> bool:
         """Whether nobody would miss it: it is no run, and no run needs it."""
-        return not self.needed_by and not re.fullmatch(r"runs/[^/]+", self.name)
+        return not self.needed_by and not self.is_run
 
 
 def main(arguments: list[str]) -> int:
@@ -98,13 +102,12 @@ def items_of_run(home: Path, path: Path) -> Iterator[Item]:
     """A run, and those of its checkpoints that it does not need to go on."""
     run = RunFolder(path)
     state = run.status().get("state", "no state")
-    losses = {r["step"]: r["eval_loss"] for r in run.measurements() if "eval_loss" in r}
-    best = min(losses, key=losses.get, default=None)
-    name = str(path.relative_to(home))
-    yield Item(name, path, size_of(path), [path.name] if is_alive(run) else [], state)
-    spare = checkpoints(run.checkpoints)[1 if state == "DONE" else 2 :]
-    for step, checkpoint in spare if not is_alive(run) else ():
-        if step == best:
+    users = [path.name] if is_alive(run) else []
+    yield Item(str(path.relative_to(home)), path, size_of(path), users, state)
+    spare = [] if users else checkpoints(run.checkpoints)[1 if state == "DONE" else 2 :]
+    losses = run.eval_losses()
+    for step, checkpoint in spare:
+        if step == min(losses, key=losses.get, default=None):  # the best one
             continue
         own = str(checkpoint.relative_to(home))
         yield Item(own, checkpoint, size_of(checkpoint), note=f"within the run, step {step:,}")
@@ -188,7 +191,7 @@ def show(items: list[Item]) -> None:
     """A line for each item: size, name, who needs it."""
     for item in sorted(items, key=lambda item: -item.size):
         users = f"needed by run {', '.join(item.needed_by)}" if item.needed_by else "may go"
-        if re.fullmatch(r"runs/[^/]+", item.name):
+        if item.is_run:
             users = f"{item.note}; a job works on it" if item.needed_by else item.note
         elif item.note:
             users = f"{users} ({item.note})"
@@ -219,7 +222,7 @@ def advise(items: list[Item], wanted: float) -> int:
         print("nothing to remove")
     if total <= wanted:
         return 0
-    runs = [i for i in items if re.fullmatch(r"runs/[^/]+", i.name) and not i.needed_by]
+    runs = [item for item in items if item.is_run and not item.needed_by]
     print("that is not enough; of these runs only you know which may go, with their tokens after:")
     for item in sorted(runs, key=lambda item: -item.size):
         print(f"  {bytes_text(item.size):>8}  {item.name}  {item.note}")

@@ -74,6 +74,10 @@ class RunFolder:
         """Steps and evaluations, oldest first; ``size``: within the last so many bytes."""
         return (r for r in self._records("metrics.jsonl", size) if "step" in r)
 
+    def eval_losses(self) -> dict[int, float]:
+        """The held-out losses that were measured, by step."""
+        return {r["step"]: r["eval_loss"] for r in self.measurements() if "eval_loss" in r}
+
     def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a file, one a line; not what is torn, or cut by ``size``."""
         # The end of a file is only shown: what keeps it from being read ends nothing.

@@ -61,7 +61,7 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
 
 def best_before(run: RunFolder, newest: Path | None) -> str:
     """A line if the held-out loss was lower at an earlier evaluation than at the last one."""
-    found = {r["step"]: r["eval_loss"] for r in run.measurements() if "eval_loss" in r}
+    found = run.eval_losses()
     best = min(found, key=found.get, default=None)
     if best is None or best == max(found) or newest is None:
         return ""
