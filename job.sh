@@ -219,6 +219,7 @@ SHARED_DIR; tell your admin, or leave the node out: -- --exclude=$AVOID"
   else
     return 0
   fi
+  code=1 # whatever srun said: it may pass
   if [[ -n "$AVOID" ]]; then are_there_others || AVOID="" code=2; fi
   job fail --attempt "$ATTEMPT" --cause "$said" ${AVOID:+--elsewhere} --code "$code"
   return 1

@@ -117,11 +117,13 @@ def test_a_node_that_does_not_see_the_environment_is_named_and_left_out(
     assert (update in job.commands.calls("scontrol")) is is_elsewhere
 
 
-def test_a_step_that_srun_cannot_start_is_quoted(job):
-    job.commands.add("srun", "echo 'srun: error: Task launch failed on node gpu-07: x' >&2; exit 1")
-    code, errors = job.wait()
-    assert code == 76, errors
-    said = "srun fails on gpu-[07-08] (code 1): srun: error: Task launch failed on node gpu-07: x"
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_step_that_srun_cannot_start_is_quoted_and_tried_again(job, code):
+    said = "srun: error: Task launch failed on node gpu-07: x"
+    job.commands.add("srun", f"echo '{said}' >&2; exit {code}")
+    ended, errors = job.wait()
+    assert ended == 76, errors
+    said = f"srun fails on gpu-[07-08] (code {code}): {said}"
     assert said in job.run.status()["cause"]
 
 
