@@ -13,6 +13,7 @@ from trainstack.run.folder import RunFolder
 
 TWO_NODES = ("--", "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=4", "--time=10")
 PAIR = ("--", "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2", "--time=10")
+ONE = ("--", "--nodes=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=10")
 
 
 class Site:

@@ -52,6 +52,11 @@ def die_with_parent() -> None:
     processes.die_with_parent(int(os.environ.get("TRAINSTACK_PARENT") or os.getppid()))
 
 
+def has_launcher() -> bool:
+    """Whether launch.py watches this process."""
+    return "TRAINSTACK_PARENT" in os.environ
+
+
 def rank_of_process() -> int:
     """The rank that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))

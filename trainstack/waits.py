@@ -10,10 +10,11 @@ LOOK_SECONDS = 1.0  # launch.py, between two looks for the failure report of any
 SHUTDOWN_SECONDS = 8  # launch.py, from that report until it kills its ranks: the longest of these
 
 # A rank hangs, and its peers wait for it. Each watchdog ends its own rank beyond the limit of a
-# phase. A rank that holds the interpreter's lock cannot run its watchdog: faulthandler, in C, ends
-# it later than the watchdogs of its peers, so that they have reported, and before launch.py kills.
+# phase. A rank that holds the interpreter's lock cannot run its watchdog: faulthandler, in C,
+# writes its stacks later than the watchdogs of its peers, so that they have reported, and launch.py
+# ends it before it kills all.
 TICKS_SECONDS = 1.0  # a watchdog, between two looks at its loop
-LOCKED_SECONDS = 5.0  # faulthandler, beyond the limit of the watchdog
+LOCKED_SECONDS = 3.0  # faulthandler, beyond the limit of the watchdog: it writes the stacks
 STOPPED_SECONDS = 5.0  # a watchdog that wakes up later than this: its whole process was stopped
 
 # A rank does not answer in a collective. Its watchdog, and those of its peers, should tell first.

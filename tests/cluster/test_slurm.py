@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from slurm_user import PAIR, TWO_NODES
+from slurm_user import ONE, PAIR, TWO_NODES
 from trainstack.checkpoint.names import checkpoints
 
 pytestmark = pytest.mark.slurm
@@ -68,9 +68,7 @@ def test_the_run_of_a_job_that_failed_continues_in_the_next_job(user):
 
 
 def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
-    job = user.submit(
-        "run.name=bad", "optim.learning_rate=1e30", "optim.max_grad_norm=null", *TWO_NODES
-    )
+    job = user.submit("run.name=bad", "optim.learning_rate=1e30", "optim.max_grad_norm=null", *ONE)
     assert user.cluster.wait(job, timeout=120) == "FAILED"
     status = user.folder("bad").status()
     assert (status["state"], status["exit_code"]) == ("DIVERGED", 79)
@@ -78,7 +76,7 @@ def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
 
 
 def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
-    running = user.submit("run.name=live", "train.max_steps=100000", *TWO_NODES)
+    running = user.submit("run.name=live", "train.max_steps=100000", *ONE)
     user.wait_until(lambda: user.steps("live") >= 3, "training")
     waiting = user.submit("run.name=waits", "--", "--begin=now+1hour")
     rows = table(user.run("monitor.sh").stdout)
@@ -92,7 +90,7 @@ def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
     screen = user.run("monitor.sh", "bad").stdout
     assert "DIVERGED" in screen
     assert "cause" in screen
-    refused = user.run("submit.sh", "run.name=live", *TWO_NODES)
+    refused = user.run("submit.sh", "run.name=live", *ONE)
     assert refused.returncode == 78
     assert f"has job {running}" in refused.stderr
     user.cluster.run("scancel", waiting, running)
@@ -133,7 +131,7 @@ def test_slurm_refuses_and_the_person_reads_one_line_with_a_hint(user):
 
 def test_editing_the_checkout_while_the_job_waits_changes_nothing(user):
     site = user.checkout
-    job = user.submit("run.name=kept", "train.max_steps=2", "--", "--hold", *TWO_NODES[1:])
+    job = user.submit("run.name=kept", "train.max_steps=2", "--", "--hold", *ONE[1:])
     original = (site / "train.py").read_text()
     (site / "train.py").write_text("raise SystemExit('edited after submission')\n")
     try:

@@ -99,11 +99,12 @@ def killed_agent(user: Site, run: str, row: str, reference) -> None:
     trace.record(row, "kill -9 of the torchrun of rank 1", reference, cause)
 
 
-@pytest.mark.matrix
+@pytest.mark.matrix  # tests/resilience/test_orphans.py kills one too
 def test_a_killed_torchrun_leaves_no_orphan_under_linuxproc(user, reference):
     killed_agent(user, "f09", "F09 linuxproc", reference)
 
 
+@pytest.mark.matrix
 def test_a_killed_torchrun_leaves_no_orphan_under_cgroup(cgroup_user, reference):
     killed_agent(cgroup_user, "f09c", "F09 cgroup", reference)
 

@@ -39,7 +39,7 @@ def test_what_no_node_can_give_is_refused_with_the_option_to_change(user, option
     ("options", "cores", "processes"),
     [
         ("--gpus-per-task=1 --ntasks-per-node=2 --cpus-per-task=3", 6, 2),
-        ("--gpus=2 --cpus-per-gpu=4", 4, 1),
+        pytest.param("--gpus=2 --cpus-per-gpu=4", 4, 1, marks=pytest.mark.matrix),
     ],
 )
 def test_one_launcher_a_node_has_all_that_the_job_has_there(user, options, cores, processes):
@@ -152,9 +152,6 @@ def test_a_site_without_gres_whose_commands_print_banners_trains_to_done(other):
 
 
 @pytest.mark.matrix
-@pytest.mark.xfail(
-    reason="faulthandler's own clock runs on while a process is stopped", strict=True
-)
 def test_a_job_that_slurm_suspends_is_shown_so_and_has_not_hung(user):
     job = user.submit("run.name=held", "train.max_steps=400", "guard.hang_seconds=4", *PAIR)
     user.wait_until(lambda: user.steps("held") >= 3, "training")

@@ -16,6 +16,7 @@ import pytest
 
 import tiny
 from lab import Lab, wait_until, write_row
+from slurm_user import processes_of
 from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
 from trainstack.resilience.faults import parse
@@ -35,11 +36,10 @@ def reference(lab):
 
 
 DEATHS = [  # row, fault, how the summary names it
-    ("F07", "kill:rank=0,step=12,attempt=1", "rank 0 on HOST: killed by SIGKILL"),
-    ("F07", "kill:rank=1,step=23,attempt=2", "rank 1 on HOST: killed by SIGKILL"),
-    ("F08", "raise:rank=1,step=34,attempt=3", "rank 1 on HOST: RuntimeError: a fault that"),
-    ("F08", "segv:rank=0,step=45,attempt=4", "rank 0 on HOST: killed by SIGSEGV"),
-    ("F08", "abort:rank=1,step=56,attempt=5", "rank 1 on HOST: killed by SIGABRT"),
+    ("F07", "kill:rank=1,step=12,attempt=1", "rank 1 on HOST: killed by SIGKILL"),
+    ("F08", "raise:rank=1,step=26,attempt=2", "rank 1 on HOST: RuntimeError: a fault that"),
+    ("F08", "segv:rank=0,step=40,attempt=3", "rank 0 on HOST: killed by SIGSEGV"),
+    ("F08", "abort:rank=1,step=55,attempt=4", "rank 1 on HOST: killed by SIGABRT"),
 ]
 
 
@@ -88,12 +88,12 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
 
 
 def test_an_error_that_comes_again_and_again_ends_as_no_progress(lab):
-    trace = lab.train("stuck", fault="raise:rank=1,step=5,attempt=all", code=76)
+    trace = lab.train("stuck", fault="raise:rank=0,step=5,attempt=all", code=76, NPROC_PER_NODE="1")
     status = trace.run.status()
     assert (status["state"], status["exit_code"]) == ("NO_PROGRESS", 76)
-    assert status["cause"].startswith("3 attempts without a newer checkpoint; the last one: rank 1")
+    assert status["cause"].startswith("3 attempts without a newer checkpoint; the last one: rank 0")
     assert len(trace.events("attempt")) == 3
-    write_row("F27", fault="raise:rank=1,step=5,attempt=all", redone=trace.redone(), repeated=0,
+    write_row("F27", fault="raise:rank=0,step=5,attempt=all", redone=trace.redone(), repeated=0,
               skipped=0, identical=None, seconds=None, code=76,
               message=status["cause"])  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_a_skipped_update_leaves_the_weights_as_they_were_also_after_a_restart(l
 def test_too_many_skips_in_a_row_are_a_divergence(lab):
     faults = ";".join(f"nan:rank=0,step={step}" for step in (24, 25, 26))
     settings = ("guard.on_divergence=skip", "guard.max_skips=2")
-    trace = lab.train("nan-often", *settings, fault=faults, code=79)
+    trace = lab.train("nan-often", *settings, fault=faults, code=79, NPROC_PER_NODE="1")
     assert [e["step"] for e in trace.events("skip")] == [24, 25]
     assert "2 updates in a row were skipped before" in trace.run.status()["cause"]
 
@@ -324,14 +324,18 @@ def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, t
               identical=None, seconds=None, code=78, message=refused.stderr.strip())  # fmt: skip
 
 
-def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(lab):
+@pytest.mark.parametrize(
+    ("kills", "stops"), [(5, 3), pytest.param(12, 8, marks=pytest.mark.matrix)]
+)
+def test_random_kills_and_stops_change_no_loss_no_weight_and_no_second(lab, kills, stops):
     """Kills of everything and polite stops at random moments; where the time went adds up."""
-    kills, stops, settings = 12, 8, ("train.max_steps=200", "eval.eval_steps=100")
-    alone = lab.train("alone", *settings)
+    steps = 10 * (kills + stops)
+    settings = (f"train.max_steps={steps}", f"eval.eval_steps={steps // 2}")
+    alone = lab.train(f"alone-{steps}", *settings)
     generator, slow = random.Random(7), "slow:rank=0,step=1"
     kinds = [signal.SIGKILL] * kills + [signal.SIGTERM] * stops
     generator.shuffle(kinds)
-    run, began_at = "random", None
+    run, began_at = f"random-{steps}", None
     trace = lab.trace(run)
     for attempt, kind in enumerate(kinds, start=1):
         process = lab.start(run, *settings, fault=slow)
@@ -355,7 +359,7 @@ def test_twenty_random_kills_and_stops_change_no_loss_no_weight_and_no_second(la
     assert total == pytest.approx(wall_seconds, rel=0.01, abs=1.0)
     share = goodput.splitlines()[-1].strip().partition(",")[0]
     message = f"{share}; its causes add up to {total:.1f} s of {wall_seconds:.1f} s on the clock"
-    trace.record("F14", f"{kills} kills, {stops} stops, 200 steps", alone, message)
+    trace.record("F14", f"{kills} kills, {stops} stops, {steps} steps", alone, message)
     print(goodput)
 
 
@@ -371,27 +375,36 @@ def test_an_interval_that_is_chosen_automatically_changes_nothing_but_when_it_sa
 
 def test_an_evaluation_that_a_stop_cut_short_is_made_first_in_the_next_attempt(lab):
     settings = ("train.max_steps=20", "eval.eval_steps=10")
-    alone = lab.train("evaluated", *settings)
-    lab.train("broken-off", *settings, fault="term:rank=0,step=10", code=75)
+    alone = lab.train("evaluated", *settings, NPROC_PER_NODE="1")
+    lab.train("broken-off", *settings, fault="term:rank=0,step=10", code=75, NPROC_PER_NODE="1")
     trace = lab.trace("broken-off")
     assert trace.run.status()["step"] == 10
     assert not trace.events("evaluation"), "no time for it"
-    lab.train("broken-off", *settings)
+    lab.train("broken-off", *settings, NPROC_PER_NODE="1")
     assert [event["step"] for event in trace.events("evaluation")] == [10, 20]
     theirs, ours = (tiny.metrics(lab.home, t.run.path.name, "eval_loss") for t in (alone, trace))
     assert theirs == ours
     assert trace.equals(alone)
 
 
-def test_ctrl_c_saves_says_so_in_one_line_and_prints_no_traceback(lab, reference):
-    process = lab.start("interrupted", "train.max_steps=100000")
+def test_a_job_that_was_stopped_as_a_whole_has_not_hung_and_ctrl_c_saves_in_one_line(lab):
+    process = lab.start("interrupted", "train.max_steps=100000", "guard.hang_seconds=1")
     trace = lab.trace("interrupted")
-    wait_until(lambda: trace.events("training"), "training")
+    wait_until(lambda: len(trace.steps()) > 5, "training")
+    pids = [*processes_of("interrupted")]  # the launcher and the ranks, as Slurm suspends them
+    assert len(pids) >= 3
+    for number, seconds in ((signal.SIGSTOP, 8), (signal.SIGCONT, 0)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)  # beyond hang_seconds and LOCKED_SECONDS
+    before = len(trace.steps())
+    wait_until(lambda: len(trace.steps()) > before + 100, "further steps")
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert "Traceback" not in output
     assert "PAUSED at step" in output
+    assert not trace.events("hang", "failed")
 
 
 @pytest.mark.parametrize(

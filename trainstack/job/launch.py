@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
 from trainstack.units import time_of
 from trainstack.waits import HEARTBEAT_SECONDS, LOOK_SECONDS, SHUTDOWN_SECONDS
+
+LOCKED_LOOKS = 3  # at the stacks of a rank, before it is ended
 
 
 def main(arguments: list[str]) -> int:
@@ -54,6 +57,7 @@ def main(arguments: list[str]) -> int:
         note_agent(run, job, attempt, str(error), error.code)  # it is not tried again
         return 1
     threading.Thread(target=end_with_others, args=(failed_mark,), daemon=True).start()
+    threading.Thread(target=end_locked, args=(run, job, attempt), daemon=True).start()
     os.environ["TRAINSTACK_PARENT"] = str(os.getpid())  # for the ranks' die_with_parent
     return run_ranks(run, job, attempt, torchrun_arguments, killed_before)
 
@@ -142,11 +146,48 @@ def end_with_others(failed_mark: Path) -> None:
     while not failed_mark.exists():
         time.sleep(LOOK_SECONDS)
     time.sleep(SHUTDOWN_SECONDS)
-    # The ranks are the children of any thread of this process.
-    for pid in Path("/proc/self/task").glob("*/children"):
-        for child in pid.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), signal.SIGKILL)
+    for child in children():
+        kill(child)
+
+
+def end_locked(run: RunFolder, job: str, attempt: int) -> None:
+    """Kill a rank of this node whose stacks stay: nobody in it can run to take them away again.
+
+    Counted in looks, not by a clock: while Slurm suspends the job, nobody looks.
+    """
+    looks: Counter[int] = Counter()
+    while True:
+        time.sleep(LOOK_SECONDS)
+        for child in children():
+            stacks = run.stacks_file(job, attempt, rank_of(child))
+            looks[child] = looks[child] + 1 if has_bytes(stacks) else 0
+            if looks[child] >= LOCKED_LOOKS:
+                kill(child)
+
+
+def children() -> list[int]:
+    """The ranks: what any thread of this process has started."""
+    threads = Path("/proc/self/task").glob("*/children")
+    return [int(pid) for thread in threads for pid in thread.read_text().split()]
+
+
+def rank_of(pid: int) -> str:
+    """The RANK that torchrun gave a process; empty if it has none, or is gone."""
+    with contextlib.suppress(OSError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return dict(v.partition(b"=")[::2] for v in variables).get(b"RANK", b"").decode()
+    return ""
+
+
+def has_bytes(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size > 0
+    return False
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def note_failures(
@@ -176,7 +217,7 @@ def note_failures(
 
 def describe_end(exit_code: int, stacks: Path, kernel_killed: int) -> tuple[str, str]:
     """State and cause of a rank that did not report; a signal is a negative exit code."""
-    if exit_code == 1 and stacks.exists() and stacks.stat().st_size:  # faulthandler wrote them
+    if exit_code == -signal.SIGKILL and has_bytes(stacks):  # by end_locked
         return "HANG", f"no progress, with Python's own lock held; stacks: {stacks}"
     if exit_code == -signal.SIGKILL and kernel_killed > 0:
         return "FAILED", f"killed by the kernel: out of memory (host memory{memory_limit()})"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 
+from trainstack.distributed import has_launcher
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES, Phase
 from trainstack.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TICKS_SECONDS
@@ -24,7 +25,8 @@ class Watch:
 
     Before that it leaves a failure report: by it the rank that holds up the others is found. A
     thread of Python cannot run while another one holds the interpreter's lock, so faulthandler's
-    own thread, in C, watches this one.
+    own thread, in C, watches this one. It writes the stacks too, and launch.py ends this process
+    by them: the clock of faulthandler runs on while Slurm suspends the job, launch.py's does not.
     """
 
     def __init__(
@@ -83,8 +85,14 @@ class Watch:
                 self._end(*position, stalled)
             if self._is_over.is_set():
                 return
-            # Renewed at each tick; if this thread cannot run, it ends the process by itself.
-            faulthandler.dump_traceback_later(limit + LOCKED_SECONDS, exit=True, file=self._file)
+            # Renewed at each tick. Then nothing writes the stacks, and if there are some already,
+            # they are of a process that was stopped and runs again.
+            faulthandler.dump_traceback_later(
+                limit + LOCKED_SECONDS, exit=not has_launcher(), file=self._file
+            )
+            if os.fstat(self._file.fileno()).st_size:
+                self._file.seek(0)
+                self._file.truncate()
 
     def _end(self, step: int, phase: Phase, seconds: float) -> None:
         faulthandler.dump_traceback(file=self._file, all_threads=True)
