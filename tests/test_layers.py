@@ -30,9 +30,9 @@ LIGHT = (  # what a login node runs
     "monitor.screen",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
-    "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py", "job/submit.py",
-    "model/proof.py", "monitor/clean.py", "monitor/goodput.py", "monitor/ledger.py",
-    "prepare/prepare.py", "prepare/tokenise.py",
+    "__main__.py", "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py",
+    "job/submit.py", "model/proof.py", "monitor/clean.py", "monitor/goodput.py",
+    "monitor/ledger.py", "prepare/prepare.py", "prepare/tokenise.py",
 }  # fmt: skip
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's

@@ -5,6 +5,7 @@ Imports only the command that is called: a login node prints the list at once.
 
 import difflib
 import importlib
+import os
 import sys
 
 from trainstack.errors import USAGE_ERROR, ConfigError
@@ -20,6 +21,8 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "goodput": (".monitor.goodput", "show where the time of a run went"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
+
+WITHOUT_TORCH = ("prepare", "data_report")  # of transformers they need the tokenizer alone
 
 
 def main(arguments: list[str]) -> int:
@@ -42,5 +45,13 @@ def main(arguments: list[str]) -> int:
         return error.code
 
 
+def hide_torch() -> None:
+    """Let transformers take torch for not installed: importing it would be most of the time."""
+    sys.modules["torch"] = None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it is not there
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in WITHOUT_TORCH:
+        hide_torch()
     run_command(main)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from trainstack.storage import layout, manifest
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
 import sys
+from trainstack.__main__ import hide_torch
+hide_torch()
 from trainstack.data import writer
 from trainstack.prepare import prepare, tokenise
 from trainstack.records import chunks
@@ -198,6 +201,18 @@ def test_files_without_a_record_are_named_and_the_others_read(tmp_path):
 
 def test_no_process_at_all_is_refused(home):
     assert "at least one has to tokenise" in run(home, "--processes", "0", code=2)
+
+
+def test_it_does_without_torch(tmp_path, monkeypatch):
+    """Which takes longer to import than a small data set to tokenise."""
+    tiny.make_model(tmp_path)
+    tiny.make_dataset(tmp_path)
+    config = tiny.write_config(tmp_path)
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    told = tiny.run_command("prepare", "--home", tmp_path, "--config", config).stderr
+    imported = set(re.findall(r"\| +([\w.]+)$", told, re.MULTILINE))
+    assert "transformers" in imported and "torch" not in imported
+    assert "PyTorch" not in told
 
 
 def test_ctrl_c_is_one_line(home):

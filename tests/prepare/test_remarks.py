@@ -107,7 +107,7 @@ def test_conversations_in_which_somebody_wrote_a_special_token_are_counted(tmp_p
     options = ("data.eval_fraction=0", f"data.chat_template={template}")
     told = lines_from(tmp_path, capsys, lines(), records, *options)
     told_first = [
-        line for line in told if "30 documents hold a special token, kept as text" in line
+        line for line in told if "a special token, kept as text, is in 30 documents" in line
     ]
     assert len(told_first) == (tiny.END in said), told
     assert all("in a conversation the template alone writes tokens" in x for x in told_first)
