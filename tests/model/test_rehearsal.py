@@ -31,6 +31,10 @@ LINEAR = {
 }  # fmt: skip
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48, "vocab_size": 96}
+BAMBA = {
+    **SMALL, "num_key_value_heads": 2, "num_hidden_layers": 10, "mamba_n_heads": 4,
+    "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+}  # fmt: skip
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED, max_position_embeddings=48),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
@@ -62,8 +66,8 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(
         **GROUPED, use_sliding_window=True, max_window_layers=0
     ),
-    "bamba": lambda: transformers.BambaConfig(num_hidden_layers=10, attn_layer_indices=[9]),
-    "bamba without attention": lambda: transformers.BambaConfig(num_hidden_layers=10),
+    "bamba": lambda: transformers.BambaConfig(**BAMBA, attn_layer_indices=[9]),
+    "bamba without attention": lambda: transformers.BambaConfig(**BAMBA),
     "emu3": lambda: transformers.Emu3Config(),
     "gemma3n": lambda: transformers.Gemma3nConfig(),
 }

@@ -90,7 +90,7 @@ def rehearsed(folder: Path, config: Config) -> Rehearsal:
     except ConfigError as error:
         problem, _, fix = str(error).rpartition("; ")
         if fix.endswith(NO_FIX):
-            fix = remedy(folder, lambda other: tried(other, config)) or fix
+            fix = remedy(folder, lambda other: tried(other, config, problem)) or fix
         raise ConfigError(f"{problem}; {fix}") from None
     notes += check_generation(folder, real)
     notes += check_weights(folder, whole) if config.model.init == "pretrained" else []
@@ -102,15 +102,18 @@ def rehearsed(folder: Path, config: Config) -> Rehearsal:
     return Rehearsal(count_parameters(whole), notes)
 
 
-def tried(real: Any, config: Config) -> tuple[nn.Module, list[str]]:
-    """The real model without memory, and lines on a small copy that was trained for a step."""
+def tried(real: Any, config: Config, before: str = "") -> tuple[nn.Module, list[str]]:
+    """The real model without memory, and lines on a small copy that was trained for a step.
+
+    ``before``: the problem that it had before its config.json was corrected.
+    """
     whole = build_whole(real)
     if type(whole.config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"its part for text alone ({whole.config.model_type}) is saved as a model that "
             f"transformers does not load as a causal LM; {NO_FIX}"
         )
-    small, reason = small_copy(real)
+    small, reason = small_copy(real, before)
     return whole, checked(small, config) if small else [f"no small copy could be tried ({reason})"]
 
 
@@ -160,9 +163,10 @@ def build_whole(real: Any) -> nn.Module:
         raise ConfigError(f"{what} ({first_words(error)}); {fix}") from None
 
 
-def small_copy(real: Any) -> tuple[Any, str]:
+def small_copy(real: Any, before: str = "") -> tuple[Any, str]:
     """The configuration of a small copy that runs; or None, and why there is none.
 
+    No other copy is tried once one has the problem of before: nothing was corrected.
     ConfigError if a copy fails that differs from the model in its vocabulary alone.
     """
     reasons = []
@@ -179,6 +183,8 @@ def small_copy(real: Any) -> tuple[Any, str]:
             return small, ""
         except Exception as error:  # its code may not go with what was made smaller
             reasons.append(first_words(error))
+            if reasons[-1] in before:
+                break
     if not reasons[-1].startswith("the smallest has"):
         raise ConfigError(f"its own code fails with text ({reasons[-1]}); {NO_FIX}")
     return None, reasons[0]
