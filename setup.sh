@@ -13,6 +13,7 @@
 # requirements.txt, and writes env.sh beside this file, which the other scripts read. Run again, it
 # changes nothing. If an install fails or is killed, the environment that was there stays in use.
 
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh setup.sh
 set -euo pipefail
 
 # --- Edit; each can also be set in the environment. ---------------------------------------------
@@ -214,7 +215,7 @@ take_lock() {
   done
   printf '%s\n' "$me" >"$LOCK/owner"
   trap 'kill "${HEARTBEAT:-}" 2>/dev/null; rm -rf "$LOCK"' EXIT
-  trap 'exit 130' INT TERM
+  trap 'log "stopped before the environment was ready; run it again"; exit 130' INT TERM
   local self=$$
   (
     trap - EXIT INT TERM
@@ -347,7 +348,7 @@ with_conda() {
 
 install_pins() {
   local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-input)
-  if [[ "$ENV_TOOL" == uv ]]; then pip=(uv pip install --python "$1/bin/python"); fi
+  if [[ "$ENV_TOOL" == uv ]]; then pip=(uv pip install --compile-bytecode --python "$1/bin/python"); fi
   "${pip[@]}" ${WHEELS:+--no-index --find-links "$WHEELS"} \
     --requirement "$HERE/requirements.txt" >>"$2" 2>&1
 }

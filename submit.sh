@@ -21,6 +21,7 @@
 # TRAINSTACK_FAULT="kill:rank=1,step=25" breaks the run on purpose: see resilience/faults.py.
 # Exit: 0 done, 1 could not, 2 asked wrongly, 78 the run belongs to another job or experiment.
 
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh submit.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -320,6 +320,19 @@ def test_a_killed_install_is_repaired_by_the_next_at_once(machine):
     assert environments == [os.readlink(machine.home / "venv")]
 
 
+def test_ctrl_c_says_what_to_do_and_holds_up_nobody(machine):
+    begun = machine.folder / "begun"
+    machine.installs(f"touch {begun}; sleep 60")
+    stopped = machine.start()
+    wait_until(begun.exists, "the install", seconds=20)
+    os.killpg(stopped.pid, signal.SIGINT)
+    result = finish(stopped)
+    assert result.returncode == 130
+    last = "setup.sh: stopped before the environment was ready; run it again"
+    assert result.stderr.splitlines()[-1] == last
+    assert not (machine.home / ".setup.lock").exists()
+
+
 def test_two_at_once_install_once(machine):
     machine.installs("sleep 1")
     results = [finish(process) for process in (machine.start(), machine.start())]

@@ -151,9 +151,10 @@ def test_these_rules_see_what_they_forbid(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_the_header_of_the_script(script):
+@pytest.mark.parametrize("shell", [BASH, "sh"])  # sh: another shell on many systems
+def test_help_is_the_header_of_the_script(script, shell):
     result = subprocess.run(
-        [BASH, tiny.ROOT / script, "--help"], capture_output=True, text=True, cwd="/", timeout=20
+        [shell, tiny.ROOT / script, "--help"], capture_output=True, text=True, cwd="/", timeout=20
     )
     assert result.returncode == 0
     assert result.stderr == ""
