@@ -28,6 +28,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours:02d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
+def counted(number: float, noun: str) -> str:
+    """``1 file``, ``2,000 files``."""
+    return f"{number:,.0f} {noun}{'' if number == 1 else 's'}"
+
+
 def bytes_text(size: float) -> str:
     """Bytes as people read them: 269 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -208,7 +208,7 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     words = " ".join(shown.split())
     assert "train 3 documents, 92 tokens, 13.0% of them carry loss" in words
     assert "longer than seq_len: 1 split, 0 dropped" in words
-    assert "duplicates 1 documents (33.3%)" in words
+    assert "duplicates 1 document (33.3%)" in words
     assert "8 to 15 2 ######" in words
     assert "64 to 127 1 ####" in words
     assert "four five <|end|>[[ one two three <|end|>]]" in shown

@@ -22,6 +22,7 @@ from trainstack.data.duplicates import duplicates
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore
 from trainstack.storage import layout
+from trainstack.units import counted
 
 SHOWN_SAMPLES = 3
 SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
@@ -63,16 +64,18 @@ def report(section: DataSection, store: TokenStore) -> Iterator[str]:
         documents, total, targets = (getattr(counts, f"{name}_{kind}") for kind in kinds)
         share = targets / max(1, total)
         yield (
-            f"  {name:<11} {documents:,} documents, {total:,} tokens, {share:.1%} of them carry "
-            f"loss; {split.num_samples:,} samples of {section.seq_len}"
+            f"  {name:<11} {counted(documents, 'document')}, {total:,} tokens, {share:.1%} of them "
+            f"carry loss; {counted(split.num_samples, 'sample')} of {section.seq_len}"
         )
     yield (
         f"  packing     {section.packing}: {store.train.padding_share:.2%} padding; longer than "
         f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
     )
-    yield f"  left out    {counts.empty_documents:,} empty, {counts.bad_records:,} bad records"
+    bad = counted(counts.bad_records, "bad record")
+    yield f"  left out    {counts.empty_documents:,} empty, {bad}"
     copies = duplicates(store.train)
-    yield f"  duplicates  {copies:,} documents ({copies / max(1, len(store.train.stops)):.1%})"
+    share = copies / max(1, len(store.train.stops))
+    yield f"  duplicates  {counted(copies, 'document')} ({share:.1%})"
     yield "  length      tokens per document, of the training split"
     yield from histogram(np.diff(store.train.stops, prepend=0))
 

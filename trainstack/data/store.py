@@ -28,6 +28,7 @@ from trainstack.errors import ConfigError
 from trainstack.storage import manifest
 from trainstack.storage.files import read_object
 from trainstack.storage.layout import dataset_folder, model_folder
+from trainstack.units import counted
 
 FORMAT_VERSION = 4  # higher whenever the same files would give other tokens, as by formats.py
 LAST_VERSION = 3  # which differs in conversations alone: calls, and tags that somebody wrote
@@ -236,8 +237,9 @@ class TokenStore:
             if self.meta["template"]:
                 choice = "; in a conversation the template alone writes tokens"
             yield (
-                f"{self.counts.written_documents:,} documents hold a special token, kept as text, "
-                f"first {self.counts.first_written}{'' if section.special_tokens else choice}"
+                f"a special token, kept as text, is in "
+                f"{counted(self.counts.written_documents, 'document')}, first "
+                f"{self.counts.first_written}{'' if section.special_tokens else choice}"
             )
         if unread := self.counts.unread:
             more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""

@@ -36,7 +36,7 @@ from trainstack.storage.manifest import (
     remove_folder,
     write_manifest,
 )
-from trainstack.units import bytes_text
+from trainstack.units import bytes_text, counted
 
 if TYPE_CHECKING:
     from trainstack.hub.commit import HubCommit
@@ -298,7 +298,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def count_files(names: Collection[str]) -> str:
-    return "1 file" if len(names) == 1 else f"{len(names)} files"
+    return counted(len(names), "file")
 
 
 def belong_to_no_split(names: list[str]) -> str:

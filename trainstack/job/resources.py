@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainstack.errors import ConfigError
+from trainstack.units import counted
 
 OPTIONS = (  # of sbatch
     ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--qos", "-q"),
@@ -35,9 +36,8 @@ class Resources:
     options: dict[str, str] = field(default_factory=dict)  # as they were written, by long name
 
     def __str__(self) -> str:
-        nodes = "1 node" if self.nodes == 1 else f"{self.nodes or '?'} nodes"
-        plural = "" if self.gpus_per_node == 1 else "s"
-        gpus = f" x {self.gpus_per_node} GPU{plural}" if self.gpus_per_node else ""
+        nodes = counted(self.nodes, "node") if self.nodes else "? nodes"
+        gpus = f" x {counted(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
         time = self.time or "the partition's time limit"
         return f"{nodes}{gpus}, {time}, partition {','.join(self.partitions) or '(default)'}"
 
@@ -283,9 +283,8 @@ def _excesses_of_limits(
 
 
 def _counted(amount: float, what: str, asked: Resources) -> str:
-    plural = "s" if amount != 1 and len(what) == 3 else ""
     of_type = f" of type {asked.gpu_type}" if what == "GPU" and asked.gpu_type else ""
-    return f"{amount:,.0f} {what}{plural}{of_type}"
+    return (counted(amount, what) if len(what) == 3 else f"{amount:,.0f} {what}") + of_type
 
 
 def _as_written(name: str, options: dict[str, str]) -> str:

@@ -24,6 +24,7 @@ from trainstack.monitor import history
 from trainstack.monitor.history import Attempt, Execution
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
+from trainstack.units import counted
 
 CHUNK_SAMPLES = 1 << 16  # per call of the sampler: its arrays stay in the cache of a core
 SHOWN = 8  # problems; of more only the number is printed
@@ -159,15 +160,16 @@ def result(
     """What was checked, how it came out, and what is worth knowing of it: name and text."""
     batch, total = sampler.global_batch_size, sampler.total_samples
     samples = findings.steps * batch
-    text = f"{findings.steps:,} steps = {samples:,} samples = {samples * seq_len:,} tokens"
-    yield "checked", f"{text}, {samples / total:.2f} epochs of {total:,} samples"
+    text = f"{counted(findings.steps, 'step')} = {counted(samples, 'sample')}"
+    text += f" = {samples * seq_len:,} tokens"
+    yield "checked", f"{text}, {samples / total:.2f} epochs of {counted(total, 'sample')}"
     repeated, skipped = findings.repeated_steps * batch, findings.skipped_steps * batch
     yield "samples", f"repeated = {repeated:,}, skipped = {skipped:,}"
     executed = sum(len(attempt.executions) for attempt in attempts)
     kept = [execution.step for attempt in attempts for execution in attempt.effective()]
     redone = executed - len(kept)
     fraction = f" ({redone / executed:.1%} of those executed)" if redone else ""
-    yield "redone", f"{redone:,} steps on record that interruptions undid{fraction}"
+    yield "redone", f"{counted(redone, 'step')} on record that interruptions undid{fraction}"
     ahead = len({step for step in kept if step > findings.steps})
     if ahead:
         yield "not yet", f"{ahead:,} steps beyond step {findings.steps:,} wait for a checkpoint"

@@ -32,6 +32,7 @@ from trainstack.records.chunks import Chunk, Part, Wanted
 from trainstack.records.columns import columns_read, recognise, text_column
 from trainstack.records.readers import read_chunks, split_files
 from trainstack.storage import layout
+from trainstack.units import counted
 
 ENCODED_CHARACTERS = 1 << 18  # at once: the library takes 30 bytes for each meanwhile
 CHUNKS_AHEAD = 2  # of each process
@@ -232,7 +233,7 @@ def find_boundary(tokenise: Tokeniser, data_files: list[DataFile]) -> Boundary |
         return Boundary(*last, None, 0, reason)
     what = f"{fraction:.3g} of all text, at the end of {last[1]}," if start else last[1]
     side = "none" if TRAIN in splits else "all"
-    reason = f"of {count:,} documents the hash would hold out {side}"
+    reason = f"of {counted(count, 'document')} the hash would hold out {side}"
     if count == 1:
         reason = "one document only (data.split_on can divide it)"
     return Boundary(*last, start, wanted, f"{reason}: {what} is held out (data.eval_fraction)")

@@ -13,6 +13,7 @@ from trainstack.data.store import PLAIN, SINCE_VERSION_3, TokenStore
 from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 from trainstack.prepare.tokenizer import Encoder
+from trainstack.units import counted
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -54,23 +55,25 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
     share = counts.train_target_tokens / max(1, counts.train_tokens)
     learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
     lines = [
-        f"{counts.train_documents:,} documents ({store.meta['format']}) -> "
+        f"{counted(counts.train_documents, 'document')} ({store.meta['format']}) -> "
         f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
         f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
         f"vocabulary {store.meta['vocab_size']:,}; {remark}"
     ]
     if section.packing != "concat":
         lines.append(
-            f"packing {section.packing}: {store.train.num_samples:,} samples "
+            f"packing {section.packing}: {counted(store.train.num_samples, 'sample')} "
             f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; "
-            f"{counts.split_documents:,} longer documents split, {counts.dropped_documents:,} "
-            "dropped (data.too_long)"
+            f"{counted(counts.split_documents, 'longer document')} split, "
+            f"{counts.dropped_documents:,} dropped (data.too_long)"
         )
     if store.meta["template"] and store.meta["format"] not in PLAIN:
         lines.append("checked: each text of each conversation is in it, the assistant's is learned")
     lines += store.remarks(section)
     if counts.bad_records:
-        lines.append(f"{counts.bad_records:,} bad records left out: {folder / BAD_RECORDS}")
+        lines.append(
+            f"{counted(counts.bad_records, 'bad record')} left out: {folder / BAD_RECORDS}"
+        )
     for line in lines:
         say(section, line)
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import textwrap
 import time
 import traceback
 
@@ -41,7 +42,7 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
         what = str(error).splitlines()[0] if str(error) else ""
         is_victim = distributed.is_peer_lost(error)
         if is_victim:  # its traceback would only hide the one that matters
-            log.error("lost a peer (%s)", what[:160])
+            log.error("lost a peer (%s)", textwrap.shorten(what, 160))
         else:
             log.error("%s", "".join(lines))
         kind = type(error).__name__

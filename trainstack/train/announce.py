@@ -10,6 +10,7 @@ from trainstack.model.causal_lm import describe
 from trainstack.model.strategy import Strategy
 from trainstack.run.identity import changed_settings
 from trainstack.train.attempt import Attempt
+from trainstack.units import counted
 
 log = logging.getLogger("trainstack")
 
@@ -24,12 +25,12 @@ def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | No
     log.info(
         "%s  %s | %s x %d processes, %s, %s | seq_len %d",
         name, describe(strategy.causal_lm, config.model.init),
-        "1 host" if hosts == 1 else f"{hosts} hosts", world.local_world_size, world.backend,
+        counted(hosts, "host"), world.local_world_size, world.backend,
         config.train.precision, plan.seq_len,
     )  # fmt: skip
     epochs = attempt.max_steps * plan.global_batch_size / feed.sampler.total_samples
     log.info("%s  %s", indent, plan)
-    log.info("%s  %s steps = %.2f epochs", indent, f"{attempt.max_steps:,}", epochs)
+    log.info("%s  %s = %.2f epochs", indent, counted(attempt.max_steps, "step"), epochs)
     if len(config.data.sources) > 1:
         announce_mixture(attempt, feed, indent)
     for line in not_used(config, feed.corpus):
