@@ -107,7 +107,6 @@ run_attempt() {
   ENDS_AT="$(end_of_job)"
   GONE_HOLDER="$(gone_holder)"
   plan_launch
-  log "importing torch in each process ($PROCESSES per node)"
   "${LAUNCH[@]}" &
   wait_for "$!" || code=$?
   finish "$code"

@@ -41,7 +41,7 @@ from trainstack.run.identity import identity
 from trainstack.run.states import EXIT_CODES, Phase
 from trainstack.storage import layout
 from trainstack.train import ending, startup
-from trainstack.train.announce import announce
+from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
 from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
@@ -101,6 +101,7 @@ def build_strategy(
     """The model and its loss, spread over the ranks, with its optimizer. Collective."""
     config = attempt.config
     init = "pretrained" if newest else config.model.init
+    announce_loading(attempt)
     causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )

@@ -1,6 +1,7 @@
 """Sizes, durations and moments, as people read them."""
 
 import time
+from datetime import datetime
 
 NOTHING = "-"  # in place of what is not known
 
@@ -14,6 +15,11 @@ def time_of(seconds: float) -> str:
     """A moment, in seconds since 1970, as it stands in the records."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{stamp}.{int(seconds * 1000) % 1000:03d}Z"
+
+
+def seconds_of(stamp: str) -> float:
+    """The moment of a record, in seconds since 1970."""
+    return datetime.fromisoformat(stamp).timestamp()
 
 
 def duration(seconds: float | None) -> str:

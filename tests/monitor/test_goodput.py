@@ -10,6 +10,7 @@ import tiny
 from trainstack.__main__ import main
 from trainstack.monitor import goodput, history
 from trainstack.run.folder import RunFolder
+from trainstack.units import seconds_of
 
 
 def event(kind: str, at: float, **facts) -> dict:
@@ -115,7 +116,7 @@ def test_ranks_of_jobs_and_by_hand_report_when_they_failed_and_hangs_do_not_coun
     attempts = history.attempts_of([event("attempt", 0, attempt=n) for n in (1, 2)], [])
     expected = [*run.failures("7", 1), *run.failures("local", 1)]
     assert sorted(goodput.failure_times(run, attempts)) == sorted(
-        history.seconds(record["at"]) for record in expected
+        seconds_of(record["at"]) for record in expected
     )
 
 
@@ -283,7 +284,7 @@ def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
     lines = result.stdout.splitlines()
     rows = table(result.stdout)
     events = job.events()
-    wall = history.seconds(events[-1]["at"]) - history.seconds(events[0]["at"])
+    wall = seconds_of(events[-1]["at"]) - seconds_of(events[0]["at"])
     assert lines[0] == "run timed: DONE, attempts: 2"
     assert lines[1].startswith(f"  wall time {wall:,.1f} s = 00:")
     assert list(rows) == [*goodput.CAUSES, "all"]
@@ -314,7 +315,7 @@ def test_of_a_job_that_ended_for_good_steps_that_no_checkpoint_holds_are_lost(
     run.create()
     for kind, step in (("start", None), ("training", 0), ("failed", 2)):
         run.add_event(kind, step=step, job="7", attempt=1, ranks=[])
-    begin = history.seconds(run.events()[1]["at"])
+    begin = seconds_of(run.events()[1]["at"])
     lines = [f'{{"step": {s}, "samples_hash": "", "attempt": "7.1", "at": {begin + s}}}\n'
              for s in (1, 2)]  # fmt: skip
     (run.path / "samples.jsonl").write_text("".join(lines))

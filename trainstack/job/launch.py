@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
     head, _ = meeting_point(torchrun_arguments)
     if not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand nodes
         threading.Thread(target=beat, args=(run, job), daemon=True).start()
+        say(f"importing torch in each process{run.last_time('attempt', 'start')}")
     if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
         Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
     killed_before = kernel_kills()

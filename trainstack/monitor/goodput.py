@@ -17,7 +17,7 @@ from trainstack.monitor import history
 from trainstack.monitor.history import Attempt, Event
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import RUNNING
-from trainstack.units import duration
+from trainstack.units import duration, seconds_of
 
 CAUSES = {
     "training": "steps that count: the goodput",
@@ -84,12 +84,12 @@ def failure_times(run: RunFolder, attempts: Iterable[Attempt]) -> list[float]:
     names = {tuple(attempt.name.rsplit(".", 1)) for attempt in attempts}
     names.add(("local", "1"))  # started by hand, which gives ranks no job
     records = [record for job, number in names for record in run.failures(job, int(number))]
-    return [history.seconds(record["at"]) for record in records if record["state"] != "HANG"]
+    return [seconds_of(record["at"]) for record in records if record["state"] != "HANG"]
 
 
 def bounds(events: Iterable[Event], attempts: Iterable[Attempt]) -> tuple[float, float]:
     """First and last moment on record, in seconds since 1970."""
-    stamps = [history.seconds(event["at"]) for event in events]
+    stamps = [seconds_of(event["at"]) for event in events]
     stamps += [execution.at for attempt in attempts for execution in attempt.executions]
     return min(stamps), max(stamps)
 
@@ -123,7 +123,7 @@ def seconds_by_cause(
     """Seconds by cause; ``failures``: when ranks reported that they failed, seconds since 1970."""
     begin, end = bounds(events, attempts)
     timeline = Timeline(begin)
-    submitted = [history.seconds(e["at"]) for e in events if e["event"] == "submitted"]
+    submitted = [seconds_of(e["at"]) for e in events if e["event"] == "submitted"]
     ended_at, is_paused = begin, False
     next_begins = [*(attempt.begins_at for attempt in attempts), math.inf][1:]
     for attempt, next_begin in zip(attempts, next_begins, strict=True):
@@ -183,6 +183,6 @@ def signs_of(attempt: Attempt) -> list[tuple[float, str, dict[str, Any]]]:
     Each is (seconds since 1970, kind, the event or the step).
     """
     events = [event for event in attempt.events if event["event"] not in BY_SHELL]
-    signs = [(history.seconds(event["at"]), event["event"], event) for event in events]
+    signs = [(seconds_of(event["at"]), event["event"], event) for event in events]
     signs += [(e.at, "step", {"step": e.step}) for e in attempt.executions]
     return sorted(signs, key=lambda sign: sign[0])

@@ -11,13 +11,13 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
+from trainstack.units import seconds_of
 
 Event = dict[str, Any]
 RECORD = b'{"step"'  # how each line of samples.jsonl begins
@@ -109,7 +109,7 @@ def attempts_of(events: Iterable[Event], executions: Iterable[Execution]) -> lis
     attempts: list[Attempt] = []
     for event in events:
         if _begins_attempt(event, attempts):
-            attempts.append(Attempt(_name_of(event), seconds(event["at"])))
+            attempts.append(Attempt(_name_of(event), seconds_of(event["at"])))
         if attempts:
             attempts[-1].events.append(event)
     _add_executions(attempts, executions)
@@ -153,8 +153,3 @@ def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:
     """The step up to which nothing can be lost: of the newest checkpoint, or of the run's end."""
     newest, _ = names.newest_checkpoint(checkpoints)
     return max(newest, status.get("step", 0)) if status.get("state") == "DONE" else newest
-
-
-def seconds(stamp: str) -> float:
-    """Seconds since 1970 of an event's time."""
-    return datetime.fromisoformat(stamp).timestamp()

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage import files
-from trainstack.units import now, time_of
+from trainstack.units import age, now, seconds_of, time_of
 from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
 # How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
@@ -67,6 +67,16 @@ class RunFolder:
     def events(self) -> list[dict[str, Any]]:
         """The history, oldest first."""
         return list(self._records("events.jsonl"))
+
+    def last_time(self, since: str, until: str) -> str:
+        """`` (9 s last time)``: how long it was from one event to another; empty at first."""
+        began, found = 0.0, 0.0
+        for event in self.events():
+            if event["event"] == since:
+                began = seconds_of(event["at"])
+            elif event["event"] == until and began:
+                began, found = 0.0, seconds_of(event["at"]) - began
+        return f" ({age(found)} last time)" if found else ""
 
     # --- What the run has logged: metrics.jsonl, of which train/report.py has the format
 

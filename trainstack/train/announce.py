@@ -15,6 +15,12 @@ from trainstack.units import counted
 log = logging.getLogger("trainstack")
 
 
+def announce_loading(attempt: Attempt) -> None:
+    """A line before the model is built or read, with how long it took the last time."""
+    if attempt.world.is_main:
+        log.info("loading the model%s", attempt.run.last_time("start", "training"))
+
+
 def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | None) -> None:
     """Say what is about to happen, and from which checkpoint; rank 0 only."""
     if not attempt.world.is_main:
