@@ -366,10 +366,14 @@ remove_scratch() {
 
 # Slurm starts the next job of this name whatever the code; 0 tells a person not to look.
 leave_to_chain() {
-  local waiting
+  local waiting next
   waiting="$(ask squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --format='job|%A')" ||
     waiting=""
-  if grep -q '^job|' <<<"$waiting"; then
+  waiting="$(sed -n 's/^job|//p' <<<"$waiting")"
+  if [[ -n "$waiting" ]]; then
+    for next in ${AVOID:+$waiting}; do # they would begin on the same idle node
+      scontrol update "JobId=$next" "ExcNodeList=$AVOID" || true
+    done
     log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
     exit 0
   fi

@@ -348,7 +348,9 @@ with_conda() {
 
 install_pins() {
   local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-input)
-  if [[ "$ENV_TOOL" == uv ]]; then pip=(uv pip install --compile-bytecode --python "$1/bin/python"); fi
+  if [[ "$ENV_TOOL" == uv ]]; then
+    pip=(uv pip install --compile-bytecode --python "$1/bin/python") # else a thousand ranks would
+  fi
   "${pip[@]}" ${WHEELS:+--no-index --find-links "$WHEELS"} \
     --requirement "$HERE/requirements.txt" >>"$2" 2>&1
 }

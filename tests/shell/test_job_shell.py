@@ -96,9 +96,11 @@ def test_gpus_that_slurm_spread_unevenly_are_refused_with_the_option_that_helps(
 
 
 @pytest.mark.parametrize(("requested", "is_elsewhere"), [("(null)", True), ("gpu-[07-08]", False)])
+@pytest.mark.parametrize("chain", [None, "1"])
 def test_a_node_that_does_not_see_the_environment_is_named_and_left_out(
-    job, requested, is_elsewhere
+    job, requested, is_elsewhere, chain
 ):
+    job.commands.add("squeue", "printf 'job|78\\njob|79\\n'")
     job.commands.add("srun", "echo 'Welcome'; echo 'blind|gpu-08'; exit 0")
     job.commands.add(
         "scontrol",
@@ -106,15 +108,16 @@ def test_a_node_that_does_not_see_the_environment_is_named_and_left_out(
         f" echo '   ReqNodeList={requested} ExcNodeList=(null)' ;; esac",
     )
     job.commands.add("sinfo", "echo 'nodes|7'")
-    code, errors = job.wait()
-    assert code == (75 if is_elsewhere else 2), errors
+    code, errors = job.wait(TRAINSTACK_CHAIN=chain)
+    assert code == ((0 if chain else 75) if is_elsewhere else 2), errors
     status = job.run.status()
     assert status["cause"].startswith(f"gpu-08: no sight of {job.python} or {job.run_dir}")
     assert status["state"] == ("PAUSED" if is_elsewhere else "FAILED")
     assert job.launches() == []
-    update = ["update", "JobId=77", "ExcNodeList=gpu-08"]
-    assert (requeues(job) == [["requeue", "77"]]) is is_elsewhere
-    assert (update in job.commands.calls("scontrol")) is is_elsewhere
+    assert (requeues(job) == [["requeue", "77"]]) is (is_elsewhere and not chain)
+    updated = [call[1] for call in job.commands.calls("scontrol") if call[0] == "update"]
+    jobs = ["JobId=78", "JobId=79"] if chain else ["JobId=77"]
+    assert updated == (jobs if is_elsewhere else [])
 
 
 @pytest.mark.parametrize("code", [1, 2])
