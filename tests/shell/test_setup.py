@@ -243,7 +243,7 @@ def test_with_uv_chosen_uv_installs_as_well(machine):
     add_uv(machine)
     assert READY in machine.setup(ENV_TOOL="uv").stderr
     install = machine.commands.calls("uv")[1]
-    assert install[:3] == ["pip", "install", "--python"]
+    assert install[:4] == ["pip", "install", "--compile-bytecode", "--python"]
     assert machine.commands.calls("pip") == []
 
 
