@@ -11,7 +11,7 @@
 # Run it where there is internet, such as a login node: jobs touch no network. Run again, it skips
 # what is here, without a request. Only safetensors are fetched, and no code of others is run.
 
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh download_data_model.sh
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh download_data_model.sh
 set -euo pipefail
 
 # --- Edit; each can also be set in the environment. Empty: what the config file says. -----------

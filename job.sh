@@ -10,7 +10,7 @@
 # A name in capitals belongs to the whole job; a function that changes one says so above it.
 
 # By the name of what people edit and start.
-log() { printf 'train.slurm: %s\n' "$*" >&2; }
+log() { printf 'train.slurm: %s\n' "$*" >&2 || true; }
 
 # Sets: HOME_DIR PYTHON IS_ENDING ONE_A_NODE AVOID
 run_job() {
@@ -26,6 +26,8 @@ run_job() {
       "file system of SHARED_DIR: tell your admin, or leave the node out: -- --exclude=NODE"
     exit 1
   }
+  # The reader of a pipe may go first.
+  if [[ -n "${TRAINSTACK_LOCAL:-}" ]]; then trap '' PIPE; fi
   trap give_up EXIT # whatever breaks from here on, the run's status says so
   trap 'request_stop "Slurm warned of the end of the job"' USR1
   trap 'IS_ENDING=yes; request_stop "the job was asked to end"' TERM INT HUP
@@ -366,15 +368,16 @@ remove_scratch() {
 
 # Slurm starts the next job of this name whatever the code; 0 tells a person not to look.
 leave_to_chain() {
-  local waiting next
+  local waiting
   waiting="$(ask squeue --noheader --states=PENDING --name="$SLURM_JOB_NAME" --format='job|%A')" ||
     waiting=""
   waiting="$(sed -n 's/^job|//p' <<<"$waiting")"
   if [[ -n "$waiting" ]]; then
-    for next in ${AVOID:+$waiting}; do # they would begin on the same idle node
-      scontrol update "JobId=$next" "ExcNodeList=$AVOID" || true
-    done
-    log "the next job of the chain resumes; to end all of them: scancel --name=$SLURM_JOB_NAME"
+    if [[ -n "${AVOID:-}" ]]; then # they would begin on the same idle nodes
+      ask scontrol update "JobId=${waiting//$'\n'/,}" "ExcNodeList=$AVOID" || true
+    fi
+    log "the next job of the chain resumes${AVOID:+, on other nodes than $AVOID};" \
+      "to end all of them: scancel --name=$SLURM_JOB_NAME"
     exit 0
   fi
   log "this was the last job of the chain; to resume: bash submit.sh --chain N" \

@@ -13,7 +13,7 @@
 # Only reads: the run folders, squeue, for --ledger the tokens. Also works without Slurm, and while
 # a job runs.
 
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh monitor.sh
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -13,7 +13,7 @@
 # requirements.txt, and writes env.sh beside this file, which the other scripts read. Run again, it
 # changes nothing. If an install fails or is killed, the environment that was there stays in use.
 
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh setup.sh
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh setup.sh
 set -euo pipefail
 
 # --- Edit; each can also be set in the environment. ---------------------------------------------
@@ -93,9 +93,32 @@ install_beside() {
   printf '%s\n' "$folder"
 }
 
+# What the environment told an earlier setup.sh stays, until the edit block above says otherwise.
+# Sets: SHARED_DIR PROJECT_NAME MODULES
+recall_settings() {
+  local values=() exported
+  [[ -f "$HERE/env.sh" ]] && is_as_edited || return 0
+  exported=" $(compgen -e | tr '\n' ' ')"
+  mapfile -t values < <(tell_settings)
+  ((${#values[@]} == 3)) || return 0
+  [[ "$exported" == *" SHARED_DIR "* ]] || SHARED_DIR="${values[0]}"
+  [[ "$exported" == *" PROJECT_NAME "* ]] || PROJECT_NAME="${values[1]}"
+  [[ "$exported" == *" MODULES "* ]] || MODULES="${values[2]}"
+}
+
+# Those of env.sh, a line for each; in a shell of its own.
+# Sets: SHARED_DIR PROJECT_NAME MODULES
+tell_settings() {
+  SHARED_DIR="" PROJECT_NAME="" MODULES=""
+  # shellcheck source=/dev/null
+  source "$HERE/env.sh"
+  printf '%s\n' "$SHARED_DIR" "$PROJECT_NAME" "$MODULES"
+}
+
 # Sets: PROJECT_DIR VENV PINS
 check_settings() {
   local sum
+  recall_settings
   [[ "$SHARED_DIR" == /* && "$SHARED_DIR" != *$'\n'* ]] ||
     die "SHARED_DIR=$SHARED_DIR is not an absolute path; write one that starts with /" 2
   [[ "$PROJECT_NAME" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
@@ -141,7 +164,11 @@ is_as_edited() {
 # Ten lines about this machine and this project; fails if the environment is not ready.
 tell_what_is_here() {
   local ready="not there yet" next="bash setup.sh" submit="bash submit.sh" slurm=none name counts=""
-  if is_ready; then ready="$(<"$VENV/.summary")"; fi
+  if is_ready; then
+    ready="$(<"$VENV/.summary")"
+  elif [[ -d "$PROJECT_DIR/.setup.lock" ]]; then
+    ready="being installed by setup.sh ($(cat "$PROJECT_DIR/.setup.lock/owner"))"
+  fi
   if command -v sinfo >/dev/null; then
     submit="bash download_data_model.sh, then bash submit.sh"
     slurm="$(timeout 10 sinfo --noheader --format='%P %D nodes, %c CPUs, %G each;' 2>&1 |
@@ -216,14 +243,15 @@ take_lock() {
   printf '%s\n' "$me" >"$LOCK/owner"
   trap 'kill "${HEARTBEAT:-}" 2>/dev/null; rm -rf "$LOCK"' EXIT
   trap 'log "stopped before the environment was ready; run it again"; exit 130' INT TERM
-  local self=$$
+  local self=$$ report="$PROJECT_DIR/cache/setup.log" beat
   (
     trap - EXIT INT TERM
-    while kill -0 "$self" 2>/dev/null; do
-      touch -c "$LOCK" 2>/dev/null || exit 0
-      sleep 5
+    for ((beat = 1; ; beat++)); do
+      kill -0 "$self" 2>/dev/null && touch -c "$LOCK" 2>/dev/null || exit 0
+      if ((beat % 5 == 0)); then log "still at it: $(tail -n 1 "$report" | cut -c 1-70)"; fi
+      sleep 5 2>/dev/null
     done
-  ) </dev/null >/dev/null 2>&1 &
+  ) </dev/null >/dev/null &
   HEARTBEAT=$!
 }
 
@@ -252,7 +280,10 @@ install() {
   log "no environment yet; installing into $VENV (about 2 minutes, 1.5 GB, more with CUDA)"
   : >"$report"
   create_environment "$new" "$report"
-  install_pins "$new" "$report" || explain_failure "$report"
+  install_pins "$new" "$report" || {
+    sleep 0.2 # a Ctrl-C that ended it is heard first
+    explain_failure "$report"
+  }
   prove "$new/bin/python" >"$new/.summary" 2>>"$report" ||
     die "the new environment does not import; see $report"
   printf '%s\n' "$PINS" >"$new/.pins"
@@ -349,7 +380,9 @@ with_conda() {
 install_pins() {
   local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-input)
   if [[ "$ENV_TOOL" == uv ]]; then
-    pip=(uv pip install --compile-bytecode --python "$1/bin/python") # else a thousand ranks would
+    # Else a thousand ranks would compile; a busy disk is no error.
+    export UV_COMPILE_BYTECODE_TIMEOUT="${UV_COMPILE_BYTECODE_TIMEOUT:-0}"
+    pip=(uv pip install --compile-bytecode --python "$1/bin/python")
   fi
   "${pip[@]}" ${WHEELS:+--no-index --find-links "$WHEELS"} \
     --requirement "$HERE/requirements.txt" >>"$2" 2>&1
@@ -396,6 +429,7 @@ fi"
     [[ -f "$HERE/env.sh" ]] && return 0 # a read-only checkout that was set up before
     die "$HERE cannot be written; env.sh belongs there"
   }
+  if [[ -f "$HERE/env.sh" ]]; then log "from now on all scripts use $PROJECT_DIR"; fi
   mv "$temporary" "$HERE/env.sh"
 }
 

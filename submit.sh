@@ -21,7 +21,7 @@
 # TRAINSTACK_FAULT="kill:rank=1,step=25" breaks the run on purpose: see resilience/faults.py.
 # Exit: 0 done, 1 could not, 2 asked wrongly, 78 the run belongs to another job or experiment.
 
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh submit.sh
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh submit.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -223,7 +223,10 @@ load_environment() {
   bash "$HERE/setup.sh" --is-ready || code=$?
   if ((code == 3)); then exit 1; fi # it was edited, and has said so
   if ((code)); then
-    [[ -n "$IS_LOCAL" ]] || die "the environment is not ready; run: bash setup.sh"
+    [[ -n "$IS_LOCAL" && -z "$IS_DRY" ]] ||
+      die "the environment of ${TRAINSTACK_HOME:-this project} is not ready; run: bash setup.sh"
+    [[ ! -f "$HERE/env.sh" || -d "$TRAINSTACK_HOME" ]] ||
+      die "$TRAINSTACK_HOME is not there; correct SHARED_DIR, PROJECT_NAME, or run: bash setup.sh"
     bash "$HERE/setup.sh"
   fi
   # shellcheck source=/dev/null

@@ -69,6 +69,7 @@ def main(options: argparse.Namespace, config: Config) -> str:
     faults = Faults(options.fault, world.rank, owner.attempt)
 
     # The weights: from the newest checkpoint, else as model.init says.
+    announce_loading(attempt)
     newest = startup.find_checkpoint(run, fixed, watch, world)
     model_folder = layout.model_folder(options.home, config.model.name)
     strategy = build_strategy(attempt, newest, model_folder, faults)
@@ -101,7 +102,6 @@ def build_strategy(
     """The model and its loss, spread over the ranks, with its optimizer. Collective."""
     config = attempt.config
     init = "pretrained" if newest else config.model.init
-    announce_loading(attempt)
     causal_lm = build_causal_lm(
         newest or model_folder, init, config.model, config.train.precision, config.run.seed
     )
@@ -167,6 +167,7 @@ class Loop:
         """Step, evaluate, save, until max_steps or a stop."""
         config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
+        self.report.warms_up()
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.

@@ -8,6 +8,7 @@
 # line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold, 2
 # if there is no such benchmark, else 1.
 
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh benchmarks/run.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

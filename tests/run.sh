@@ -8,7 +8,7 @@
 # Slurm. Tests that cannot run are skipped, and listed; with CI=true a skipped Slurm test is a
 # failure. Examples:  bash tests/run.sh -k config      bash tests/run.sh -m "not slurm"
 
-[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # called as: sh tests/run.sh
+[ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh tests/run.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

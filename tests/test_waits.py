@@ -5,7 +5,6 @@ from torch.distributed.run import get_args_parser
 import tiny
 from trainstack import waits
 from trainstack.config.load import load
-from trainstack.job.launch import LOCKED_LOOKS
 
 TORCHRUN_KILLS_SECONDS = 30  # torch.distributed.elastic.multiprocessing.api, PContext.close
 
@@ -18,7 +17,7 @@ def test_torchrun_sees_the_rank_that_failed_first_before_its_victims_end():
 def test_all_ranks_can_report_before_launch_kills_them():
     assert waits.PEER_LOST_SECONDS < waits.SHUTDOWN_SECONDS
     # A rank that holds Python's lock: faulthandler writes its stacks, launch.py looks, and ends it.
-    looks = waits.LOOK_SECONDS * (LOCKED_LOOKS + 1)
+    looks = waits.LOOK_SECONDS * (waits.LOCKED_LOOKS + 1)
     assert waits.LOCKED_SECONDS + looks < waits.SHUTDOWN_SECONDS
 
 

@@ -32,7 +32,8 @@ import sys
 
 gc.set_threshold(50_000)  # imports make no garbage, and looking for it is a seventh of their time
 
-if sys.version_info < (3, 11) or not importlib.util.find_spec("pydantic"):
+needed = ("pydantic", "torch")  # a system's Python may have the first
+if sys.version_info < (3, 11) or not all(map(importlib.util.find_spec, needed)):
     sys.exit(
         f"trainstack: error: {sys.executable} is not the Python that setup.sh made; write: "
         'source env.sh; "$TRAINSTACK_PYTHON" ...'

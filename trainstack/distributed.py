@@ -52,11 +52,6 @@ def die_with_parent() -> None:
     processes.die_with_parent(int(os.environ.get("TRAINSTACK_PARENT") or os.getppid()))
 
 
-def has_launcher() -> bool:
-    """Whether launch.py watches this process."""
-    return "TRAINSTACK_PARENT" in os.environ
-
-
 def rank_of_process() -> int:
     """The rank that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
@@ -137,10 +132,20 @@ def check_driver() -> None:
             )
 
 
+class Console(logging.StreamHandler):
+    """stdout, as long as somebody reads it: Ctrl-C ends the ``tee`` behind a pipe, too."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            self.setStream(open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+        else:
+            super().handleError(record)
+
+
 def start_logging(world: World, log_file: Path) -> None:
     """Rank 0 speaks on the console; every rank writes its own file; warnings show everywhere."""
     prefix = "" if world.is_main else f"[rank {world.rank}] "
-    console = logging.StreamHandler(sys.stdout)
+    console = Console(sys.stdout)
     console.setLevel(logging.INFO if world.is_main else logging.WARNING)
     console.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     to_file = logging.FileHandler(log_file)

@@ -21,6 +21,14 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def tell(text: str) -> None:
+    """A line on stderr; whoever read it may be gone, as ``tee`` is after Ctrl-C."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+
+
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run a command and exit by its code; Ctrl-C and a reader that went away end it quietly."""
     try:

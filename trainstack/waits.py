@@ -15,6 +15,8 @@ SHUTDOWN_SECONDS = 8  # launch.py, from that report until it kills its ranks: th
 # ends it before it kills all.
 TICKS_SECONDS = 1.0  # a watchdog, between two looks at its loop
 LOCKED_SECONDS = 3.0  # faulthandler, beyond the limit of the watchdog: it writes the stacks
+LOCKED_LOOKS = 3.0  # launch.py, at stacks that stay, before it ends their rank
+AWAKE_SECONDS = 30.0  # launch.py, after it was stopped itself, before it looks again
 STOPPED_SECONDS = 5.0  # a watchdog that wakes up later than this: its whole process was stopped
 
 # A rank does not answer in a collective. Its watchdog, and those of its peers, should tell first.

@@ -905,7 +905,8 @@ def test_files_of_no_split_may_be_named_after_the_one_that_is_missing(tmp_path, 
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / name).write_text('{"text": "a"}\n')
     (line,) = call("data.name=./texts").errors
-    assert "one of: test; or put train into the names of its files (1 file belongs to no" in line
+    assert "eval.jsonl is split test by its name, and 1 file belongs to no split (data" in line
+    assert line.endswith("or put train into the names of those that are meant")
     (tmp_path / "texts/data.jsonl").rename(tmp_path / "texts/data-train.jsonl")
     assert call("data.name=./texts").code == 0, "as that line says"
 
@@ -946,12 +947,31 @@ def test_a_subset_or_split_that_is_not_there_is_told_with_those_that_are(tmp_pat
 
 
 def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
-    for name in ("a.jsonl", "b.jsonl", "c.txt"):
+    for name in ("train-a.jsonl", "train-b.jsonl", "c.txt", "d.jsonl"):
         (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "texts" / name).write_text('{"text": "a"}\n')
     result = call("data.name=./texts")
     assert result.code == 0, result
-    assert "not linked: 1 file belongs to no split (c.txt)" in result.lines[0]
+    assert "not linked: 1 .txt, beside .jsonl; name them as another data set" in result.lines[0]
+    assert "not linked: 1 file belongs to no split (d.jsonl)" in result.lines[1]
+
+
+@pytest.mark.parametrize("word", ["train", "test"])
+def test_a_note_whose_name_has_a_word_for_a_split_does_not_stand_for_its_folder(
+    tmp_path, home, call, word
+):
+    odd = tmp_path / "texts" / f"my-{word}-journey.txt"
+    odd.parent.mkdir()
+    for name in ("note-1.txt", "note-2.txt", odd.name):
+        (odd.parent / name).write_text(name)
+    result = call("data.name=./texts")
+    (line,) = result.lines
+    assert result.code == 1 and visible(home) == []
+    assert f"{odd.name} is split {word} by its name, and 2 files belong to no split" in line
+    assert "take the word out of its name" in line
+    odd.rename(odd.parent / "my-journey.txt")
+    result = call("data.name=./texts")
+    assert result.code == 0 and "linked, 3 files verified" in result.lines[-1], result
 
 
 def test_files_that_are_there_twice_are_told_and_one_in_two_patterns_is_read_once(tmp_path, call):
@@ -1009,6 +1029,7 @@ def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, f
         "a.jsonl": b'{"text": "a"}\n',
         "deep/b.jsonl.xz": b"x",
         "c.tsv": b"x",
+        "notes.md": b"x",
         "LICENSE": b"x",
     }
     for name, content in {**files, "README.md": b"---\nlicense: mit\n---\n"}.items():
@@ -1016,7 +1037,7 @@ def test_files_that_cannot_be_read_are_counted_beside_those_that_are(tmp_path, f
         (tmp_path / "texts" / name).write_bytes(content)
     result = call("data.name=./texts")
     assert result.code == 0, result
-    said = "not linked: 2 files that cannot be read (such as c.tsv); if meant, convert to .jsonl, "
+    said = "not linked: 3 files that cannot be read (1 .tsv, 1 .xz, 1 .md; such as c.tsv); if meant"
     assert said in result.lines[0]
 
 

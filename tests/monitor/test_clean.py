@@ -130,6 +130,13 @@ def test_a_run_that_a_job_works_on_is_not_removed(own_home, how):
         clean(own_home, "runs/live")
 
 
+def test_a_run_that_has_ended_may_go_though_its_heartbeat_is_seconds_old(own_home):
+    run = make_run(own_home, "done", "DONE", [5])
+    run.set_status("DONE", job="77")
+    run.beat("77")
+    assert clean(own_home, "runs/done") == 0
+
+
 def test_a_run_whose_settings_cannot_be_read_keeps_everything(own_home):
     run = make_run(own_home, "odd", "PAUSED", [])
     (run.path / "config.yaml").write_text("run: {name: odd, nonsense: 1}\n")

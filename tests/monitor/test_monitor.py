@@ -149,6 +149,8 @@ STATES = [
     ("QUEUED", "CONFIGURING|1:00|None", "STARTING"),
     ("STARTING", "RUNNING|1:00|None", "STARTING"),
     ("QUEUED", "PENDING|1:00|JobHeldUser", "HELD"),
+    ("PAUSED", "PENDING|1:00|job requeued in held state", "PAUSED, HELD"),
+    ("QUEUED", "PENDING|1:00|DependencyNeverSatisfied", "BLOCKED"),
     ("RESTARTING", "PENDING|1:00|BeginTime", "QUEUED"),
     ("RUNNING", "SUSPENDED|1:00|None", "SUSPENDED"),
     ("RUNNING", "COMPLETING|1:00|None", "RUNNING"),

@@ -407,6 +407,22 @@ def test_a_job_that_was_stopped_as_a_whole_has_not_hung_and_ctrl_c_saves_in_one_
     assert not trace.events("hang", "failed")
 
 
+def test_a_pipe_whose_reader_has_gone_costs_nothing(lab):
+    """``submit.sh | head``, and Ctrl-C with ``| tee``, which ends tee first."""
+    process = lab.start("piped", "train.max_steps=100000")
+    trace = lab.trace("piped")
+    wait_until(lambda: len(trace.steps()) > 5, "training")
+    process.stdout.close()
+    before = len(trace.steps())
+    wait_until(lambda: len(trace.steps()) > before + 100, "further steps")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    assert trace.run.status()["state"] == "PAUSED"
+    assert not trace.events("failed")
+    logs = "".join(path.read_text() for path in trace.run.logs.glob("*.rank*.log"))
+    assert "PAUSED at step" in logs and "Traceback" not in logs
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [("kill:rank=x", "rank=x; write rank=1,step=25"), ("melt", "melt is none of kill, stop"),

@@ -116,7 +116,7 @@ def test_a_node_that_does_not_see_the_environment_is_named_and_left_out(
     assert job.launches() == []
     assert (requeues(job) == [["requeue", "77"]]) is (is_elsewhere and not chain)
     updated = [call[1] for call in job.commands.calls("scontrol") if call[0] == "update"]
-    jobs = ["JobId=78", "JobId=79"] if chain else ["JobId=77"]
+    jobs = ["JobId=78,79"] if chain else ["JobId=77"]
     assert updated == (jobs if is_elsewhere else [])
 
 

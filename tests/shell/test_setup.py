@@ -57,6 +57,7 @@ class Machine:
             "PATH": str(self.commands.folder), "HOME": str(self.folder), "LANG": "C.UTF-8",
             "SHARED_DIR": str(self.shared), "MIN_FREE_GB": "0", **changes,
         }  # fmt: skip
+        environment = {name: value for name, value in environment.items() if value is not None}
         process = subprocess.Popen(
             [BASH, self.checkout / "setup.sh", *arguments], env=environment, cwd=self.folder,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -423,6 +424,18 @@ def test_nothing_of_a_persons_own_python_and_pip_gets_into_an_install(machine):
     assert not {"PYTHONPATH", "PIP_TARGET", "PYTHONUSERBASE"} & seen.keys()
     assert (seen["PIP_USER"], seen["PYTHONNOUSERSITE"]) == ("0", "1")
     assert seen["PIP_CACHE_DIR"].startswith(str(machine.home))
+
+
+def test_what_the_environment_told_once_stays_until_the_edit_block_says_otherwise(machine):
+    machine.setup()
+    told = machine.setup("--check", SHARED_DIR=None)
+    assert f"project      {machine.home}\n" in told.stdout
+    assert READY in machine.setup(SHARED_DIR=None).stderr
+    script = machine.checkout / "setup.sh"
+    edited = script.read_text().replace("/shared}", "/elsewhere}")
+    script.write_text(edited)
+    told = machine.setup("--check", SHARED_DIR=None)
+    assert f"project      {machine.folder}/elsewhere/" in told.stdout
 
 
 def test_a_folder_that_was_set_for_one_command_stays_with_that_command(machine):

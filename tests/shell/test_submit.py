@@ -30,7 +30,7 @@ def test_submit_prints_the_job_id_alone_and_says_the_rest_on_stderr(site):
     assert result.stdout == "4711\n"
     lines = result.stderr.splitlines()
     assert all(line.startswith("submit.sh: ") for line in lines)
-    assert "config.yaml ok | model and tokens present and verified | " in lines[1]
+    assert "config.yaml ok | model tiny, tokens of tiny: verified | " in lines[1]
     assert lines[2].startswith("submit.sh: learning rate 1.00e-03 at step 1, 1.00e-02 at step 10")
     assert "1 node x 1 GPU, 24:00:00, partition (default) | code and config kept in" in lines[3]
     assert "run first is queued; look: bash monitor.sh first" in lines[4]
@@ -308,6 +308,15 @@ def test_a_queue_of_twenty_thousand_jobs_is_no_obstacle(site):
 def test_an_environment_that_is_not_ready_is_named_with_the_command_that_makes_it(site):
     (site.home / "venv" / ".pins").unlink()
     assert "not ready; run: bash setup.sh" in complaint(site.submit(), 1)
+    assert "not ready; run: bash setup.sh" in complaint(site.submit("--local", "--dry-run"), 1)
+
+
+def test_a_folder_that_is_not_there_is_not_set_up_beside_the_one_that_is(site, tmp_path):
+    site.submit("--dry-run")  # env.sh is written by the first that finds the environment
+    result = site.submit("--local", SHARED_DIR=str(tmp_path / "wrong"))
+    line = complaint(result, 1)
+    assert f"{tmp_path}/wrong/trainstack is not there; correct SHARED_DIR, PROJECT_NAME" in line
+    assert not (tmp_path / "wrong").exists()
 
 
 WRONG_USE = [
@@ -566,6 +575,9 @@ def test_a_run_is_resumed_by_its_name_with_its_settings_and_options(site):
     result = site.submit("--resume=first", "optim.weight_decay=0.2", "--", "--time=6")
     assert "continues with other settings: train.max_steps: 20 -> 30, optim" in result.stderr
     assert without_export(site.submissions()[-1]) == golden(site, "--time=6")
+    other = site.submit("--resume", "first", "model.name=org/other")  # which is not here
+    assert other.returncode == 78, other.stderr
+    assert "run first cannot continue with model.name=org/other (the run has" in other.stderr
     refused = site.submit("--resume", "first", "run.seed=7")
     assert refused.returncode == 78
     assert "run first cannot continue with run.seed=7 (the run has 1234)" in refused.stderr
@@ -746,12 +758,16 @@ def test_a_resumed_run_whose_learning_rate_jumps_says_from_what_to_what(site):
     )
     assert "jumps" not in site.submit("--dry-run").stderr
     assert "jumps" not in site.submit("--dry-run", "train.max_steps=4000").stderr
-    told = "the learning rate jumps: step 10 was trained at 1.00e-02, step 11 will be at "
-    assert f"{told}1.96e-02\n" in site.submit("--dry-run", "optim.learning_rate=0.02").stderr
-    assert f"{told}5.50e-04\n" in site.submit("--dry-run", "optim.warmup_steps=200").stderr
+    told = (
+        "jumps: by these settings it is {} at step 10, which was trained at 0.01; step 11 will be "
+    )
+    doubled = told.format("0.02") + "at 0.0196\n"
+    assert doubled in site.submit("--dry-run", "optim.learning_rate=0.02").stderr
+    warming = told.format("0.0005") + "at 0.00055\n"
+    assert warming in site.submit("--dry-run", "optim.warmup_steps=200").stderr
     site.make_checkpoint(20)  # the end, as it was; now the run is to go further
     metrics.write_text(logged(20, 1.18e-3))
-    told = "the learning rate jumps: step 20 was trained at 1.18e-03, step 21 will be at 9.93e-03"
+    told = "at step 20, which was trained at 0.00118; step 21 will be at 0.00993"
     assert told in site.submit("--dry-run", "train.max_steps=200").stderr
 
 

@@ -309,6 +309,6 @@ def test_the_compiled_model_learns_the_same(home, reference):
     if not shutil.which("g++"):
         pytest.skip("torch.compile on the CPU needs g++, which is not here")
     told = tiny.train(home, 1, "run.name=compiled", "train.torch_compile=true", "train.max_steps=3")
-    assert "compiling, in the first step\n" in told.stdout
+    assert "compiling\n" in told.stdout
     compiled, plain = tiny.metrics(home, "compiled"), tiny.metrics(home, "reference")
     assert all(abs(compiled[step] - plain[step]) < 1e-3 for step in (1, 2, 3))

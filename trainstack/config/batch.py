@@ -52,6 +52,12 @@ def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int
     sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
     micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
     other = f", or train.micro_batch_size={micro}" if micro else ""
+    units = (
+        global_batch_size // micro_batch_size if global_batch_size % micro_batch_size == 0 else 0
+    )
+    counts = [n for n in range(1, units + 1) if units % n == 0]
+    fits = [*[n for n in counts if n < world_size][-1:], *[n for n in counts if n > world_size][:1]]
+    other += f", or take {' or '.join(map(str, fits))} processes" if fits else ""
     return (
         f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
         f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"

@@ -89,6 +89,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
         meant = number_meant(str(value), noun)
         if kind.startswith("int") and isinstance(value, float) and 0 < value < 1:
             return f"not a whole number: it counts, and is no share; write for example {example}"
+        if meant == value:
+            return f"in quotes it is a text; write {meant} without them"
         return f"not a {noun}; write {meant or f'for example {example}'}"
     if kind.startswith("bool"):
         word = str(value).strip().lower()
@@ -114,6 +116,8 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind == "name":
         return limits["fix"]
     if kind in ("model_type", "model_attributes_type"):
+        if isinstance(value, str) and (pair := re.fullmatch(r"(\w+):(\S.*)", value)):
+            return f"not a section; a blank is missing, write {pair[1]}: {pair[2]}"
         return f"not a section; put its keys below {dotted}:, indented by two spaces"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ SAVED = "state.json"  # of a folder that save_to_disk wrote: names its files
 SPLIT_WORDS = "train|training|validation|valid|val|dev|test|testing|eval|evaluation"
 A_SPLIT = re.compile(rf"(?i)(?<![a-z])(?:{SPLIT_WORDS})(?![a-z])")
 A_CACHE = re.compile(r"(^|/)cache-[0-9a-f]+\.arrow$")  # of datasets' map and filter
-NO_DATA = re.compile(
-    r"(?i)(^|/)(readme|licen[cs]e|notice|citation)|\.(md|py|ipynb|sh|png|jpe?g|svg|ya?ml)$"
-)
+ABOUT_IT = re.compile(r"(?i)(^|/)(readme|licen[cs]e|notice|citation)")
+NO_DATA = re.compile(rf"{ABOUT_IT.pattern}|\.(md|py|ipynb|sh|png|jpe?g|svg|ya?ml)$")
 NUMBERED = re.compile(r"(\d+)-of-(\d+)(?=\D|$)")
 A_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 # A subset, and in the Hub's conversion the split.
@@ -52,9 +52,19 @@ def is_data_file(name: str) -> bool:
     return name in CARDS or is_kept
 
 
-def is_unread(name: str) -> bool:
-    """Whether a file of a data set may be data, and cannot be read here."""
-    return not (is_hidden(name) or readers.is_readable(name) or NO_DATA.search(name))
+def is_unread(name: str, is_local: bool) -> bool:
+    """Whether a file of a data set may be data, and cannot be read here.
+
+    Of a repository what describes it, scripts and pictures are none; in a folder here, notes.md is.
+    """
+    is_known = (ABOUT_IT if is_local else NO_DATA).search(name)
+    return not (is_hidden(name) or readers.is_readable(name) or is_known)
+
+
+def count_types(names: list[str]) -> str:
+    """``3 .md, 1 .png``, the most first."""
+    counts = Counter(Path(name).suffix or "without an ending" for name in names)
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(5))
 
 
 def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:

@@ -217,13 +217,20 @@ def collect_needed(
         wanted, facts = data_files.choose_data(origin, asset.name, asset.subset)
         unused = [n for n in origin.sizes if data_files.is_data_file(n) and n not in wanted]
         unused = [] if asset.subset else unused
+        types = {readers.suffix_of(name) for name in wanted if name not in data_files.CARDS}
+        if others := [name for name in unused if readers.suffix_of(name) not in types]:
+            unused = [name for name in unused if name not in others]
+            what = f"{data_files.count_types(others)}, beside {', '.join(sorted(types))}"
+            say(f"{asset}: not {origin.done}: {what}; name them as another data set")
         check_splits(asset, facts, unused)
         if others := [name for name in sorted(facts["splits"]) if name not in asset.splits]:
             say(f"{asset}: not used: split {', '.join(others)} (data.split, data.eval_split)")
         if unused:
             say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
-        if unread := [name for name in origin.listing if data_files.is_unread(name)]:
-            what = f"{count_files(unread)} that cannot be read (such as {unread[0]})"
+        is_local = layout.is_local(asset.name)
+        if unread := [n for n in origin.listing if data_files.is_unread(n, is_local)]:
+            types = data_files.count_types(unread)
+            what = f"{count_files(unread)} that cannot be read ({types}; such as {unread[0]})"
             say(f"{asset}: not {origin.done}: {what}; if meant, convert to {readers.READABLE}")
         if part := next((name for name in wanted if f"/{data_files.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
@@ -243,10 +250,16 @@ def collect_needed(
 def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
     """ConfigError for a split that is not there. ``unused``: files that belong to no split."""
     split = next((split for split in asset.splits if split not in facts["splits"]), None)
+    named = [name for s in asset.splits[:1] for name in facts["splits"].get(s, [])]
+    if unused and layout.is_local(asset.name) and (split or len(unused) > len(named)):
+        word = split or asset.splits[0]
+        other, names = next(item for item in facts["splits"].items() if split or item[0] == word)
+        raise ConfigError(
+            f"{names[0]} is split {other} by its name, and {belong_to_no_split(unused)}; take the "
+            f"word out of its name, or put {word} into the names of those that are meant"
+        )
     if split:
         fix = f"set data.split, or data.eval_split, to one of: {', '.join(facts['splits'])}"
-        if unused and layout.is_local(asset.name):
-            fix += f"; or put {split} into the names of its files ({belong_to_no_split(unused)})"
         raise ConfigError(f"has no split {split}; {fix}")
 
 

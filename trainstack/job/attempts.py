@@ -14,6 +14,7 @@ from trainstack.checkpoint import names
 from trainstack.errors import USAGE_ERROR
 from trainstack.job import verdict
 from trainstack.job.preflight import free_port
+from trainstack.processes import tell
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner, is_local_job, user
 from trainstack.run.queue import NO_JOB, Job, read_queue
@@ -189,7 +190,7 @@ def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
 
 
 def say(run: RunFolder, text: str) -> None:
-    print(f"{run.path.name}: {text}", file=sys.stderr, flush=True)
+    tell(f"{run.path.name}: {text}")
 
 
 if __name__ == "__main__":

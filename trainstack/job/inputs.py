@@ -124,6 +124,13 @@ def asset_problem(asset: Asset, command: str) -> str | None:
     return problem and f"{problem}; run: {command}{scratch}"
 
 
+def check_settings(run: RunFolder, config: Config) -> None:
+    """Refused if another experiment made the run, as far as its settings tell, without its data."""
+    _, saved = newest_state(run.checkpoints)
+    if saved:
+        check_identity(saved.identity, identity(config, saved.identity["tokens"]), config.run.name)
+
+
 def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int, list[str]]:
     """The step that the run has reached, and the settings that it continues with and had not.
 

@@ -23,13 +23,19 @@ from typing import Any
 
 from trainstack.errors import ConfigError
 from trainstack.job.preflight import is_same, meet_hosts, meeting_point, preflight
+from trainstack.processes import tell
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
 from trainstack.units import time_of
-from trainstack.waits import HEARTBEAT_SECONDS, LOOK_SECONDS, SHUTDOWN_SECONDS
-
-LOCKED_LOOKS = 3  # at the stacks of a rank, before it is ended
+from trainstack.waits import (
+    AWAKE_SECONDS,
+    HEARTBEAT_SECONDS,
+    LOCKED_LOOKS,
+    LOOK_SECONDS,
+    SHUTDOWN_SECONDS,
+    STOPPED_SECONDS,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -47,7 +53,8 @@ def main(arguments: list[str]) -> int:
     head, _ = meeting_point(torchrun_arguments)
     if not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand nodes
         threading.Thread(target=beat, args=(run, job), daemon=True).start()
-        say(f"importing torch in each process{run.last_time('attempt', 'start')}")
+        known = run.last_time("attempt", "start")
+        say(f"starting: the nodes meet, and each process imports torch{known}")
     if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
         Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
     killed_before = kernel_kills()
@@ -75,7 +82,7 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # Its table of failures says less than the reports below.
-    logging.getLogger("torch.distributed.elastic.multiprocessing").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Signals that are not in this list torchrun leaves to the handlers of stop_by_signal.
     options = torchrun.parse_args(["--signals-to-handle", "SIGQUIT", *torchrun_arguments])
     try:
@@ -99,7 +106,7 @@ def run_ranks(
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    tell(f"launch: {text}")
 
 
 def stop_by_signal(stop_file: Path, failed_mark: Path) -> None:
@@ -154,22 +161,32 @@ def end_with_others(failed_mark: Path) -> None:
 def end_locked(run: RunFolder, job: str, attempt: int) -> None:
     """Kill a rank of this node whose stacks stay: nobody in it can run to take them away again.
 
-    Counted in looks, not by a clock: while Slurm suspends the job, nobody looks.
+    Counted in looks, not by a clock: while Slurm suspends the job, nobody looks. After that the
+    ranks have time to run again.
     """
     looks: Counter[int] = Counter()
+    ranks: dict[int, str] = {}  # by pid
     while True:
+        before = time.monotonic()
         time.sleep(LOOK_SECONDS)
+        if time.monotonic() - before > LOOK_SECONDS + STOPPED_SECONDS:
+            looks.clear()
+            time.sleep(AWAKE_SECONDS)
         for child in children():
-            stacks = run.stacks_file(job, attempt, rank_of(child))
-            looks[child] = looks[child] + 1 if has_bytes(stacks) else 0
+            rank = ranks[child] = ranks.get(child) or rank_of(child)
+            is_locked = bool(rank) and has_bytes(run.stacks_file(job, attempt, int(rank)))
+            looks[child] = looks[child] + 1 if is_locked else 0
             if looks[child] >= LOCKED_LOOKS:
                 kill(child)
 
 
 def children() -> list[int]:
     """The ranks: what any thread of this process has started."""
-    threads = Path("/proc/self/task").glob("*/children")
-    return [int(pid) for thread in threads for pid in thread.read_text().split()]
+    found: list[str] = []
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += thread.read_text().split()
+    return [int(pid) for pid in found]
 
 
 def rank_of(pid: int) -> str:

@@ -14,7 +14,7 @@ OPTIONS = (  # of sbatch
     ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--qos", "-q"),
     ("--gpus", "-G"), ("--gpus-per-node",), ("--gpus-per-task",), ("--gres",),
     ("--ntasks", "-n"), ("--ntasks-per-node",), ("--cpus-per-task", "-c"), ("--cpus-per-gpu",),
-    ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",),
+    ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",), ("--exclusive",),
 )  # fmt: skip
 LEAST_SECONDS = 60  # of a job before it is warned of its end
 MEGABYTES = {"k": 1 / 1024, "m": 1, "": 1, "g": 1024, "t": 1024**2}  # in a unit of --mem

@@ -109,6 +109,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
     check_folder(run.path)
     check_owner(run, read_queue(request.said))
+    inputs.check_settings(run, config)
     if request.is_local:
         inputs.prepare_demo(home, config_file, overrides, config)
     command = inputs.download_command(request.repository, config_file, overrides)
@@ -124,7 +125,10 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     check_further(run, config, step, max_steps)
     model = inputs.model_source(home, config, run.checkpoints)
     space = inputs.check_space(home, config, prove(home, config, model, say))
-    say(f"{config_file.name} ok | model and tokens present and verified | {space}")
+    labels = ", ".join(section.label for section in config.data.sources)
+    say(
+        f"{config_file.name} ok | model {config.model.name}, tokens of {labels}: verified | {space}"
+    )
     for line in inputs.not_needed(home, config, run.checkpoints):
         say(line)
     rates += [*high_rate(config), *rate_jump(run, config.optim, step, max_steps)]
@@ -162,6 +166,12 @@ def check_resources(request: Request) -> tuple[Resources, list[str]]:
     if chosen := re.search(r" in partition (\S+)", text):  # by a plugin of the site, perhaps
         resources = replace(resources, partitions=[chosen[1]])
     remarks = check_partition(resources, kinds, is_accepted=code == "0")
+    if "exclusive" in resources.options:  # all GPUs of the nodes then
+        within = [
+            k for k in kinds if not resources.partitions or k.partition in resources.partitions
+        ]
+        counts = {kind.gpus_of("") for kind in within}
+        resources = replace(resources, gpus_per_node=counts.pop() if len(counts) == 1 else None)
     if kinds and not resources.gpus_per_node and not any(kind.gpus for kind in kinds):
         resources = replace(resources, gpus_per_node=None)  # a site that does not count its GPUs
     return resources, [*remarks, *check_trial(code, text)]
@@ -262,8 +272,8 @@ def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) 
     if abs(now - before) <= MOST_JUMP * max(now, before):
         return []
     return [
-        f"the learning rate jumps: step {last['step']:,} was trained at {before:.2e}, step "
-        f"{step + 1:,} will be at {rate_at(step + 1):.2e}"
+        f"the learning rate jumps: by these settings it is {now:.3g} at step {last['step']:,}, "
+        f"which was trained at {before:.3g}; step {step + 1:,} will be at {rate_at(step + 1):.3g}"
     ]
 
 

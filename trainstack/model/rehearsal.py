@@ -183,7 +183,7 @@ def small_copy(real: Any, before: str = "") -> tuple[Any, str]:
             return small, ""
         except Exception as error:  # its code may not go with what was made smaller
             reasons.append(first_words(error))
-            if reasons[-1] in before:
+            if ": " in reasons[-1] and reasons[-1] in before:
                 break
     if not reasons[-1].startswith("the smallest has"):
         raise ConfigError(f"its own code fails with text ({reasons[-1]}); {NO_FIX}")

@@ -22,7 +22,7 @@ from trainstack.hub.asset import named_assets
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_known_here
-from trainstack.run.states import QUEUED
+from trainstack.run.states import EXIT_CODES, QUEUED
 from trainstack.storage import files
 from trainstack.storage.manifest import MANIFEST, remove_folder
 from trainstack.units import NOTHING, bytes_text
@@ -166,7 +166,10 @@ def leftovers(home: Path) -> Iterator[Path]:
 def is_alive(run: RunFolder) -> bool:
     """Whether a job works on a run, or waits to."""
     state = run.status().get("state")
-    holder = Lease(run.path).unreleased() or {"job": run.status().get("job") or ""}
+    lease = Lease(run.path).unreleased()
+    if lease is None and state in EXIT_CODES:
+        return False  # it ended in order, though its heartbeat may be seconds old
+    holder = lease or {"job": run.status().get("job") or ""}
     if is_known_here({"host": "", **holder}):
         return not is_dead(holder)
     return run.is_beating(holder["job"]) or state == QUEUED

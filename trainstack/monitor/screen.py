@@ -156,7 +156,7 @@ def true_state(
     """The state that holds now: a job that waits, starts or was killed could not write it."""
     state = status.get("state", "UNKNOWN")
     if job.is_waiting:
-        waits = "HELD" if job.is_held else QUEUED
+        waits = "HELD" if job.is_held else "BLOCKED" if job.never_starts else QUEUED
         return f"{state}, {waits}" if state in EXIT_CODES else waits
     if job.state in ("SUSPENDED", "STOPPED"):
         return "SUSPENDED"

@@ -1,6 +1,7 @@
 """What a rank leaves when it fails: a line for people, a report for the job's shell, a code."""
 
 import logging
+import re
 import sys
 import textwrap
 import time
@@ -15,6 +16,8 @@ from trainstack.run.states import EXIT_CODES
 from trainstack.waits import PEER_LOST_SECONDS
 
 log = logging.getLogger("trainstack")
+BRACKET = re.compile(r"^\[[^]]*\] *")  # where in torch's sources it was raised
+NO_MEMORY = "can't allocate memory"  # torch, of the host's
 CONSTANT = (ImportError, NameError, AttributeError, NotImplementedError)  # they come again
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
@@ -42,11 +45,14 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
         what = str(error).splitlines()[0] if str(error) else ""
         is_victim = distributed.is_peer_lost(error)
         if is_victim:  # its traceback would only hide the one that matters
-            log.error("lost a peer (%s)", textwrap.shorten(what, 160))
+            log.error("lost a peer (%s)", textwrap.shorten(BRACKET.sub("", what), 160))
         else:
             log.error("%s", "".join(lines))
         kind = type(error).__name__
-        cause = f"{'out of GPU memory' if kind == 'OutOfMemoryError' else kind}: {what}"
+        cause = f"{kind}: {what}"
+        if kind == "OutOfMemoryError" or NO_MEMORY in what:
+            device = "GPU " * (kind == "OutOfMemoryError")
+            cause = f"out of {device}memory: {what}; a smaller train.micro_batch_size needs less"
         facts = {"traceback": "".join(lines[-3:]).splitlines()[-8:]}
         facts |= {"is_final": True} if isinstance(error, CONSTANT) else {}
     if run is not None and run.path.is_dir():

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 
-from trainstack.distributed import has_launcher
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES, Phase
 from trainstack.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TICKS_SECONDS
@@ -74,10 +73,8 @@ class Watch:
         ticked = time.monotonic()
         while not self._is_over.wait(tick):
             late = time.monotonic() - ticked - tick
-            if late > STOPPED_SECONDS:  # the whole process was stopped, by Ctrl-Z or by Slurm
-                self._at += late
-                with contextlib.suppress(OSError):
-                    self.run.stopped_mark(self.job, self.attempt, self.rank).touch()
+            if late > LOCKED_SECONDS:
+                self._woke(late)
             ticked = time.monotonic()
             limit, position, at = self.limit_seconds(), self._position, self._at
             stalled = time.monotonic() - at
@@ -85,17 +82,24 @@ class Watch:
                 self._end(*position, stalled)
             if self._is_over.is_set():
                 return
-            # Renewed at each tick. Then nothing writes the stacks, and if there are some already,
-            # they are of a process that was stopped and runs again.
+            # Renewed at each tick. Started by hand, nobody watches this process: it ends itself.
             faulthandler.dump_traceback_later(
-                limit + LOCKED_SECONDS, exit=not has_launcher(), file=self._file
+                limit + LOCKED_SECONDS, exit=self.job is None, file=self._file
             )
-            if os.fstat(self._file.fileno()).st_size:
-                self._file.seek(0)
-                self._file.truncate()
+
+    def _woke(self, late: float) -> None:
+        """This thread could not run for a while, in which faulthandler may have written stacks."""
+        faulthandler.cancel_dump_traceback_later()
+        with contextlib.suppress(OSError):
+            self._file.seek(0)
+            self._file.truncate()
+        if late > STOPPED_SECONDS:  # the whole process was stopped, by Ctrl-Z or by Slurm
+            self._at += late
+            log.info("stopped  for %.0f s as a whole, by Slurm or Ctrl-Z; nothing hangs", late)
+            with contextlib.suppress(OSError):
+                self.run.stopped_mark(self.job, self.attempt, self.rank).touch()
 
     def _end(self, step: int, phase: Phase, seconds: float) -> None:
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
         where = phase.value if phase is Phase.START else f"step {step:,}, {phase.value}"
         cause = f"no progress for {seconds:.0f} s at {where}"
         with contextlib.suppress(Exception):
@@ -104,4 +108,6 @@ class Watch:
                 self.job, self.attempt, self.rank, "HANG", EXIT_CODES["HANG"], cause, False,
                 position=[step, phase.number],
             )  # fmt: skip
+        # Last, for launch.py ends a rank whose stacks stay.
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
         os._exit(EXIT_CODES["HANG"])

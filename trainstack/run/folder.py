@@ -70,12 +70,16 @@ class RunFolder:
 
     def last_time(self, since: str, until: str) -> str:
         """`` (9 s last time)``: how long it was from one event to another; empty at first."""
-        began, found = 0.0, 0.0
-        for event in self.events():
-            if event["event"] == since:
-                began = seconds_of(event["at"])
-            elif event["event"] == until and began:
-                began, found = 0.0, seconds_of(event["at"]) - began
+        began, found = None, 0.0
+        with contextlib.suppress(OSError):  # a log line is not worth an attempt
+            for event in self.events():
+                job = event.get("job")
+                if event["event"] == since:
+                    began = event
+                elif began and event["event"] == until and job in (None, began.get("job")):
+                    began, found = None, seconds_of(event["at"]) - seconds_of(began["at"])
+                elif event["event"] == "attempt":
+                    began = None
         return f" ({age(found)} last time)" if found else ""
 
     # --- What the run has logged: metrics.jsonl, of which train/report.py has the format

@@ -10,6 +10,7 @@ MEANINGS = {  # how a reason of Slurm begins -> what it means, and what to do; t
     "None": "Slurm has not looked at it yet",
     "Priority": "jobs of higher priority wait before it",
     "Resources": "it is next, and waits for nodes",
+    "DependencyNeverSatisfied": "it never starts: the job that it was to follow has failed",
     "Dependency": "it waits for the job before it",
     "BeginTime": "it asked for that, or was requeued: that takes some two minutes",
     "JobHeldUser": HELD,
@@ -67,6 +68,10 @@ class Job:
     def is_held(self) -> bool:
         return self.is_waiting and "held" in self.reason.lower()
 
+    @property
+    def never_starts(self) -> bool:
+        return self.is_waiting and "it never starts" in meaning(self.reason, "")
+
 
 NO_JOB = Job()
 
@@ -85,6 +90,6 @@ def read_queue(text: str) -> dict[str, Job]:
 
 def meaning(reason: str, job: str) -> str:
     """Slurm's reason, and what it means for ``job``; the reason alone where that is not known."""
-    reason = reason.strip("()")
+    reason = reason.strip("()").replace(" ", "_")
     told = next((text for start, text in MEANINGS.items() if reason.startswith(start)), "")
     return f"{reason}: {told.replace('JOB', job)}" if told else reason

@@ -16,9 +16,9 @@ log = logging.getLogger("trainstack")
 
 
 def announce_loading(attempt: Attempt) -> None:
-    """A line before the model is built or read, with how long it took the last time."""
+    """A line before the model is found and built or read, and how long that took last time."""
     if attempt.world.is_main:
-        log.info("loading the model%s", attempt.run.last_time("start", "training"))
+        log.info("loading the model%s", attempt.run.last_time("start", "loaded"))
 
 
 def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | None) -> None:

@@ -9,6 +9,7 @@ from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.checkpoint.state import TrainState
 from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
+from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
@@ -32,7 +33,8 @@ def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
         attempt.run.pause(attempt.owner.job, attempt.owner.attempt, cause, **facts)
         name = attempt.run.path.name
         resume = resume_command(name, attempt.owner.job)
-        log.info("%s: PAUSED%s (%s); to resume by hand: %s", name, where, cause, resume)
+        how = "to resume" if is_local_job(attempt.owner.job) else "to resume, if nothing is queued"
+        log.info("%s: PAUSED%s (%s); %s: %s", name, where, cause, how, resume)
         attempt.lease.release()
     return "PAUSED"
 

@@ -39,7 +39,7 @@ class Report:
         """
         self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
         self.is_main, self.metrics = attempt.world.is_main, attempt.run.path / "metrics.jsonl"
-        self._status_at, self._saved_at, self._is_first = 0.0, time.monotonic(), True
+        self._status_at, self._saved_at = 0.0, time.monotonic()
         self._hashes: list[str] = []  # lines for samples.jsonl
         self._tensorboard = None
         if not self.is_main:
@@ -53,20 +53,21 @@ class Report:
             )
         log.info("%s", HEADER)
 
+    def warms_up(self) -> None:
+        """What was to be loaded is; compiling may follow."""
+        if self.is_main:
+            if self.attempt.config.train.torch_compile:
+                log.info("compiling%s", self.attempt.run.last_time("loaded", "training"))
+            self.attempt.run.add_event("loaded")
+
     def begins(self, step: int) -> None:
         """Put the first step of this attempt on record: goodput counts from here."""
         if self.is_main:
-            if self.attempt.config.train.torch_compile:
-                known = self.attempt.run.last_time("training", "first_step")
-                log.info("compiling, in the first step%s", known)
             self.attempt.run.add_event("training", step=step)
 
     def consumed(self, result: StepResult) -> None:
         """A step's samples were used, for the ledger; written with the next line or save."""
         if self.is_main:
-            if self._is_first:
-                self._is_first = False
-                self.attempt.run.add_event("first_step", step=result.step)
             record = {"step": result.step, "samples_hash": result.samples_hash}
             record |= {"attempt": self.attempt.id, "at": round(result.at, 4)}  # since 1970
             self._hashes.append(json.dumps(record) + "\n")
