@@ -85,14 +85,18 @@ read_arguments() {
     case "$1" in
       -h | --help) usage && exit ;;
       --config=*) CONFIG="${1#--config=}" ;;
-      --config) CONFIG="${2:-}" && shift ;;
+      --config)
+        (($# > 1)) || die "--config needs a file" 2
+        CONFIG="$2" && shift
+        ;;
       --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
       -*) die "$1 is not an option; see bash download_data_model.sh --help" 2 ;;
       *=*) OVERRIDES+=("$1") ;;
       *) CONFIG="$1" ;;
     esac
-    shift || break
+    shift
   done
+  [[ ! -d "$CONFIG" ]] || die "$CONFIG is a folder; if it is your data, write data.name=$CONFIG" 2
   [[ -f "$CONFIG" ]] || die "$CONFIG: no such config file; name one, such as config.yaml" 2
 }
 
@@ -116,8 +120,9 @@ run() {
 
 # A job reads the config file, so values that were only given here must be given to it as well.
 tell_next_step() {
-  local submit="bash submit.sh" given
-  command -v sbatch >/dev/null || submit+=" --local" # as on a machine of one's own
+  local submit given
+  submit="bash $(printf '%q' "${0%"${0##*/}"}submit.sh")" # called as this one was
+  command -v sbatch >/dev/null || submit+=" --local"      # as on a machine of one's own
   if [[ "$CONFIG" != "$HERE/config.yaml" ]]; then submit+=" --config $(printf '%q' "$CONFIG")"; fi
   if ((${#OVERRIDES[@]} == 0)) || [[ "$(resolved)" == "$(resolved "${OVERRIDES[@]}")" ]]; then
     log "ready; next: $submit"

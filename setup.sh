@@ -171,6 +171,7 @@ tell_what_is_here() {
   fi
   if command -v sinfo >/dev/null; then
     submit="bash download_data_model.sh, then bash submit.sh"
+    unset SINFO_FORMAT SINFO_PARTITION
     slurm="$(timeout 10 sinfo --noheader --format='%P %D nodes, %c CPUs, %G each;' 2>&1 |
       tr '\n' ' ')" ||
       slurm="sinfo does not answer" submit="bash submit.sh --local"

@@ -37,7 +37,7 @@ MEANT+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING)'
 # of its kind. sbatch itself would take both, and refuses some pairs.
 RESOURCES=('--cpus-per-task|-c|--cpus-per-gpu' '--mem|--mem-per-cpu|--mem-per-gpu'
   '--gpus|-G|--gpus-per-node|--gpus-per-task|--gpus-per-socket|--gres[= ][^ ]*gpu'
-  '--ntasks|-n|--ntasks-per-node')
+  '--ntasks|-n|--ntasks-per-node|--ntasks-per-gpu|--ntasks-per-core|--ntasks-per-socket')
 unset TRAINSTACK_CHAIN  # set by --chain alone
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
@@ -164,6 +164,8 @@ check_resume() {
 find_run() {
   local folder="$TRAINSTACK_HOME/runs/$RESUME" runs option
   CONFIG="$folder/config.yaml"
+  [[ ! -d "$folder" || -f "$CONFIG" ]] ||
+    die "run $RESUME has lost its settings, $CONFIG; bring them back, or name a file and run.name"
   if [[ ! -f "$CONFIG" ]]; then
     runs="$(cd "$TRAINSTACK_HOME/runs" 2>/dev/null && printf '%s ' *)" || runs=""
     die "no run $RESUME in $TRAINSTACK_HOME/runs; there are: ${runs:-none yet}"
@@ -195,9 +197,11 @@ check_sbatch_options() {
   [[ -z "$CHAIN" || -z "$IS_LOCAL" ]] ||
     die "--local has no time limit and needs no chain; leave out: --chain" 2
   for option in ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"}; do
+    [[ ! "$option" =~ ^(run|model|data|train|optim|eval|checkpoint|guard|log)\.[a-z_]+= ]] ||
+      die "$option is a setting; write it before the --" 2
     case "$CHAIN $option" in
       *" --array"* | *" -a"* | *" --wrap"*)
-        die "one job at a time works on a run; leave out: $option" 2
+        die "one job at a time works on a run, by train.slurm; leave out: $option" 2
         ;;
       *" --export"*) die "train.slurm holds what a job is to have; leave out: $option" 2 ;;
       *" --output"* | *" -o"* | *" --error"* | *" -e"*)
@@ -205,6 +209,9 @@ check_sbatch_options() {
         ;;
       *" --wait" | *" -W" | *" :" | *" --help" | *" --usage" | *" --version")
         die "submit.sh submits one job and returns its id; leave out: $option" 2
+        ;;
+      *" --dry-run" | *" --local" | *" --chain" | *" --resume"* | *" --config"*)
+        die "$option is an option of submit.sh, not of sbatch; write it before the --" 2
         ;;
       *" --test-only"*) die "--dry-run, before the --, makes all checks; leave out: $option" 2 ;;
       [0-9]*" --job-name"* | [0-9]*" -J"* | [0-9]*" --dependency"* | [0-9]*" -d"* | \
@@ -317,6 +324,7 @@ submit() {
   fi
   cp "$JOB_SCRIPT" "$RUN_DIR/code/job.slurm"
   said="$(mktemp)"
+  [[ -f "$RUN_DIR/.sbatch_options" ]] || keep_options # also if sbatch refuses the job
   while ((${#jobs[@]} < ${CHAIN:-1})); do
     code=0
     job="$("${command[@]}" 2>"$said")" || code=$?
@@ -398,6 +406,7 @@ explain_refusal() {
 # What to do about the refusals that people meet most.
 hint() {
   case "$1" in
+    *"mutually exclusive"*) printf '(leave out one of the two, here or in train.slurm)' ;;
     *"generic resource"* | *"gres"* | *"GPU"*)
       printf '(no such GPUs here: sinfo -o %%G lists them; without: -- --gpus-per-node=0)'
       ;;

@@ -323,6 +323,9 @@ WRONG_USE = [
     (["--train.max_steps=4"], "is a setting, not an option; write train.max_steps=4"),
     (["--nodes=4"], "--nodes=4 is not an option of submit.sh; options for sbatch come after --"),
     (["--config"], "--config needs a file"),
+    (["--", "train.max_steps=5"], "train.max_steps=5 is a setting; write it before the --"),
+    (["--", "--dry-run"], "--dry-run is an option of submit.sh, not of sbatch; write it before"),
+    (["--", "--wrap=ls"], "by train.slurm; leave out: --wrap=ls"),
     (["--local", "--", "--nodes=2", "-t 5"], "leave out: --nodes=2 -t 5"),
     (["--chain"], "--chain needs a number of jobs, such as --chain 4"),
     (["--chain="], "--chain  is not a number of jobs from 2 to 999; write --chain 4"),
@@ -344,7 +347,7 @@ WRONG_USE = [
     (["--", "--time=3"], "--time=3 is too short: train.slurm asks for a warning 180 s before the"),
     (["--", "--gpus=3", "-N2"], "--gpus=3 cannot be the same on each of 2 nodes"),
     (["--", "-o", "x.log"], "logs lie in the folder of the run, where monitor.sh looks; leave out"),
-    (["--", "--array=1-3"], "one job at a time works on a run; leave out: --array=1-3"),
+    (["--", "--array=1-3"], "one job at a time works on a run, by train.slurm; leave out: --array=1-3"),
     (["--", "--export=ALL"], "train.slurm holds what a job is to have; leave out: --export=ALL"),
     (["--", "--test-only"], "--dry-run, before the --, makes all checks; leave out: --test-only"),
 ]

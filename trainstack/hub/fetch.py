@@ -56,16 +56,17 @@ def main(arguments: list[str]) -> int:
     home = options.home.expanduser().absolute()
     configure_libraries(home)
     end_on_interrupt("hub: stopped; what has arrived is kept, run it again to continue")
-    exit_code = 0
+    errors = []
     for asset in named_assets(config, home):
         if asset.name == layout.DEMO:
             continue  # made here, by prepare
         try:
             provide(asset, options.force, options.retry_delay)
         except ConfigError as error:
-            say(f"error: {asset}: {error}")
-            exit_code = 1
-    return exit_code
+            errors.append(f"error: {asset}: {error}")
+    for line in errors:  # last, where people look
+        say(line)
+    return 1 if errors else 0
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

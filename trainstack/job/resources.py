@@ -36,7 +36,7 @@ class Resources:
     options: dict[str, str] = field(default_factory=dict)  # as they were written, by long name
 
     def __str__(self) -> str:
-        nodes = counted(self.nodes, "node") if self.nodes else "? nodes"
+        nodes = counted(self.nodes, "node") if self.nodes else f"{self.options['nodes']} nodes"
         gpus = f" x {counted(self.gpus_per_node, 'GPU')}" if self.gpus_per_node else ""
         time = self.time or "the partition's time limit"
         return f"{nodes}{gpus}, {time}, partition {','.join(self.partitions) or '(default)'}"
@@ -252,7 +252,8 @@ def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]) -> Iterat
         for row, kind in enumerate(kinds)
         if all(amount is None or amount <= have[row] for _, amount, have, _ in amounts)
     )
-    if is_each_enough and asked.nodes and asked.nodes > fitting:
+    least = _number(asked.options.get("nodes", "1").partition("-")[0])  # of a range
+    if is_each_enough and least and least > fitting:
         yield Excess(
             f"{_as_written('nodes', asked.options)}, but partition {partition} has {fitting:,} "
             "with all that the job asks for",
@@ -297,10 +298,10 @@ def _gpu_prefix(name: str, options: dict[str, str]) -> str:
 
 
 def _write(name: str, most: float | str, factor: float = 1, prefix: str = "") -> str:
-    if not isinstance(most, str) and most // factor < 1 and not name.startswith("gpus-per-node"):
-        return "ask for less on each node: fewer tasks or GPUs there, or more --nodes"
     if prefix and not most:
         return "name a type that is there, or none: sinfo -o %G lists them"
+    if not isinstance(most, str) and most // factor < 1 and not name.startswith("gpus-per-node"):
+        return "ask for less on each node: fewer tasks or GPUs there, or more --nodes"
     value = most if isinstance(most, str) else f"{prefix}{int(most // factor)}"
     unit = "M" if name.startswith("mem") else ""
     option = f"--{name}={value}{unit}"

@@ -288,8 +288,10 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
     ]
     if live:  # of a chain, several
         named = ", ".join(f"{job} ({jobs[job].state})" for job in live)
+        held = [job for job in live if jobs[job].is_held]
+        wait = f"scontrol release {held[0]}" if held else "wait for it"
         raise Refused(
-            f"run {name} has job {named} already; wait for it, or end it: scancel {' '.join(live)}"
+            f"run {name} has job {named} already; {wait}, or end it: scancel {' '.join(live)}"
         )
     last = submitted[-1] if submitted else {}
     other = last.get("user", user())

@@ -16,6 +16,7 @@ from typing import Any
 from trainstack.monitor import history
 from trainstack.monitor.history import Attempt, Event
 from trainstack.run.folder import RunFolder
+from trainstack.run.lease import is_local_job
 from trainstack.run.states import RUNNING
 from trainstack.units import duration, seconds_of
 
@@ -128,9 +129,9 @@ def seconds_by_cause(
     next_begins = [*(attempt.begins_at for attempt in attempts), math.inf][1:]
     for attempt, next_begin in zip(attempts, next_begins, strict=True):
         timeline.limit = end
-        # An attempt that was started by hand, not by a job's shell, waits in no queue.
-        is_of_a_job = any(event["event"] == "attempt" for event in attempt.events)
-        is_requeued = is_paused and is_of_a_job
+        # An attempt on this machine, or by hand instead of by a job's shell, waits in no queue.
+        began = [event["job"] for event in attempt.events if event["event"] == "attempt"]
+        is_requeued = is_paused and bool(began) and not is_local_job(began[0])
         add_wait(timeline, attempt.begins_at, submitted, ended_at, is_requeued)
         timeline.limit = min(end, max(timeline.now, next_begin))
         failed = [moment for moment in failures if attempt.begins_at <= moment < next_begin]
