@@ -16,7 +16,7 @@
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh setup.sh
 set -euo pipefail
 
-# --- Edit; each can also be set in the environment. ---------------------------------------------
+# --- Edit; each can also be set in the environment, of which the first two and MODULES then stay.
 PROJECT_NAME="${PROJECT_NAME:-trainstack}"       # folder below SHARED_DIR
 SHARED_DIR="${SHARED_DIR:-${HOME:-/tmp}/shared}" # on a file system that every node sees
 ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda

@@ -1223,7 +1223,8 @@ def test_the_script_fetches_tokenises_proves_and_says_what_comes_next(
     assert (folder / "models/org/tiny/manifest.json").exists()
     assert (folder / "datasets/org/text@large/manifest.json").exists()
     assert any("documents (text) -> " in line for line in lines), lines
-    assert "data.name=\\'org/text\\'" in lines[-1] and "bash submit.sh" in lines[-1]
+    called = str(checkout / "submit.sh").replace(" ", "\\ ")  # as the script itself was
+    assert "data.name=\\'org/text\\'" in lines[-1] and f"bash {called} " in lines[-1]
     assert str(checkout / "config.yaml") in lines[-1]
 
 
