@@ -242,7 +242,7 @@ take_lock() {
     sleep 1
   done
   printf '%s\n' "$me" >"$LOCK/owner"
-  trap 'kill "${HEARTBEAT:-}" 2>/dev/null; rm -rf "$LOCK"' EXIT
+  trap 'kill "${HEARTBEAT:-}" 2>/dev/null || true; rm -rf "$LOCK"' EXIT
   trap 'log "stopped before the environment was ready; run it again"; exit 130' INT TERM
   local self=$$ report="$PROJECT_DIR/cache/setup.log" beat
   (
@@ -281,10 +281,7 @@ install() {
   log "no environment yet; installing into $VENV (about 2 minutes, 1.5 GB, more with CUDA)"
   : >"$report"
   create_environment "$new" "$report"
-  install_pins "$new" "$report" || {
-    sleep 0.2 # a Ctrl-C that ended it is heard first
-    explain_failure "$report"
-  }
+  install_pins "$new" "$report" || explain_failure "$report"
   prove "$new/bin/python" >"$new/.summary" 2>>"$report" ||
     die "the new environment does not import; see $report"
   printf '%s\n' "$PINS" >"$new/.pins"

@@ -28,7 +28,7 @@ ask() {
   said="$(timeout --kill-after=1 "$ANSWER_SECONDS" "$@" 2>&1)" || code=$?
   case "$code" in
     0) printf '%s\n' "$said" ;;
-    124 | 137) printf '%s\n' "$1 gave no answer in $ANSWER_SECONDS s ${said##*$'\n'}" ;;
+    124 | 137) printf '%s\n' "$1 gave no answer in $ANSWER_SECONDS s${said:+: ${said##*$'\n'}}" ;;
     *) grep . <<<"$said" | tail -n 3 | tr '\n' ' ' | sed 's/ $//' ;; # a site's banners come first
   esac
   return "$code"

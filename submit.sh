@@ -197,7 +197,7 @@ check_sbatch_options() {
   [[ -z "$CHAIN" || -z "$IS_LOCAL" ]] ||
     die "--local has no time limit and needs no chain; leave out: --chain" 2
   for option in ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"}; do
-    [[ ! "$option" =~ ^(run|model|data|train|optim|eval|checkpoint|guard|log)\.[a-z_]+= ]] ||
+    [[ ! "$option" =~ ^[a-z]+\.[a-z_]+= ]] ||
       die "$option is a setting; write it before the --" 2
     case "$CHAIN $option" in
       *" --array"* | *" -a"* | *" --wrap"*)

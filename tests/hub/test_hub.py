@@ -952,8 +952,8 @@ def test_data_files_that_belong_to_no_split_are_mentioned(tmp_path, call):
         (tmp_path / "texts" / name).write_text('{"text": "a"}\n')
     result = call("data.name=./texts")
     assert result.code == 0, result
-    assert "not linked: 1 .txt, beside .jsonl; name them as another data set" in result.lines[0]
-    assert "not linked: 1 file belongs to no split (d.jsonl)" in result.lines[1]
+    assert "not linked: 1 .txt, beside .jsonl; name them as another data set" in result.lines[1]
+    assert "not linked: 1 file belongs to no split (d.jsonl)" in result.lines[0]
 
 
 @pytest.mark.parametrize("word", ["train", "test"])

@@ -87,6 +87,7 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     trace.record("F10, F11", "; ".join(f for _, f, _ in HANGS), reference, hung[0]["cause"])
 
 
+@pytest.mark.matrix  # tests/cluster/test_slurm.py has one on a real Slurm
 def test_an_error_that_comes_again_and_again_ends_as_no_progress(lab):
     trace = lab.train("stuck", fault="raise:rank=0,step=5,attempt=all", code=76, NPROC_PER_NODE="1")
     status = trace.run.status()
@@ -325,7 +326,7 @@ def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, t
 
 
 @pytest.mark.parametrize(
-    ("kills", "stops"), [(5, 3), pytest.param(12, 8, marks=pytest.mark.matrix)]
+    ("kills", "stops"), [(4, 2), pytest.param(12, 8, marks=pytest.mark.matrix)]
 )
 def test_random_kills_and_stops_change_no_loss_no_weight_and_no_second(lab, kills, stops):
     """Kills of everything and polite stops at random moments; where the time went adds up."""

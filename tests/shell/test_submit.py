@@ -347,7 +347,10 @@ WRONG_USE = [
     (["--", "--time=3"], "--time=3 is too short: train.slurm asks for a warning 180 s before the"),
     (["--", "--gpus=3", "-N2"], "--gpus=3 cannot be the same on each of 2 nodes"),
     (["--", "-o", "x.log"], "logs lie in the folder of the run, where monitor.sh looks; leave out"),
-    (["--", "--array=1-3"], "one job at a time works on a run, by train.slurm; leave out: --array=1-3"),
+    (
+        ["--", "--array=1-3"],
+        "one job at a time works on a run, by train.slurm; leave out: --array=1-3",
+    ),
     (["--", "--export=ALL"], "train.slurm holds what a job is to have; leave out: --export=ALL"),
     (["--", "--test-only"], "--dry-run, before the --, makes all checks; leave out: --test-only"),
 ]

@@ -9,14 +9,16 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from trainstack.errors import ConfigError
+from trainstack.hub.asset import Asset
 from trainstack.hub.choose import Origin
 from trainstack.records import readers
 from trainstack.storage import layout
+from trainstack.units import counted
 
 CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # they define subsets and splits
 CONVERTED = "refs/convert/parquet"  # the branch with the Hub's own conversion of a data set
@@ -65,6 +67,22 @@ def count_types(names: list[str]) -> str:
     """``3 .md, 1 .png``, the most first."""
     counts = Counter(Path(name).suffix or "without an ending" for name in names)
     return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(5))
+
+
+def not_taken(origin: Origin, wanted: Collection[str], asset: Asset) -> tuple[list[str], list[str]]:
+    """Files of the wanted types that belong to no split, and lines on those of other types."""
+    rest = [name for name in origin.sizes if is_data_file(name) and name not in wanted]
+    rest = [] if asset.subset else rest  # of other subsets
+    types, lines = {readers.suffix_of(name) for name in wanted if name not in CARDS}, []
+    if others := [name for name in rest if readers.suffix_of(name) not in types]:
+        beside = ", ".join(sorted(types))
+        lines.append(f"{count_types(others)}, beside {beside}; name them as another data set")
+    is_local = layout.is_local(asset.name)
+    if unread := [name for name in origin.listing if is_unread(name, is_local)]:
+        counts = f"{count_types(unread)}; such as {unread[0]}"
+        what = f"{counted(len(unread), 'file')} that cannot be read ({counts})"
+        lines.append(f"{what}; if meant, convert to {readers.READABLE}")
+    return [name for name in rest if name not in others], lines
 
 
 def choose_data(origin: Origin, name: str, subset: str | None) -> tuple[list[str], dict[str, Any]]:

@@ -216,23 +216,12 @@ def collect_needed(
             say(f"{asset}: not used: its adapter ({choose.ADAPTER}); merge it first if it is meant")
     else:
         wanted, facts = data_files.choose_data(origin, asset.name, asset.subset)
-        unused = [n for n in origin.sizes if data_files.is_data_file(n) and n not in wanted]
-        unused = [] if asset.subset else unused
-        types = {readers.suffix_of(name) for name in wanted if name not in data_files.CARDS}
-        if others := [name for name in unused if readers.suffix_of(name) not in types]:
-            unused = [name for name in unused if name not in others]
-            what = f"{data_files.count_types(others)}, beside {', '.join(sorted(types))}"
-            say(f"{asset}: not {origin.done}: {what}; name them as another data set")
+        unused, lines = data_files.not_taken(origin, wanted, asset)
         check_splits(asset, facts, unused)
         if others := [name for name in sorted(facts["splits"]) if name not in asset.splits]:
             say(f"{asset}: not used: split {', '.join(others)} (data.split, data.eval_split)")
-        if unused:
-            say(f"{asset}: not {origin.done}: {belong_to_no_split(unused)}")
-        is_local = layout.is_local(asset.name)
-        if unread := [n for n in origin.listing if data_files.is_unread(n, is_local)]:
-            types = data_files.count_types(unread)
-            what = f"{count_files(unread)} that cannot be read ({types}; such as {unread[0]})"
-            say(f"{asset}: not {origin.done}: {what}; if meant, convert to {readers.READABLE}")
+        for line in (*([belong_to_no_split(unused)] if unused else ()), *lines):
+            say(f"{asset}: not {origin.done}: {line}")
         if part := next((name for name in wanted if f"/{data_files.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
     check_space(asset, origin.missing_bytes(wanted))

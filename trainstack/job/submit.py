@@ -104,8 +104,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     run = RunFolder(layout.run_folder(home, config.run.name))
     resources, remarks = check_resources(request)
     check_batch(config, resources, os.environ.get("NPROC_PER_NODE", ""))
-    wanted = os.environ.get("TRAINSTACK_FAULT", "")
-    if faults.parse(wanted):
+    if faults.parse(wanted := os.environ.get("TRAINSTACK_FAULT", "")):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
     check_folder(run.path)
     check_owner(run, read_queue(request.said))
@@ -117,8 +116,6 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     max_steps = config.steps_for(corpus.train.num_samples)
     rates = describe_schedule(config.optim, max_steps)
     step, changes = inputs.check_progress(run, config, corpus)
-    for label in corpus.earlier:
-        say(f"run {config.run.name} continues with the tokens of {label} that earlier rules made")
     if step >= max_steps and run.status().get("state") == "DONE":
         say_complete(run, config, step, max_steps)
         return "complete", run
@@ -126,23 +123,21 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     model = inputs.model_source(home, config, run.checkpoints)
     space = inputs.check_space(home, config, prove(home, config, model, say))
     labels = ", ".join(section.label for section in config.data.sources)
-    say(
-        f"{config_file.name} ok | model {config.model.name}, tokens of {labels}: verified | {space}"
-    )
-    for line in inputs.not_needed(home, config, run.checkpoints):
-        say(line)
-    rates += [*high_rate(config), *rate_jump(run, config.optim, step, max_steps)]
-    for line in (*rates, *not_used(config, corpus), *remarks):
-        say(line)
+    verified = f"model {config.model.name}, tokens of {labels}: verified"
+    say(f"{config_file.name} ok | {verified} | {space}")
+    lines = [*inputs.not_needed(home, config, run.checkpoints), *rates, *high_rate(config)]
+    lines += rate_jump(run, config.optim, step, max_steps)
+    lines += [*not_used(config, corpus), *remarks]
+    lines += [f"the tokens of {name} stay, which earlier rules made" for name in corpus.earlier]
     if changes:
-        say(f"run {config.run.name} continues with other settings: {', '.join(changes)}")
+        lines.append(f"run {run.path.name} continues with other settings: {', '.join(changes)}")
+    for line in lines:
+        say(line)
     if not request.is_dry_run:
         make_run_folder(request.repository, config, run, request.is_local)
-    if request.is_local:
-        say(f"run {config.run.name} -> {run.path}")
-    else:
-        kept = "would be kept" if request.is_dry_run else "kept"
-        say(f"{resources} | code and config {kept} in {run.path}/code")
+    kept = "would be kept" if request.is_dry_run else "kept"
+    whole = f"{resources} | code and config {kept} in {run.path}/code"
+    say(f"run {run.path.name} -> {run.path}" if request.is_local else whole)
     return "ready", run
 
 
