@@ -137,7 +137,7 @@ count_processes() {
     cores="$(cpus_per_node)"
   fi
   if ((gpus)) && ! command -v nvidia-smi >/dev/null && ! command -v rocm-smi >/dev/null; then
-    log "Slurm gave GPUs, and $(uname -n) has no nvidia-smi: without CUDA this trains on the CPU"
+    log "GPUs are named, but $(uname -n) has no nvidia-smi: without CUDA this trains on the CPU"
   fi
   threads=$((cores / PROCESSES))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"

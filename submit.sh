@@ -322,7 +322,7 @@ submit() {
     print_jobs "${command[@]}"
     return
   fi
-  cp "$JOB_SCRIPT" "$RUN_DIR/code/job.slurm"
+  cat "$JOB_SCRIPT" >"$RUN_DIR/code/job.slurm" # readable as the rest of the folder is
   said="$(mktemp)"
   [[ -f "$RUN_DIR/.sbatch_options" ]] || keep_options # also if sbatch refuses the job
   while ((${#jobs[@]} < ${CHAIN:-1})); do

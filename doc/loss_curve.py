@@ -107,4 +107,7 @@ def box(x: float, y: float, width: float, height: float, kind: str, radius: int 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
+        sys.exit("usage: python3 doc/loss_curve.py RUN_FOLDER SVG, of a run that has logged steps")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(sys.argv[2])

@@ -170,7 +170,11 @@ def test_these_tests_are_green_in_a_copy_that_is_not_broken(checkout):
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
 
 
-@pytest.mark.parametrize("what", MUTATIONS)
+LONG = "no signal of death from the parent"  # half a minute
+NAMES = [pytest.param(n, marks=pytest.mark.matrix) if n == LONG else n for n in MUTATIONS]
+
+
+@pytest.mark.parametrize("what", NAMES)
 def test_a_promise_that_is_broken_turns_its_test_red(checkout, what):
     mutation = MUTATIONS[what]
     for name, text, other in mutation.edits:

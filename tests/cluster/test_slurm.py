@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from slurm_user import ONE, PAIR, TWO_NODES
+from slurm_user import ONE, TWO_NODES
 from trainstack.checkpoint.names import checkpoints
 
 pytestmark = pytest.mark.slurm
@@ -40,14 +40,14 @@ def test_a_complete_run_is_not_submitted_again(user):
 
 
 def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
-    fault = "kill:rank=1,step=12,attempt=all"
-    job = user.submit("run.name=broken", *PAIR, fault=fault)
+    fault = "kill:rank=0,step=12,attempt=all"
+    job = user.submit("run.name=broken", *ONE, fault=fault)
     state = user.cluster.wait(job, timeout=180)
     log = user.log("broken", job)
     assert state == "FAILED", log
     status = user.folder("broken").status()
     assert (status["state"], status["exit_code"]) == ("NO_PROGRESS", 76)
-    assert "the last one: rank 1 on node2: killed by SIGKILL" in status["cause"]
+    assert "the last one: rank 0 on node1: killed by SIGKILL" in status["cause"]
     assert user.cluster.job(job)["ExitCode"] == "76:0"
     assert "broken: FAILED at step" in log
     assert "broken: NO_PROGRESS at step" in log
@@ -60,7 +60,7 @@ def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
 def test_the_run_of_a_job_that_failed_continues_in_the_next_job(user):
     """The dead job could not give its lease back; Slurm says that it has ended."""
     newest = checkpoints(user.folder("broken").checkpoints)[0][1].name
-    job = user.submit("run.name=broken", *PAIR)
+    job = user.submit("run.name=broken", *ONE)
     state = user.cluster.wait(job, timeout=180)
     assert state == "COMPLETED", user.log("broken", job)
     assert f"resume  attempt 1 from {newest}" in user.log("broken", job)

@@ -70,11 +70,11 @@ def warned_stop(user: Site, run: str, row: str, reference) -> None:
     trace.record(row, "scancel -b -s USR1", reference, trace.events("paused")[0]["cause"])
 
 
-@pytest.mark.matrix  # tests/cluster/test_slurm.py warns such a job too
 def test_a_warned_job_loses_no_step_under_linuxproc(user, reference):
     warned_stop(user, "f02", "F02", reference)
 
 
+@pytest.mark.matrix
 def test_a_warned_job_loses_no_step_under_cgroup(cgroup_user, reference):
     warned_stop(cgroup_user, "f06", "F06", reference)
 

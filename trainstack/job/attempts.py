@@ -185,7 +185,7 @@ def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
     kept, begins = "no checkpoint yet", "begins again at step 1"
     if newest:
         kept, begins = newest.name, f"resumes from {newest.name}"
-    say(run, f"{ending.state} at step {ending.step or 0:,}: {ending.cause}")
+    say(run, verdict.titled(ending.state, ending.step, ending.cause))
     say(run, f"kept: {kept}; logs: {run.logs}/{owner.job}.*; {fix}; it {begins}")
 
 

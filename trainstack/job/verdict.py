@@ -1,5 +1,6 @@
 """How an attempt ended, and what follows: a restart in place, a requeue, or the end of the job."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
     return decide_failed(run, owner, failure, is_ours, told)
 
 
+def titled(state: str, step: int | None, cause: str | None) -> str:
+    """``FAILED at step 12: cause``; a cause that names a step has the better one."""
+    where = "" if re.search(r"\bstep \d", cause or "") else f" at step {step or 0:,}"
+    return f"{state}{where}: {cause}"
+
+
 def decide_failed(
     run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, told: Told
 ) -> Ending:
@@ -92,7 +99,7 @@ def decide_failed(
     may_pass = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")
     if not may_pass or told.is_ending or failure.get("is_final"):
         return Ending(END, code, state, cause, step)
-    failed = f"{state} at step {step:,}: {cause}"
+    failed = titled(state, step, cause)
     # Asked to stop: another attempt here would only load, and stop again.
     if told.is_stopped and not is_false_stop(told.stop_file):
         return pause_without_save(run, owner, told, failed)

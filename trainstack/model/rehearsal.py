@@ -114,7 +114,9 @@ def tried(real: Any, config: Config, before: str = "") -> tuple[nn.Module, list[
             f"transformers does not load as a causal LM; {NO_FIX}"
         )
     small, reason = small_copy(real, before)
-    return whole, checked(small, config) if small else [f"no small copy could be tried ({reason})"]
+    return whole, checked(small, config, before) if small else [
+        f"no small copy could be tried ({reason})"
+    ]
 
 
 def remedy(
@@ -190,8 +192,11 @@ def small_copy(real: Any, before: str = "") -> tuple[Any, str]:
     return None, reasons[0]
 
 
-def checked(small: Any, config: Config) -> list[str]:
-    """What a small copy shows; ConfigError if it cannot be trained as configured."""
+def checked(small: Any, config: Config, before: str = "") -> list[str]:
+    """What a small copy shows; ConfigError if it cannot be trained as configured.
+
+    With a problem of before, only whether it is gone is asked, and for no other way out.
+    """
     causal_lm = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
     check_future(causal_lm)
     notes = check_positions(causal_lm, config.data.seq_len, config.data.packing)
@@ -203,7 +208,7 @@ def checked(small: Any, config: Config) -> list[str]:
         attention, lines = step(small, used)
     except Exception as error:  # of the model's code, of torch, of ours
         reason = str(error) if isinstance(error, ConfigError) else first_words(error)
-        ways = " or ".join(ways_out(small, used))
+        ways = "" if before else " or ".join(ways_out(small, used))
         if ways:
             reason = f"{reason.partition('; ')[0]}; write {ways}"
         elif not isinstance(error, ConfigError):

@@ -86,10 +86,14 @@ class View:
     @property
     def next_action(self) -> str | None:
         """What a person does now."""
+        if self.job.never_starts:
+            return f"scancel {self.job_id}, then submit without what Slurm names"
         if self.job.is_live:
             return None
         if self.state in LOST_CAUSES:
             return f"to resume: {resume_command(self.run.path.name, self.status.get('job'))}"
+        if self.state == "DONE" and self.checkpoint is None:
+            return "its checkpoints are gone"
         return self.status.get("next_action")
 
 
@@ -236,7 +240,8 @@ def show_run(view: View) -> None:
     for label, text in rows_of(view):
         print(f"  {label:<11} {text}")
     if view.events:
-        print("  history")
+        shown, whole = min(len(view.events), SHOWN_EVENTS), len(view.events)
+        print(f"  history     the last {shown} of {whole} in events.jsonl")
     for event in view.events[-SHOWN_EVENTS:]:
         step = f" step {event['step']:,}" if event.get("step") is not None else ""
         cause = f": {event['cause']}" if event.get("cause") else ""

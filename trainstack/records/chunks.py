@@ -131,7 +131,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _read_line(location: str, line: bytes) -> Any:
     try:
-        return DECODER.decode(line.decode("utf-8-sig"))
+        return DECODER.decode(line.decode("utf-8-sig").rstrip())
     except json.JSONDecodeError as error:
         fix = "write an object a line, each on one line"
         fix = fix if "Extra data" in error.msg or line.strip() in (b"{", b"[") else "fix the line"
