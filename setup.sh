@@ -249,7 +249,9 @@ take_lock() {
     trap - EXIT INT TERM
     for ((beat = 1; ; beat++)); do
       kill -0 "$self" 2>/dev/null && touch -c "$LOCK" 2>/dev/null || exit 0
-      if ((beat % 5 == 0)); then log "still at it: $(tail -n 1 "$report" | cut -c 1-70)"; fi
+      if ((beat % 5 == 0)); then
+        log "$((beat * 5)) s so far: $(tail -n 1 "$report" | cut -c 1-60)"
+      fi
       sleep 5 2>/dev/null
     done
   ) </dev/null >/dev/null &
