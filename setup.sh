@@ -94,10 +94,11 @@ install_beside() {
 }
 
 # What the environment told an earlier setup.sh stays, until the edit block above says otherwise.
+# A script that has read env.sh has them already, and need not load the modules twice.
 # Sets: SHARED_DIR PROJECT_NAME MODULES
 recall_settings() {
   local values=() exported
-  [[ -f "$HERE/env.sh" ]] && is_as_edited || return 0
+  [[ -z "${TRAINSTACK_HOME:-}" && -f "$HERE/env.sh" ]] && is_as_edited || return 0
   exported=" $(compgen -e | tr '\n' ' ')"
   mapfile -t values < <(tell_settings)
   ((${#values[@]} == 3)) || return 0

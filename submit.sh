@@ -164,9 +164,9 @@ check_resume() {
 find_run() {
   local folder="$TRAINSTACK_HOME/runs/$RESUME" runs option
   CONFIG="$folder/config.yaml"
-  [[ ! -d "$folder" || -f "$CONFIG" ]] ||
-    die "run $RESUME has lost its settings, $CONFIG; bring them back, or name a file and run.name"
   if [[ ! -f "$CONFIG" ]]; then
+    [[ ! -d "$folder" ]] ||
+      die "run $RESUME has lost its settings, $CONFIG; bring them back, or name a file and run.name"
     runs="$(cd "$TRAINSTACK_HOME/runs" 2>/dev/null && printf '%s ' *)" || runs=""
     die "no run $RESUME in $TRAINSTACK_HOME/runs; there are: ${runs:-none yet}"
   fi

@@ -137,7 +137,7 @@ class Console(logging.StreamHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's own name
         if isinstance(sys.exc_info()[1], BrokenPipeError):
-            self.setStream(open(os.devnull, "w"))  # noqa: SIM115  # until the process ends
+            processes.mute(self.stream.fileno())
         else:
             super().handleError(record)
 

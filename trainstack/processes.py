@@ -21,12 +21,17 @@ def die_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def mute(descriptor: int) -> None:
+    """Its reader has gone: what is written there from now on, at the exit too, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def tell(text: str) -> None:
     """A line on stderr; whoever read it may be gone, as ``tee`` is after Ctrl-C."""
     try:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        mute(2)
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
@@ -37,7 +42,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # as of ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is written at the exit
+        mute(1)
         code = 141
     sys.exit(code)
 

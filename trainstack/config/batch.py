@@ -52,12 +52,14 @@ def batch_problem(global_batch_size: int, micro_batch_size: int, world_size: int
     sizes = (size for d in distances for size in (micro_batch_size - d, micro_batch_size + d))
     micro = next((size for size in sizes if global_batch_size % (size * world_size) == 0), None)
     other = f", or train.micro_batch_size={micro}" if micro else ""
-    units = (
-        global_batch_size // micro_batch_size if global_batch_size % micro_batch_size == 0 else 0
+    # Not all: a batch may be of any size.
+    counts = (range(world_size - 1, 0, -1), range(world_size + 1, 8 * world_size + 1))
+    fitting = (
+        (n for n in row if global_batch_size % (micro_batch_size * n) == 0) for row in counts
     )
-    counts = [n for n in range(1, units + 1) if units % n == 0]
-    fits = [*[n for n in counts if n < world_size][-1:], *[n for n in counts if n > world_size][:1]]
-    other += f", or take {' or '.join(map(str, fits))} processes" if fits else ""
+    near = [n for n in (next(row, None) for row in fitting) if n]
+    processes = "process" if near == [1] else "processes"
+    other += f", or take {' or '.join(map(str, near))} {processes}" if near else ""
     return (
         f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
         f"{micro_batch_size} x {world_size} processes; write train.global_batch_size={nearest}"

@@ -181,7 +181,7 @@ def obtain(
     size = bytes_text(sum(entry["size"] for entry in origin.entries.values()))
     how = "linked" if layout.is_local(asset.name) else f"commit {origin.commit[:7]}"
     seconds = f"{time.monotonic() - started:.0f} s"
-    say(f"{asset}: {how}, {count_files(origin.entries)} verified, {size}, {seconds}")
+    say(f"{asset}: {how}, {counted(len(origin.entries), 'file')} verified, {size}, {seconds}")
 
 
 def open_origin(asset: Asset, is_forced: bool, retry_delay: float) -> "HubCommit | LocalFiles":
@@ -226,7 +226,7 @@ def collect_needed(
             say(f"{asset}: the Hub converted only the first part of it ({part})")
     check_space(asset, origin.missing_bytes(wanted))
     size = bytes_text(sum(origin.sizes[name] for name in wanted))
-    say(f"{asset}: {origin.doing} {count_files(wanted)}, {size}")
+    say(f"{asset}: {origin.doing} {counted(len(wanted), 'file')}, {size}")
     origin.collect(wanted)
     if asset.kind == "model":
         return choose.model_facts(origin, wanted)
@@ -239,17 +239,18 @@ def collect_needed(
 
 def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = ()) -> None:
     """ConfigError for a split that is not there. ``unused``: files that belong to no split."""
-    split = next((split for split in asset.splits if split not in facts["splits"]), None)
-    named = [name for s in asset.splits[:1] for name in facts["splits"].get(s, [])]
-    if unused and layout.is_local(asset.name) and (split or len(unused) > len(named)):
+    splits = facts["splits"]
+    split = next((split for split in asset.splits if split not in splits), None)
+    is_odd = bool(unused) and layout.is_local(asset.name)
+    if is_odd and (split or len(unused) > len(splits[asset.splits[0]])):
         word = split or asset.splits[0]
-        other, names = next(item for item in facts["splits"].items() if split or item[0] == word)
+        other = next(iter(splits)) if split else word
         raise ConfigError(
-            f"{names[0]} is split {other} by its name, and {belong_to_no_split(unused)}; take the "
-            f"word out of its name, or put {word} into the names of those that are meant"
+            f"{splits[other][0]} is split {other} by its name, and {belong_to_no_split(unused)}; "
+            f"take the word out of its name, or put {word} into the names of those that are meant"
         )
     if split:
-        fix = f"set data.split, or data.eval_split, to one of: {', '.join(facts['splits'])}"
+        fix = f"set data.split, or data.eval_split, to one of: {', '.join(splits)}"
         raise ConfigError(f"has no split {split}; {fix}")
 
 
@@ -298,10 +299,6 @@ def summary(manifest: dict[str, Any]) -> str:
     if manifest["source"] == "local":
         return f"linked {manifest['fetched_at']}, {size}"
     return f"commit {manifest['commit'][:7]}, {size}"
-
-
-def count_files(names: Collection[str]) -> str:
-    return counted(len(names), "file")
 
 
 def belong_to_no_split(names: list[str]) -> str:

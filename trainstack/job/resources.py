@@ -196,15 +196,19 @@ def _gpus_of(gres: str) -> dict[str, int]:
     return found
 
 
+def partitions_of(asked: Resources, kinds: list[NodeKind]) -> list[str]:
+    """Those that the job may run in: those that it names, else Slurm's default."""
+    return asked.partitions or [kind.partition for kind in kinds if kind.is_default][:1]
+
+
 def check_partition(asked: Resources, kinds: list[NodeKind], is_accepted: bool) -> list[str]:
     """Lines on what a QOS would have to lift; ConfigError for what no partition can ever give.
 
     ``kinds``: empty if Slurm did not tell; a partition that is not there is left to sbatch.
     ``is_accepted``: Slurm has tried the job, which says nothing of its limits.
     """
-    wanted = asked.partitions or [kind.partition for kind in kinds if kind.is_default][:1]
     problems = []
-    for partition in wanted:
+    for partition in partitions_of(asked, kinds):
         within = [kind for kind in kinds if kind.partition == partition]
         found = list(_excesses_of_limits(asked, partition, within)) if within else []
         found += _excesses(asked, partition, within) if within and not is_accepted else []

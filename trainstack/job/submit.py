@@ -24,6 +24,7 @@ from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import (
     Resources,
     check_partition,
+    partitions_of,
     read_nodes,
     read_resources,
 )
@@ -162,10 +163,8 @@ def check_resources(request: Request) -> tuple[Resources, list[str]]:
         resources = replace(resources, partitions=[chosen[1]])
     remarks = check_partition(resources, kinds, is_accepted=code == "0")
     if "exclusive" in resources.options:  # all GPUs of the nodes then
-        within = [
-            k for k in kinds if not resources.partitions or k.partition in resources.partitions
-        ]
-        counts = {kind.gpus_of("") for kind in within}
+        wanted = partitions_of(resources, kinds)
+        counts = {kind.gpus_of("") for kind in kinds if kind.partition in wanted}
         resources = replace(resources, gpus_per_node=counts.pop() if len(counts) == 1 else None)
     if kinds and not resources.gpus_per_node and not any(kind.gpus for kind in kinds):
         resources = replace(resources, gpus_per_node=None)  # a site that does not count its GPUs
