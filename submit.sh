@@ -406,7 +406,7 @@ explain_refusal() {
 # What to do about the refusals that people meet most.
 hint() {
   case "$1" in
-    *"mutually exclusive"*) printf '(leave out one of the two, here or in train.slurm)' ;;
+    *"mutually exclusive"*) printf '(leave out all but one, here or in train.slurm)' ;;
     *"generic resource"* | *"gres"* | *"GPU"*)
       printf '(no such GPUs here: sinfo -o %%G lists them; without: -- --gpus-per-node=0)'
       ;;

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -130,6 +131,13 @@ def test_a_run_that_is_done_shows_where_it_ended_and_no_speed(runs):
     assert cells == dict(zip(HEAD, [
         "demo", "-", "-", "DONE", "120/120", "2.871", "-", "-", "-", "step 120, 4 min old",
     ], strict=True))  # fmt: skip
+
+
+def test_a_done_run_whose_checkpoints_were_deleted_says_so_and_not_where_its_model_is(runs):
+    run = runs.make("demo", "DONE", 120, job="7", step=120, next_action="its model: /x")
+    assert runs.screen("demo")["next"] == "its model: /x"
+    shutil.rmtree(run.checkpoints)
+    assert runs.screen("demo")["next"] == "its checkpoints are gone"
 
 
 def test_a_run_in_the_queue_is_queued_with_the_reason(runs):

@@ -248,6 +248,7 @@ REFUSALS = {
     "Requested time limit is invalid (missing or exceeds some limit)": "#SBATCH --time",
     "Requested node configuration is not available": "fewer nodes, GPUs or cores",
     "Invalid generic resource (gres) specification": "no such GPUs here",
+    "--mem, --mem-per-cpu, and --mem-per-gpu are mutually exclusive.": "leave out all but one",
 }
 
 
