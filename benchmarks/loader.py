@@ -129,7 +129,7 @@ def with_trainstack(folder: Path, ids: np.ndarray):
     split = Split(folder, "train", ids.dtype, SEQ_LEN)
 
     def batches_of(samples):
-        return feed.micro_batches(samples, BATCH, split.read, torch.device("cpu"))
+        return feed.micro_batches(samples, BATCH, split, torch.device("cpu"))
 
     def batches():
         yield from batches_of(np.arange(BATCH))  # the clock starts here: making the sampler counts

@@ -97,7 +97,7 @@ def rank(home: str, packing: str, name: str) -> float:
     device = torch.device("cpu")
     for step in range(split.num_samples // BATCH):
         samples = sampler.samples_at(step)
-        for batch in feed.micro_batches(samples, BATCH, split.read, device):
+        for batch in feed.micro_batches(samples, BATCH, split, device):
             assert len(batch[0]) == BATCH
         split.target_tokens(samples)
     return peak()

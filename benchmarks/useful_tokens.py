@@ -114,7 +114,7 @@ def with_trainstack(home: Path, config: Config, store: Split) -> dict:
 
     def packed() -> int:
         samples = sampler.samples_at(next(numbers))
-        batches = micro_batches(samples, SAMPLES, store.read, world.device)
+        batches = micro_batches(samples, SAMPLES, store, world.device)
         return step(batches, store.target_tokens(samples))
 
     def dense() -> int:

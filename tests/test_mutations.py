@@ -101,9 +101,9 @@ MUTATIONS = {
         "lets documents of one sequence see each other",
         (
             (
-                "trainstack/model/packed.py",
-                '    return {"input_ids": input_ids, "position_ids": position_ids}\n',
-                '    return {"input_ids": input_ids}\n',
+                "trainstack/model/attention.py",
+                "    if position_ids is None:\n",
+                "    if True:\n",
             ),
         ),
     ),

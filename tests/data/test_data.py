@@ -104,7 +104,7 @@ def test_the_hash_sees_a_repeated_a_missing_and_a_swapped_sample():
 
 def test_labels_are_the_inputs_shifted_by_one(tmp_path):
     store = make_store(tmp_path, [(range(50), None)], 10)
-    batches = list(micro_batches(np.array([0, 3, 1]), 2, store.train.read, torch.device("cpu")))
+    batches = list(micro_batches(np.array([0, 3, 1]), 2, store.train, torch.device("cpu")))
     assert [inputs.shape[0] for inputs, _ in batches] == [2, 1]
     inputs, labels = batches[0]
     assert inputs[1].tolist() == list(range(30, 40))

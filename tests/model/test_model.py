@@ -6,7 +6,7 @@ import transformers
 
 from trainstack.config.schema import TrainSection
 from trainstack.errors import ConfigError
-from trainstack.model import causal_lm, packed
+from trainstack.model import attention, causal_lm
 from trainstack.model import loss as loss_module
 from trainstack.model.loss import CausalLMLoss
 
@@ -82,10 +82,10 @@ def two_documents():
     return inputs, labels, positions
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_documents_of_a_row_do_not_see_each_other(attention, precision):
-    ours = llama(torch.float32, attn_implementation=attention)
+def test_documents_of_a_row_do_not_see_each_other(kind, precision):
+    ours = llama(torch.float32, attn_implementation=kind)
     wrapped = loss_model(ours, precision=precision, packing="best_fit")
     inputs, labels, positions = two_documents()
     labels[:, :9] = -100  # the loss is the second documents'
@@ -93,7 +93,7 @@ def test_documents_of_a_row_do_not_see_each_other(attention, precision):
     changed[:, :9] = inputs[:, :9].flip(1)
     assert wrapped(inputs, labels, positions) == wrapped(changed, labels, positions)
     assert wrapped(inputs, labels) != wrapped(changed, labels), "with concat they do"
-    arguments = packed.apart(ours, inputs, positions)
+    arguments = attention.apart(ours, inputs, positions)
     logits = ours(**arguments, use_cache=False).logits
     after = ours(**{**arguments, "input_ids": changed}, use_cache=False).logits
     assert torch.equal(logits[:, 9:], after[:, 9:])

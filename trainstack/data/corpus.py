@@ -73,6 +73,7 @@ class Joined:
         self.firsts = np.cumsum([0, *sizes[:-1]])
         self.num_samples = sum(sizes)
         self.is_full = all(split.is_full for split in splits)
+        self.most_documents = max(split.most_documents for split in splits)
 
     def data_sets_of(self, samples: np.ndarray) -> np.ndarray:
         """The number of the data set that each sample is of, int64 [samples]."""

@@ -1,6 +1,6 @@
 """Feed: what a step consumes, from its number alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +8,14 @@ import torch
 
 from trainstack.config.batch import BatchPlan
 from trainstack.config.schema import Config
-from trainstack.data.corpus import Corpus
+from trainstack.data.corpus import Corpus, Joined
 from trainstack.data.order import StepSampler, mixture_of, samples_hash
+from trainstack.data.packing import document_bounds
+from trainstack.data.split import Split
 from trainstack.distributed import World
 
 # Inputs, labels (shifted by one already) and, if documents do not see each other, positions; each
-# int64 [micro_batch_size, seq_len].
+# int64 [micro_batch_size, seq_len]. Then also their bounds, see packing.document_bounds.
 Batch = tuple[torch.Tensor, ...]
 
 
@@ -46,7 +48,7 @@ class Feed:
     def at(self, step: int) -> StepData:
         """What this rank consumes in a step (from 1)."""
         samples, train = self.sampler.samples_at(step - 1), self.corpus.train
-        batches = self._batches(samples, train.read)
+        batches = self._batches(samples, train)
         targets = self.plan.tokens_per_step
         if not train.is_full:  # each rank can compute those of all, so nothing is sent
             targets = train.target_tokens(self.sampler.all_samples_at(step - 1))
@@ -79,19 +81,25 @@ class Feed:
         number = min(split.num_samples, most or split.num_samples)
         own = np.arange(self.world.rank, number, self.world.world_size)
         rounds = -(-number // (self.world.world_size * self.plan.micro_batch_size))
-        return self._batches(own, split.read), rounds
+        return self._batches(own, split), rounds
 
-    def _batches(self, samples: np.ndarray, read: Callable) -> Iterator[Batch]:
-        return micro_batches(samples, self.plan.micro_batch_size, read, self.world.device)
+    def _batches(self, samples: np.ndarray, split: Split | Joined) -> Iterator[Batch]:
+        return micro_batches(samples, self.plan.micro_batch_size, split, self.world.device)
 
 
 def micro_batches(
-    samples: np.ndarray, micro_batch_size: int, read: Callable[[np.ndarray], np.ndarray],
-    device: torch.device,
-) -> Iterator[Batch]:  # fmt: skip
-    """The batch of each micro step, on the device; ``read``: as that of a Split."""
+    samples: np.ndarray, micro_batch_size: int, split: Split | Joined, device: torch.device
+) -> Iterator[Batch]:
+    """The batch of each micro step, on the device."""
     for start in range(0, len(samples), micro_batch_size):
-        columns = torch.from_numpy(read(samples[start : start + micro_batch_size]))
+        columns = split.read(samples[start : start + micro_batch_size])
+        batch = (*torch.from_numpy(columns).unbind(),)
+        if len(columns) == 3:  # as many bounds in each batch, so that nothing is compiled again
+            most = split.most_documents * columns.shape[1]
+            bounds = document_bounds(columns[2], columns[1], most)
+            batch = (*batch, torch.from_numpy(bounds))
         if device.type == "cuda":  # what shares memory cannot be pinned
-            columns = columns.contiguous().pin_memory().to(device, non_blocking=True)
-        yield columns.unbind()
+            batch = tuple(
+                tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in batch
+            )
+        yield batch

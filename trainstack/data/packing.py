@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainstack.config.batch import IGNORED_LABEL
+
 GROUP = 1 << 17  # documents
 TargetsIn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -25,6 +27,25 @@ class Plan:
     targets: np.ndarray  # int64 [samples]: tokens that carry loss
     split_documents: int
     dropped_documents: int
+
+
+def document_bounds(
+    positions: np.ndarray, labels: np.ndarray | None = None, most: int = 0
+) -> np.ndarray:
+    """Where documents begin in rows that are joined, and where the last ends: int32 [most + 1].
+
+    Both int64 [rows, seq_len], as Split.read has them. With labels, what fills a row up is one
+    document; else each token of it is.
+    ``most``: documents at least; those that are missing have no tokens.
+    """
+    is_first = positions == 0
+    if labels is not None:
+        is_idle = is_first & np.pad(is_first[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+        is_idle &= labels == IGNORED_LABEL  # of one token, and of no target
+        is_first[:, 1:] &= ~(is_idle[:, 1:] & is_idle[:, :-1])
+    first = np.flatnonzero(is_first)
+    missing = max(1, most + 1 - len(first))
+    return np.pad(first, (0, missing), constant_values=positions.size).astype(np.int32)
 
 
 def plans(

@@ -1,6 +1,7 @@
 """One split of a token store: its documents, and its samples as batches."""
 
 import errno
+import functools
 import mmap
 import os
 from collections.abc import Sequence
@@ -68,6 +69,13 @@ class Split:
             return len(self.rows) - 1
         targets = max(0, len(self.ids) - 1)
         return targets // self.seq_len if self.is_train else -(-targets // self.seq_len)
+
+    @functools.cached_property
+    def most_documents(self) -> int:
+        """How many documents a sample has at most, with one that fills it up; 0 if they mix."""
+        if self.rows is None:
+            return 0
+        return 1 + int(np.diff(self.rows).max(initial=0))
 
     @property
     def is_full(self) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
 from trainstack.model import trial
-from trainstack.model.packed import apart, check_apart
+from trainstack.model.attention import apart, check_apart, use
 
 log = logging.getLogger("trainstack")
 CHUNK_LOGITS = 1 << 24  # logits that exist at once in fp32: 64 MiB
@@ -60,6 +60,8 @@ class CausalLMLoss(nn.Module):
         self.balancing = trial.balancing_of(causal_lm)
         self._balance = Balance(causal_lm)
         with self._trying():
+            use(causal_lm, is_packed=packing != "concat")
+        with self._trying():
             self.is_chunked = trial.has_plain_head(causal_lm)
         if self.is_chunked and self.balancing:  # transformers computes it behind the head
             causal_lm.base_model.register_forward_hook(self._keep_hidden)
@@ -83,12 +85,14 @@ class CausalLMLoss(nn.Module):
         input_ids: torch.Tensor,
         labels: torch.Tensor,
         position_ids: torch.Tensor | None = None,
+        bounds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All int64 [micro_batch_size, seq_len], labels already shifted; returns a scalar.
 
-        A position 0 begins a document, which sees nothing of the documents before it.
+        A position 0 begins a document, which sees nothing of the documents before it; ``bounds``
+        of those as data.packing.document_bounds has them.
         """
-        arguments = apart(self.causal_lm, input_ids, position_ids)
+        arguments = apart(self.causal_lm, input_ids, position_ids, bounds)
         if self.is_chunked and self.balancing:
             arguments["logits_to_keep"] = 1  # of its own code only the balancing loss is needed
         with self._autocast(), self._balance.without_padding(position_ids):

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trainstack.checkpoint.snapshot import CONFIG
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
+from trainstack.model.attention import packed_tokens
 from trainstack.model.causal_lm import (
     build_causal_lm,
     check_kind,
@@ -264,11 +265,9 @@ def step(small: Any, config: Config) -> tuple[str, list[str]]:
         )
         loss_model = CausalLMLoss(causal_lm, train, CPU, config.data.packing)
         loss_model.train()
-        positions = None
-        if config.data.packing != "concat":
-            positions = torch.arange(TOKENS).remainder(TOKENS // 2).repeat(2, 1)
-        tokens = some_tokens(causal_lm, TOKENS).repeat(2, 1)
-        loss = loss_model(tokens, tokens.roll(-1), positions)
+        tokens, *packed = packed_tokens(causal_lm)
+        packed = packed if config.data.packing != "concat" else ()
+        loss = loss_model(tokens, tokens.roll(-1), *packed)
         loss.backward()
     if not loss.isfinite():
         raise ConfigError(f"its loss is not finite at the first step; {NO_FIX}")
