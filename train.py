@@ -6,6 +6,7 @@ run folder; the same command again continues the run.
 """
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -169,6 +170,8 @@ class Loop:
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.report.warms_up()
         self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection within a step looks at it again
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
@@ -203,7 +206,7 @@ class Loop:
         self.attempt.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)
         self.faults.before(step)
-        distributed.seed_step(self.attempt.config.run.seed, step, self.attempt.world.rank)
+        distributed.seed_step(self.attempt.config.run.seed, step, self.attempt.world)
         self.strategy.optimizer.set_learning_rate(self.rate_at(step))
         data = self.feed.at(step)
         # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.

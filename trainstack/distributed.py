@@ -198,15 +198,22 @@ def main_decides(world: World, action: Callable, waiting: Callable = lambda: Non
     return result
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random within a step (dropout) by the step, so no random state is stored."""
-    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(mixed >> np.uint64(1)))  # also seeds every GPU
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seed what is random within a step (dropout) by the step, so no random state is stored.
+
+    The generators themselves: torch.manual_seed writes down who called it, which takes 1 ms.
+    """
+    mixed = np.random.SeedSequence([seed, step, world.rank]).generate_state(1, np.uint64)[0]
+    torch.default_generator.manual_seed(int(mixed >> np.uint64(1)))
+    if world.device.type == "cuda":
+        torch.cuda.default_generators[world.device.index].manual_seed(int(mixed >> np.uint64(1)))
     random.seed(int(mixed))
 
 
 def any_rank(is_wanted: bool, world: World) -> bool:
     """Whether it is true on any rank. Collective: every rank must call this."""
+    if world.world_size == 1:
+        return is_wanted
     number = torch.tensor(float(is_wanted), device=world.device)
     dist.all_reduce(number)
     return bool(number > 0)

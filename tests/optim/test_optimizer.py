@@ -25,7 +25,7 @@ def update(model: nn.Module, optimizer, gradient: float, is_bad: float = 0.0) ->
     """One update as a strategy makes it."""
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
-    optimizer.withhold(torch.tensor(is_bad))
+    optimizer.prepare(torch.tensor(is_bad), None)
     optimizer.step()
 
 

@@ -36,7 +36,9 @@ class DataParallel(Strategy):
         """Rank 0's weights become those of all ranks. Collective."""
         self.causal_lm, self.loss_model = loss_model.causal_lm, loss_model
         self.plan, self.world = plan, world
-        self.ddp = wrap(loss_model, world)
+        # One rank has nothing to average, and DDP costs as much time as a small model.
+        self.ddp = wrap(loss_model, world) if world.world_size > 1 else loss_model
+        self.parameters = [p for p in self.causal_lm.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.causal_lm, optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
@@ -46,7 +48,7 @@ class DataParallel(Strategy):
         # resumed run sums as one that was never stopped. It also compiles, and finds out whether
         # memory suffices.
         self.ddp(*next(iter(batches))).backward()
-        self.ddp.zero_grad(set_to_none=True)
+        self._zero()
 
     def gradients(
         self, batches: Iterable[Batch], target_tokens: int
@@ -57,22 +59,28 @@ class DataParallel(Strategy):
         for micro_step, batch in enumerate(batches, start=1):
             is_last = micro_step == self.plan.gradient_accumulation_steps
             # Only the last micro step communicates: the gradients of the others are just added up.
-            with contextlib.nullcontext() if is_last else self.ddp.no_sync():
+            is_sent = is_last or self.world.world_size == 1
+            with contextlib.nullcontext() if is_sent else self.ddp.no_sync():
                 loss = self.ddp(*batch)
                 self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        return loss_sum, nn.utils.get_total_norm([p.grad for p in self._with_gradients()])
+        return loss_sum, nn.utils.get_total_norm([p.grad for p in self.parameters])
 
     def update(
         self, is_bad: torch.Tensor, grad_norm: torch.Tensor, max_grad_norm: float | None
     ) -> None:
-        self.optimizer.withhold(is_bad)
+        divisor = None  # that clips
         if max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._with_gradients(), max_grad_norm, grad_norm)
+            divisor = (grad_norm / max_grad_norm).clamp(min=1)
+            # The update divides, in fp32, unless the scaler has taken that place for itself.
+            if self.scaler.is_enabled() or divisor.dtype != torch.float32:
+                torch._foreach_div_([p.grad for p in self.parameters], divisor)
+                divisor = None
+        self.optimizer.prepare(is_bad, divisor)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero()
 
     def share(self) -> Share:
         weights, optimizer = saved_weights(self.causal_lm), self.optimizer.tensors(self.causal_lm)
@@ -83,8 +91,9 @@ class DataParallel(Strategy):
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
 
-    def _with_gradients(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.ddp.parameters() if parameter.grad is not None]
+    def _zero(self) -> None:
+        # DDP's buckets hold the gradients, if nobody takes them away: else it copies them there.
+        self.optimizer.zero_grad(set_to_none=self.world.world_size == 1)
 
 
 def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
@@ -95,7 +104,7 @@ def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
     )
     return DistributedDataParallel(
         loss_model,
-        device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # saves one copy of the gradients
         **{sync_buffers: False},  # causal LMs have none that training changes
     )

@@ -192,7 +192,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         low_weight = weight.to(compute)
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        grad_weight = None
         chunk = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -200,21 +200,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits = (low_hidden @ low_weight.T).to(accumulate)
             is_target = labels[rows] != IGNORED_LABEL
             targets = labels[rows].clamp(min=0).unsqueeze(1)
-            norm = logits.logsumexp(1, keepdim=True)
-            loss += ((norm - logits.gather(1, targets)).squeeze(1) * is_target).sum()
+            logs = logits.log_softmax(1)
+            loss -= (logs.gather(1, targets).squeeze(1) * is_target).sum()
             if needs_grad:  # now, while the chunk is there
-                grad = logits.sub_(norm).exp_()
+                grad = logs.exp_()
                 grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
                 grad = grad.mul_(is_target.unsqueeze(1)).to(compute)
                 grad_hidden[rows] = grad @ low_weight
-                grad_weight += grad.T @ low_hidden
+                if grad_weight is None:
+                    grad_weight = (grad.T @ low_hidden).to(weight.dtype)
+                elif compute == weight.dtype:
+                    grad_weight.addmm_(grad.T, low_hidden)
+                else:
+                    grad_weight += grad.T @ low_hidden
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
 
 
 def enable_activation_checkpointing(causal_lm: nn.Module) -> None:

@@ -20,11 +20,11 @@ class AdamW(torch.optim.AdamW):
             fused=True,
         )
 
-    def withhold(self, is_bad: torch.Tensor) -> None:
-        # torch's fused kernels leave weights and state alone if found_inf is not zero: the flag by
-        # which torch.amp.GradScaler skips an update.
+    def prepare(self, is_bad: torch.Tensor, divisor: torch.Tensor | None) -> None:
+        # torch's fused kernels leave weights and state alone if found_inf is not zero, and divide
+        # by grad_scale what they read anyway: so torch.amp.GradScaler skips an update and unscales.
         self.found_inf = is_bad
-        self.grad_scale = None
+        self.grad_scale = divisor
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.param_groups:

@@ -10,16 +10,17 @@ from trainstack.optim.adamw import AdamW
 
 
 class Optimizer(Protocol):
-    """A torch.optim.Optimizer that can also withhold an update, and tell what a checkpoint needs.
+    """A torch.optim.Optimizer that can withhold an update, clip, and tell what a checkpoint needs.
 
     tests/optim holds all of this for every entry of OPTIMIZERS.
     """
 
-    def withhold(self, is_bad: torch.Tensor) -> None:
+    def prepare(self, is_bad: torch.Tensor, divisor: torch.Tensor | None) -> None:
         """Let the next step() change neither weights nor state if the scalar ``is_bad`` is 1.0.
 
-        Decided on the device: no host waits for the value (resilience/guard.py judges). With fp16
-        the GradScaler puts its own flag in the place of this one.
+        Else it divides the gradients by the scalar ``divisor``, if there is one. Decided on the
+        device: no host waits for the values (resilience/guard.py judges). With fp16 the GradScaler
+        puts its own two in their place.
         """
 
     def set_learning_rate(self, learning_rate: float) -> None: ...
