@@ -164,7 +164,9 @@ def trainer(options, steps: np.ndarray):
         samples = Samples(steps[:, order])
         assert each % settings["micro"] == 0
     loop = Loop(
-        new_model(options), arguments, train_dataset=samples,
+        new_model(options),
+        arguments,
+        train_dataset=samples,
         callbacks=[Ends()],
     )
     loop.remove_callback(PrinterCallback)

@@ -55,6 +55,19 @@ def test_a_withheld_update_changes_neither_weights_nor_state_and_the_next_one_do
     assert optimizer.updates_done() == 2
 
 
+@every_optimizer
+def test_a_divisor_divides_the_gradients(name):
+    divided, plain = small_model(), small_model()
+    for model, gradient, divisor in ((divided, 2.0, 4.0), (plain, 0.5, None)):
+        optimizer = build_optimizer(model, SECTION, name)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            optimizer.prepare(torch.tensor(0.0), divisor and torch.tensor(divisor))
+            optimizer.step()
+    assert are_equal([*divided.parameters()], [*plain.parameters()])
+
+
 class HeadNorm(nn.Module):
     """A norm for each head, as Cohere's; beside it what a model marks, and what RWKV mixes."""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,11 @@ from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.data import order
 from trainstack.errors import ConfigError
+from trainstack.prepare.held_out import is_held_out
 from trainstack.run.folder import RunFolder
+from trainstack.storage import layout
 from trainstack.train.ending import best_before
-from trainstack.train.evaluate import answer
+from trainstack.train.evaluate import Evaluation, answer, bits_per_byte
 
 
 def weights_hash(home: Path, run: str, step: int = 20) -> str:
@@ -49,6 +52,24 @@ def test_a_run_learns_evaluates_and_ends_with_a_sample(home, reference):
     assert "perplexity" in reference.stdout
     assert "sample  one" in reference.stdout and "was cut, and did not stop" in reference.stdout
     assert "rank 1 on" in reference.stdout
+
+
+def test_bits_per_byte_are_those_of_the_held_out_text(home, reference):
+    data = layout.dataset_folder(home, "tiny", None) / "train.jsonl"
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    held_out = [text for text in texts if is_held_out(text, tiny.SETTINGS["data.eval_fraction"])]
+    tokens = sum(len(text.split()) + 1 for text in held_out)  # a word, or the end of a document
+    bits = tiny.metrics(home, "reference", "eval_bits_per_byte")
+    for step, loss in tiny.metrics(home, "reference", "eval_loss").items():
+        expected = loss / math.log(2) * tokens / sum(map(len, held_out))
+        assert bits[step] == pytest.approx(expected)
+    assert f"   {bits[20]:.4f} bits per byte   (512 held-out tokens)" in reference.stdout
+
+
+def test_bits_per_byte_of_data_sets_are_joined_and_not_guessed():
+    one, other = Evaluation(1.0, 100, 200.0), Evaluation(2.0, 50, 400.0)
+    assert bits_per_byte([one, other]) == pytest.approx(200 / math.log(2) / 600)
+    assert bits_per_byte([one, other._replace(bytes=None)]) is None
 
 
 @pytest.mark.parametrize("end", [[], [*range(1, 96)]])

@@ -72,6 +72,7 @@ class Counts:
     eval_documents: int = 0
     eval_tokens: int = 0
     eval_target_tokens: int = 0
+    eval_bytes: int = 0  # of text whose tokens all carry loss; 0 in stores from before
     empty_documents: int = 0
     split_documents: int = 0  # longer than seq_len, if documents are packed whole
     dropped_documents: int = 0

@@ -270,7 +270,9 @@ def rows_of(view: View) -> Iterator[tuple[str, str]]:
     if evaluated := view.evaluated:
         perplexity, at_step = rounded(evaluated["eval_perplexity"]), f"step {evaluated['step']:,}"
         loss = f"loss {evaluated['eval_loss']:.4f}"
-        yield "held out", f"{loss}, perplexity {perplexity} at {at_step}"
+        bits = evaluated.get("eval_bits_per_byte")
+        exact = f", {bits:.4f} bits per byte" if bits else ""
+        yield "held out", f"{loss}, perplexity {perplexity}{exact} at {at_step}"
     if view.seconds_left is not None:
         yield "run ETA", duration(view.seconds_left)
     yield "checkpoint", newest_checkpoint(view)

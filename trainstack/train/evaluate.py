@@ -1,7 +1,9 @@
 """The loss on held-out data, and a sample of what the model says."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,10 +17,30 @@ from trainstack.errors import ConfigError
 from trainstack.model.trial import positions_of
 
 
+class Evaluation(NamedTuple):
+    """What held-out samples of a data set gave."""
+
+    loss: float  # mean over targets, in nats
+    targets: int
+    bytes: float | None  # of text that they are, as all held-out text has; None: not known
+
+
+def bits_per_byte(parts: Iterable[Evaluation]) -> float | None:
+    """The information of the text under the model, which compares across tokenizers; None: unknown.
+
+    See Gao et al., "The Pile" (arXiv 2101.00027), section 3.1.
+    """
+    parts = list(parts)
+    if any(part.bytes is None for part in parts):
+        return None
+    nats = sum(part.loss * part.targets for part in parts)
+    return nats / math.log(2) / max(1, sum(part.bytes for part in parts))
+
+
 def evaluate_all(
     feed: Feed, most: int | None, loss_model: nn.Module, wants_stop: Callable[[], bool]
-) -> dict[str, tuple[float, int]] | None:
-    """Of each data set with held-out samples: mean loss and number of targets; None if cut short.
+) -> dict[str, Evaluation] | None:
+    """Each data set that has held-out samples, by its label; None if cut short.
 
     ``most``: samples that are used of each; None: all. Collective: every rank must call this.
     """
@@ -26,9 +48,12 @@ def evaluate_all(
     for label, store in feed.corpus.stores.items():
         if store.eval.num_samples:
             batches, rounds = feed.held_out(label, most)
-            results[label] = evaluate(loss_model, batches, rounds, feed.world, wants_stop)
-            if results[label] is None:
+            found = evaluate(loss_model, batches, rounds, feed.world, wants_stop)
+            if found is None:
                 return None
+            loss, targets = found
+            share = store.counts.eval_bytes / max(1, store.counts.eval_target_tokens)
+            results[label] = Evaluation(loss, targets, share * targets or None)
     return results
 
 

@@ -15,6 +15,7 @@ from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
+from trainstack.train.evaluate import Evaluation, bits_per_byte
 from trainstack.train.numbers import StepResult, peak_memory_gb
 from trainstack.units import duration, rounded
 
@@ -121,28 +122,27 @@ class Report:
             self._status_at = time.monotonic()
             self.attempt.run.set_status(RUNNING, step=step)
 
-    def evaluation(self, step: int, results: dict[str, tuple[float, int]], seconds: float) -> None:
-        """``results``: of each data set, mean loss in nats and number of held-out targets."""
+    def evaluation(self, step: int, results: dict[str, Evaluation], seconds: float) -> None:
+        """``results``: of each data set."""
         if not self.is_main:
             return
         self.attempt.lease.check_often()
         sources = results if len(self.attempt.config.data.sources) > 1 else {}
-        tokens = sum(number for _, number in results.values())
-        loss = sum(loss * number for loss, number in results.values()) / max(1, tokens)
-        perplexity = perplexity_of(loss)
-        values = {"step": step, "eval_loss": loss, "eval_perplexity": perplexity}
-        values["eval_tokens"] = tokens
+        tokens = sum(part.targets for part in results.values())
+        loss = sum(part.loss * part.targets for part in results.values()) / max(1, tokens)
+        measures = {"eval_loss": loss, "eval_perplexity": perplexity_of(loss)}
+        if bits := bits_per_byte(results.values()):
+            measures["eval_bits_per_byte"] = bits
+        values = {"step": step, **measures, "eval_tokens": tokens}
         if sources:
-            values["source_eval_loss"] = {label: own for label, (own, _) in sources.items()}
+            values["source_eval_loss"] = {label: part.loss for label, part in sources.items()}
         files.append_line(self.metrics, values)
-        log.info("eval    step %s   loss %.4f   perplexity %s   (%s held-out tokens)",
-                 f"{step:,}", loss, rounded(perplexity), f"{tokens:,}")  # fmt: skip
-        for label, (own, number) in sources.items():
-            log.info("        %s: loss %.4f   perplexity %s   (%s tokens)", label, own,
-                     rounded(perplexity_of(own)), f"{number:,}")  # fmt: skip
-        if self._tensorboard:
-            self._tensorboard.add_scalar("eval/loss", loss, step)
-            self._tensorboard.add_scalar("eval/perplexity", perplexity, step)
+        log.info("eval    step %s   %s held-out tokens)", f"{step:,}", told(loss, bits, tokens))
+        for label, part in sources.items():
+            told_of = told(part.loss, bits_per_byte([part]), part.targets)
+            log.info("        %s: %s tokens)", label, told_of)
+        for name, value in measures.items() if self._tensorboard else ():
+            self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
         self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def save_begins(self) -> None:
@@ -196,6 +196,12 @@ def drop_beyond(step: int, run: RunFolder) -> None:
     kept = [line for line in lines if record_in(line).get("step", math.inf) <= step]
     if len(kept) < len(lines):
         files.replace_file(path, b"".join(kept))
+
+
+def told(loss: float, bits: float | None, tokens: int) -> str:
+    """The measures of an evaluation in a line, up to its number of tokens."""
+    exact = f"   {bits:.4f} bits per byte" if bits else ""
+    return f"loss {loss:.4f}   perplexity {rounded(perplexity_of(loss))}{exact}   ({tokens:,}"
 
 
 def perplexity_of(loss: float) -> float:
