@@ -18,7 +18,10 @@ from trainstack.model import trial
 from trainstack.model.attention import apart, check_apart, use
 
 log = logging.getLogger("trainstack")
-CHUNK_LOGITS = 1 << 24  # logits that exist at once in fp32: 64 MiB
+# Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
+# adds to the gradient of the whole head, so that it has some tokens at least.
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+LEAST_TOKENS = 256
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -193,7 +196,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=accumulate, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = None
-        chunk = max(1, CHUNK_LOGITS // weight.shape[0])
+        chunk = max(LEAST_TOKENS, CHUNK_LOGITS[hidden.device.type] // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             low_hidden = hidden[rows].to(compute)
