@@ -515,7 +515,7 @@ NO_NODES = "allocation failure: Requested node configuration is not available"
     [
         ("idle", ["--exclude=gpu-[1-9]"], "no nodes of partition gpu are as the job asks; look at"),
         ("drain", [], "no nodes for it now: some are down, drained or reserved (sinfo -R)"),
-        ("idle", ["--nodelist=gpu-1"], f"asked when the job could start: {NO_NODES}"),
+        ("idle", ["--nodes=2", "--nodelist=gpu-1"], f"asked when the job could start: {NO_NODES}"),
     ],
 )
 def test_where_slurm_finds_no_nodes_it_depends_on_whether_all_are_there(site, state, options, told):

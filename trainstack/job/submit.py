@@ -46,7 +46,7 @@ CERTAIN = re.compile(
     "(?i)invalid|not a valid|unrecogni|ambiguous|an argument|unable to open|dependency problem"
     "|mutually exclusive|account|qos|policy|limit"
 )
-NODE_LIST = re.compile(r"(-w|-F|--nodelist|--nodefile)\b")
+NODE_LIST = re.compile(r"(^|\s)(-w|-F|--nodelist|--nodefile)")
 LONG_WAIT_SECONDS = 900
 NEVER_SECONDS = 30 * 86400  # what Slurm says of jobs before it that have no limit
 
@@ -194,7 +194,7 @@ def without_nodes(text: str, resources: Resources, request: Request) -> str:
     options = " ".join(request.sbatch_options)
     asked = [*re.findall(r"(?m)^#SBATCH\s+(.*)$", request.job_script.read_text()), options]
     kinds = read_nodes(request.said)
-    if "node configuration" not in text or not kinds or any(map(NODE_LIST.match, asked)):
+    if "node configuration" not in text or not kinds or any(map(NODE_LIST.search, asked)):
         return text
     wanted = partitions_of(resources, kinds)
     if any(kind.is_away for kind in kinds if kind.partition in wanted):
