@@ -83,7 +83,10 @@ read_arguments() {
   CONFIG="$HERE/config.yaml"
   while (($#)); do
     case "$1" in
-      -h | --help) usage && exit ;;
+      -h | --help)
+        usage || true # nobody may read it
+        exit 0
+        ;;
       --config=*) CONFIG="${1#--config=}" ;;
       --config)
         (($# > 1)) || die "--config needs a file" 2

@@ -46,7 +46,10 @@ parse() {
   RUN="" QUESTION=""
   while (($#)); do
     case "$1" in
-      -h | --help) usage && exit ;;
+      -h | --help)
+        usage || true # nobody may read it
+        exit 0
+        ;;
       --follow | --ledger | --goodput)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2

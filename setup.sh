@@ -37,7 +37,10 @@ die() {
 
 main() {
   case "${1:-}" in
-    -h | --help) usage && return ;;
+    -h | --help)
+      usage || true # nobody may read it
+      return
+      ;;
     --check | --is-ready | "") ;;
     --beside)
       [[ -f "${2:-}" ]] || die "--beside needs a requirements file" 2

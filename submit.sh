@@ -38,6 +38,8 @@ MEANT+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING)'
 RESOURCES=('--cpus-per-task|-c|--cpus-per-gpu' '--mem|--mem-per-cpu|--mem-per-gpu'
   '--gpus|-G|--gpus-per-node|--gpus-per-task|--gpus-per-socket|--gres[= ][^ ]*gpu'
   '--ntasks|-n|--ntasks-per-node|--ntasks-per-gpu|--ntasks-per-core|--ntasks-per-socket')
+WITHOUT_VALUE='-H --hold -O --overcommit -s --oversubscribe -Q --quiet -v --verbose -k --no-kill
+ --contiguous --requeue --no-requeue --spread-job --use-min-nodes --parsable --reboot --exclusive'
 unset TRAINSTACK_CHAIN  # set by --chain alone
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
@@ -57,7 +59,7 @@ main() {
   source "$HERE/slurm.sh"
   if [[ -n "$RESUME" ]]; then find_run; fi
   check=("$TRAINSTACK_PYTHON" -m trainstack.job.submit --home "$TRAINSTACK_HOME"
-    --repository "$HERE" --config "$CONFIG")
+    --repository "$HERE" --config "$CONFIG" --shell "$$" --asked-at "$(date +%s.%N)")
   # What Slurm says is passed on stdin: an argument may have 128 KiB, which 8000 jobs fill.
   if [[ -n "$IS_LOCAL" ]]; then
     check+=(--local)
@@ -90,7 +92,10 @@ parse() {
   CONFIG="" RESUME="" IS_LOCAL="" IS_DRY="" CHAIN="" SETTINGS=() SBATCH_OPTIONS=()
   while (($#)); do
     case "$1" in
-      -h | --help) usage && exit 0 ;;
+      -h | --help)
+        usage || true # nobody may read it
+        exit 0
+        ;;
       --config)
         (($# > 1)) || die "--config needs a file" 2
         name_file "$2"
@@ -155,7 +160,7 @@ check_resume() {
     die "--resume takes the settings of the run; leave out $CONFIG, or write key=value" 2
   for setting in ${SETTINGS[@]+"${SETTINGS[@]}"}; do
     [[ "$setting" != run.name=* ]] ||
-      die "--resume $RESUME continues that run; leave out: $setting" 2
+      die "--resume $RESUME continues that run; for another one: bash submit.sh FILE $setting" 2
   done
 }
 
@@ -193,12 +198,17 @@ check_chain_length() {
 }
 
 check_sbatch_options() {
-  local option
+  local option before=""
   [[ -z "$CHAIN" || -z "$IS_LOCAL" ]] ||
     die "--local has no time limit and needs no chain; leave out: --chain" 2
   for option in ${SBATCH_OPTIONS[@]+"${SBATCH_OPTIONS[@]}"}; do
     [[ ! "$option" =~ ^[a-z]+\.[a-z_]+= ]] ||
       die "$option is a setting; write it before the --" 2
+    # sbatch would take it for the job's script.
+    [[ "$option" == -* ]] ||
+      [[ "$before" =~ ^(-[a-zA-Z]|--[^=]+)$ && " $WITHOUT_VALUE " != *" $before "* ]] ||
+      die "$option is no option of sbatch, and the job is train.slurm; leave it out" 2
+    before="$option"
     case "$CHAIN $option" in
       *" --array"* | *" -a"* | *" --wrap"*)
         die "one job at a time works on a run, by train.slurm; leave out: $option" 2
@@ -282,6 +292,9 @@ write_job_script() {
   option="$(grep -m 1 -nE "^#SBATCH.*[[:space:]]($option)" "$HERE/train.slurm")" || true
   [[ -z "$option" ]] ||
     die "train.slurm:${option%%:*}: submit.sh decides this; remove ${option#*:}" 2
+  option="$(grep -m 1 -nE '^[A-Za-z_]+( +=|= +[^ #])' "$HERE/train.slurm")" || true
+  [[ -z "$option" ]] ||
+    die "train.slurm:${option%%:*}: bash takes no blank beside =; correct ${option#*:}" 2
   option="$(bash -n "$HERE/train.slurm" 2>&1)" || die "train.slurm is no bash: ${option%%$'\n'*}" 2
   [[ -d "${TMPDIR:-/tmp}" ]] || unset TMPDIR
   JOB_SCRIPT="$(mktemp)"

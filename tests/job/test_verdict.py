@@ -55,6 +55,12 @@ def paused(run: RunFolder) -> None:
     run.pause("7", 3, "SIGTERM")
 
 
+def paused_and_taken_over(run: RunFolder) -> None:
+    paused(run)
+    run.set_status("STARTING", job="8", attempt=1)
+    run.add_event("attempt", job="8", attempt=1, newest=5)
+
+
 def paused_without_progress(run: RunFolder) -> None:
     forget_progress(run)
     paused(run)
@@ -95,6 +101,9 @@ SITUATIONS: dict[str, tuple[Callable, str, int, str | None]] = {
     ),
     "failed without progress": (failed_without_progress, "end", 76, "NO_PROGRESS"),
     "failed, srun ended the others": (failed_and_ended_by_srun, "restart", 1, "RESTARTING"),
+    "paused, and the next job of the chain has begun": (
+        paused_and_taken_over, "requeue", 75, None
+    ),
     "stopped, then failed": (stopped_then_failed, "requeue", 75, "PAUSED"),
     "wrong setting": (lambda run: fail(run, code=2), "end", 2, "FAILED"),
     "a node is blind": (lambda run: node_failed(run, is_final=True), "end", 1, "FAILED"),

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from trainstack.errors import ConfigError, Failed
 from trainstack.hub.asset import Asset
 from trainstack.hub.fetch import inspect, provide
 from trainstack.job.inputs import check_inputs
-from trainstack.monitor.clean import items_of, main
+from trainstack.monitor.clean import items_of, jobs_of_slurm, main
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
+from trainstack.run.lease import user
 from trainstack.storage.files import write_file
 from trainstack.storage.manifest import write_manifest
 
@@ -94,7 +96,7 @@ def test_a_full_project_comes_below_a_size_by_its_own_advice(own_home, capsys):
     wanted = before - 60_000
     assert clean(own_home, "--below", str(wanted)) == 0
     told = capsys.readouterr().out
-    command = next(line.split() for line in told.splitlines() if "trainstack clean" in line)
+    command = next(shlex.split(line) for line in told.splitlines() if "trainstack clean" in line)
     assert clean(own_home, *command[command.index("clean") + 1 :]) == 0
     after = sum(item.size for item in items_of(own_home) if "/checkpoints/" not in item.name)
     assert after <= wanted
@@ -130,6 +132,22 @@ def test_a_run_that_a_job_works_on_is_not_removed(own_home, how):
         clean(own_home, "runs/live")
 
 
+def test_a_job_that_was_cancelled_in_the_queue_holds_no_run(own_home, tmp_path, monkeypatch):
+    run = make_run(own_home, "live", "QUEUED", [5])
+    run.add_event("submitted", job="77", user=user())
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'job|77|PENDING|0:00|None|'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    jobs_of_slurm.cache_clear()
+    with pytest.raises(Failed, match="runs/live: a job works on it or waits to"):
+        clean(own_home, "runs/live")
+    squeue.write_text("#!/bin/sh\necho 'job|77|CANCELLED|0:00|None|'\n")
+    jobs_of_slurm.cache_clear()
+    assert clean(own_home, "runs/live") == 0
+    jobs_of_slurm.cache_clear()
+
+
 def test_a_run_that_has_ended_may_go_though_its_heartbeat_is_seconds_old(own_home):
     run = make_run(own_home, "done", "DONE", [5])
     run.set_status("DONE", job="77")
@@ -147,6 +165,8 @@ def test_a_run_whose_settings_cannot_be_read_keeps_everything(own_home):
 def test_a_name_that_is_not_listed_and_a_size_that_is_none_are_refused(own_home):
     with pytest.raises(ConfigError, match="models/../x: not in the list"):
         clean(own_home, "models/../x")
+    with pytest.raises(ConfigError, match="--below advises, and removes nothing; leave it out"):
+        clean(own_home, "models/tiny", "--below", "1GB")
     with pytest.raises(ConfigError, match="--below much is not a size; write for example 50GB"):
         clean(own_home, "--below", "much")
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -345,7 +346,7 @@ WRONG_USE = [
     (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N2"], "no multiple of"),
     (["--", "--nodes=3", "--gpus-per-node=h100:8"], "x 24 processes; write train.global_batch"),
     (["--", "--nodes=0"], "0 processes cannot train"),
-    (["--", "--time=3"], "--time=3 is too short: train.slurm asks for a warning 180 s before the"),
+    (["--", "--time=3"], "--time=3 is too short: --signal asks for a warning 180 s before the"),
     (["--", "--gpus=3", "-N2"], "--gpus=3 cannot be the same on each of 2 nodes"),
     (["--", "-o", "x.log"], "logs lie in the folder of the run, where monitor.sh looks; leave out"),
     (
@@ -353,6 +354,19 @@ WRONG_USE = [
         "one job at a time works on a run, by train.slurm; leave out: --array=1-3",
     ),
     (["--", "--export=ALL"], "train.slurm holds what a job is to have; leave out: --export=ALL"),
+    (["--", "other.sh"], "other.sh is no option of sbatch, and the job is train.slurm"),
+    (["--", "--hold", "other.sh"], "other.sh is no option of sbatch"),
+    (
+        ["--", "--nodes=two"],
+        "--nodes=two is no value that Slurm reads; write for example --nodes=2",
+    ),
+    (["--", "--nodes=3-1"], "--nodes=3-1: the least comes first; write 1-3"),
+    (["--", "--gpus-per-node="], "--gpus-per-node= is no value that Slurm reads"),
+    (["--", "--gpus-per-node=many"], "--gpus-per-node=many is no value that Slurm reads"),
+    (["--", "--time=-5"], "--time=-5 is no value that Slurm reads"),
+    (["--", "--gpus-per-socket=1"], "--gpus-per-socket is not passed on to srun; write"),
+    (["--", "--signal=USR2@60"], "--signal=USR2@60 does not reach what saves the run"),
+    (["train.global_batch_size=9", "train.micro_batch_size=3", "--", "-N1-2"], "no multiple of"),
     (["--", "--test-only"], "--dry-run, before the --, makes all checks; leave out: --test-only"),
 ]
 
@@ -493,6 +507,84 @@ def test_nodes_that_are_only_down_and_a_late_start_are_told(site):
         assert told in said
 
 
+NO_NODES = "allocation failure: Requested node configuration is not available"
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "told"),
+    [
+        ("idle", ["--exclude=gpu-[1-9]"], "no nodes of partition gpu are as the job asks; look at"),
+        ("drain", [], "no nodes for it now: some are down, drained or reserved (sinfo -R)"),
+        ("idle", ["--nodes=2", "--nodelist=gpu-1"], f"asked when the job could start: {NO_NODES}"),
+    ],
+)
+def test_where_slurm_finds_no_nodes_it_depends_on_whether_all_are_there(site, state, options, told):
+    site.commands.add("sinfo", f"echo 'node|gpu|gpu*|3|64|256000|gpu:2|2-00:00:00|1-10|up|{state}'")
+    site.sbatch("echo 4711", trial=f"echo '{NO_NODES}' >&2; exit 1")
+    result = site.submit("--", *options)
+    assert told in result.stderr
+    is_refused = state == "idle" and not any("nodelist" in option for option in options)
+    assert result.returncode == (2 if is_refused else 0)
+    assert site.submissions() == [] if is_refused else site.submissions()
+
+
+def test_a_blank_beside_an_equals_sign_in_train_slurm_is_found_before_the_queue(site):
+    script = site.checkout / "train.slurm"
+    script.write_text(f"{script.read_text()}\nNPROC_PER_NODE = 2\n")
+    line = complaint(site.submit(), 2)
+    assert "bash takes no blank beside =; correct NPROC_PER_NODE = 2" in line
+
+
+def test_a_second_submit_while_the_first_one_starts_changes_nothing(site):
+    """Nobody has the lease yet: the job begins seconds later."""
+    fake_torchrun(site)
+    body = site.python.read_text()
+    site.python.write_text(body.replace("  exit 0\n", "  sleep 4; exit 0\n"))
+    first = subprocess.Popen(
+        [BASH, site.checkout / "submit.sh", "--local"], cwd=site.cwd, env=site.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    config = site.run_dir / "config.yaml"
+    while not (site.run_dir / "status.json").exists():
+        time.sleep(0.05)
+    before = config.read_bytes()
+    told = f"run first is in the hands of process {first.pid}, which has just begun; wait for it"
+    for options in ([], ["--local"]):
+        second = site.submit(*options, "run.seed=9")
+        assert (second.returncode, second.stdout) == (78, "")
+        assert told in second.stderr.splitlines()[-1]
+    assert config.read_bytes() == before
+    assert first.wait() == 0, first.stdout.read()
+    assert site.submit("run.seed=9").returncode == 0, "its process has ended"
+
+
+def test_a_job_that_was_submitted_after_slurm_was_asked_counts(site):
+    """As by another submit.sh at the same moment, which has ended meanwhile."""
+    run = RunFolder(site.run_dir)
+    run.create()
+    event = '{"event": "submitted", "job": "77", "at": "2999-01-01T00:00:00.000Z"}'
+    (run.path / "events.jsonl").write_text(f"{event}\n")
+    result = site.submit()
+    assert result.returncode == 78 and site.submissions() == []
+    assert "run first has job 77, just submitted; wait for it" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "script", ["submit.sh", "monitor.sh", "setup.sh", "download_data_model.sh"]
+)
+def test_help_that_nobody_reads_does_nothing_else(site, script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    before = site.files()
+    result = subprocess.run(
+        [BASH, site.checkout / script, "--help", *["--local"] * (script == "submit.sh")],
+        stdout=writer, stderr=subprocess.PIPE, text=True, cwd=site.cwd, env=site.environment,
+    )  # fmt: skip
+    os.close(writer)
+    assert result.returncode == 0 and "error" not in result.stderr
+    assert site.files() == before
+
+
 def test_a_slurm_that_is_silent_costs_seconds_and_one_line(site):
     site.commands.add("squeue", "sleep 60")
     line = complaint(site.submit(ANSWER_SECONDS="1"), 1)
@@ -613,7 +705,11 @@ RESUMES = [
     (["--resume", "second"], 1, "no run second in "),
     (["--resume"], 2, "--resume needs the name of a run; bash monitor.sh lists them"),
     (["--resume", "../x"], 2, "--resume ../x is not the name of a run"),
-    (["--resume", "first", "run.name=b"], 2, "continues that run; leave out: run.name=b"),
+    (
+        ["--resume", "first", "run.name=b"],
+        2,
+        "continues that run; for another one: bash submit.sh FILE run.name=b",
+    ),
     (["--resume", "first", "my.yaml"], 2, "takes the settings of the run; leave out my.yaml"),
     (["a.yaml", "--config", "b.yaml"], 2, "one file of settings at a time, got a.yaml and b.yaml"),
 ]

@@ -76,7 +76,7 @@ def note_submission(run: RunFolder, job: str, code: int, cause: str) -> None:
         run.add_event("not_submitted", cause=cause)
     if code and run.status_before.exists():  # of a chain, the first job
         former = json.loads(run.status_before.read_bytes())
-        if former:
+        if former and former.get("state") != NOT_SUBMITTED:
             files.replace_file(run.path / "status.json", json.dumps(former).encode())
         else:
             run.set_status(

@@ -8,14 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainstack.errors import ConfigError
+from trainstack.run.nodes import NodeKind, number_in
 from trainstack.units import counted
 
 OPTIONS = (  # of sbatch
     ("--nodes", "-N"), ("--time", "-t"), ("--partition", "-p"), ("--qos", "-q"),
     ("--gpus", "-G"), ("--gpus-per-node",), ("--gpus-per-task",), ("--gres",),
     ("--ntasks", "-n"), ("--ntasks-per-node",), ("--cpus-per-task", "-c"), ("--cpus-per-gpu",),
-    ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",), ("--exclusive",),
+    ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",), ("--exclusive",), ("--gpus-per-socket",),
 )  # fmt: skip
+FORMS = {  # of their values, and one to write
+    "nodes": (r"\d+[km]?(-\d+[km]?)?(:\d+)?(,\d+(-\d+)?(:\d+)?)*", "2"),
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"),
+                    (r"([A-Za-z][\w.-]*:)?\d+(,[A-Za-z][\w.-]*:\d+)*", "2")),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "cpus-per-task", "cpus-per-gpu"), (r"\d+", "2")),
+    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), (r"(?i)\d+(\.\d+)?[kmgt]?b?", "16G")),
+    "time": (r"(?i)unlimited|infinite|(\d+-)?\d+(:\d+){0,2}", "2:00:00"),
+    **dict.fromkeys(("partition", "qos", "gres"), (".+", "NAME")),
+}  # fmt: skip
+WARNING = "B:USR1@240"
 LEAST_SECONDS = 60  # of a job before it is warned of its end
 MEGABYTES = {"k": 1 / 1024, "m": 1, "": 1, "g": 1024, "t": 1024**2}  # in a unit of --mem
 
@@ -51,8 +62,9 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
     asked = _options([word for line in lines for word in line.split()] + sbatch_options)
+    check_forms(asked)
     check_warning(asked.get("time", ""), [*lines, *sbatch_options])
-    nodes = _number(asked.get("nodes", "1"))
+    nodes = number_in(asked.get("nodes", "1"))
     tasks = _tasks_per_node(asked, nodes)
     gpus = _gpus_per_node(asked, nodes, tasks)
     cpus = _cpus_per_node(asked, tasks, gpus)
@@ -65,21 +77,44 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
         time=asked.get("time", ""),
         partitions=[name for name in asked.get("partition", "").split(",") if name],
         has_qos="qos" in asked,
-        processes_per_node=_number(edited[1] or "0") if edited else None,
+        processes_per_node=number_in(edited[1] or "0") if edited else None,
         options=asked,
     )
 
 
 def check_warning(time: str, options: list[str]) -> None:
     """ConfigError if the job would be over when Slurm warns it of its end, as train.slurm asks."""
-    signals = re.findall(r"--signal=B:\w+@(\d+)", " ".join(options))
-    seconds, minutes = int(signals[-1]) if signals else 0, _minutes(time)
+    signals = re.findall(r"--signal[= ]+(\S+)", " ".join(options))
+    warning = re.fullmatch(r"B:(?:SIG)?USR1@(\d+)", signals[-1] if signals else WARNING)
+    if not warning:
+        raise ConfigError(
+            f"--signal={signals[-1]} does not reach what saves the run before the job ends; leave "
+            f"it out, or write --signal={WARNING}"
+        )
+    seconds, minutes = int(warning[1]) if signals else 0, _minutes(time)
     if seconds > 1 and minutes and minutes * 60 <= seconds + LEAST_SECONDS:
         least = seconds // 60 + 2
         raise ConfigError(
-            f"--time={time} is too short: train.slurm asks for a warning {seconds} s before the "
+            f"--time={time} is too short: --signal asks for a warning {seconds} s before the "
             f"end, at which the job saves and stops; write --time={least} or more"
         )
+
+
+def check_forms(asked: dict[str, str]) -> None:
+    """ConfigError for values that sbatch would not take, or take for something else."""
+    problems = [
+        f"--{name}={value} is no value that Slurm reads; write for example --{name}={example}"
+        for name, (form, example) in FORMS.items()
+        for value in [asked.get(name)]
+        if value is not None and not re.fullmatch(form, value)
+    ]
+    least, _, most = asked.get("nodes", "").partition("-")
+    if least.isdigit() and most.isdigit() and int(least) > int(most):
+        problems.append(f"--nodes={least}-{most}: the least comes first; write {most}-{least}")
+    if "gpus-per-socket" in asked:
+        problems.append("--gpus-per-socket is not passed on to srun; write --gpus-per-node=N")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _options(words: list[str]) -> dict[str, str]:
@@ -93,8 +128,8 @@ def _options(words: list[str]) -> dict[str, str]:
 
 def _tasks_per_node(asked: dict[str, str], nodes: int | None) -> int | None:
     if "ntasks-per-node" in asked:
-        return _number(asked["ntasks-per-node"])
-    tasks = _number(asked.get("ntasks", "1"))
+        return number_in(asked["ntasks-per-node"])
+    tasks = number_in(asked.get("ntasks", "1"))
     return -(-tasks // nodes) if tasks and nodes else None
 
 
@@ -102,11 +137,11 @@ def _gpus_per_node(asked: dict[str, str], nodes: int | None, tasks: int | None) 
     """ConfigError if a total is said that the nodes cannot share evenly."""
     gres = _gres_of_gpus(asked)
     if "gpus-per-node" in asked or gres:
-        return _number(asked.get("gpus-per-node") or gres[0].partition(":")[2] or "1")
+        return number_in(asked.get("gpus-per-node") or gres[0].partition(":")[2] or "1")
     if "gpus-per-task" in asked:
-        per_task = _number(asked["gpus-per-task"])
+        per_task = number_in(asked["gpus-per-task"])
         return per_task * tasks if per_task is not None and tasks else None
-    total = _number(asked.get("gpus", "0"))
+    total = number_in(asked.get("gpus", "0"))
     if total and nodes and total % nodes:
         raise ConfigError(
             f"--gpus={asked['gpus']} cannot be the same on each of {nodes} nodes; write "
@@ -129,9 +164,9 @@ def _gres_of_gpus(asked: dict[str, str]) -> list[str]:
 
 def _cpus_per_node(asked: dict[str, str], tasks: int | None, gpus: int | None) -> int | None:
     if "cpus-per-gpu" in asked:
-        each, count = _number(asked["cpus-per-gpu"]), gpus
+        each, count = number_in(asked["cpus-per-gpu"]), gpus
     else:
-        each, count = _number(asked.get("cpus-per-task", "1")), tasks
+        each, count = number_in(asked.get("cpus-per-task", "1")), tasks
     return each * count if each and count else None
 
 
@@ -142,58 +177,6 @@ def _megabytes_per_node(asked: dict[str, str], cpus: int | None, gpus: int | Non
             size = _size(asked[name])
             return size * count if size is not None and count else None
     return None
-
-
-def _number(text: str) -> int | None:
-    """4, or the 8 of h100:8; None for ranges and lists such as 2-4."""
-    last = text.rpartition(":")[2]
-    return int(last) if last.isdigit() else None
-
-
-@dataclass(frozen=True)
-class NodeKind:
-    """One line of sinfo, ``node|partition|partition*|nodes|CPUs|MB|gres|time|size|up|state``."""
-
-    partition: str
-    is_default: bool
-    count: int
-    cpus: int
-    megabytes: int
-    gpus: dict[str, int]  # by type
-    time: str
-    most_nodes: int | None  # of one job; None: as many as there are
-
-    def gpus_of(self, gpu_type: str) -> int:
-        return self.gpus.get(gpu_type, 0) if gpu_type else sum(self.gpus.values())
-
-
-def read_nodes(text: str) -> list[NodeKind]:
-    """The kinds of nodes that Slurm told; other lines are left out."""
-    found = []
-    for line in text.splitlines():
-        words = line.split("|")
-        if words[0] != "node" or len(words) != 11:
-            continue
-        _, partition, marked, count, cpus, memory, gres, time, size, _, _ = words
-        counts = [_number(each.rstrip("+")) for each in (count, cpus, memory)]
-        if all(counts[:2]) and counts[2] is not None:  # of powered-down nodes Slurm may say 0
-            is_default = marked.endswith("*") and not partition.endswith("*")
-            most_nodes = _number(size.rpartition("-")[2])
-            kind = (partition, is_default, *counts, _gpus_of(gres), time, most_nodes)
-            found.append(NodeKind(*kind))
-    return found
-
-
-def _gpus_of(gres: str) -> dict[str, int]:
-    """``{"h100": 8}`` of ``gpu:h100:8(S:0-1),nvme:1``; without a type its name is empty."""
-    found: dict[str, int] = {}
-    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
-        words = part.split(":")
-        count = _number(words[-1]) if len(words) > 1 else 1
-        if words[0] == "gpu" and count is not None:
-            gpu_type = words[1] if len(words) > 2 else ""
-            found[gpu_type] = found.get(gpu_type, 0) + count
-    return found
 
 
 def partitions_of(asked: Resources, kinds: list[NodeKind]) -> list[str]:
@@ -256,7 +239,7 @@ def _excesses(asked: Resources, partition: str, kinds: list[NodeKind]) -> Iterat
         for row, kind in enumerate(kinds)
         if all(amount is None or amount <= have[row] for _, amount, have, _ in amounts)
     )
-    least = _number(asked.options.get("nodes", "1").partition("-")[0])  # of a range
+    least = number_in(asked.options.get("nodes", "1").partition("-")[0])  # of a range
     if is_each_enough and least and least > fitting:
         yield Excess(
             f"{_as_written('nodes', asked.options)}, but partition {partition} has {fitting:,} "

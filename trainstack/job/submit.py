@@ -18,24 +18,23 @@ from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config, OptimSection
 from trainstack.data.corpus import not_used
-from trainstack.errors import ConfigError, Failed, Refused
+from trainstack.errors import ConfigError, Failed
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import (
     Resources,
     check_partition,
     partitions_of,
-    read_nodes,
     read_resources,
 )
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule
-from trainstack.processes import is_dead, run_command
+from trainstack.processes import run_command
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, is_known_here, user
-from trainstack.run.queue import NO_JOB, Job, read_queue
-from trainstack.run.states import QUEUED
+from trainstack.run.nodes import read_nodes
+from trainstack.run.owner import check_owner, claim
+from trainstack.run.queue import read_queue
 from trainstack.storage import layout
 from trainstack.units import age
 
@@ -43,7 +42,11 @@ SPEAKER = "submit.sh"
 LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
 MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
-CERTAIN = re.compile("(?i)invalid|unrecogni|mutually exclusive|account|qos|policy|limit")
+CERTAIN = re.compile(
+    "(?i)invalid|not a valid|unrecogni|ambiguous|an argument|unable to open|dependency problem"
+    "|mutually exclusive|account|qos|policy|limit"
+)
+NODE_LIST = re.compile(r"(^|\s)(-w|-F|--nodelist|--nodefile)")
 LONG_WAIT_SECONDS = 900
 NEVER_SECONDS = 30 * 86400  # what Slurm says of jobs before it that have no limit
 
@@ -60,6 +63,8 @@ class Request:
     is_local: bool
     is_dry_run: bool
     job_script: Path  # train.slurm with what the command line replaces
+    shell: int  # process of submit.sh, which without Slurm becomes the job; 0: none
+    asked_at: float  # when Slurm was asked, in seconds since 1970
     said: str  # by Slurm, of its jobs and nodes and of this job; empty if it was not asked
 
 
@@ -88,6 +93,8 @@ def parse(arguments: list[str]) -> Request:
     parser.add_argument("--dry-run", action="store_true", dest="is_dry_run")
     parser.add_argument("--queue", action="store_true", help="stdin has what Slurm says")
     parser.add_argument("--job-script", type=Path)
+    parser.add_argument("--shell", type=int, default=0, metavar="PID")
+    parser.add_argument("--asked-at", type=float, default=0.0, metavar="SECONDS")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_known_args(arguments[:split])
     options.said = sys.stdin.read() if options.queue else ""
@@ -135,11 +142,18 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     for line in lines:
         say(line)
     if not request.is_dry_run:
-        make_run_folder(request.repository, config, run, request.is_local)
+        begin(request, config, run)
     kept = "would be kept" if request.is_dry_run else "kept"
     whole = f"{resources} | code and config {kept} in {run.path}/code"
     say(f"run {run.path.name} -> {run.path}" if request.is_local else whole)
     return "ready", run
+
+
+def begin(request: Request, config: Config, run: RunFolder) -> None:
+    """Make the run folder, as the only one who does."""
+    if request.shell:
+        claim(request.home / "cache" / "locks", run, request.shell, request.asked_at)
+    make_run_folder(request.repository, config, run, request.is_local)
 
 
 def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
@@ -168,7 +182,28 @@ def check_resources(request: Request) -> tuple[Resources, list[str]]:
         resources = replace(resources, gpus_per_node=counts.pop() if len(counts) == 1 else None)
     if kinds and not resources.gpus_per_node and not any(kind.gpus for kind in kinds):
         resources = replace(resources, gpus_per_node=None)  # a site that does not count its GPUs
-    return resources, [*remarks, *check_trial(code, text)]
+    return resources, [*remarks, *check_trial(code, without_nodes(text, resources, request))]
+
+
+def without_nodes(text: str, resources: Resources, request: Request) -> str:
+    """What Slurm said to the trial; where it found no nodes, why.
+
+    ConfigError if all of the partition are there, so that none will ever be found. With a list of
+    nodes the trial of Slurm 22.05 finds none that sbatch then takes.
+    """
+    options = " ".join(request.sbatch_options)
+    asked = [*re.findall(r"(?m)^#SBATCH\s+(.*)$", request.job_script.read_text()), options]
+    kinds = read_nodes(request.said)
+    if "node configuration" not in text or not kinds or any(map(NODE_LIST.search, asked)):
+        return text
+    wanted = partitions_of(resources, kinds)
+    if any(kind.is_away for kind in kinds if kind.partition in wanted):
+        return "no nodes for it now: some are down, drained or reserved (sinfo -R); it waits"
+    raise ConfigError(
+        f"no nodes of partition {','.join(wanted)} are as the job asks; look at "
+        f"{f'-- {options}' if options else 'the #SBATCH lines'}, and what there is: "
+        'sinfo -o "%P %D %c %m %G %f"'
+    )
 
 
 def check_batch(config: Config, resources: Resources, processes: str) -> None:
@@ -183,9 +218,11 @@ def check_batch(config: Config, resources: Resources, processes: str) -> None:
     per_node = int(processes) if processes else resources.processes_per_node
     if per_node == 0 and resources.gpus_per_node is not None:
         per_node = resources.gpus_per_node or 2
-    if resources.nodes is None or not per_node:
+    least, _, most = str(resources.nodes or resources.options["nodes"]).partition("-")
+    if not per_node or not least.isdigit():
         return  # train.py checks it as well, when it knows
-    config.batch_plan(resources.nodes * per_node)
+    for nodes in range(int(least), int(most if most.isdigit() else least) + 1):
+        config.batch_plan(nodes * per_node)
 
 
 def read_trial(said: str) -> tuple[str, str]:
@@ -269,45 +306,6 @@ def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) 
         f"the learning rate jumps: by these settings it is {now:.3g} at step {last['step']:,}, "
         f"which was trained at {before:.3g}; step {step + 1:,} will be at {rate_at(step + 1):.3g}"
     ]
-
-
-def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
-    """Refused if a job that runs or waits already works on this run.
-
-    Slurm may hide the jobs of others: then the heartbeat of the run tells.
-    """
-    name, submitted = run.path.name, [e for e in run.events() if e["event"] == "submitted"]
-    live = [
-        job for job in dict.fromkeys(e["job"] for e in submitted) if jobs.get(job, NO_JOB).is_live
-    ]
-    if live:  # of a chain, several
-        named = ", ".join(f"{job} ({jobs[job].state})" for job in live)
-        held = [job for job in live if jobs[job].is_held]
-        wait = f"scontrol release {held[0]}" if held else "wait for it"
-        raise Refused(
-            f"run {name} has job {named} already; {wait}, or end it: scancel {' '.join(live)}"
-        )
-    last = submitted[-1] if submitted else {}
-    other = last.get("user", user())
-    if run.status().get("state") == QUEUED and other != user() and last["job"] not in jobs:
-        raise Refused(
-            f"run {name} has job {last['job']} of {other}, which Slurm does not show you; ask "
-            "them, or choose another run.name"
-        )
-    holder = Lease(run.path).unreleased()
-    if holder is None or (is_known_here(holder) and is_dead(holder)):
-        return  # its heartbeat may be seconds old
-    job = holder["job"]
-    held = f"run {name} is in the hands of job {job}"
-    if is_known_here(holder):
-        raise Refused(f"{held}; wait for it, or stop it: kill -INT {holder['pid']}")
-    if jobs.get(job, NO_JOB).is_started:
-        raise Refused(f"{held}; wait for it")
-    if job not in jobs and run.is_beating(job):
-        raise Refused(
-            f"{held} of {holder.get('user', 'somebody')}, whose heartbeat is "
-            f"{age(run.silence(job))} old; wait for it"
-        )
 
 
 if __name__ == "__main__":

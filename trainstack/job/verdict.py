@@ -11,6 +11,7 @@ from trainstack.job.blame import blame, ranks_of, unreported
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.lease import Lease, Owner, order_of
 from trainstack.run.states import EXIT_CODES
+from trainstack.units import counted
 
 RESTART, REQUEUE, END = "restart", "requeue", "end"  # what the job's shell does next
 RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
@@ -60,6 +61,10 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
     if is_ours and status["state"] in EXIT_CODES:
         verdict = REQUEUE if status["state"] == "PAUSED" else END
         return Ending(verdict, EXIT_CODES[status["state"]])
+    # The next job of a chain may have begun at once, and the status be its own.
+    ended = [e["event"].upper() for e in run.events() if is_of(e, owner)]
+    if not is_ours and ended and ended[-1] in ("PAUSED", "DONE"):
+        return Ending(REQUEUE if ended[-1] == "PAUSED" else END, EXIT_CODES[ended[-1]])
     # The run is another attempt's by now, and so is its status.
     if is_replaced(run, owner):
         line = f"REFUSED: attempt {attempt} of job {job} was replaced: another one owns the run"
@@ -84,6 +89,12 @@ def titled(state: str, step: int | None, cause: str | None) -> str:
     return f"{state}{where}: {cause}"
 
 
+def is_of(event: dict[str, Any], owner: Owner) -> bool:
+    """Whether it is a state that an attempt wrote down."""
+    mine = (event.get("job"), event.get("attempt")) == (owner.job, owner.attempt)
+    return mine and event["event"].upper() in EXIT_CODES
+
+
 def decide_failed(
     run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, told: Told
 ) -> Ending:
@@ -94,7 +105,8 @@ def decide_failed(
     # Another job holds the run, and its status is that job's.
     if not is_ours and code == EXIT_CODES["REFUSED"] and Lease(run.path).holder()[1]:
         return Ending(END, code, lines=(f"REFUSED: {cause}",))
-    step = last_step(run)
+    named = re.search(r"\bat step ([\d,]+)", cause)  # the log may not have come so far
+    step = max(last_step(run), int(named[1].replace(",", "")) if named else 0)
     # A wrong setting fails again; a divergence too, unless a rollback leaves out its data.
     may_pass = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")
     if not may_pass or told.is_ending or failure.get("is_final"):
@@ -116,7 +128,7 @@ def decide_failed(
     if failure.get("is_elsewhere"):
         return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, step, lines, event, facts)
     again = (
-        f"restarting in place from {next_start(run)} (attempt {owner.attempt} ended; "
+        f"restarting in place from {next_start(run, step)} (attempt {owner.attempt} ended; "
         f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} without a newer checkpoint would end the job)"
     )
     return Ending(RESTART, code, "RESTARTING", cause, step, (*lines, again), event, facts)
@@ -198,11 +210,16 @@ def came_before(run: RunFolder, owner: Owner, cause: str) -> bool:
     return is_same and last_step(run) <= from_step
 
 
-def next_start(run: RunFolder) -> str:
-    """Where the next attempt begins, and how many steps it has to do again."""
+def next_start(run: RunFolder, step: int | None = None) -> str:
+    """Where the next attempt begins, and how many steps it has to do again.
+
+    ``step``: that an attempt had reached which ended without saving; None: it ended in order.
+    """
     from_step, newest = names.newest_checkpoint(run.checkpoints)
-    redo = last_step(run) - from_step
-    again = f"{redo:,} steps to redo" if redo > 0 else "nothing to redo"
+    redo = (last_step(run) if step is None else step) - from_step
+    again = "nothing to redo" if step is None else "no step on record to redo"
+    if redo > 0:
+        again = f"{counted(redo, 'step')} to redo"
     return f"{newest.name if newest else 'the beginning'}: {again}"
 
 

@@ -6,14 +6,19 @@ needs: its checkpoints and tokens; before its first checkpoint also its model an
 
 import argparse
 import contextlib
+import functools
 import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trainstack
 from trainstack.checkpoint.names import checkpoints, kept_stores
 from trainstack.config.load import load
 from trainstack.data.store import find_stores
@@ -21,8 +26,9 @@ from trainstack.errors import ConfigError, Failed
 from trainstack.hub.asset import named_assets
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, is_known_here
-from trainstack.run.states import EXIT_CODES, QUEUED
+from trainstack.run.lease import Lease, is_known_here, user
+from trainstack.run.queue import Job, read_queue
+from trainstack.run.states import EXIT_CODES, QUEUED, STARTING
 from trainstack.storage import files
 from trainstack.storage.manifest import MANIFEST, remove_folder
 from trainstack.units import NOTHING, bytes_text
@@ -61,6 +67,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.home is None:
         raise ConfigError("the project's folder is not known; run: source env.sh (or pass --home)")
+    if options.names and options.below:
+        raise ConfigError("--below advises, and removes nothing; leave it out, or the names")
     wanted = size_of_text(options.below) if options.below else None
     items = list(items_of(options.home))
     if options.names:
@@ -163,6 +171,17 @@ def leftovers(home: Path) -> Iterator[Path]:
     yield from (home / "cache" / name for name in REBUILT if (home / "cache" / name).is_dir())
 
 
+@functools.cache
+def jobs_of_slurm() -> dict[str, Job] | None:
+    """The jobs that Slurm shows; None if it cannot be asked."""
+    script = Path(trainstack.__file__).parent.parent / "slurm.sh"
+    if not shutil.which("squeue") or not script.exists():
+        return None
+    ask = ["bash", "-c", '. "$1" && forget_outer_slurm && list_jobs', "clean", script]
+    done = subprocess.run(ask, capture_output=True, text=True)
+    return read_queue(done.stdout) if done.returncode == 0 else None
+
+
 def is_alive(run: RunFolder) -> bool:
     """Whether a job works on a run, or waits to."""
     state = run.status().get("state")
@@ -172,7 +191,14 @@ def is_alive(run: RunFolder) -> bool:
     holder = lease or {"job": run.status().get("job") or ""}
     if is_known_here({"host": "", **holder}):
         return not is_dead(holder)
-    return run.is_beating(holder["job"]) or state == QUEUED
+    submitted = [event for event in run.events() if event["event"] == "submitted"]
+    job = holder["job"] or (submitted[-1]["job"] if submitted else "")
+    if run.is_beating(job):
+        return True
+    jobs = jobs_of_slurm() if state in (QUEUED, STARTING) else {}
+    if jobs is None or job in jobs:
+        return jobs is None or jobs[job].is_live
+    return state == QUEUED and bool(submitted) and submitted[-1].get("user", user()) != user()
 
 
 def size_of(path: Path) -> int:
@@ -219,13 +245,16 @@ def advise(items: list[Item], wanted: float) -> int:
     if chosen:
         print(f"nobody needs these; without them {bytes_text(total)} are left:")
         print(
-            f'  "$TRAINSTACK_PYTHON" -m trainstack clean {" ".join(item.name for item in chosen)}'
+            f'  "$TRAINSTACK_PYTHON" -m trainstack clean {shlex.join(item.name for item in chosen)}'
         )
     elif total <= wanted:
         print("nothing to remove")
     if total <= wanted:
         return 0
     runs = [item for item in items if item.is_run and not item.needed_by]
+    if not runs:
+        print("that is not enough, and jobs work on all runs")
+        return 1
     print("that is not enough; of these runs only you know which may go, with their tokens after:")
     for item in sorted(runs, key=lambda item: -item.size):
         print(f"  {bytes_text(item.size):>8}  {item.name}  {item.note}")

@@ -1,12 +1,14 @@
 """What runs are doing: the Python half of monitor.sh, from run folders and squeue's lines alone."""
 
 import argparse
+import contextlib
 import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from trainstack.checkpoint import names
@@ -81,6 +83,10 @@ class View:
             return "somebody cancelled it"
         if any(event["event"] == "attempt" for event in self.events):
             return "the job did not report why"
+        with contextlib.suppress(OSError):
+            written = (self.run.logs / f"{self.job_id}.out").read_text(errors="replace").split("\n")
+            if last := [line.strip() for line in written if line.strip()]:
+                return f"its log ends with: {shorten(last[-1], 200)}"
         return f"the job wrote nothing: is {self.run.path} visible there?"
 
     @property

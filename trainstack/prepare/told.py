@@ -38,6 +38,7 @@ NO_END = (
     "there; make it one in the tokenizer, or use a chat template that ends turns with {}, within "
     "{{% generation %}} if it has that"
 )
+MOST_OFF = 4  # times that more or less is held out than asked for
 WITHIN = (
     "{} ends turns, and is within others as well, as where thoughts end with it too: the "
     "checkpoints do not stop there, for they would not come to the answer"
@@ -60,6 +61,14 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
         f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
         f"vocabulary {store.meta['vocab_size']:,}; {remark}"
     ]
+    held = counts.eval_tokens / max(1, counts.eval_tokens + counts.train_tokens)
+    wanted = 0 if section.eval_split else section.eval_fraction
+    if wanted and not wanted / MOST_OFF < held < wanted * MOST_OFF:
+        lines.append(
+            f"{held:.1%} of the tokens are held out, not data.eval_fraction={wanted:g}: whole "
+            "documents are, by a hash of each; with more documents it comes nearer, or name a "
+            "data.eval_split, or divide them (data.split_on)"
+        )
     if section.packing != "concat":
         lines.append(
             f"packing {section.packing}: {counted(store.train.num_samples, 'sample')} "

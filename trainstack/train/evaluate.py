@@ -97,6 +97,10 @@ def changes_of(loss_model: nn.Module) -> int:
     return sum(parameter._version for parameter in loss_model.parameters())
 
 
+DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 50}
+ANSWERED = {"do_sample": False}
+
+
 @torch.no_grad()
 def answer(
     causal_lm: nn.Module,
@@ -109,7 +113,8 @@ def answer(
 ) -> tuple[str, str]:
     """What the model says to eval.sample_prompt, and how that ended, for people.
 
-    Drawn with a fixed seed. ``is_chat``: the prompt is a question, else the beginning of a text.
+    ``is_chat``: the prompt is a question, and the answer the most likely one, as a person would get
+    it; else it is the beginning of a text, which is continued at random, with a fixed seed.
     ``ends``: tokens at which it stops. No longer than the model has positions, or ``seq_len``.
     """
     causal_lm.eval()
@@ -125,9 +130,10 @@ def answer(
         )
     inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
     output = causal_lm.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, do_sample=True,
-        temperature=0.8, top_k=50, eos_token_id=ends, pad_token_id=tokenizer.eos_token_id,
-        tokenizer=tokenizer, return_dict_in_generate=False,  # its own settings may ask for them
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most, eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id, tokenizer=tokenizer,
+        return_dict_in_generate=False,  # its own settings may ask for them
+        **(ANSWERED if is_chat else DRAWN),
     )  # fmt: skip
     causal_lm.train()
     said = output[0, len(ids) :].tolist()
