@@ -1,8 +1,8 @@
 """Peers' training loops: the same model, the same samples in the same order, AdamW, a clip.
 
-One loop a process, started as a person would start it: ``loops.py LOOP FOLDER [--best] [--compile]``
-alone or under torchrun. FOLDER holds the model (weights too), ``samples.npy``, int64 [steps,
-samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints one JSON line: when each step
+One loop a process, started as a person would start it, alone or under torchrun:
+``loops.py LOOP FOLDER [--best] [--compile]``. FOLDER holds the model (weights too),
+``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints one JSON line: when each step
 ended (seconds since 1970), the losses, and the peak of resident memory in bytes.
 
 default: as the peer's own documentation has it; ``--best``: with what it offers to be faster.
@@ -244,14 +244,15 @@ def lightning(options, steps: np.ndarray):
             if len(losses) % each == 0:
                 ended.append(time.time())
 
-    pytorch_lightning.Trainer(
+    trainer = pytorch_lightning.Trainer(
         accelerator="cpu", devices=options.world_size, max_steps=len(steps), logger=False,
         strategy="ddp" if options.world_size > 1 else "auto",
         accumulate_grad_batches=each, gradient_clip_val=MOST_NORM, enable_checkpointing=False,
         precision="bf16-mixed" if settings["precision"] == "bf16" else "32-true",
         enable_model_summary=False, enable_progress_bar=not options.best,
-        **({"barebones": False} if options.best else {}),
-    ).fit(Module(), torch.utils.data.DataLoader(Samples(steps), batch_size=settings["micro"]))  # fmt: skip
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(Samples(steps), batch_size=settings["micro"])
+    trainer.fit(Module(), loader)
     parts = [torch.stack(losses[n : n + each]).mean() for n in range(0, len(losses), each)]
     return ended, mean_over_ranks(parts, options)
 

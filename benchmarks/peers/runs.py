@@ -148,7 +148,7 @@ def settings(work: Work) -> list[str]:
 
 
 def make(home: Path, work: Work) -> None:
-    """Model, data and tokens as a download and prepare leave them; the peers' folder beside them."""
+    """Model, data and tokens as download and prepare leave them, and the peers' folder."""
     torch.manual_seed(1)
     config = AutoConfig.for_model(
         "llama", architectures=["LlamaForCausalLM"], vocab_size=work.vocab,
