@@ -6,7 +6,6 @@ run folder; the same command again continues the run.
 """
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -139,6 +138,7 @@ class Loop:
         is_scaled = self.strategy.scaler.is_enabled()
         self.policy = Policy(attempt.config.guard, attempt.config.optim.learning_rate, is_scaled)
         self.first_step = self.state.step  # from which this attempt trains
+        self.is_random = True  # whether a step draws something; found out by the warm-up
         self.stall_seconds = 0.0  # for which the loop stood still since the last save ended
         self.started = time.monotonic()
 
@@ -169,9 +169,8 @@ class Loop:
         config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.report.warms_up()
-        self.strategy.warm_up(self.feed.at(min(state.step + 1, max_steps)).batches)
-        gc.collect()
-        gc.freeze()  # what is there now stays: no collection within a step looks at it again
+        first = self.feed.at(min(state.step + 1, max_steps))
+        self.is_random = startup.warm_up(self.strategy, first.batches, self.attempt.world)
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
@@ -206,7 +205,8 @@ class Loop:
         self.attempt.lease.check_often()  # a node that Slurm lost may still run: it must not write
         self.watch.at(step, Phase.SAMPLES)
         self.faults.before(step)
-        distributed.seed_step(self.attempt.config.run.seed, step, self.attempt.world)
+        if self.is_random:
+            distributed.seed_step(self.attempt.config.run.seed, step, self.attempt.world)
         self.strategy.optimizer.set_learning_rate(self.rate_at(step))
         data = self.feed.at(step)
         # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.

@@ -101,8 +101,8 @@ def keep_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((-3, 32 << 20), (-1, (1 << 31) - 1), (-2, 64 << 20)):
-            mallopt(option, value)  # M_MMAP_THRESHOLD (its most), M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in ((-3, 32 << 20), (-1, (1 << 31) - 1)):
+            mallopt(option, value)  # M_MMAP_THRESHOLD (its most), M_TRIM_THRESHOLD
 
 
 def read_world() -> World:
@@ -211,6 +211,14 @@ def main_decides(world: World, action: Callable, waiting: Callable = lambda: Non
     if error is not None:
         raise error
     return result
+
+
+def random_state(world: World) -> tuple:
+    """What changes when something is drawn at random."""
+    states = [torch.default_generator.get_state()]
+    if world.device.type == "cuda":
+        states.append(torch.cuda.default_generators[world.device.index].get_state())
+    return random.getstate(), *(state.numpy().tobytes() for state in states)
 
 
 def seed_step(seed: int, step: int, world: World) -> None:

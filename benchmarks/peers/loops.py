@@ -2,8 +2,8 @@
 
 One loop a process, started as a person would start it, alone or under torchrun:
 ``loops.py LOOP FOLDER [--best] [--compile]``. FOLDER holds the model (weights too),
-``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints one JSON line: when each step
-ended (seconds since 1970), the losses, and the peak of resident memory in bytes.
+``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints
+one JSON line: when each step ended (seconds since 1970), and the losses.
 
 default: as the peer's own documentation has it; ``--best``: with what it offers to be faster.
 """
@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import resource
 import sys
 import time
 import warnings
@@ -65,8 +64,7 @@ def main() -> None:
     options.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ended, losses = LOOPS[options.loop](options, steps)
     if options.rank == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"ended": ended, "losses": losses, "peak": peak}), flush=True)
+        print(json.dumps({"ended": ended, "losses": losses}), flush=True)
     os._exit(0)
 
 

@@ -91,7 +91,7 @@ def dense_mask(bounds: torch.Tensor, rows: int, length: int, window: int) -> tor
 
 @functools.cache
 def varlen():
-    """torch's attention for rows of documents; None where it has none (before 2.10)."""
+    """torch's attention for rows of documents; None before 2.10, which has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -65,7 +65,7 @@ class DataParallel(Strategy):
                 self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        return loss_sum, nn.utils.get_total_norm([p.grad for p in self.parameters])
+        return loss_sum, total_norm([p.grad for p in self.parameters])
 
     def update(
         self, is_bad: torch.Tensor, grad_norm: torch.Tensor, max_grad_norm: float | None
@@ -78,8 +78,11 @@ class DataParallel(Strategy):
                 torch._foreach_div_([p.grad for p in self.parameters], divisor)
                 divisor = None
         self.optimizer.prepare(is_bad, divisor)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         self._zero()
 
     def share(self) -> Share:
@@ -93,7 +96,18 @@ class DataParallel(Strategy):
 
     def _zero(self) -> None:
         # DDP's buckets hold the gradients, if nobody takes them away: else it copies them there.
-        self.optimizer.zero_grad(set_to_none=self.world.world_size == 1)
+        if self.world.world_size > 1:
+            torch._foreach_zero_([p.grad for p in self.parameters])
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all of them; nn.utils.get_total_norm, without its look at each one's device."""
+    if len({gradient.dtype for gradient in gradients}) > 1:
+        return nn.utils.get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
 
 def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:

@@ -63,14 +63,13 @@ class StepNumbers:
         """
         # float64 holds whole numbers up to 2**53 exactly; halves of the hash leave room for sums.
         high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
-        own = torch.tensor([*map(float, requested), high, low], dtype=torch.float64)
-        own = own.to(self.device, non_blocking=True)
-        numbers = torch.cat([loss_sum.reshape(1), own])
+        own = [0.0, *map(float, requested), high, low, 0.0, 0.0]
+        numbers = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
+        numbers[0] = loss_sum
         if dist.get_world_size() > 1:
             dist.all_reduce(numbers)
         is_bad = judge(numbers[0] / data.target_tokens, grad_norm)
-        verdict = torch.stack([grad_norm.to(torch.float64), is_bad.to(torch.float64)])
-        numbers, event = torch.cat([numbers, verdict]), None
+        numbers[-2], numbers[-1], event = grad_norm, is_bad, None
         if self.device.type == "cuda":
             # Into pinned memory, or the copy would wait for the GPU after all.
             host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

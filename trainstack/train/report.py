@@ -69,9 +69,11 @@ class Report:
     def consumed(self, result: StepResult) -> None:
         """A step's samples were used, for the ledger; written with the next line or save."""
         if self.is_main:
-            record = {"step": result.step, "samples_hash": result.samples_hash}
-            record |= {"attempt": self.attempt.id, "at": round(result.at, 4)}  # since 1970
-            self._hashes.append(json.dumps(record) + "\n")
+            # By hand, as json would write it, for it is written in each step; "at": since 1970.
+            self._hashes.append(
+                f'{{"step": {result.step}, "samples_hash": "{result.samples_hash}", '
+                f'"attempt": {json.dumps(self.attempt.id)}, "at": {result.at:.4f}}}\n'
+            )
 
     def skipped(self, result: StepResult, skips_in_a_row: int) -> None:
         """A bad update was withheld, and the run continues."""

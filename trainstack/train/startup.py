@@ -1,8 +1,10 @@
 """What happens between the process group and the first step: ownership, checkpoint, state."""
 
+import gc
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
 from trainstack.data.corpus import Corpus
+from trainstack.data.feed import Batch
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused
 from trainstack.model.causal_lm import special_tokens
@@ -154,6 +157,15 @@ def restore(
     strategy.load(newest, state)
     guard.restore(state.guard)
     return replace(state, settings=at_start.settings, left_out=at_start.left_out)
+
+
+def warm_up(strategy: Strategy, batches: Iterator[Batch], world: World) -> bool:
+    """Whatever only the first pass does; returns whether a pass draws at random, as by dropout."""
+    before = distributed.random_state(world)
+    strategy.warm_up(batches)
+    gc.collect()
+    gc.freeze()  # what is there now stays: no collection within a step looks at it again
+    return distributed.random_state(world) != before
 
 
 def small_files(causal_lm: torch.nn.Module, model_folder: Path, corpus: Corpus) -> dict[str, bytes]:
