@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from trainstack.checkpoint.snapshot import CONFIG
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
-from trainstack.model.attention import packed_tokens
+from trainstack.model.attention import OURS, packed_tokens
 from trainstack.model.causal_lm import (
     build_causal_lm,
     check_kind,
@@ -271,7 +271,8 @@ def step(small: Any, config: Config) -> tuple[str, list[str]]:
         loss.backward()
     if not loss.isfinite():
         raise ConfigError(f"its loss is not finite at the first step; {NO_FIX}")
-    return f"{causal_lm.config._attn_implementation} attention", [*lines]
+    attention = causal_lm.config._attn_implementation.replace(OURS, "sdpa")
+    return f"{attention} attention", [*lines]
 
 
 def ways_out(small: Any, config: Config) -> list[str]:
