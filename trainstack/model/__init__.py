@@ -3,7 +3,7 @@
 causal_lm.py   a causal LM of transformers, built and named
 loss.py        its next-token loss, in chunks
 trial.py       what a model's own code makes of a few tokens
-packed.py      documents of one sample do not see each other
+attention.py   without masks; documents of a row do not see each other
 strategy.py    Strategy: how the model is spread, what the loop asks
 ddp.py         the whole model on every rank
 proof.py       python -m trainstack prove: can it be trained as configured?
