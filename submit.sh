@@ -38,8 +38,9 @@ MEANT+='|CUDA_(VISIBLE_DEVICES|DEVICE_ORDER|LAUNCH_BLOCKING|MODULE_LOADING)'
 RESOURCES=('--cpus-per-task|-c|--cpus-per-gpu' '--mem|--mem-per-cpu|--mem-per-gpu'
   '--gpus|-G|--gpus-per-node|--gpus-per-task|--gpus-per-socket|--gres[= ][^ ]*gpu'
   '--ntasks|-n|--ntasks-per-node|--ntasks-per-gpu|--ntasks-per-core|--ntasks-per-socket')
-WITHOUT_VALUE='-H --hold -O --overcommit -s --oversubscribe -Q --quiet -v --verbose -k --no-kill
- --contiguous --requeue --no-requeue --spread-job --use-min-nodes --parsable --reboot --exclusive'
+WITHOUT_VALUE='-H --hold -O --overcommit -s --oversubscribe -Q --quiet -v --verbose -k --no-kill'
+WITHOUT_VALUE+=' --contiguous --requeue --no-requeue --spread-job --use-min-nodes --parsable'
+WITHOUT_VALUE+=' --reboot --exclusive --nice --propagate --get-user-env'
 unset TRAINSTACK_CHAIN  # set by --chain alone
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
@@ -292,7 +293,7 @@ write_job_script() {
   option="$(grep -m 1 -nE "^#SBATCH.*[[:space:]]($option)" "$HERE/train.slurm")" || true
   [[ -z "$option" ]] ||
     die "train.slurm:${option%%:*}: submit.sh decides this; remove ${option#*:}" 2
-  option="$(grep -m 1 -nE '^[A-Za-z_]+( +=|= +[^ #])' "$HERE/train.slurm")" || true
+  option="$(grep -m 1 -nE '^(export +)?[A-Za-z_][A-Za-z0-9_]* += ?' "$HERE/train.slurm")" || true
   [[ -z "$option" ]] ||
     die "train.slurm:${option%%:*}: bash takes no blank beside =; correct ${option#*:}" 2
   option="$(bash -n "$HERE/train.slurm" 2>&1)" || die "train.slurm is no bash: ${option%%$'\n'*}" 2

@@ -42,4 +42,5 @@ OWNED_SECONDS = 1.0  # an owner may write without another look
 TAKEOVER_SECONDS = 3.0  # the new owner, before it writes
 HEARTBEAT_SECONDS = 15.0  # the launcher of each node, between two heartbeats
 ALIVE_SECONDS = 120.0  # without a heartbeat for so long, a job is gone: clocks and caches differ
+CLAIM_SECONDS = 120.0  # from submit.sh to the lease, on a host that cannot be looked at
 VISIBLE_SECONDS = 10.0  # a rank on another node, until the new lease shows up (caches of NFS)

@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OURS = "ours"
+ROUNDS = 5
 RATE, MOST_NORM = 1e-3, 1e6
 MOST_APART = 2e-3  # of losses, relative; bf16 of another order of operations
 END = "<end>"
@@ -45,6 +47,7 @@ class Work:
     skipped: int  # steps at the start that are not measured
     precision: str = "fp32"
     world_size: int = 1
+    is_torchrun: bool = False  # whether it starts a process of one, too
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,49 @@ class Result:
     first_seconds: float  # from the command to the end of the first step
     step_seconds: float  # the mean of the steps that are measured
     losses: dict[int, float]  # by step
-    peak: float  # GB of memory that rank 0's process had at most; of a world of one
+    peak: float  # GB of memory that the process had at most; of a world of one
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work that ours does beside the floor and peers, and how many times as fast it has to be."""
+
+    name: str
+    work: Work
+    peers: tuple[str, ...]
+    least_floor: float  # of the floor
+    least_peers: float  # of each peer, at its best
+    is_compiled: bool = False
+    is_memory_compared: bool = False
+    what: str = "step_seconds"  # of a Result
+
+
+def judged(benchmark: str, cases: list[Case]) -> int:
+    """Measure each case, print every loop and a verdict; 0 if all hold."""
+    holds = True
+    for case in cases:
+        ours, floor = Loop(OURS, True, case.is_compiled), Loop("bare", True, case.is_compiled)
+        kinds = (True,) if case.is_compiled else (False, True)
+        peers = [Loop(peer, is_best, case.is_compiled) for peer in case.peers for is_best in kinds]
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TRAINSTACK_HOME")) as folder:
+            found = compare(Path(folder), case.work, [floor, ours, *peers], ROUNDS)
+        for loop, results in found.items():
+            values = sorted(getattr(result, case.what) for result in results)
+            print(f"{case.name}: {loop!s:24} {values[len(values) // 2]:8.4f} s ({values[0]:.4f} to "
+                  f"{values[-1]:.4f}), {ratio(found, ours, loop, case.what):.2f} of ours; memory "
+                  f"{ratio(found, ours, loop, 'peak'):.2f} of ours", flush=True)  # fmt: skip
+        of_floor = ratio(found, ours, floor, case.what)
+        of_peers = min(ratio(found, ours, peer, case.what) for peer in peers)
+        is_met = of_floor >= case.least_floor and of_peers >= case.least_peers
+        told = ""
+        if case.is_memory_compared:
+            memory = min(ratio(found, ours, peer, "peak") for peer in peers)
+            told, is_met = f", memory of the leanest peer {memory:.2f}", is_met and memory >= 1
+        holds &= is_met
+        print(f"{benchmark}: {case.name}: target {case.least_floor:.2f} of the floor's speed, "
+              f"{case.least_peers:.2f} of the best peer's, measured {of_floor:.2f}, {of_peers:.2f}"
+              f"{told}, {'holds' if is_met else 'falls short'}", flush=True)  # fmt: skip
+    return 0 if holds else 1
 
 
 def compare(home: Path, work: Work, loops: list[Loop], rounds: int) -> dict[Loop, list[Result]]:
@@ -93,7 +138,7 @@ def run(home: Path, work: Work, loop: Loop) -> Result:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     command = [sys.executable]
-    if work.world_size > 1:
+    if work.world_size > 1 or work.is_torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                     str(work.world_size)]  # fmt: skip
     folder = home / "peer"

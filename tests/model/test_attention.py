@@ -8,12 +8,14 @@ import torch
 from test_architectures import CPU, EXPERTS, MLA, SMALL, TRAIN, build
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CONFIG_MAPPING
 
 from trainstack.checkpoint.snapshot import small_files
 from trainstack.config.schema import TrainSection
 from trainstack.data.packing import document_bounds
 from trainstack.model import attention
 from trainstack.model.loss import CausalLMLoss
+from trainstack.model.small_copy import small_configs
 
 LENGTHS = ((9, 1, 30, 16), (5, 51))  # of documents, in rows of 56 tokens
 SHAPES = {
@@ -197,7 +199,7 @@ def of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
 
 @pytest.mark.parametrize("kernel", [of_2_10, of_2_11, of_2_13])
 def test_the_kernel_of_each_release_is_given_what_it_takes(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "varlen", lambda: kernel)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
     query, key, value = (torch.randn(2, heads, 56, 8) for heads in (4, 2, 2))
     bounds = torch.from_numpy(document_bounds(rows()[2].numpy(), most=9))
     for window in (0,) if kernel is of_2_10 else (0, 6):
@@ -226,3 +228,16 @@ def test_a_sample_is_generated_as_with_masks():
             attention_mask=torch.ones(1, 20), pad_token_id=0,
         ).tolist())  # fmt: skip
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "minimax_m3_vl_text", "gpt2"])
+def test_the_trial_leaves_every_setting_of_a_model_as_it_was(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    for values in small_configs(config.to_dict()):
+        causal_lm = build(model_type, {k: v for k, v in values.items() if k != "model_type"})
+        break
+    before = causal_lm.config.to_dict()
+    attention.use(causal_lm.eval(), is_packed=False)
+    assert causal_lm.config.to_dict() == before
+    is_ours = causal_lm.config._attn_implementation == attention.OURS
+    assert is_ours == (model_type != "minimax_m3_vl_text")  # masks blocks, if its name is sdpa

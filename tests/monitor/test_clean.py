@@ -139,6 +139,9 @@ def test_a_job_that_was_cancelled_in_the_queue_holds_no_run(own_home, tmp_path, 
     squeue.write_text("#!/bin/sh\necho 'job|77|PENDING|0:00|None|'\n")
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    holder = {"job": "50", "attempt": 1, "host": "gpu-07", "pid": 1, "process_started": "x"}
+    (run.path / "lease" / "1.json").write_text(json.dumps(holder))  # of a job that was killed
+    run.add_event("submitted", job="78", user=user())  # the next of a chain, forgotten by Slurm
     jobs_of_slurm.cache_clear()
     with pytest.raises(Failed, match="runs/live: a job works on it or waits to"):
         clean(own_home, "runs/live")

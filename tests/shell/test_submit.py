@@ -21,6 +21,7 @@ from trainstack.job.resources import read_resources
 from trainstack.job.submit import high_rate
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner
+from trainstack.run.owner import claim_of
 from trainstack.storage import layout
 from trainstack.storage.manifest import MANIFEST, read_manifest, write_manifest
 
@@ -362,7 +363,7 @@ WRONG_USE = [
     ),
     (["--", "--nodes=3-1"], "--nodes=3-1: the least comes first; write 1-3"),
     (["--", "--gpus-per-node="], "--gpus-per-node= is no value that Slurm reads"),
-    (["--", "--gpus-per-node=many"], "--gpus-per-node=many is no value that Slurm reads"),
+    (["--", "--gpus-per-node=-1"], "--gpus-per-node=-1 is no value that Slurm reads"),
     (["--", "--time=-5"], "--time=-5 is no value that Slurm reads"),
     (["--", "--gpus-per-socket=1"], "--gpus-per-socket is not passed on to srun; write"),
     (["--", "--signal=USR2@60"], "--signal=USR2@60 does not reach what saves the run"),
@@ -392,6 +393,9 @@ SPELLINGS = [
     ("--gres=gpu", 1, 1, 1, None),
     ("--gres=lscratch:100,gpu:a100:3 --mem=1.5G", 1, 3, 1, None),
     ("--gres=lscratch:100", 1, 0, 1, None),
+    ("--gpus-per-node=2080ti:1 --signal=B:SIGUSR1@200", 1, 1, 1, None),
+    ("--gpus-per-node=1g.5gb:2 -n 2", 1, 2, 2, None),
+    ("--gpus-per-node=h100 --mem=1G", 1, None, 1, 1024),
     ("--gpus=8", 1, 8, 1, None),
     ("-N2 -G h100:8 --cpus-per-gpu=2", 2, 4, 8, None),
     ("-N2 -n16 --gpus-per-task=1 --cpus-per-task=4 --mem-per-cpu=500M", 2, 8, 32, 16000),
@@ -514,7 +518,7 @@ NO_NODES = "allocation failure: Requested node configuration is not available"
     ("state", "options", "told"),
     [
         ("idle", ["--exclude=gpu-[1-9]"], "no nodes of partition gpu are as the job asks; look at"),
-        ("drain", [], "no nodes for it now: some are down, drained or reserved (sinfo -R)"),
+        ("drain", [], "; perhaps since some are down, drained or reserved now (sinfo -R)"),
         ("idle", ["--nodes=2", "--nodelist=gpu-1"], f"asked when the job could start: {NO_NODES}"),
     ],
 )
@@ -548,7 +552,7 @@ def test_a_second_submit_while_the_first_one_starts_changes_nothing(site):
     while not (site.run_dir / "status.json").exists():
         time.sleep(0.05)
     before = config.read_bytes()
-    told = f"run first is in the hands of process {first.pid}, which has just begun; wait for it"
+    told = f"run first is in the hands of process {first.pid} on {os.uname().nodename}, which has"
     for options in ([], ["--local"]):
         second = site.submit(*options, "run.seed=9")
         assert (second.returncode, second.stdout) == (78, "")
@@ -556,6 +560,18 @@ def test_a_second_submit_while_the_first_one_starts_changes_nothing(site):
     assert config.read_bytes() == before
     assert first.wait() == 0, first.stdout.read()
     assert site.submit("run.seed=9").returncode == 0, "its process has ended"
+
+
+def test_a_submit_on_another_host_is_believed_for_two_minutes(site):
+    claim = claim_of(RunFolder(site.run_dir))
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    claim.write_text('{"host": "login2", "pid": 1, "process_started": "x"}')
+    result = site.submit()
+    assert result.returncode == 78 and site.submissions() == []
+    assert "in the hands of process 1 on login2, which has just begun" in result.stderr
+    os.utime(claim, (time.time() - 130, time.time() - 130))
+    assert site.submit().returncode == 0
+    assert not claim.exists(), "the job itself tells"
 
 
 def test_a_job_that_was_submitted_after_slurm_was_asked_counts(site):

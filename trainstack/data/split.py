@@ -75,7 +75,12 @@ class Split:
         """How many documents a sample has at most, with one that fills it up; 0 if they mix."""
         if self.rows is None:
             return 0
-        return 1 + int(np.diff(self.rows).max(initial=0))
+        most = 0
+        for start in range(0, self.num_samples, PIECES_AT_ONCE):
+            here = np.diff(self.rows[start : start + PIECES_AT_ONCE + 1])
+            most = max(most, int(here.max()))
+            self.forget()
+        return 1 + most
 
     @property
     def is_full(self) -> bool:

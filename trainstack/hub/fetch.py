@@ -164,8 +164,7 @@ def obtain(
     asset: Asset, manifest: dict[str, Any], problem: str, is_forced: bool, retry_delay: float
 ) -> None:
     """Fetch or link the asset beside its folder, then swap. ``manifest``: of what is here."""
-    has_tokens = any((asset.home / "tokens").glob("*/meta.json"))
-    if problem.startswith(CHANGED) and has_tokens and not is_forced:
+    if problem.startswith(CHANGED) and not is_forced:
         raise ConfigError(f"{problem}; if that is meant, run this again with FORCE_REFRESH=1")
     started = time.monotonic()
     origin = open_origin(asset, is_forced, retry_delay)

@@ -4,6 +4,7 @@ Command line: ``python -m trainstack.job.attempts port|holder|submitted|begin|fa
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import socket
@@ -17,6 +18,7 @@ from trainstack.job.preflight import free_port
 from trainstack.processes import tell
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner, is_local_job, user
+from trainstack.run.owner import claim_of
 from trainstack.run.queue import NO_JOB, Job, read_queue
 from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING, resume_command
 from trainstack.storage import files
@@ -83,6 +85,8 @@ def note_submission(run: RunFolder, job: str, code: int, cause: str) -> None:
                 NOT_SUBMITTED, cause=cause, next_action="fix the cause, then submit again"
             )
     run.status_before.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        files.unlink(claim_of(run))  # from here on the job itself tells
 
 
 def begin(run: RunFolder, job: str, restarts: int, is_in_chain: bool) -> int:

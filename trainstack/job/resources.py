@@ -3,8 +3,10 @@
 import argparse
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from trainstack.errors import ConfigError
@@ -18,11 +20,13 @@ OPTIONS = (  # of sbatch
     ("--mem",), ("--mem-per-cpu",), ("--mem-per-gpu",), ("--exclusive",), ("--gpus-per-socket",),
 )  # fmt: skip
 FORMS = {  # of their values, and one to write
-    "nodes": (r"\d+[km]?(-\d+[km]?)?(:\d+)?(,\d+(-\d+)?(:\d+)?)*", "2"),
+    "nodes": (r"(?i)\d+[km]?(-\d+[km]?)?(:\d+)?(,\d+(-\d+)?(:\d+)?)*", "2"),
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"),
-                    (r"([A-Za-z][\w.-]*:)?\d+(,[A-Za-z][\w.-]*:\d+)*", "2")),
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "cpus-per-task", "cpus-per-gpu"), (r"\d+", "2")),
-    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"), (r"(?i)\d+(\.\d+)?[kmgt]?b?", "16G")),
+                    (r"(?!-)[\w.+-]+(:\d+)?(,[\w.+-]+(:\d+)?)*", "2")),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "cpus-per-task", "cpus-per-gpu"),
+                    (r"(?i)\d+[km]?", "2")),
+    **dict.fromkeys(("mem", "mem-per-cpu", "mem-per-gpu"),
+                    (r"(?i)\d+(\.\d+)?[kmgt]?b?", "16G")),
     "time": (r"(?i)unlimited|infinite|(\d+-)?\d+(:\d+){0,2}", "2:00:00"),
     **dict.fromkeys(("partition", "qos", "gres"), (".+", "NAME")),
 }  # fmt: skip
@@ -61,9 +65,10 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
     script = train_slurm.read_text()
     lines = re.findall(r"(?m)^#SBATCH[ \t]+(.*?)[ \t]*(?:#.*)?$", script)
     edited = re.search(r'(?m)^NPROC_PER_NODE="?(?:\$\{NPROC_PER_NODE:-)?([^"}\s]*)', script)
-    asked = _options([word for line in lines for word in line.split()] + sbatch_options)
+    words = [word for line in lines for word in _words(line)] + sbatch_options
+    asked = _options(words)
     check_forms(asked)
-    check_warning(asked.get("time", ""), [*lines, *sbatch_options])
+    check_warning(asked.get("time", ""), words)
     nodes = number_in(asked.get("nodes", "1"))
     tasks = _tasks_per_node(asked, nodes)
     gpus = _gpus_per_node(asked, nodes, tasks)
@@ -84,20 +89,30 @@ def read_resources(train_slurm: Path, sbatch_options: list[str]) -> Resources:
 
 def check_warning(time: str, options: list[str]) -> None:
     """ConfigError if the job would be over when Slurm warns it of its end, as train.slurm asks."""
-    signals = re.findall(r"--signal[= ]+(\S+)", " ".join(options))
-    warning = re.fullmatch(r"B:(?:SIG)?USR1@(\d+)", signals[-1] if signals else WARNING)
+    signals = [word.partition("=")[2] for word in options if word.startswith("--signal=")]
+    signals += [word for before, word in pairwise(options) if before == "--signal"]
+    signal = signals[-1] if signals else WARNING
+    warning = re.fullmatch(r"(?i)R?B:(?:(?:SIG)?USR1|10)(?:@(\d+))?", signal)
     if not warning:
         raise ConfigError(
             f"--signal={signals[-1]} does not reach what saves the run before the job ends; leave "
             f"it out, or write --signal={WARNING}"
         )
-    seconds, minutes = int(warning[1]) if signals else 0, _minutes(time)
+    seconds, minutes = int(warning[1] or 60) if signals else 0, _minutes(time)
     if seconds > 1 and minutes and minutes * 60 <= seconds + LEAST_SECONDS:
         least = seconds // 60 + 2
         raise ConfigError(
             f"--time={time} is too short: --signal asks for a warning {seconds} s before the "
             f"end, at which the job saves and stops; write --time={least} or more"
         )
+
+
+def _words(line: str) -> list[str]:
+    """Of an #SBATCH line, as sbatch reads it: quotes hold a word together."""
+    try:
+        return shlex.split(line)
+    except ValueError:  # one that is not closed
+        return line.split()
 
 
 def check_forms(asked: dict[str, str]) -> None:

@@ -152,7 +152,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
 def begin(request: Request, config: Config, run: RunFolder) -> None:
     """Make the run folder, as the only one who does."""
     if request.shell:
-        claim(request.home / "cache" / "locks", run, request.shell, request.asked_at)
+        claim(run, request.shell, request.asked_at)
     make_run_folder(request.repository, config, run, request.is_local)
 
 
@@ -194,11 +194,12 @@ def without_nodes(text: str, resources: Resources, request: Request) -> str:
     options = " ".join(request.sbatch_options)
     asked = [*re.findall(r"(?m)^#SBATCH\s+(.*)$", request.job_script.read_text()), options]
     kinds = read_nodes(request.said)
+    wanted = partitions_of(resources, kinds)
+    kinds = [kind for kind in kinds if kind.partition in wanted]
     if "node configuration" not in text or not kinds or any(map(NODE_LIST.search, asked)):
         return text
-    wanted = partitions_of(resources, kinds)
-    if any(kind.is_away for kind in kinds if kind.partition in wanted):
-        return "no nodes for it now: some are down, drained or reserved (sinfo -R); it waits"
+    if any(kind.is_away for kind in kinds):
+        return f"{text}; perhaps since some are down, drained or reserved now (sinfo -R)"
     raise ConfigError(
         f"no nodes of partition {','.join(wanted)} are as the job asks; look at "
         f"{f'-- {options}' if options else 'the #SBATCH lines'}, and what there is: "

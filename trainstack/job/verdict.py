@@ -63,7 +63,10 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
         return Ending(verdict, EXIT_CODES[status["state"]])
     # The next job of a chain may have begun at once, and the status be its own.
     ended = [e["event"].upper() for e in run.events() if is_of(e, owner)]
-    if not is_ours and ended and ended[-1] in ("PAUSED", "DONE"):
+    _, holder = Lease(run.path).holder()
+    is_requeued = holder and holder["job"] == job and order_of(holder) > owner.order
+    is_left = not is_ours and not told.is_taken_back and not is_requeued
+    if is_left and ended and ended[-1] in ("PAUSED", "DONE"):
         return Ending(REQUEUE if ended[-1] == "PAUSED" else END, EXIT_CODES[ended[-1]])
     # The run is another attempt's by now, and so is its status.
     if is_replaced(run, owner):

@@ -7,11 +7,12 @@ documents by the arguments that its flash attention takes too.
 """
 
 import contextlib
-import functools
 import inspect
 import logging
+import re
+import sys
 from collections.abc import Iterator
-from unittest import mock
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,9 +24,16 @@ from trainstack.data.packing import document_bounds
 from trainstack.errors import ConfigError, first_words
 from trainstack.model.trial import logits_of, some_tokens
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
 log = logging.getLogger("trainstack")
 OURS, THEIRS = "by_document", "sdpa"  # names of attention in transformers
 MASKS = "model: attention has masks, which are slower"
+# In the code of a model that does otherwise for the name sdpa.
+ASKS_WHICH = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa")
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of what a token sees
 HALF = (torch.bfloat16, torch.float16)  # what the kernel for documents of a GPU knows
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -67,14 +75,14 @@ def by_document(
     scale, channels = size**-0.5 if scaling is None else scaling, value.shape[-1]
     if channels < size:  # of latent attention; the kernels have one size
         value = nn.functional.pad(value, (0, size - channels))
-    if device == "cpu" and not dropout:
+    if device == "cpu" and not dropout and channels <= size:
         out, _ = on_cpu(query, key, value, bounds, scale, window)
-    elif query.dtype in HALF and varlen() and not dropout:
+    elif has_kernel(query) and not dropout and channels <= size:
         out = on_gpu(query, key, value, bounds, scale, window)
     else:
         mask = dense_mask(bounds, rows, length, window)
-        many = {"attn_mask": mask, "dropout_p": dropout, "scale": scale, "enable_gqa": True}
-        out = scaled_dot_product_attention(query, key, value, **many)
+        key, value = repeated(query, key, value)  # else torch computes all scores, and keeps them
+        out = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     return out[..., :channels].transpose(1, 2).contiguous(), None
 
 
@@ -89,19 +97,26 @@ def dense_mask(bounds: torch.Tensor, rows: int, length: int, window: int) -> tor
     return (mask.triu(1 - window) if window else mask).unsqueeze(1)
 
 
-@functools.cache
-def varlen():
-    """torch's attention for rows of documents; None before 2.10, which has none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+def has_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's kernel for rows of documents takes such queries, by its own conditions."""
+    is_able = varlen_attn is not None and query.dtype in HALF and query.device.type == "cuda"
+    size = query.shape[-1]
+    return (
+        is_able
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and size <= 256
+        and size % 8 == 0
+    )
+
+
+def repeated(query: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Keys or values with as many heads as queries."""
+    return [tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in tensors]
 
 
 def on_gpu(query, key, value, bounds, scale, window) -> torch.Tensor:
     """Documents by the kernel of torch, whose arguments differ from 2.10 to 2.13."""
-    known, (rows, _, length, size) = inspect.signature(varlen()).parameters, query.shape
+    known, (rows, _, length, size) = inspect.signature(varlen_attn).parameters, query.shape
     more = {"window_size": (window - 1 if window else -1, 0)}
     if "window_size" not in known:
         more = {"is_causal": True}
@@ -112,10 +127,9 @@ def on_gpu(query, key, value, bounds, scale, window) -> torch.Tensor:
     if "enable_gqa" in known:
         more["enable_gqa"] = True
     else:
-        each = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(each, 1) for t in (key, value))
+        key, value = repeated(query, key, value)
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-    out = varlen()(*flat, bounds, bounds, length, length, **more)
+    out = varlen_attn(*flat, bounds, bounds, length, length, **more)
     return out.unflatten(0, (rows, length)).transpose(1, 2)
 
 
@@ -234,36 +248,56 @@ def use(causal_lm: nn.Module, is_packed: bool) -> None:
 
     Tried on a few tokens, with documents if rows have some.
     """
-    if causal_lm.config._attn_implementation != THEIRS:
+    configs = [getattr(module, "config", None) for module in causal_lm.modules()]
+    configs = [c for c in configs if getattr(c, "_attn_implementation", None) == THEIRS]
+    if causal_lm.config not in configs:
         return
     tokens, *packed = packed_tokens(causal_lm)
     packed, reason = packed if is_packed else (None, None), ""
-    if not causal_lm._can_set_attn_implementation():
-        log.info("%s (its code does not let it be chosen)", MASKS)
-        return
-    try:
-        with narrow_windows(causal_lm), torch.autocast(tokens.device.type, enabled=False):
-            theirs = logits_of(causal_lm, **apart(causal_lm, tokens, *packed))
-            causal_lm.set_attn_implementation(OURS)
-            ours = logits_of(causal_lm, **apart(causal_lm, tokens, *packed))
-        if not (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max():
-            reason = "it masks more than documents and windows, or is not told of them"
-    except Exception as error:  # whatever its code raises
-        reason = f"its code fails without: {first_words(error)}"
+    source = inspect.getsource(sys.modules[type(causal_lm).__module__])
+    if not causal_lm._can_set_attn_implementation() or ASKS_WHICH.search(source):
+        reason = "its code does not let it be chosen"
+    if not reason:
+        reason = difference(causal_lm, configs, [tokens, *packed])
     if reason:
-        causal_lm.set_attn_implementation(THEIRS)
+        choose(configs, THEIRS)
         log.info("%s (%s)", MASKS, reason)
+
+
+def difference(causal_lm: nn.Module, configs: list[Any], batch: list) -> str:
+    """What our attention gives that theirs does not; empty if they give the same. Ours is left."""
+    try:
+        with narrow_windows(causal_lm), torch.autocast(batch[0].device.type, enabled=False):
+            theirs = logits_of(causal_lm, **apart(causal_lm, *batch))
+            choose(configs, OURS)
+            ours = logits_of(causal_lm, **apart(causal_lm, *batch))
+    except Exception as error:  # whatever its code raises
+        return f"its code fails without: {first_words(error)}"
+    is_same = (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    return "" if is_same else "it masks more than documents and windows, or is not told of them"
+
+
+def choose(configs: list[Any], attention: str) -> None:
+    """The attention of a model's parts; only of those that are asked for, unlike transformers'."""
+    for config in configs:
+        config._attn_implementation_internal = attention
 
 
 @contextlib.contextmanager
 def narrow_windows(causal_lm: nn.Module) -> Iterator[None]:
     """Within it a window ends within a few tokens, wherever a model keeps its size."""
-    with contextlib.ExitStack() as stack:
+    kept = []
+    try:
         for place in (causal_lm.config.get_text_config(), *causal_lm.modules()):
             for name in WINDOWS:
-                if isinstance(getattr(place, name, None), int):
-                    stack.enter_context(mock.patch.object(place, name, 2))
+                value = getattr(place, name, None)
+                if isinstance(value, int):
+                    kept.append((place, name, value))
+                    setattr(place, name, 2)
         yield
+    finally:
+        for place, name, value in kept:  # not as mock does: some names stand for others
+            setattr(place, name, value)
 
 
 def packed_tokens(causal_lm: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from trainstack.model.attention import apart, check_apart, use
 log = logging.getLogger("trainstack")
 # Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
 # adds to the gradient of the whole head, so that it has some tokens at least.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}
 LEAST_TOKENS = 256
 DTYPES = {
     "fp32": torch.float32,
@@ -204,6 +204,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             is_target = labels[rows] != IGNORED_LABEL
             targets = labels[rows].clamp(min=0).unsqueeze(1)
             logs = logits.log_softmax(1)
+            del logits
             loss -= (logs.gather(1, targets).squeeze(1) * is_target).sum()
             if needs_grad:  # now, while the chunk is there
                 grad = logs.exp_()
@@ -216,6 +217,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, low_hidden)
                 else:
                     grad_weight += grad.T @ low_hidden
+                del grad
+            del logs  # before the next chunk comes
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

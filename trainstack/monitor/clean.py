@@ -27,8 +27,8 @@ from trainstack.hub.asset import named_assets
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_known_here, user
-from trainstack.run.queue import Job, read_queue
-from trainstack.run.states import EXIT_CODES, QUEUED, STARTING
+from trainstack.run.queue import NO_JOB, Job, read_queue
+from trainstack.run.states import EXIT_CODES, QUEUED
 from trainstack.storage import files
 from trainstack.storage.manifest import MANIFEST, remove_folder
 from trainstack.units import NOTHING, bytes_text
@@ -191,14 +191,15 @@ def is_alive(run: RunFolder) -> bool:
     holder = lease or {"job": run.status().get("job") or ""}
     if is_known_here({"host": "", **holder}):
         return not is_dead(holder)
+    if state != QUEUED or run.is_beating(holder["job"]):
+        return run.is_beating(holder["job"])
     submitted = [event for event in run.events() if event["event"] == "submitted"]
-    job = holder["job"] or (submitted[-1]["job"] if submitted else "")
-    if run.is_beating(job):
+    jobs = jobs_of_slurm()
+    if jobs is None or not submitted:
         return True
-    jobs = jobs_of_slurm() if state in (QUEUED, STARTING) else {}
-    if jobs is None or job in jobs:
-        return jobs is None or jobs[job].is_live
-    return state == QUEUED and bool(submitted) and submitted[-1].get("user", user()) != user()
+    last = submitted[-1]
+    is_hidden = last["job"] not in jobs and last.get("user", user()) != user()
+    return is_hidden or any(jobs.get(event["job"], NO_JOB).is_live for event in submitted)
 
 
 def size_of(path: Path) -> int:

@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass
 
-AWAY = re.compile(r"down|drain|drng|fail|maint|resv|reserved|unk|inval|\*")  # states
+AWAY = re.compile(
+    r"down|dn|drain|drng|fail|maint|resv|reserved|unk|inval|boot|block|futr|npc|[*@^%]"
+)  # states
 
 
 @dataclass(frozen=True)

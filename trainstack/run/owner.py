@@ -1,9 +1,10 @@
 """May this run be submitted? Not while another job has it, or is about to."""
 
-import contextlib
 import json
 import socket
+import time
 from pathlib import Path
+from typing import Any
 
 from trainstack.errors import Refused
 from trainstack.processes import is_dead, process_start
@@ -13,6 +14,7 @@ from trainstack.run.queue import NO_JOB, Job
 from trainstack.run.states import QUEUED
 from trainstack.storage import files
 from trainstack.units import age, seconds_of
+from trainstack.waits import CLAIM_SECONDS
 
 
 def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
@@ -54,26 +56,42 @@ def check_owner(run: RunFolder, jobs: dict[str, Job]) -> None:
         )
 
 
-def claim(locks: Path, run: RunFolder, shell: int, asked_at: float) -> None:
+def claim(run: RunFolder, shell: int, asked_at: float) -> None:
     """Refused if another submit.sh is about to submit this run, or to start it here, or just has.
 
-    Else the process ``shell`` is, until it ends: a lease is only taken once a job has begun.
-    ``asked_at``: when Slurm told its jobs, in seconds since 1970.
+    Else the process ``shell`` is, until it ends: a lease is only taken once a job has begun. On
+    another host it is believed for CLAIM_SECONDS. ``asked_at``: when Slurm told its jobs, in
+    seconds since 1970. Best effort where the file system has no locks.
     """
     name, here = run.path.name, socket.gethostname()
-    lock = locks / f"run--{name}"
     mine = {"host": here, "pid": shell, "process_started": process_start(shell)}
-    with files.only_one(lock, lambda: None):
-        other = {}
-        with contextlib.suppress(ValueError, OSError):  # empty at first; or another person's
-            other = json.loads(lock.read_bytes())
-        if other.get("host") == here and other != mine and not is_dead(other):
-            raise Refused(
-                f"run {name} is in the hands of process {other['pid']}, which has just begun; wait "
-                f"for it, or stop it: kill -INT {other['pid']}"
-            )
-        last = [event for event in run.events() if event["event"] == "submitted"][-1:]
-        if any(seconds_of(event["at"]) > asked_at for event in last):
-            raise Refused(f"run {name} has job {last[0]['job']}, just submitted; wait for it")
-        with contextlib.suppress(OSError):
-            lock.write_text(json.dumps(mine))
+    path = claim_of(run)
+    try:
+        with files.only_one(path.with_suffix(".lock"), lambda: None):
+            if (other := live_claim(path)) and other != mine:
+                raise Refused(
+                    f"run {name} is in the hands of process {other['pid']} on {other['host']}, "
+                    f"which has just begun; wait for it, or stop it: kill -INT {other['pid']}"
+                )
+            last = [event for event in run.events() if event["event"] == "submitted"][-1:]
+            if any(seconds_of(event["at"]) > asked_at for event in last):
+                raise Refused(f"run {name} has job {last[0]['job']}, just submitted; wait for it")
+            files.replace_file(path, json.dumps(mine).encode())
+    except OSError:  # the folder of the locks is somebody else's
+        return
+
+
+def claim_of(run: RunFolder) -> Path:
+    """The file that says who submits the run, or starts it here."""
+    return run.path.parent.parent / "cache" / "locks" / f"run--{run.path.name}.json"
+
+
+def live_claim(path: Path) -> dict[str, Any]:
+    """What a claim says; nothing if there is none, or if its process has ended."""
+    try:
+        found, age_seconds = json.loads(path.read_bytes()), time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return {}
+    is_here = found["host"] == socket.gethostname()
+    is_live = not is_dead(found) if is_here else age_seconds < CLAIM_SECONDS
+    return found if is_live else {}

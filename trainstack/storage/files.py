@@ -249,7 +249,10 @@ def only_one(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
     lock must survive that.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)  # as NFS wants it of a lock
+    except PermissionError:  # it is another account's
+        descriptor = os.open(lock, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -52,7 +52,9 @@ def evaluate_all(
             if found is None:
                 return None
             loss, targets = found
-            share = store.counts.eval_bytes / max(1, store.counts.eval_target_tokens)
+            # In rows of whole documents, the first token of each is no target.
+            size = store.counts.eval_bytes if store.eval.rows is None else 0
+            share = size / max(1, store.counts.eval_target_tokens)
             results[label] = Evaluation(loss, targets, share * targets or None)
     return results
 
