@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from runs import Case, Work, judged  # noqa: E402
 
 TINY = Work(hidden=64, layers=2, vocab=512, seq_len=32, batch=4, micro=4, steps=400, skipped=50)
-SMALL = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=4, micro=4, steps=24, skipped=4)
+SMALL = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=4, micro=4, steps=14, skipped=4)
 PEERS = ("trainer", "accelerate", "lightning")
 
 

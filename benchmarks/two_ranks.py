@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from runs import Case, Work, judged  # noqa: E402
 
-ONCE = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=8, micro=4, steps=24, skipped=4,
+ONCE = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=8, micro=4, steps=14, skipped=4,
             world_size=2)  # fmt: skip
-OFTEN = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=8, micro=1, steps=24, skipped=4,
+OFTEN = Work(hidden=192, layers=4, vocab=8192, seq_len=256, batch=8, micro=1, steps=14, skipped=4,
              world_size=2)  # fmt: skip
 
 
