@@ -27,7 +27,7 @@ PROCESSES="${PROCESSES:-}"               # processes that tokenise; empty: one p
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" >/dev/null && pwd)"
 
-usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
 log() { printf 'download_data_model.sh: %s\n' "$*" >&2; }
 die() {
   log "error: $1"
@@ -83,10 +83,7 @@ read_arguments() {
   CONFIG="$HERE/config.yaml"
   while (($#)); do
     case "$1" in
-      -h | --help)
-        usage || true # nobody may read it
-        exit 0
-        ;;
+      -h | --help) usage && exit 0 ;;
       --config=*) CONFIG="${1#--config=}" ;;
       --config)
         (($# > 1)) || die "--config needs a file" 2

@@ -19,7 +19,7 @@ set -euo pipefail
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
-usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
 log() { printf 'monitor.sh: %s\n' "$1" >&2; }
 die() {
   log "error: $1"
@@ -46,10 +46,7 @@ parse() {
   RUN="" QUESTION=""
   while (($#)); do
     case "$1" in
-      -h | --help)
-        usage || true # nobody may read it
-        exit 0
-        ;;
+      -h | --help) usage && exit 0 ;;
       --follow | --ledger | --goodput)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2

@@ -28,7 +28,7 @@ WHEELS="${WHEELS:-}"                             # a folder of wheels, for a sit
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 MIN_PYTHON="3.11" # transformers 5.23 needs it
 
-usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
 log() { printf 'setup.sh: %s\n' "$*" >&2; }
 die() {
   log "error: $1"
@@ -37,10 +37,7 @@ die() {
 
 main() {
   case "${1:-}" in
-    -h | --help)
-      usage || true # nobody may read it
-      return
-      ;;
+    -h | --help) usage && return ;;
     --check | --is-ready | "") ;;
     --beside)
       [[ -f "${2:-}" ]] || die "--beside needs a requirements file" 2

@@ -44,7 +44,7 @@ WITHOUT_VALUE+=' --reboot --exclusive --nice --propagate --get-user-env'
 unset TRAINSTACK_CHAIN  # set by --chain alone
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
-usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
 log() { printf 'submit.sh: %s\n' "$*" >&2; }
 die() {
   log "error: $1"
@@ -93,10 +93,7 @@ parse() {
   CONFIG="" RESUME="" IS_LOCAL="" IS_DRY="" CHAIN="" SETTINGS=() SBATCH_OPTIONS=()
   while (($#)); do
     case "$1" in
-      -h | --help)
-        usage || true # nobody may read it
-        exit 0
-        ;;
+      -h | --help) usage && exit 0 ;;
       --config)
         (($# > 1)) || die "--config needs a file" 2
         name_file "$2"

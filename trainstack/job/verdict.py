@@ -63,9 +63,7 @@ def decide(run: RunFolder, owner: Owner, told: Told) -> Ending:
         return Ending(verdict, EXIT_CODES[status["state"]])
     # The next job of a chain may have begun at once, and the status be its own.
     ended = [e["event"].upper() for e in run.events() if is_of(e, owner)]
-    _, holder = Lease(run.path).holder()
-    is_requeued = holder and holder["job"] == job and order_of(holder) > owner.order
-    is_left = not is_ours and not told.is_taken_back and not is_requeued
+    is_left = not is_ours and not told.is_taken_back and not is_requeued(run, owner)
     if is_left and ended and ended[-1] in ("PAUSED", "DONE"):
         return Ending(REQUEUE if ended[-1] == "PAUSED" else END, EXIT_CODES[ended[-1]])
     # The run is another attempt's by now, and so is its status.
@@ -164,8 +162,14 @@ def is_replaced(run: RunFolder, owner: Owner) -> bool:
     if not holder:
         return False
     if holder["job"] == owner.job:
-        return order_of(holder) > owner.order
+        return is_requeued(run, owner)
     return bool(ranks_of(run, owner.job, owner.attempt))  # it was ours once
+
+
+def is_requeued(run: RunFolder, owner: Owner) -> bool:
+    """Whether a later attempt of the same job has the run: Slurm had lost the node of this one."""
+    _, holder = Lease(run.path).holder()
+    return bool(holder) and holder["job"] == owner.job and order_of(holder) > owner.order
 
 
 def is_stuck(run: RunFolder, job: str) -> bool:
