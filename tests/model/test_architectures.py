@@ -20,7 +20,8 @@ from trainstack.train.evaluate import evaluate
 CPU = torch.device("cpu")
 TRAIN = {
     "global_batch_size": 4, "micro_batch_size": 4, "num_train_epochs": 1.0, "max_steps": 1,
-    "precision": "fp32", "torch_compile": False, "activation_checkpointing": False,
+    "precision": "fp32", "torch_compile": False, "deterministic": False,
+    "activation_checkpointing": False,
 }  # fmt: skip
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

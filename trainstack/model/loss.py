@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import logging
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,10 +21,13 @@ from trainstack.model.attention import apart, check_apart, use
 log = logging.getLogger("trainstack")
 # Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
 # adds to the gradient of the whole head, so that it has some tokens at least.
-CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}
+CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAST_TOKENS = 256
+# The kernels of a GPU for bf16 and fp16 want rows of whole blocks: a vocabulary of 50,257 is slow.
+MULTIPLE = {"cpu": 1, "cuda": 64}
 DTYPES = {
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp64": torch.float64,
@@ -59,6 +63,7 @@ class CausalLMLoss(nn.Module):
         self.device_type = device.type
         self.autocast_dtype = DTYPES[train.precision]
         self.is_autocast = train.precision in ("bf16", "fp16")
+        self.is_compiled = False  # in the trials below
         self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
         self.balancing = trial.balancing_of(causal_lm)
         self._balance = Balance(causal_lm)
@@ -80,6 +85,7 @@ class CausalLMLoss(nn.Module):
         self.train()  # from_pretrained leaves a model in eval mode: without dropout
         with trial.trying(causal_lm, is_training=True):
             self._sometimes = trial.freeze_unreached(self, seq_len)
+        self.is_compiled = train.torch_compile and device.type == "cuda"  # a CPU gains nothing
         if train.torch_compile:
             self._body = [torch.compile(self._body[0])]
 
@@ -111,7 +117,8 @@ class CausalLMLoss(nn.Module):
                 hidden = hidden.flatten(0, 1)
                 compute = self.autocast_dtype if self.is_autocast else hidden.dtype
                 weight = self.causal_lm.get_output_embeddings().weight
-                loss = ChunkedCrossEntropy.apply(hidden, weight, labels.flatten(), compute)
+                targets = labels.flatten()
+                loss = ChunkedCrossEntropy.apply(hidden, weight, targets, compute, self.is_compiled)
         if self.balancing and torch.is_grad_enabled():
             targets = (labels != IGNORED_LABEL).sum()
             balance = self.balancing * output.aux_loss * targets
@@ -189,43 +196,75 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, compute):
+    def forward(ctx, hidden, weight, labels, compute, is_compiled):
         needs_grad = any(ctx.needs_input_grad)
+        losses = compiled_losses() if is_compiled and needs_grad else losses_of
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
+        vocab_size, device = weight.shape[0], hidden.device
         low_weight = weight.to(compute)
-        loss = torch.zeros((), dtype=accumulate, device=hidden.device)
+        if rest := -vocab_size % MULTIPLE[device.type]:
+            low_weight = nn.functional.pad(low_weight, (0, 0, 0, rest))
+        loss = torch.zeros((), dtype=accumulate, device=device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = None
-        chunk = max(LEAST_TOKENS, CHUNK_LOGITS[hidden.device.type] // weight.shape[0])
+        chunk = max(LEAST_TOKENS, CHUNK_LOGITS[device.type] // vocab_size)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             low_hidden = hidden[rows].to(compute)
-            logits = (low_hidden @ low_weight.T).to(accumulate)
-            is_target = labels[rows] != IGNORED_LABEL
-            targets = labels[rows].clamp(min=0).unsqueeze(1)
-            logs = logits.log_softmax(1)
-            del logits
-            loss -= (logs.gather(1, targets).squeeze(1) * is_target).sum()
+            part, grad = losses(low_hidden @ low_weight.T, labels[rows], vocab_size, needs_grad)
+            loss += part
             if needs_grad:  # now, while the chunk is there
-                grad = logs.exp_()
-                grad.scatter_add_(1, targets, grad.new_full(targets.shape, -1.0))
-                grad = grad.mul_(is_target.unsqueeze(1)).to(compute)
                 grad_hidden[rows] = grad @ low_weight
-                if grad_weight is None:
-                    grad_weight = (grad.T @ low_hidden).to(weight.dtype)
-                elif compute == weight.dtype:
-                    grad_weight.addmm_(grad.T, low_hidden)
-                else:
-                    grad_weight += grad.T @ low_hidden
-                del grad
-            del logs  # before the next chunk comes
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                grad_weight = added(grad_weight, grad.T, low_hidden, weight.dtype)
+                del grad  # before the next chunk comes
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab_size] if needs_grad else None)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None
+
+
+def losses_of(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, needs_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The sum of the losses of some tokens, and its gradient, in the dtype of the logits.
+
+    logits [tokens, vocab_size or more], of which only the first are tokens; they are overwritten.
+    """
+    dtype = logits.dtype
+    logits[:, vocab_size:] = -math.inf  # neither probability nor gradient
+    is_target = labels != IGNORED_LABEL
+    targets = labels.clamp(min=0).unsqueeze(1)
+    logs = logits.to(torch.promote_types(dtype, torch.float32))
+    del logits
+    torch.log_softmax(logs, 1, out=logs)  # each row is read before it is written
+    loss = -(logs.gather(1, targets).squeeze(1) * is_target).sum()
+    if not needs_grad:
+        return loss, None
+    grad = logs.exp_()
+    grad.scatter_(1, targets, grad.gather(1, targets) - 1)
+    return loss, grad.mul_(is_target.unsqueeze(1)).to(dtype)
+
+
+@functools.cache
+def compiled_losses() -> Callable:
+    """``losses_of`` as one pass over the logits."""
+    return torch.compile(losses_of, dynamic=False)
+
+
+def added(
+    total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``total + left @ right`` in ``dtype``, in place; ``total`` None: nothing so far."""
+    if left.is_cuda and left.dtype != dtype:  # cuBLAS adds up in fp32, without a pass of its own
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    if total is None:
+        return (left @ right).to(dtype)
+    return total.addmm_(left, right) if left.dtype == dtype else total.add_(left @ right)
 
 
 def enable_activation_checkpointing(causal_lm: nn.Module) -> None:
