@@ -111,9 +111,19 @@ def test_the_first_bad_update_ends_a_run_that_does_not_skip():
     assert error.value.is_rollback and error.value.step == 7
 
 
+def test_fp16_that_overflows_at_every_scale_is_a_divergence():
+    """It would go on to the end, with the weights of its first step."""
+    policy, skips = make_policy("stop", is_scaled=True), 0
+    for step in range(1, 20):
+        skips = policy.skips_after(step, 4.0, float("inf"), True, skips)
+    assert skips == 19 and policy.skips_after(20, 4.0, 1.0, False, skips) == 0
+    with pytest.raises(Diverged, match="in 20 steps in a row, at each lower scale; fp16 overflows"):
+        policy.skips_after(20, 4.0, float("inf"), True, skips)
+
+
 def test_fp16_that_lowers_its_scale_is_no_divergence_but_a_loss_that_is_not_finite_is():
     policy = make_policy("stop", is_scaled=True)
-    assert policy.skips_after(7, 4.0, float("inf"), True, skips_in_a_row=0) == 0
+    assert policy.skips_after(7, 4.0, float("inf"), True, skips_in_a_row=0) == 1
     with pytest.raises(
         Diverged, match="; fp16 overflows .* set train.precision=bf16 or fp32, lower"
     ):

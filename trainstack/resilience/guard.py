@@ -13,6 +13,7 @@ from trainstack.config.schema import GuardSection
 
 WINDOW = 128  # steps whose loss and norm tell what is usual (as OLMo-core's SkipStep)
 FEWEST = 32  # below that many no spike is called
+MOST_OVERFLOWS = 20  # of fp16 in a row: each halves the scale, 65,536 at first, so it is below 1
 
 
 class Guard:
@@ -82,11 +83,14 @@ class Policy:
 
         ``skips_in_a_row``: before this step. All ranks have the same numbers and decide the same.
         """
-        # fp16 whose scale is too large: the scaler skips the update and lowers the scale.
-        is_scaling = self.is_scaled and math.isfinite(loss)
-        if not is_withheld or is_scaling:
+        if not is_withheld:
             return 0
         text, action = describe_bad(step, loss, grad_norm), self.section.on_divergence
+        # fp16 whose scale is too large: the scaler skips the update and lowers the scale.
+        if self.is_scaled and math.isfinite(loss):
+            if skips_in_a_row + 1 < MOST_OVERFLOWS:
+                return skips_in_a_row + 1
+            text += f"; fp16 overflowed in {MOST_OVERFLOWS} steps in a row, at each lower scale"
         if action == "rollback":
             raise Diverged(step, text, is_rollback=True)
         if action == "skip" and skips_in_a_row < self.section.max_skips:

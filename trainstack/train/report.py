@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
-from trainstack.resilience.guard import describe_bad
+from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
 from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
@@ -79,8 +79,11 @@ class Report:
         """A bad update was withheld, and the run continues."""
         if self.is_main:
             text = describe_bad(result.step, result.loss, result.grad_norm)
-            log.warning("skip    %s; its update was left out (%d in a row, at most %d)",
-                        text, skips_in_a_row, self.attempt.config.guard.max_skips)  # fmt: skip
+            is_scaled = self.attempt.config.train.precision == "fp16"
+            most = MOST_OVERFLOWS - 1 if is_scaled else self.attempt.config.guard.max_skips
+            scaled = "; fp16's scale is halved" if is_scaled else ""
+            log.warning("skip    %s; its update was left out (%d in a row, at most %d)%s",
+                        text, skips_in_a_row, most, scaled)  # fmt: skip
             self.attempt.run.add_event("skip", step=result.step, cause=text)
 
     def step(
