@@ -46,14 +46,15 @@ from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
 from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
 from trainstack.train.report import Report
-from trainstack.waits import SAVE_SECONDS, START_SECONDS
+from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
 
 def main(options: argparse.Namespace, config: Config) -> str:
     """Own the run, build everything, train; returns the state in which the run was left."""
+    run = RunFolder(layout.run_folder(options.home, config.run.name))
+    watch = Watch(run, options.job, options.attempt, distributed.rank(), config.guard.hang_seconds)
     world = distributed.start(options.expect_world_size)
     plan = config.batch_plan(world.world_size)
-    run = RunFolder(layout.run_folder(options.home, config.run.name))
     corpus = open_corpus(options.home, config, run.checkpoints)
     fixed = identity(config, corpus.key)  # settings that may not change between attempts
 
@@ -65,7 +66,6 @@ def main(options: argparse.Namespace, config: Config) -> str:
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
         return ending.pause(attempt, stop.reason)
-    watch = Watch(run, options.job, options.attempt, world.rank, config.guard.hang_seconds)
     faults = Faults(options.fault, world.rank, owner.attempt)
 
     # The weights: from the newest checkpoint, else as model.init says.
@@ -147,12 +147,11 @@ class Loop:
         attempt, state = self.attempt, self.state
         try:
             self.train()
-            if state.step > self.first_step:  # else nothing was saved here
-                self.finish_save()
+            self.finish_save()
             self.report.close()
             if state.step < attempt.max_steps or not state.is_evaluated:
                 return ending.pause(attempt, self.stop.reason, state.step)
-            self.watch.at(state.step, Phase.END, START_SECONDS)
+            self.watch.at(state.step, Phase.END, LOAD_SECONDS)
             ending.show_sample(attempt, self.strategy, self.feed.corpus.is_chat)
             return ending.complete(attempt, state, time.monotonic() - self.started)
         except Diverged as error:  # the save of good steps that is under way is finished
@@ -168,9 +167,11 @@ class Loop:
         """Step, evaluate, save, until max_steps or a stop."""
         config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
+        self.watch.at(state.step, Phase.WARM_UP, COMPILE_SECONDS)
         self.report.warms_up()
         first = self.feed.at(min(state.step + 1, max_steps))
         self.is_random = startup.warm_up(self.strategy, first.batches, self.attempt.world)
+        self.saver.reserve(self.strategy.share())
         # A stop may have been requested during start-up. An evaluation that the last stop cut
         # short is due first.
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
@@ -327,7 +328,7 @@ class Loop:
     def save_ended(self, saved: Saved | None) -> None:
         """A save ended, well or not; None: none did."""
         if saved is not None:
-            stall, self.stall_seconds = self.stall_seconds, 0.0
+            stall, self.stall_seconds = self.stall_seconds + saved.gpu_seconds, 0.0
             if saved.problem is None:  # one that failed says nothing about the next
                 self.stop.save_seconds = saved.seconds
                 if self.interval:
@@ -364,6 +365,7 @@ def run_and_explain() -> None:
     run = None
     try:
         config = load(options.config, options.overrides)
+        distributed.set_numerics(config.train.precision, config.train.deterministic)
         run = RunFolder(layout.run_folder(options.home, config.run.name))
         state = main(options, config)
         # All leave together, and at once: taking a process group apart while a peer is already

@@ -1,6 +1,7 @@
 """What all ranks do together, by real processes over gloo."""
 
 import datetime
+import json
 import os
 import time
 from pathlib import Path
@@ -57,11 +58,37 @@ def test_a_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(tmp_path, 
         ConfigError, match=r"has a GPU \(NVIDIA H100, 550.54\), but torch 2.*cannot"
     ):
         distributed.read_world()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "9")
+    with pytest.raises(ConfigError, match="cannot use it with CUDA_VISIBLE_DEVICES=9: choose"):
+        distributed.read_world()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert distributed.read_world().device.type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     smi.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
     assert distributed.read_world().device.type == "cpu"
+
+
+def recorded(world: World, folder: Path):
+    for _ in range(2 + world.rank):  # the last of rank 1 has begun, and nobody answers
+        dist.all_reduce(torch.zeros(1), async_op=True)
+    record, count = distributed.flight_record()
+    return json.loads(record)["entries"][0]["profiling_name"], count
+
+
+def test_a_rank_knows_how_many_collectives_it_has_begun(tmp_path):
+    """By torch's flight recorder; of ranks that hang, the one with the fewest is to blame."""
+    first, second = together(recorded, tmp_path)
+    assert first[0] == "gloo:all_reduce" and second[1] == first[1] + 1
+
+
+def test_a_matrix_of_fp32_is_multiplied_as_the_precision_says(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for precision in ("tf32", "fp32", "bf16"):
+        distributed.set_numerics(precision, False)
+    assert said == ["high", "highest", "highest"] and not torch.backends.cudnn.allow_tf32
 
 
 def test_rank_0_may_take_longer_than_a_collective_while_the_others_wait(tmp_path):

@@ -29,6 +29,10 @@ def test_launch_kills_a_rank_that_does_not_hear_before_torchrun_would():
     assert waits.LOOK_SECONDS + waits.SHUTDOWN_SECONDS < TORCHRUN_KILLS_SECONDS
 
 
+def test_a_hang_is_reported_before_a_locked_rank_is_taken_for_one_though_a_record_may_take_long():
+    assert waits.TICKS_SECONDS + waits.RECORD_SECONDS < waits.LOCKED_SECONDS
+
+
 def test_a_watchdog_that_is_late_by_a_tick_does_not_take_its_process_for_stopped():
     assert waits.TICKS_SECONDS < waits.STOPPED_SECONDS
 
@@ -56,4 +60,4 @@ def test_hosts_that_cannot_reach_each_other_are_named_within_two_minutes():
 
 
 def test_a_node_that_is_slow_to_begin_is_waited_for_as_long_as_ranks_may_start():
-    assert waits.REACH_SECONDS < waits.MARK_SECONDS < waits.START_SECONDS
+    assert waits.REACH_SECONDS < waits.MARK_SECONDS < waits.CONNECT_SECONDS

@@ -6,6 +6,7 @@ The only module that reads RANK and its kin. Without them a process is a world o
 import contextlib
 import ctypes
 import datetime
+import json
 import logging
 import os
 import random
@@ -13,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ import torch.distributed as dist
 
 from trainstack import processes
 from trainstack.errors import ConfigError
-from trainstack.waits import COLLECTIVE_SECONDS, MEET_SECONDS
+from trainstack.waits import COLLECTIVE_SECONDS, MEET_SECONDS, RECORD_SECONDS
 
 log = logging.getLogger("trainstack")
 
@@ -45,7 +47,8 @@ class World:
 
     @property
     def backend(self) -> str:
-        return "nccl" if self.device.type == "cuda" else "gloo"
+        # What is on the host, objects too, travels over gloo: no GPU waits for it.
+        return "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
 
 
 def die_with_parent() -> None:
@@ -53,7 +56,7 @@ def die_with_parent() -> None:
     processes.die_with_parent(int(os.environ.get("TRAINSTACK_PARENT") or os.getppid()))
 
 
-def rank_of_process() -> int:
+def rank() -> int:
     """The rank that torchrun gave this process; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
@@ -138,12 +141,14 @@ def check_driver() -> None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
         if told.strip():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            seen = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
             built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
             raise ConfigError(
                 f"{socket.gethostname()} has a GPU ({told.splitlines()[0]}), but torch "
-                f"{torch.__version__}, built {built}, cannot use it: choose a build for that driver"
-                " (doc/cluster.md), or hide the GPU: CUDA_VISIBLE_DEVICES= bash submit.sh --local, "
-                "or -- --gpus-per-node=0"
+                f"{torch.__version__}, built {built}, cannot use it{seen}: choose a build for that "
+                "driver (doc/cluster.md), or hide the GPU: CUDA_VISIBLE_DEVICES= bash submit.sh "
+                "--local, or -- --gpus-per-node=0"
             )
 
 
@@ -168,6 +173,46 @@ def start_logging(world: World, log_file: Path) -> None:
     log.handlers = [console, to_file]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+def set_numerics(precision: str, is_deterministic: bool) -> None:
+    """Which products a GPU makes of fp32 matrices, and whether it computes alike each time.
+
+    TF32 keeps 10 of the 23 bits of a factor. CPUs compute alike either way.
+    """
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def flight_record() -> tuple[str, int]:
+    """torch's record of the last collectives as JSON, and how many of the loop's have begun.
+
+    Empty, and 0, if torch has none, or does not answer in RECORD_SECONDS.
+    """
+    found = []
+
+    def read() -> None:
+        c10d = torch._C._distributed_c10d
+        names = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
+        known = [getattr(c10d, n) for n in names if hasattr(c10d, n)]
+        texts = [dump(True, False).decode() for dump in known]
+        entries = [entry for text in texts for entry in json.loads(text).get("entries", [])]
+        of_loop = [entry for entry in entries if "default_pg" in entry["process_group"]]
+        of_gpu = [entry for entry in of_loop if entry["profiling_name"].startswith("nccl")]
+        # NCCL's have begun if the GPU came to them. gloo's begin at once, and keep that state.
+        begun = [entry for entry in of_gpu if entry["state"] != "scheduled"] if of_gpu else of_loop
+        count = max((entry["collective_seq_id"] for entry in begun), default=0)
+        found.append(("\n".join(texts), count))
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(RECORD_SECONDS)
+    return found[0] if found else ("", 0)
 
 
 def introduce(world: World) -> tuple[str, str]:
@@ -237,6 +282,6 @@ def any_rank(is_wanted: bool, world: World) -> bool:
     """Whether it is true on any rank. Collective: every rank must call this."""
     if world.world_size == 1:
         return is_wanted
-    number = torch.tensor(float(is_wanted), device=world.device)
-    dist.all_reduce(number)
+    number = torch.tensor(float(is_wanted))
+    dist.all_reduce(number)  # over gloo, also beside NCCL: no GPU waits
     return bool(number > 0)

@@ -28,8 +28,13 @@ SAVE_COLLECTIVE_SECONDS = 7200  # of a save: a peer may write that long, to a sl
 MARK_SECONDS = 300.0  # all launchers have begun: each imports torch from the shared file system
 REACH_SECONDS = 30.0  # a connection between two hosts comes about
 
-# What a phase of the loop may take beyond a step.
-START_SECONDS = 900  # loading, connecting, compiling: before the first step there is no median
+# A rank that hangs writes down its collectives; the report of who failed waits for that.
+RECORD_SECONDS = 1.0  # torch's flight recorder, which may wait for NCCL itself
+
+# What a phase may take, beyond a step once there is one.
+CONNECT_SECONDS = 600  # all ranks have imported torch; NCCL itself would wait for ever
+LOAD_SECONDS = 900  # the model and the optimizer; of a verification, between two files
+COMPILE_SECONDS = 1800  # the warm-up, and the first two steps and evaluations
 SAVE_SECONDS = 1800  # a save that the loop has to wait for, to a slow file system
 
 # The end of the job.

@@ -277,6 +277,19 @@ def test_training_may_change_the_weights_as_soon_as_they_are_copied(tmp_path):
         assert torch.equal(read_optimizer(path)["a/exp_avg"], torch.full((3, 4), float(step)))
 
 
+def test_memory_that_the_host_does_not_have_costs_the_save_alone(tmp_path):
+    (tmp_path / "c").mkdir()
+    saver = Saver(tmp_path / "c", ALONE, 2, "job.1", lambda: None)
+    huge = snapshot(1)
+    huge.share.optimizer["a/exp_avg"] = torch.zeros(1).expand(1 << 50)
+    saver.start(huge)
+    assert saver.before_update() < 60, "training goes on"
+    assert "can't allocate memory" in saver.wait().problem
+    assert not checkpoints(tmp_path / "c")
+    saver.start(snapshot(2))
+    assert saver.wait().problem is None
+
+
 def test_who_lost_the_run_folder_does_not_publish(tmp_path):
     def lost():
         raise Refused("job 7 took over")
@@ -304,11 +317,13 @@ def test_optimizer_shards_are_spread_over_ranks_and_are_whole_together():
     weights = {"w": torch.zeros(100)}
     optimizer = {f"p{i}/{s}": torch.full((10 + i,), i) for i in range(9) for s in "mv"}
     for world_size in (1, 2, 3, 8):
-        shares = [replicated_share(weights, optimizer, r, world_size) for r in range(world_size)]
+        shares = [
+            replicated_share(weights, 400, optimizer, r, world_size) for r in range(world_size)
+        ]
         names = [name for share in shares for name in share.optimizer]
         assert sorted(names) == sorted(optimizer)
         assert [bool(share.weights) for share in shares] == [r == 0 for r in range(world_size)]
-    shares = [replicated_share(weights, optimizer, rank, 2) for rank in (0, 1)]
+    shares = [replicated_share(weights, 400, optimizer, rank, 2) for rank in (0, 1)]
     sizes = [sum(t.nbytes for t in share.optimizer.values()) for share in shares]
     assert sizes[0] < sizes[1], "rank 0 writes the weights as well"
 

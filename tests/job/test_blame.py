@@ -22,8 +22,8 @@ def report(run: RunFolder, rank: int, state: str = "FAILED", victim: bool = Fals
     run.add_failure("7", 1, rank, state, 1, f"report of {rank}", victim, **facts)
 
 
-def hang(run: RunFolder, rank: int, phase: Phase, step: int = 25) -> None:
-    report(run, rank, "HANG", position=[step, phase.number])
+def hang(run: RunFolder, rank: int, phase: Phase, step: int = 25, **facts) -> None:
+    report(run, rank, "HANG", position=[step, phase.number], **facts)
 
 
 def blamed(run: RunFolder) -> tuple[int | str, str]:
@@ -71,6 +71,13 @@ def test_if_all_hang_and_report_the_least_advanced_is_to_blame(run):
     for rank in (0, 1, 3):
         hang(run, rank, Phase.UPDATE)
     hang(run, 2, Phase.GRADIENTS)
+    assert blamed(run) == (2, "HANG")
+
+
+def test_of_ranks_that_wait_at_one_place_the_one_that_began_the_fewest_collectives_is_to_blame(run):
+    """On GPUs the hosts are ahead, and all wait for what they queued."""
+    for rank, collective in ((0, 120), (1, 120), (2, 119), (3, 120)):
+        hang(run, rank, Phase.GRADIENTS, collective=collective)
     assert blamed(run) == (2, "HANG")
 
 

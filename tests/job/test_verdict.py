@@ -159,6 +159,25 @@ def test_an_error_that_comes_again_before_any_step_is_not_tried_a_third_time(tmp
     assert ending.cause.endswith("ValueError: shapes do not fit; twice, before any step")
 
 
+def test_memory_that_runs_out_again_is_not_tried_a_third_time(run):
+    gpu = "out of GPU memory: CUDA out of memory. Tried to allocate %d GiB"
+    run.add_failure("7", 3, 0, "FAILED", 1, gpu % 2, False)
+    assert decided(run).verdict == "restart"
+    run.add_event("failed", job="7", attempt=2, cause=f"rank 1 on node1: {gpu % 3}", step=9)
+    ending = decided(run)
+    assert (ending.verdict, ending.state) == ("end", "FAILED")
+    assert ending.cause.endswith("2 GiB; twice, without a newer checkpoint")
+    run.add_event("checkpoint", step=12)
+    assert decided(run).verdict == "restart", "it came further"
+
+
+def test_a_kill_that_may_be_for_memory_is_no_proof_of_it(run):
+    cause = "killed by SIGKILL (out of memory, or somebody's kill -9)"
+    run.add_event("failed", job="7", attempt=2, cause=cause, step=9)
+    run.add_failure("7", 3, 0, "FAILED", 1, cause, False)
+    assert decided(run).verdict == "restart"
+
+
 @pytest.mark.parametrize("excuse", ["preempted", "node_lost"])
 def test_attempts_that_slurm_ended_while_they_started_do_not_count(tmp_path, excuse):
     run = RunFolder(tmp_path / "runs" / "b")

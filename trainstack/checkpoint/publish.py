@@ -34,10 +34,11 @@ class Publisher:
     check_owner: Callable[[], None]  # raises Refused if another attempt owns the run now
     pause: Callable[[float], None]  # called after so many seconds of writing
 
-    def publish(self, snapshot: Snapshot, share: Share) -> int:
+    def publish(self, snapshot: Snapshot, share: Share | str) -> int:
         """Write, agree, seal, rename; the size in bytes. Collective within the group.
 
-        SaveError, on every rank, if any rank could not write; Refused if the run is another's.
+        ``share``: this rank's, or why it could not be copied. SaveError, on every rank, if any rank
+        could not copy or write; Refused if the run is another's.
         """
         final = self.folder / f"checkpoint-{snapshot.step}"
         temporary = self.folder / f".{final.name}.{self.attempt}.tmp"
@@ -45,7 +46,9 @@ class Publisher:
         if self.world.is_main:
             problem = problem_of(lambda: self._prepare(temporary), temporary)
         problem = from_main(problem, self.group)
-        if problem is None:
+        if problem is None and isinstance(share, str):
+            problem = share
+        elif problem is None:
             entries, problem = self._write(temporary, snapshot, share)
         answers = gather((entries, problem), self.group)
         problem = next((found for _, found in answers if found), None)

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from trainstack.checkpoint.host_memory import HostMemory
 from trainstack.checkpoint.publish import Publisher
 from trainstack.checkpoint.snapshot import Saved, SaveError, Share, Snapshot
 from trainstack.distributed import World
-from trainstack.errors import ConfigError, Refused
+from trainstack.errors import ConfigError, Refused, first_words
 from trainstack.waits import SAVE_COLLECTIVE_SECONDS
 
 WRITER_NICENESS = 10
@@ -51,10 +52,13 @@ class Saver:
             ) from None
         self.publisher = Publisher(folder, attempt, world, group, keep, check_owner, self._pause)
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-        self._host: dict[str, torch.Tensor] = {}  # allocated by the first save, kept for the others
+        self._memory = HostMemory(world.device)
+        self._host: dict[str, torch.Tensor] = {}  # where the snapshot is copied to
+        self._not_copied: str | None = None  # why a GPU could not begin to copy
         self._thread: threading.Thread | None = None
         self._saved: Saved | Refused | None = None
-        self._event: torch.cuda.Event | None = None
+        self._event: torch.cuda.Event | None = None  # when the GPU has copied
+        self._wait: list[torch.cuda.Event] = []  # around the GPU's wait for that
         self._is_copied = threading.Event()
         self._is_copied.set()
         self._is_awaited = threading.Event()
@@ -69,23 +73,30 @@ class Saver:
         """How many saves a stop has to wait for: its own, and the one that is under way."""
         return 2 if self.is_busy else 1
 
+    def reserve(self, share: Share) -> None:
+        """Let a thread make the memory that the first save takes; later ones take it again."""
+        if self._stream is not None:
+            self._memory.reserve(share)
+
     def start(self, snapshot: Snapshot) -> None:
         """Begin a save; none may be under way. Collective: every rank must call this."""
         assert self._thread is None, "one save at a time"
-        if self._stream is not None:
+        self._is_copied.clear()
+        if self._stream is not None:  # else the thread copies, and the update waits for it
             self._copy_from_gpu(snapshot.share)
-        else:
-            self._is_copied.clear()  # the thread copies, and the update waits for it
         self._thread = threading.Thread(target=self._run, args=(snapshot,), daemon=True)
         self._thread.start()
 
     def before_update(self) -> float:
         """Wait until the snapshot no longer needs the weights as they are; seconds waited."""
         started = time.monotonic()
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)  # the GPU waits, not this thread
-        else:
+        if self._event is None:
             self._is_copied.wait()
+        elif not self._wait:  # the GPU waits, not this thread
+            self._wait = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._wait[0].record()
+            torch.cuda.current_stream().wait_event(self._event)
+            self._wait[1].record()
         return time.monotonic() - started
 
     def poll(self) -> Saved | None:
@@ -106,6 +117,8 @@ class Saver:
         self._thread, saved, self._saved = None, self._saved, None
         if isinstance(saved, Refused):
             raise saved
+        if self._wait and self._wait[1].query():
+            saved.gpu_seconds = self._wait[0].elapsed_time(self._wait[1]) / 1000
         return saved
 
     def _pause(self, seconds: float) -> None:
@@ -114,20 +127,20 @@ class Saver:
             self._is_awaited.wait(seconds * REST)
 
     def _copy_from_gpu(self, share: Share) -> None:
+        """Queue the copy behind what the GPU has to do; a problem is told by the thread."""
+        self._event, self._wait, self._not_copied = None, [], None
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for name, tensor in share.tensors():
-                self._host_copy(name, tensor).copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._copy(share)
+                self._event = torch.cuda.Event()
+                self._event.record(self._stream)
+        except RuntimeError as error:
+            self._not_copied = first_words(error)
 
-    def _host_copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name not in self._host:
-            is_pinned = self._stream is not None
-            self._host[name] = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=is_pinned
-            )
-        return self._host[name]
+    def _copy(self, share: Share) -> None:
+        for name, tensor, place in self._memory.places(share):
+            self._host[name] = place.copy_(tensor, non_blocking=self._stream is not None)
 
     def _run(self, snapshot: Snapshot) -> None:
         """The thread: copy, publish, and leave in ``_saved`` how it ended."""
@@ -148,14 +161,19 @@ class Saver:
             self._is_copied.set()
         self._saved = Saved(snapshot.step, final, time.monotonic() - started, size, problem)
 
-    def _copied(self, share: Share) -> Share:
-        """The share in host memory. From its return on, the loop may change the tensors."""
-        if self._event is None:
-            for name, tensor in share.tensors():
-                self._host_copy(name, tensor).copy_(tensor)
-        else:
-            self._event.synchronize()
-        self._is_copied.set()
+    def _copied(self, share: Share) -> Share | str:
+        """The share in host memory, or why it is not. Then the loop may change the tensors."""
+        try:
+            if self._stream is None:
+                self._copy(share)
+            elif self._event is not None:
+                self._event.synchronize()
+        except RuntimeError as error:
+            return first_words(error)
+        finally:
+            self._is_copied.set()
+        if self._not_copied is not None:
+            return self._not_copied
         # From here on training comes first: this thread gets what training leaves (setpriority(2)
         # is per thread on Linux).
         with contextlib.suppress(OSError):

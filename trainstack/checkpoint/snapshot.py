@@ -67,20 +67,23 @@ class Saved:
     seconds: float  # from its start to its publication
     size: int  # bytes
     problem: str | None
+    gpu_seconds: float = 0.0  # for which this rank's GPU waited to update what was being copied
 
 
 def replicated_share(
     weights: dict[str, torch.Tensor],
+    weight_bytes: int,
     optimizer: dict[str, torch.Tensor],
     rank: int,
     world_size: int,
 ) -> Share:
-    """A rank's share if every rank has all tensors: rank 0 writes the weights.
+    """A rank's share if every rank has all tensors: rank 0 writes the weights, others need none.
 
     The optimizer's are spread: largest first, each to the rank with the least to write so far.
+    ``weight_bytes``: alike on all ranks.
     """
     load = [0] * world_size
-    load[0] = sum(tensor.nbytes for tensor in weights.values())
+    load[0] = weight_bytes
     own = {}
     for name in sorted(optimizer, key=lambda n: (-optimizer[n].nbytes, n)):
         target = load.index(min(load))

@@ -167,8 +167,9 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt
     num_train_epochs: PositiveFloat
     max_steps: PositiveInt | None
-    precision: Literal["fp32", "bf16", "fp16", "fp64"]
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"]
     torch_compile: bool
+    deterministic: bool
     activation_checkpointing: bool
 
 

@@ -18,7 +18,8 @@ def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
 
     1. A rank that hung over its own samples: it waited for nobody.
     2. The silent rank, which did not report: the ones that hung waited for it.
-    3. The least advanced of those that hung: the others waited for it.
+    3. The least advanced of those that hung: the others waited for it. Ranks with GPUs wait at one
+       place for what they queued; then it is the one that began the fewest collectives.
 
     In any case:
 
@@ -38,11 +39,16 @@ def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
             told = f"rank {hung[0]['rank']}: {hung[0]['cause']}"
             cause = f"stopped answering while the others waited for it ({told})"
             return {**hung[0], **silent, "cause": cause}
-        return min(hung, key=lambda report: report["position"])  # 3
+        return min(hung, key=reached)  # 3
     if silent and all(report["is_victim"] for report in reports):  # 4
         cause = "disappeared without a report, and the others lost it (its node or network?)"
         return {**reports[0], **silent, "cause": cause}
     return next(iter(reports), None)  # 5
+
+
+def reached(report: dict[str, Any]) -> tuple:
+    """How far a rank had come that hung."""
+    return tuple(report["position"]), report.get("collective", 0)
 
 
 def silent_rank(

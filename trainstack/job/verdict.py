@@ -18,6 +18,7 @@ RESTARTING = {"FAILED", "HANG"}  # states that another attempt may get past
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 STUCK = f"{MAX_ATTEMPTS_WITHOUT_PROGRESS} attempts without a newer checkpoint"
 EXCUSES = {"preempted", "node_lost"}  # events
+OUT_OF_MEMORY = re.compile(r"\bout of (GPU )?memory(:| \(host)")  # for certain
 LOG_TAIL_BYTES = 1 << 14  # of metrics.jsonl: many lines
 
 
@@ -126,6 +127,9 @@ def decide_failed(
         return Ending(END, code, state, cause, step, lines, event, facts)
     if failure.get("traceback") and came_before(run, owner, failure["cause"]):
         return Ending(END, code, state, f"{cause}; twice, before any step", step, lines[1:])
+    if ran_out_before(run, owner, failure["cause"]):
+        cause += "; twice, without a newer checkpoint"
+        return Ending(END, code, state, cause, step, lines[1:])
     if failure.get("is_elsewhere"):
         return Ending(REQUEUE, EXIT_CODES["PAUSED"], "PAUSED", cause, step, lines, event, facts)
     again = (
@@ -215,6 +219,17 @@ def came_before(run: RunFolder, owner: Owner, cause: str) -> bool:
     failed = [e for e in run.events() if e["event"] == "failed" and e.get("job") == owner.job]
     is_same = bool(failed) and failed[-1].get("cause", "").endswith(cause)  # of any rank
     return is_same and last_step(run) <= from_step
+
+
+def ran_out_before(run: RunFolder, owner: Owner, cause: str) -> bool:
+    """Whether memory ran out now and when the attempt before failed, and nothing was saved since.
+
+    It would run out a third time: what a step needs does not change.
+    """
+    told = [e for e in run.events() if e["event"] in ("failed", "checkpoint")]
+    failed = [e for e in told if e["event"] == "failed" and e.get("job") == owner.job]
+    is_last = bool(failed) and told[-1] is failed[-1]
+    return is_last and all(OUT_OF_MEMORY.search(text) for text in (cause, failed[-1]["cause"]))
 
 
 def next_start(run: RunFolder, step: int | None = None) -> str:

@@ -47,6 +47,7 @@ class DataParallel(Strategy):
         # order of summation depends on the grouping. Done before the first step of every attempt, a
         # resumed run sums as one that was never stopped. It also compiles, and finds out whether
         # memory suffices.
+        self.optimizer.allocate()
         self.ddp(*next(iter(batches))).backward()
         self._zero()
 
@@ -86,8 +87,11 @@ class DataParallel(Strategy):
         self._zero()
 
     def share(self) -> Share:
-        weights, optimizer = saved_weights(self.causal_lm), self.optimizer.tensors(self.causal_lm)
-        return replicated_share(weights, optimizer, self.world.rank, self.world.world_size)
+        world = self.world  # of some models, what is saved is a copy, in another form
+        weights = saved_weights(self.causal_lm) if world.is_main else {}
+        size = sum(weight.nbytes for weight in self.causal_lm.parameters())
+        optimizer = self.optimizer.tensors(self.causal_lm)
+        return replicated_share(weights, size, optimizer, world.rank, world.world_size)
 
     def load(self, checkpoint: Path, state: TrainState) -> None:
         self.optimizer.restore(self.causal_lm, read_optimizer(checkpoint), state.updates)

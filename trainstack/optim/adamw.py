@@ -27,7 +27,7 @@ class AdamW(torch.optim.AdamW):
     def step(self) -> None:
         # torch's own looks each time for state, devices and dtypes of each parameter, which takes
         # as long as the update of a small model. Its kernel is this one.
-        self._lists = self._lists or list(self._gathered())
+        self.allocate()
         for group, parameters, averages, squares, step in self._lists:
             step += 1
             beta1, beta2 = group["betas"]
@@ -38,6 +38,9 @@ class AdamW(torch.optim.AdamW):
                 maximize=False, grad_scale=self.grad_scale, found_inf=self.found_inf,
             )  # fmt: skip
             step -= self.found_inf
+
+    def allocate(self) -> None:
+        self._lists = self._lists or list(self._gathered())
 
     def _gathered(self) -> Iterator[tuple]:
         """The parameters of each group and dtype with their state, and one count for them all."""

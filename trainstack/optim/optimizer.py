@@ -23,13 +23,16 @@ class Optimizer(Protocol):
         puts its own two in their place.
         """
 
+    def allocate(self) -> None:
+        """Make the state that the first update needs, if it is not there."""
+
     def set_learning_rate(self, learning_rate: float) -> None: ...
 
     def updates_done(self) -> int:
         """Updates that happened so far: fewer than steps if some were skipped."""
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Its state as ``<parameter name>/<state name>``; empty before the first update."""
+        """Its state as ``<parameter name>/<state name>``; empty before ``allocate``."""
 
     def restore(self, model: nn.Module, tensors: dict[str, torch.Tensor], updates: int) -> None:
         """Put ``tensors`` back after so many updates; rates and betas stay the configuration's.

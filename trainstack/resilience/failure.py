@@ -18,13 +18,16 @@ from trainstack.waits import PEER_LOST_SECONDS
 log = logging.getLogger("trainstack")
 BRACKET = re.compile(r"^\[[^]]*\] *")  # where in torch's sources it was raised
 NO_MEMORY = "can't allocate memory"  # torch, of the host's
+# A GPU without memory, in the words of CUDA, cuBLAS and NCCL.
+NO_GPU_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "Cuda failure 2 'out of memory'")  # fmt: skip
 CONSTANT = (ImportError, NameError, AttributeError, NotImplementedError)  # they come again
 STATES = {code: state for state, code in EXIT_CODES.items()}
 
 
 def explain(error: BaseException, run: RunFolder | None, job: str | None, attempt: int) -> int:
     """Say what went wrong, leave this rank's failure report, and return the exit code."""
-    rank = distributed.rank_of_process()
+    rank = distributed.rank()
     is_main = rank == 0
     state, code, facts = "FAILED", EXIT_CODES["FAILED"], {}
     if isinstance(error, ConfigError):  # all ranks raise it; one of them tells
@@ -48,11 +51,7 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
             log.error("lost a peer (%s)", textwrap.shorten(BRACKET.sub("", what), 160))
         else:
             log.error("%s", "".join(lines))
-        kind = type(error).__name__
-        cause = f"{kind}: {what}"
-        if kind == "OutOfMemoryError" or NO_MEMORY in what:
-            device = "GPU " * (kind == "OutOfMemoryError")
-            cause = f"out of {device}memory: {what}; a smaller train.micro_batch_size needs less"
+        cause = memory_cause(error) or f"{type(error).__name__}: {what}"
         facts = {"traceback": "".join(lines[-3:]).splitlines()[-8:]}
         facts |= {"is_final": True} if isinstance(error, CONSTANT) else {}
     if run is not None and run.path.is_dir():
@@ -60,6 +59,20 @@ def explain(error: BaseException, run: RunFolder | None, job: str | None, attemp
     if is_victim:
         time.sleep(PEER_LOST_SECONDS)  # the first to end is taken for the cause
     return code
+
+
+def memory_cause(error: BaseException) -> str:
+    """In words, if memory ran out, of a GPU or of the host; else empty."""
+    fix = "lower train.micro_batch_size, or set train.activation_checkpointing=true"
+    while error is not None:  # a compiler raises its own error from that of the GPU
+        what = str(error).splitlines()[0] if str(error) else ""
+        is_of_gpu = any(words in str(error) for words in NO_GPU_MEMORY)
+        if is_of_gpu or type(error).__name__ == "OutOfMemoryError":
+            return f"out of GPU memory: {what}; {fix}"
+        if NO_MEMORY in what or isinstance(error, MemoryError):
+            return f"out of memory: {what}; {fix}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def roll_back(run: RunFolder, error: Diverged) -> str:

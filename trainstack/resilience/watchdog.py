@@ -5,22 +5,30 @@ import faulthandler
 import logging
 import os
 import statistics
+import sys
 import threading
 import time
 from collections import deque
 
+from trainstack import distributed
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import EXIT_CODES, Phase
-from trainstack.waits import LOCKED_SECONDS, START_SECONDS, STOPPED_SECONDS, TICKS_SECONDS
+from trainstack.waits import (
+    COMPILE_SECONDS,
+    CONNECT_SECONDS,
+    LOCKED_SECONDS,
+    STOPPED_SECONDS,
+    TICKS_SECONDS,
+)
 
 log = logging.getLogger("trainstack")
 MEDIANS = 10  # a step may take this many times the median step
 RECENT = 64  # steps the median is taken over
-MAY_COMPILE = 2  # the first steps of an attempt in each phase, which may take START_SECONDS more
+MAY_COMPILE = 2  # the first steps of an attempt in each phase, which may take COMPILE_SECONDS more
 
 
 class Watch:
-    """Watches this process's loop from a thread; ends it as HANG if it no longer moves.
+    """Watches this process from a thread; ends it as HANG if it no longer moves.
 
     Before that it leaves a failure report: by it the rank that holds up the others is found. A
     thread of Python cannot run while another one holds the interpreter's lock, so faulthandler's
@@ -36,11 +44,14 @@ class Watch:
         self.least_seconds = least_seconds
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._first_steps: dict[Phase, set[int]] = {}  # of this attempt
-        self._position, self._extra, self._at = (0, Phase.START), START_SECONDS, time.monotonic()
+        self._position, self._extra = (0, Phase.CONNECT), CONNECT_SECONDS
+        self._at = time.monotonic()
         self._is_over = threading.Event()
         if least_seconds is None:
             return
-        self._file = run.stacks_file(job, attempt, rank).open("w")
+        # Started by hand, a new run has no folder yet: it is made once the run is owned.
+        self._has_file = run.logs.is_dir()
+        self._file = run.stacks_file(job, attempt, rank).open("w") if self._has_file else sys.stderr
         threading.Thread(target=self._watch, daemon=True).start()
 
     def at(self, step: int, phase: Phase, extra_seconds: float = 0) -> None:
@@ -48,8 +59,8 @@ class Watch:
         first_steps = self._first_steps.setdefault(phase, set())
         if len(first_steps) < MAY_COMPILE:
             first_steps.add(step)
-        if step in first_steps:
-            extra_seconds = max(extra_seconds, START_SECONDS)
+        if step in first_steps and not phase.is_start:
+            extra_seconds = max(extra_seconds, COMPILE_SECONDS)
         self._position, self._extra, self._at = (step, phase), extra_seconds, time.monotonic()
 
     def note_step(self, seconds: float) -> None:
@@ -90,9 +101,10 @@ class Watch:
     def _woke(self, late: float) -> None:
         """This thread could not run for a while, in which faulthandler may have written stacks."""
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):
-            self._file.seek(0)
-            self._file.truncate()
+        if self._has_file:
+            with contextlib.suppress(OSError):
+                self._file.seek(0)
+                self._file.truncate()
         if late > STOPPED_SECONDS:  # the whole process was stopped, by Ctrl-Z or by Slurm
             self._at += late
             log.info("stopped  for %.0f s as a whole, by Slurm or Ctrl-Z; nothing hangs", late)
@@ -100,14 +112,16 @@ class Watch:
                 self.run.stopped_mark(self.job, self.attempt, self.rank).touch()
 
     def _end(self, step: int, phase: Phase, seconds: float) -> None:
-        where = phase.value if phase is Phase.START else f"step {step:,}, {phase.value}"
-        cause = f"no progress for {seconds:.0f} s at {where}"
+        where = f"while {phase.value}" if phase.is_start else f"at step {step:,}, {phase.value}"
+        cause = f"no progress for {seconds:.0f} s {where}"
         with contextlib.suppress(Exception):
             log.error("HANG    %s; stacks: %s", cause, self._file.name)
+            record, collective = distributed.flight_record()
             self.run.add_failure(
                 self.job, self.attempt, self.rank, "HANG", EXIT_CODES["HANG"], cause, False,
-                position=[step, phase.number],
+                position=[step, phase.number], collective=collective,
             )  # fmt: skip
+            self.run.collectives_file(self.job, self.attempt, self.rank).write_text(record)
         # Last, for launch.py ends a rank whose stacks stay.
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         os._exit(EXIT_CODES["HANG"])

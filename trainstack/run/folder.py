@@ -171,6 +171,10 @@ class RunFolder:
         """Where a rank's watchdog writes what its threads were doing."""
         return self._log(job, attempt, f"rank{rank}.stacks")
 
+    def collectives_file(self, job: str | None, attempt: int, rank: int) -> Path:
+        """What torch's flight recorder knows of the last collectives of a rank that hung."""
+        return self._log(job, attempt, f"rank{rank}.collectives.json")
+
     def rank_log(self, job: str, attempt: int, rank: int) -> Path:
         return self._log(job, attempt, f"rank{rank}.log")
 

@@ -24,12 +24,15 @@ def resume_command(run: str, job: str | None) -> str:
 
 
 class Phase(enum.Enum):
-    """Where the loop is; within a step they follow in this order.
+    """Where a rank is; within a step they follow in this order.
 
     Of the host: on a GPU it also waits in ``gradients`` for what it queued in the step before.
     """
 
-    START = "the start"
+    CONNECT = "connecting"  # to the other ranks
+    VERIFY = "verifying the checkpoint"
+    LOAD = "loading"
+    WARM_UP = "warming up"  # compiles
     SAMPLES = "samples"
     GRADIENTS = "gradients"
     UPDATE = "update"
@@ -41,3 +44,8 @@ class Phase(enum.Enum):
     def number(self) -> int:
         """Its index in that order, as failure reports have it."""
         return list(Phase).index(self)
+
+    @property
+    def is_start(self) -> bool:
+        """Whether no step was begun yet."""
+        return self.number < Phase.SAMPLES.number

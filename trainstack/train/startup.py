@@ -34,7 +34,7 @@ from trainstack.run.lease import Lease, Owner
 from trainstack.run.states import RUNNING, Phase
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
-from trainstack.waits import START_SECONDS
+from trainstack.waits import LOAD_SECONDS
 
 log = logging.getLogger("trainstack")
 FIRST_SAVE_RATE = 200e6  # bytes per second
@@ -108,7 +108,7 @@ def find_checkpoint(
 
     Collective: rank 0 hashes it, however long that takes: it is no hang while it moves.
     """
-    moves = partial(watch.at, 0, Phase.START, START_SECONDS)
+    moves = partial(watch.at, 0, Phase.VERIFY, LOAD_SECONDS)
 
     def find() -> Path | None:
         newest = newest_whole(run.checkpoints, moves)
@@ -118,7 +118,9 @@ def find_checkpoint(
             check_identity(read_state(newest).identity, identity, run.path.name)
         return newest
 
-    return distributed.main_decides(world, find, moves)
+    found = distributed.main_decides(world, find, moves)
+    watch.at(0, Phase.LOAD, LOAD_SECONDS)
+    return found
 
 
 def left_out(run: RunFolder, newest: Path | None) -> list[dict[str, int]]:
