@@ -71,7 +71,7 @@ name_job() {
   SCRATCH="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/trainstack-$UID-$JOB"
   mkdir -p "$SCRATCH" && chmod 700 "$SCRATCH"
   export TMPDIR="$SCRATCH"
-  export TRITON_CACHE_DIR="$SCRATCH/triton" TORCHINDUCTOR_CACHE_DIR="$SCRATCH/inductor"
+  export TORCHINDUCTOR_CACHE_DIR="$SCRATCH/kernels" TRITON_CACHE_DIR="$SCRATCH/kernels/triton"
 }
 
 # A batch shell is no login shell: it may have to learn what a module is.
@@ -156,7 +156,9 @@ count_gpus() {
   if [[ -n "$counted" ]]; then
     printf '%s' "$counted"
   elif [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    awk -F, '{ print ($0 == "") ? 0 : NF }' <<<"$CUDA_VISIBLE_DEVICES"
+    # What follows a number that is none, as -1, is not there (CUDA's own rule).
+    awk -F, '{ n = 0; while (n < NF && $(n + 1) !~ /^-/ && $(n + 1) != "") n++; print n }' \
+      <<<"$CUDA_VISIBLE_DEVICES"
   else
     nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
   fi

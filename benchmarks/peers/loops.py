@@ -1,9 +1,12 @@
 """Peers' training loops: the same model, the same samples in the same order, AdamW, a clip.
 
 One loop a process, started as a person would start it, alone or under torchrun:
-``loops.py LOOP FOLDER [--best] [--compile]``. FOLDER holds the model (weights too),
-``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints
+``loops.py LOOP FOLDER --steps N [--best] [--compile] [--done N]``. FOLDER holds the model (weights
+too), ``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints
 one JSON line: when each step ended (seconds since 1970), and the losses.
+
+With fewer steps than there are samples for, Trainer saves at the end; --done: so many of an earlier
+call.
 
 default: as the peer's own documentation has it; ``--best``: with what it offers to be faster.
 """
@@ -55,11 +58,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--best", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--done", type=int, default=0)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     options.settings = json.loads((options.folder / "settings.json").read_text())
     steps = np.load(options.folder / "samples.npy")
+    if options.loop != "trainer":  # which skips, when it is resumed, what it has used
+        steps = steps[: options.steps]
     options.rank = int(os.environ.get("RANK", "0"))
     options.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ended, losses = LOOPS[options.loop](options, steps)
@@ -132,15 +139,16 @@ def trainer(options, steps: np.ndarray):
     settings, ended, losses = options.settings, [], []
     best = {"logging_nan_inf_filter": False, "average_tokens_across_devices": False}
     arguments = TrainingArguments(
-        output_dir=str(options.folder / "trainer"), max_steps=len(steps),
+        output_dir=str(options.folder / "trainer"), max_steps=options.steps,
         per_device_train_batch_size=settings["micro"],
         gradient_accumulation_steps=steps.shape[1] // settings["micro"] // options.world_size,
         learning_rate=settings["rate"], lr_scheduler_type="constant", adam_beta2=0.95,
         max_grad_norm=MOST_NORM, bf16=settings["precision"] == "bf16", use_cpu=True,
-        torch_compile=options.compile, report_to="none", save_strategy="no", disable_tqdm=True,
+        torch_compile=options.compile, report_to="none", disable_tqdm=True,
+        save_strategy="steps" if options.steps < len(steps) else "no", save_steps=options.steps,
         dataloader_pin_memory=False, train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        logging_strategy="steps", logging_steps=len(steps),
+        logging_strategy="steps", logging_steps=options.steps,
         **(best if options.best else {}),
     )  # fmt: skip
 
@@ -168,7 +176,7 @@ def trainer(options, steps: np.ndarray):
         callbacks=[Ends()],
     )
     loop.remove_callback(PrinterCallback)
-    loop.train()
+    loop.train(resume_from_checkpoint=options.done > 0)
     each = arguments.gradient_accumulation_steps
     parts = [torch.stack(losses[n : n + each]).sum() for n in range(0, len(losses), each)]
     return ended, mean_over_ranks(parts, options)

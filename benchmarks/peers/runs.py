@@ -139,7 +139,8 @@ def ratio(found: dict, one: Loop, other: Loop, what: str = "step_seconds") -> fl
     return statistics.median(getattr(b, what) / getattr(a, what) for a, b in pairs)
 
 
-def run(home: Path, work: Work, loop: Loop) -> Result:
+def run(home: Path, work: Work, loop: Loop, done: int = 0) -> Result:
+    """Start a loop, or, if ``done`` steps of it were run and saved, resume it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
     command = [sys.executable]
@@ -151,10 +152,12 @@ def run(home: Path, work: Work, loop: Loop) -> Result:
         command += [ROOT / "train.py", "--config", ROOT / "config.yaml", "--home", home]
         command += settings(work)
         command += [f"train.torch_compile={loop.is_compiled}".lower(), "run.name=benchmark"]
-        subprocess.run(["rm", "-rf", home / "runs"], check=True)
+        if not done:
+            subprocess.run(["rm", "-rf", home / "runs"], check=True)
     else:
         command += [Path(__file__).with_name("loops.py"), loop.name, folder]
         command += ["--best"] * loop.is_best + ["--compile"] * loop.is_compiled
+        command += ["--steps", str(work.steps), "--done", str(done)]
     started = time.time()
     with (home / "log").open("w+") as log:
         process = subprocess.Popen(
@@ -166,7 +169,8 @@ def run(home: Path, work: Work, loop: Loop) -> Result:
             log.seek(0)
             raise RuntimeError(f"{loop}: {log.read()[-2000:]}{output[-2000:]}")
     ended, losses = read(home / "runs" / "benchmark") if loop.name == OURS else told(output)
-    seconds = (ended[-1] - ended[work.skipped - 1]) / (work.steps - work.skipped)
+    ended = [at for at in ended if at > started]
+    seconds = (ended[-1] - ended[work.skipped - 1]) / max(1, len(ended) - work.skipped)
     return Result(ended[0] - started, seconds, losses, usage.ru_maxrss * 1024 / 1e9)
 
 

@@ -46,22 +46,22 @@ def plain_loss(causal_lm, inputs, labels):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("multiple", [1, 56])  # of rows of the head; it has 96
 @pytest.mark.parametrize("tokens", [7, 256])  # of a chunk; there are 96
 def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(
-    monkeypatch, tied, tokens, multiple, is_compiled
+    monkeypatch, tied, tokens, multiple, is_fused
 ):
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {"cpu": 1})
     monkeypatch.setattr(loss_module, "LEAST_TOKENS", tokens)
     monkeypatch.setattr(loss_module, "MULTIPLE", {"cpu": multiple})
     compiled = torch.compile(losses_of, backend="aot_eager", fullgraph=True, dynamic=False)
-    monkeypatch.setattr(loss_module, "compiled_losses", lambda: compiled)
+    monkeypatch.setattr(loss_module, "fused_losses", lambda: compiled)
     ours = llama(torch.float64, tie_word_embeddings=tied)
     plain = llama(torch.float64, tie_word_embeddings=tied)
     wrapped = loss_model(ours, precision="fp64")
     assert wrapped.is_chunked
-    wrapped.is_compiled = is_compiled
+    wrapped.is_fused = is_fused
     loss, expected = wrapped(*batch()), plain_loss(plain, *batch())
     (loss * 0.5).backward()
     (expected * 0.5).backward()

@@ -1155,6 +1155,7 @@ GPUS = [
     ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", None, "3"),
     ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "0,2,1,5", "4"),
     ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "", "2"),
+    ("echo 'GPU 0: H100'; echo 'GPU 1: H100'; echo 'GPU 2: H100'", "-1", "2"),
     ("echo 'No devices were found'; exit 6", None, "2"),
 ]
 
@@ -1172,7 +1173,7 @@ def test_a_local_run_takes_the_gpus_that_it_may_see(site, smi, visible, processe
 
 @pytest.mark.parametrize(
     ("visible", "more", "processes"),
-    [("0,1,2", {}, 3), ("", {}, 2), ("", {"NPROC_PER_NODE": "5"}, 5)],
+    [("0,1,2", {}, 3), ("", {}, 2), ("-1", {}, 2), ("", {"NPROC_PER_NODE": "5"}, 5)],
 )
 def test_a_batch_that_the_processes_of_this_machine_cannot_share_is_known_at_once(
     site, visible, more, processes

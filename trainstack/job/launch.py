@@ -10,16 +10,22 @@ late, for that takes seconds, in which Slurm may preempt the job.
 
 import argparse
 import contextlib
+import hashlib
 import logging
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from trainstack.errors import ConfigError
 from trainstack.job.preflight import is_same, meet_hosts, meeting_point, preflight
@@ -27,6 +33,7 @@ from trainstack.processes import tell
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
+from trainstack.storage.kept_folder import pack_when_quiet, unpack
 from trainstack.units import time_of
 from trainstack.waits import (
     AWAKE_SECONDS,
@@ -36,6 +43,9 @@ from trainstack.waits import (
     SHUTDOWN_SECONDS,
     STOPPED_SECONDS,
 )
+
+QUIET_SECONDS = 5.0  # without a new kernel, then those there are kept
+CPU = Path("/proc/cpuinfo")
 
 
 def main(arguments: list[str]) -> int:
@@ -51,12 +61,13 @@ def main(arguments: list[str]) -> int:
     stop_by_signal(options.stop_file, failed_mark)
     torchrun_arguments = arguments[split + 1 :]
     head, _ = meeting_point(torchrun_arguments)
-    if not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand nodes
+    if is_head := not head or is_same(socket.gethostname(), head):  # one heartbeat of a thousand
         threading.Thread(target=beat, args=(run, job), daemon=True).start()
         known = run.last_time("attempt", "start")
         say(f"starting: the nodes meet, and each process imports torch{known}")
     if scratch := os.environ.get("TMPDIR"):  # of this node, which job.sh removes
         Path(scratch).mkdir(mode=0o700, parents=True, exist_ok=True)
+        bring_kernels(run, is_head)
     killed_before = kernel_kills()
     try:
         if remark := preflight(torchrun_arguments, run.logs):
@@ -68,6 +79,36 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=end_locked, args=(run, job, attempt), daemon=True).start()
     os.environ["TRAINSTACK_PARENT"] = str(os.getpid())  # for the ranks' die_with_parent
     return run_ranks(run, job, attempt, torchrun_arguments, killed_before)
+
+
+def bring_kernels(run: RunFolder, is_head: bool) -> None:
+    """Kernels that an earlier job compiled, onto this node's disk; the head keeps new ones.
+
+    Compiling takes minutes, and on a shared disk ranks trip over each other's.
+    """
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    if not config["train"]["torch_compile"] or not folder.is_absolute():
+        return
+    made_for = f"{config['model']['name']} torch {version('torch')} {device_name()}"
+    name = re.sub(r"[^\w.-]+", "-", made_for)
+    archive = run.path.parent.parent / "cache" / "kernels" / f"{name}.tar"
+    if not folder.exists() and unpack(archive, folder) and is_head:
+        say(f"with kernels of earlier jobs: {archive}")
+    if is_head:
+        keeping = (folder, archive, QUIET_SECONDS)
+        threading.Thread(target=pack_when_quiet, args=keeping, daemon=True).start()
+
+
+def device_name() -> str:
+    """What compiled kernels depend on: the GPU's name, or what this CPU knows."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
+        if told.strip():
+            return told.splitlines()[0]
+    flags = next((line for line in CPU.read_text().splitlines() if line.startswith("flags")), "")
+    return f"CPU {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 
 
 def run_ranks(

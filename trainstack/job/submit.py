@@ -6,6 +6,7 @@ model that it tries for the first time (model/proof.py).
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -252,7 +253,8 @@ def local_gpus() -> int | None:
     """GPUs of this machine that a job would use, as job.sh counts them; None: only it can know."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len(visible.split(",")) if visible else 0
+        each = visible.split(",")  # what follows -1 is not there
+        return len(list(itertools.takewhile(lambda name: name and name[0] != "-", each)))
     return None if shutil.which("nvidia-smi") else 0
 
 

@@ -63,7 +63,7 @@ class CausalLMLoss(nn.Module):
         self.device_type = device.type
         self.autocast_dtype = DTYPES[train.precision]
         self.is_autocast = train.precision in ("bf16", "fp16")
-        self.is_compiled = False  # in the trials below
+        self.is_compiled, self.is_fused = train.torch_compile, False  # not in the trials below
         self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
         self.balancing = trial.balancing_of(causal_lm)
         self._balance = Balance(causal_lm)
@@ -85,8 +85,8 @@ class CausalLMLoss(nn.Module):
         self.train()  # from_pretrained leaves a model in eval mode: without dropout
         with trial.trying(causal_lm, is_training=True):
             self._sometimes = trial.freeze_unreached(self, seq_len)
-        self.is_compiled = train.torch_compile and device.type == "cuda"  # a CPU gains nothing
-        if train.torch_compile:
+        self.is_fused = self.is_compiled and device.type == "cuda"  # a CPU gains nothing
+        if self.is_compiled:
             self._body = [torch.compile(self._body[0])]
 
     def forward(
@@ -118,7 +118,7 @@ class CausalLMLoss(nn.Module):
                 compute = self.autocast_dtype if self.is_autocast else hidden.dtype
                 weight = self.causal_lm.get_output_embeddings().weight
                 targets = labels.flatten()
-                loss = ChunkedCrossEntropy.apply(hidden, weight, targets, compute, self.is_compiled)
+                loss = ChunkedCrossEntropy.apply(hidden, weight, targets, compute, self.is_fused)
         if self.balancing and torch.is_grad_enabled():
             targets = (labels != IGNORED_LABEL).sum()
             balance = self.balancing * output.aux_loss * targets
@@ -196,9 +196,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, compute, is_compiled):
+    def forward(ctx, hidden, weight, labels, compute, is_fused):
         needs_grad = any(ctx.needs_input_grad)
-        losses = compiled_losses() if is_compiled and needs_grad else losses_of
+        losses = fused_losses() if is_fused and needs_grad else losses_of
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
         vocab_size, device = weight.shape[0], hidden.device
         low_weight = weight.to(compute)
@@ -249,7 +249,7 @@ def losses_of(
 
 
 @functools.cache
-def compiled_losses() -> Callable:
+def fused_losses() -> Callable:
     """``losses_of`` as one pass over the logits."""
     return torch.compile(losses_of, dynamic=False)
 
