@@ -2,8 +2,8 @@
 
 One loop a process, started as a person would start it, alone or under torchrun:
 ``loops.py LOOP FOLDER --steps N [--best] [--compile] [--done N]``. FOLDER holds the model (weights
-too), ``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0 prints
-one JSON line: when each step ended (seconds since 1970), and the losses.
+too), ``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0
+prints one JSON line: when each step ended (seconds since 1970), and the losses.
 
 With fewer steps than there are samples for, Trainer saves at the end; --done: so many of an earlier
 call.

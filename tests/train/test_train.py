@@ -302,14 +302,17 @@ def test_fp16_trains_with_a_scaler_whose_state_is_kept(home, precision):
     assert losses[20] < losses[1] - 1
 
 
-def test_it_trains_without_torchrun(home):
-    command = tiny.train_command(home, 1, "run.name=alone", "train.max_steps=3")
+def test_it_trains_without_torchrun_and_alike_if_that_is_asked_of_a_gpu(home, reference):
+    asked = ["train.deterministic=true", "train.precision=tf32"]  # of a GPU; this is a CPU's fp32
+    command = tiny.train_command(home, 1, "run.name=alone", "train.max_steps=3", *asked)
     command = [command[0], *command[command.index(tiny.ROOT / "train.py") :]]
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=tiny.environment()
     )
     assert result.returncode == 0, result.stderr
-    assert sorted(tiny.metrics(home, "alone")) == [1, 2, 3]
+    losses, plain = tiny.metrics(home, "alone"), tiny.metrics(home, "reference")
+    assert sorted(losses) == [1, 2, 3]
+    assert all(abs(losses[step] - plain[step]) < 1e-5 for step in losses)
 
 
 @pytest.mark.parametrize(

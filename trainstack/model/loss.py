@@ -104,7 +104,7 @@ class CausalLMLoss(nn.Module):
         arguments = apart(self.causal_lm, input_ids, position_ids, bounds)
         if self.is_chunked and self.balancing:
             arguments["logits_to_keep"] = 1  # of its own code only the balancing loss is needed
-        with self._autocast(), self._balance.without_padding(position_ids):
+        with self.autocast(), self._balance.without_padding(position_ids):
             output = self._body[0](**arguments, use_cache=False, return_dict=True)
             if not self.is_chunked:
                 logits = output.logits.flatten(0, 1)
@@ -132,10 +132,11 @@ class CausalLMLoss(nn.Module):
     def _trying(self) -> Iterator[None]:
         # Flash attention knows no fp32. autocast keeps the weights that it has cast, so each trial
         # has a context of its own.
-        with trial.trying(self.causal_lm), self._autocast():
+        with trial.trying(self.causal_lm), self.autocast():
             yield
 
-    def _autocast(self):
+    def autocast(self):
+        """What a pass in this precision runs within."""
         if not self.is_autocast:  # torch.autocast warns of fp64 even if it is off
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, self.autocast_dtype)

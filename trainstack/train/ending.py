@@ -82,7 +82,8 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         tokenizer = load_tokenizer(newest)
         ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
         seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
-        text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
+        with strategy.loss_model.autocast():  # flash attention knows no fp32
+            text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
         text = f"{section.sample_prompt} -> {text}" if is_chat else text
         log.info("sample  %s", text.replace("\n", "\\n"))
         log.info("        %s", end)
