@@ -44,7 +44,7 @@ from trainstack.waits import (
     STOPPED_SECONDS,
 )
 
-QUIET_SECONDS = 5.0  # without a new kernel, then those there are kept
+QUIET_SECONDS = 10.0  # without a new kernel, then those there are kept
 CPU = Path("/proc/cpuinfo")
 
 
