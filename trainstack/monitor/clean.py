@@ -33,7 +33,7 @@ from trainstack.storage import files
 from trainstack.storage.manifest import MANIFEST, remove_folder
 from trainstack.units import NOTHING, bytes_text
 
-REBUILT = ("pip", "uv", "conda", "hub", "xet", "datasets", "kernels")  # caches: made again if needed
+REBUILT = ("pip", "uv", "conda", "hub", "xet", "datasets", "kernels")  # caches that fill again
 OLD_SECONDS = 86400  # after which nobody is still at it
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
