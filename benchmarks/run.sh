@@ -7,6 +7,8 @@
 # Without a name: all benchmarks, one after the other. Nothing else should run meanwhile. The last
 # line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold, 2
 # if there is no such benchmark, else 1.
+#
+# RESULTS=FILE keeps what loops took, as JSON; peers/chart.py FILE PICTURE.png draws it.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh benchmarks/run.sh
 set -euo pipefail

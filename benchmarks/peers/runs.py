@@ -101,6 +101,7 @@ def judged(benchmark: str, cases: list[Case]) -> int:
             print(f"{case.name}: {loop!s:24} {values[len(values) // 2]:8.4f} s ({values[0]:.4f} to "
                   f"{values[-1]:.4f}), {ratio(found, ours, loop, case.what):.2f} of ours; memory "
                   f"{ratio(found, ours, loop, 'peak'):.2f} of ours", flush=True)  # fmt: skip
+        keep(benchmark, case, found)
         of_floor = ratio(found, ours, floor, case.what)
         of_peers = min(ratio(found, ours, peer, case.what) for peer in peers)
         is_met = of_floor >= case.least_floor and of_peers >= case.least_peers
@@ -113,6 +114,17 @@ def judged(benchmark: str, cases: list[Case]) -> int:
               f"{case.least_peers:.2f} of the best peer's, measured {of_floor:.2f}, {of_peers:.2f}"
               f"{told}, {'holds' if is_met else 'falls short'}", flush=True)  # fmt: skip
     return 0 if holds else 1
+
+
+def keep(benchmark: str, case: Case, found: dict[Loop, list[Result]]) -> None:
+    """Write what was measured into the JSON file $RESULTS, if there is one; chart.py draws it."""
+    if path := os.environ.get("RESULTS"):
+        whole = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+        values = {
+            str(loop): [getattr(r, case.what) for r in results] for loop, results in found.items()
+        }
+        whole.setdefault(benchmark, {})[case.name] = values
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def compare(home: Path, work: Work, loops: list[Loop], rounds: int) -> dict[Loop, list[Result]]:

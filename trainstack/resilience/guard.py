@@ -31,7 +31,8 @@ class Guard:
 
     def judge(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
         """1.0 if the update must not happen, else 0.0; scalars that all ranks have alike."""
-        is_bad = ~torch.isfinite(loss + grad_norm)  # neither can take away what is odd of the other
+        total = loss + grad_norm  # neither can take away what is odd of the other
+        is_bad = (total - total) != 0  # that of infinity is no number
         if self.is_spike_test and self.spike_sigma is not None:
             numbers = torch.stack([loss.to(torch.float64), grad_norm.to(torch.float64)])
             is_bad = is_bad | self._is_spike(numbers)

@@ -43,7 +43,7 @@ class StepNumbers:
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.is_alone = device, dist.get_world_size() == 1
         self._sent: tuple | None = None  # what ``read`` makes a StepResult of
 
     def send(
@@ -63,31 +63,32 @@ class StepNumbers:
         """
         # float64 holds whole numbers up to 2**53 exactly; halves of the hash leave room for sums.
         high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
-        own = [0.0, *map(float, requested), high, low, 0.0, 0.0]
-        numbers = torch.tensor(own, dtype=torch.float64).to(self.device, non_blocking=True)
-        numbers[0] = loss_sum
-        if dist.get_world_size() > 1:
+        own = torch.tensor([*map(float, requested), high, low], dtype=torch.float64)
+        numbers = torch.cat((loss_sum.reshape(1), own.to(self.device, non_blocking=True)))
+        if not self.is_alone:
             dist.all_reduce(numbers)
         is_bad = judge(numbers[0] / data.target_tokens, grad_norm)
-        numbers[-2], numbers[-1], event = grad_norm, is_bad, None
+        sent, event = (numbers, grad_norm, is_bad), None
         if self.device.type == "cuda":
             # Into pinned memory, or the copy would wait for the GPU after all.
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            host.copy_(numbers, non_blocking=True)
+            whole = torch.cat([each.reshape(-1).to(torch.float64) for each in sent])
+            host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+            host.copy_(whole, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            numbers = host
-        self._sent = step, data.target_tokens, numbers, event, time.perf_counter(), time.time()
+            sent = (host,)
+        self._sent = step, data.target_tokens, sent, event, time.perf_counter(), time.time()
         return is_bad
 
     def read(self) -> StepResult | None:
         """The numbers sent last; None if they were read already."""
         if self._sent is None:
             return None
-        (step, target_tokens, numbers, event, sent_at, at), self._sent = self._sent, None
+        (step, target_tokens, sent, event, sent_at, at), self._sent = self._sent, None
         if event is not None:  # the copy from a GPU may still be under way
             event.synchronize()
-        loss_sum, stop, save, high, low, norm, bad = numbers.tolist()
+        values = [value for each in sent for value in each.reshape(-1).tolist()]
+        loss_sum, stop, save, high, low, norm, bad = values
         total = (int(high) * (1 << HASH_BITS // 2) + int(low)) % (1 << HASH_BITS)
         return StepResult(
             step=step, loss=loss_sum / target_tokens, grad_norm=norm, is_withheld=bad > 0,
