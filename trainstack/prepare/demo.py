@@ -81,6 +81,12 @@ def make_model(home: Path) -> None:
     _publish(model_folder(home, DEMO), content, kind="model", weight_bytes=0)
 
 
+def is_current(folder: Path) -> bool:
+    """Whether models/demo or datasets/demo is whole, and the model that of this code."""
+    config = folder / "config.json"
+    return manifest.is_whole(folder) and files.read_object(config) in ({}, MODEL_CONFIG)
+
+
 def _publish(final: Path, content: dict[str, bytes], **facts: Any) -> None:
     """Replace a folder by one with these files, as a download would leave it."""
     temporary = final.with_name(f".{final.name}.{time.time_ns()}.tmp")
