@@ -265,12 +265,13 @@ def test_a_local_path_may_hold_anything_and_becomes_absolute(tmp_path, monkeypat
     ("processes", "micro", "fix"),
     [
         (3, 4, "write train.global_batch_size=24 or 36"),
-        (16, 4, "write train.global_batch_size=64, or train.micro_batch_size=2"),
+        (2, 12, "write train.global_batch_size=24 or 48, or train.micro_batch_size=8"),
         (5, 1, "write train.global_batch_size=30 or 35"),
     ],
 )
 def test_an_uneven_split_names_three_numbers_and_the_nearest_even_ones(processes, micro, fix):
-    line = complaint(check("--world-size", processes, f"train.micro_batch_size={micro}"))
+    batch = ("train.global_batch_size=32", f"train.micro_batch_size={micro}")
+    line = complaint(check("--world-size", processes, *batch))
     assert (
         f"global_batch_size=32 is no multiple of train.micro_batch_size={micro} x {processes}"
         in line
@@ -279,8 +280,16 @@ def test_an_uneven_split_names_three_numbers_and_the_nearest_even_ones(processes
 
 
 def test_the_arithmetic_of_the_batch_is_printed():
-    result = check("--world-size", 2)
+    result = check("--world-size", 2, "train.global_batch_size=32", "train.micro_batch_size=4")
     assert "32 sequences = 2 processes x 4 x 4 micro steps = 4,096 tokens per step" in result.stdout
+
+
+@pytest.mark.parametrize(("processes", "shared"), [(1, "4 x 2"), (2, "4 x 1"), (8, "1 x 1")])
+def test_many_processes_have_smaller_micro_batches(processes, shared):
+    result = check(
+        "--world-size", processes, "train.global_batch_size=8", "train.micro_batch_size=4"
+    )
+    assert f" = {processes} processes x {shared} micro steps" in result.stdout
 
 
 def test_settings_of_another_run_are_refused_with_the_difference():
