@@ -56,15 +56,15 @@ FILES = {
         r"config\.yaml:\d+: optim\.learing_rate: no such key; did you mean optim\.learning_rate\?",
     ),
     "B07 text": (
-        changed("learning_rate: 4e-3", "learning_rate: abc"),
+        changed("learning_rate: 1.2e-2", "learning_rate: abc"),
         r"config\.yaml:\d+: optim\.learning_rate=abc: not a number; write for example 2e-5",
     ),
     "B07 quoted": (
-        changed("learning_rate: 4e-3", 'learning_rate: "4e-3"'),
-        r"optim\.learning_rate=4e-3: not a number",
+        changed("learning_rate: 1.2e-2", 'learning_rate: "1.2e-2"'),
+        r"optim\.learning_rate=1\.2e-2: not a number",
     ),
-    "B07 nan": (changed("learning_rate: 4e-3", "learning_rate: .nan"), r"not a finite number"),
-    "B08 octal": (changed("max_steps: 160", "max_steps: 08"), r"max_steps=08: not a whole number"),
+    "B07 nan": (changed("learning_rate: 1.2e-2", "learning_rate: .nan"), r"not a finite number"),
+    "B08 octal": (changed("max_steps: 1000", "max_steps: 08"), r"max_steps=08: not a whole number"),
     "B12 a tag": (
         changed("name: demo ", 'name: !!python/object/apply:os.system ["touch CANARY"] '),
         r"config\.yaml:8: run\.name: the tag .*python/object/apply:os\.system is not allowed",
@@ -131,7 +131,7 @@ OVERRIDES = [
     ("train.max_steps=1.5", "not a whole number"),
     ("train.torch_compile=yes", "neither true nor false"),
     ("train.precision=bfloat16", "did you mean bf16?"),
-    ("train.global_batch_size=30", "no multiple of train.micro_batch_size=4 x 1 processes"),
+    ("train.global_batch_size=30", "no multiple of train.micro_batch_size=8 x 1 processes"),
     ("data.seq_len=0", "at least 2"),
     ("optim.adam_beta1=1", "less than 1"),
     ("checkpoint.save_total_limit=1", "at least 2"),
@@ -393,7 +393,7 @@ ODD_FILES = [
     (changed("  seed: 1234", "  seed: no"), r"config\.yaml:9: run\.seed=no: not a whole number"),
     (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; fix the line"),
     (SHIPPED + "\0", r"config\.yaml: not YAML: .*remove that character"),
-    (changed("global_batch_size: 32", "global_batch_size: 30"), r"train\.global_batch_size=30 is"),
+    (changed("global_batch_size: 16", "global_batch_size: 30"), r"train\.global_batch_size=30 is"),
 ]
 
 
@@ -449,7 +449,7 @@ def test_the_shipped_file_has_every_key_once_with_a_comment():
 @pytest.mark.parametrize("text", ["1e-4", "2e-5", "1_000"])
 def test_the_file_takes_the_numbers_that_people_write(text, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(changed("learning_rate: 4e-3", f"learning_rate: {text}"))
+    path.write_text(changed("learning_rate: 1.2e-2", f"learning_rate: {text}"))
     assert load(path, []).optim.learning_rate == float(text)
 
 
