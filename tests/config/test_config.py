@@ -266,6 +266,7 @@ def test_a_local_path_may_hold_anything_and_becomes_absolute(tmp_path, monkeypat
     [
         (3, 4, "write train.global_batch_size=24 or 36"),
         (2, 12, "write train.global_batch_size=24 or 48, or train.micro_batch_size=8"),
+        (64, 1, "write train.global_batch_size=64, or take 32 processes"),
         (5, 1, "write train.global_batch_size=30 or 35"),
     ],
 )

@@ -236,8 +236,9 @@ class Config(Section):
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How a step is spread over ``world_size`` processes; ConfigError if it cannot be."""
         size, micro = self.train.global_batch_size, self.train.micro_batch_size
-        if world_size > 0 and size % world_size == 0:  # many processes may have less than that each
-            micro = min(micro, size // world_size)
+        share, rest = divmod(size, max(1, world_size))
+        if not (share and rest):  # of many processes each may have less than that
+            micro = min(micro, max(1, share))
         return BatchPlan(size, micro, world_size, self.data.seq_len)
 
     def steps_for(self, num_samples: int) -> int:
