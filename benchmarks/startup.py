@@ -1,7 +1,8 @@
 """From the command to the end of the first step, beside a bare script, HF Trainer and accelerate.
 
-All are started by torchrun, with one process and with two, with warm caches: imports, the model,
-the data, the process group, a step. A tiny Llama, so that the step itself is nothing.
+Ours is ``bash submit.sh --local`` with all its checks; the others are started by torchrun. One
+process and two, warm caches: imports, the model, the data, the process group, a step. A tiny Llama,
+so that the step itself is nothing.
 """
 
 import sys
@@ -9,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-from runs import Case, Work, judged  # noqa: E402
+from runs import COMMAND, Case, Work, judged  # noqa: E402
 
 ONE = Work(hidden=64, layers=2, vocab=512, seq_len=32, batch=4, micro=2, steps=3, skipped=1,
            is_torchrun=True)  # fmt: skip
@@ -17,7 +18,9 @@ ONE = Work(hidden=64, layers=2, vocab=512, seq_len=32, batch=4, micro=2, steps=3
 
 def main() -> int:
     cases = [
-        Case(name, work, ("trainer", "accelerate"), 1 / 1.1, 1.0, what="first_seconds")
+        Case(
+            name, work, ("trainer", "accelerate"), 1 / 1.1, 1.0, what="first_seconds", ours=COMMAND
+        )
         for name, work in (("one process", ONE), ("two processes", replace(ONE, world_size=2)))
     ]
     return judged("startup", cases)

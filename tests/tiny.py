@@ -44,6 +44,8 @@ SETTINGS = {
     "train.micro_batch_size": 2,
     "train.max_steps": 20,
     "optim.learning_rate": 0.01,
+    "optim.warmup_steps": 10,
+    "optim.lr_scheduler_kwargs": {"min_lr_rate": 0.1},
     "checkpoint.save_steps": 5,
     "eval.eval_steps": 10,
     "eval.eval_samples": 16,

@@ -26,7 +26,7 @@ from trainstack.prepare import prepare
 from trainstack.storage import files, layout, manifest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OURS = "ours"
+OURS, COMMAND = "ours", "ours, submit.sh"  # train.py alone; all of bash submit.sh --local
 ROUNDS = 5
 RATE, MOST_NORM = 1e-3, 1e6
 COMPARED = 10  # steps
@@ -55,12 +55,12 @@ class Work:
 class Loop:
     """One way to train it."""
 
-    name: str  # ours, or a function of loops.py
+    name: str  # one of ours, or a function of loops.py
     is_best: bool = True
     is_compiled: bool = False
 
     def __str__(self) -> str:
-        kind = "" if self.name in (OURS, "bare") or self.is_best else ", default"
+        kind = "" if self.name in (OURS, COMMAND, "bare") or self.is_best else ", default"
         return f"{self.name}{kind}{', compiled' if self.is_compiled else ''}"
 
 
@@ -85,13 +85,14 @@ class Case:
     has_defaults: bool = False  # peers also as their documentation has them
     is_memory_compared: bool = False
     what: str = "step_seconds"  # of a Result
+    ours: str = OURS
 
 
 def judged(benchmark: str, cases: list[Case]) -> int:
     """Measure each case, print every loop and a verdict; 0 if all hold."""
     holds = True
     for case in cases:
-        ours, floor = Loop(OURS, True, case.is_compiled), Loop("bare", True, case.is_compiled)
+        ours, floor = Loop(case.ours, True, case.is_compiled), Loop("bare", True, case.is_compiled)
         kinds = (False, True) if case.has_defaults else (True,)
         peers = [Loop(peer, is_best, case.is_compiled) for peer in case.peers for is_best in kinds]
         with tempfile.TemporaryDirectory(dir=os.environ.get("TRAINSTACK_HOME")) as folder:
@@ -160,8 +161,13 @@ def run(home: Path, work: Work, loop: Loop, done: int = 0) -> Result:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                     str(work.world_size)]  # fmt: skip
     folder = home / "peer"
-    if loop.name == OURS:
+    if loop.name == COMMAND:
+        environment |= {"SHARED_DIR": home.parent, "PROJECT_NAME": home.name,
+                        "NPROC_PER_NODE": str(work.world_size)}  # fmt: skip
+        command = ["bash", ROOT / "submit.sh", "--local"]
+    elif loop.name == OURS:
         command += [ROOT / "train.py", "--config", ROOT / "config.yaml", "--home", home]
+    if loop.name in (OURS, COMMAND):
         command += settings(work)
         command += [f"train.torch_compile={loop.is_compiled}".lower(), "run.name=benchmark"]
         if not done:
@@ -180,7 +186,8 @@ def run(home: Path, work: Work, loop: Loop, done: int = 0) -> Result:
         if status:
             log.seek(0)
             raise RuntimeError(f"{loop}: {log.read()[-2000:]}{output[-2000:]}")
-    ended, losses = read(home / "runs" / "benchmark") if loop.name == OURS else told(output)
+    is_ours = loop.name in (OURS, COMMAND)
+    ended, losses = read(home / "runs" / "benchmark") if is_ours else told(output)
     ended = [at for at in ended if at > started]
     seconds = (ended[-1] - ended[work.skipped - 1]) / max(1, len(ended) - work.skipped)
     return Result(ended[0] - started, seconds, losses, usage.ru_maxrss * 1024 / 1e9)
@@ -240,6 +247,7 @@ def make(home: Path, work: Work) -> None:
     kept["tokenizer.json"] = tokenizer.to_str()
     kept["tokenizer_config.json"] = json.dumps({"eos_token": END})
     publish(layout.model_folder(home, "llama"), "model", kept)
+    (home / "venv").symlink_to(sys.prefix)
     asked = load(ROOT / "config.yaml", settings(work))
     prepare.prepare(home, asked, force=False)
     store = open_corpus(home, asked).train
@@ -258,4 +266,5 @@ def publish(folder: Path, kind: str, content: dict[str, str | bytes]) -> None:
         name: files.write_file(temporary / name, data if isinstance(data, bytes) else data.encode())
         for name, data in content.items()
     }
-    manifest.publish_folder(temporary, folder, entries, kind=kind, source="made", revision=None)
+    manifest.publish_folder(temporary, folder, entries, kind=kind, source="made", revision=None,
+                            commit=None, weight_bytes=1)  # fmt: skip

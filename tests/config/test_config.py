@@ -56,15 +56,15 @@ FILES = {
         r"config\.yaml:\d+: optim\.learing_rate: no such key; did you mean optim\.learning_rate\?",
     ),
     "B07 text": (
-        changed("learning_rate: 4e-3", "learning_rate: abc"),
+        changed("learning_rate: 1.2e-2", "learning_rate: abc"),
         r"config\.yaml:\d+: optim\.learning_rate=abc: not a number; write for example 2e-5",
     ),
     "B07 quoted": (
-        changed("learning_rate: 4e-3", 'learning_rate: "4e-3"'),
-        r"optim\.learning_rate=4e-3: not a number",
+        changed("learning_rate: 1.2e-2", 'learning_rate: "1.2e-2"'),
+        r"optim\.learning_rate=1\.2e-2: not a number",
     ),
-    "B07 nan": (changed("learning_rate: 4e-3", "learning_rate: .nan"), r"not a finite number"),
-    "B08 octal": (changed("max_steps: 160", "max_steps: 08"), r"max_steps=08: not a whole number"),
+    "B07 nan": (changed("learning_rate: 1.2e-2", "learning_rate: .nan"), r"not a finite number"),
+    "B08 octal": (changed("max_steps: 1000", "max_steps: 08"), r"max_steps=08: not a whole number"),
     "B12 a tag": (
         changed("name: demo ", 'name: !!python/object/apply:os.system ["touch CANARY"] '),
         r"config\.yaml:8: run\.name: the tag .*python/object/apply:os\.system is not allowed",
@@ -131,7 +131,7 @@ OVERRIDES = [
     ("train.max_steps=1.5", "not a whole number"),
     ("train.torch_compile=yes", "neither true nor false"),
     ("train.precision=bfloat16", "did you mean bf16?"),
-    ("train.global_batch_size=30", "no multiple of train.micro_batch_size=4 x 1 processes"),
+    ("train.global_batch_size=30", "no multiple of train.micro_batch_size=8 x 1 processes"),
     ("data.seq_len=0", "at least 2"),
     ("optim.adam_beta1=1", "less than 1"),
     ("checkpoint.save_total_limit=1", "at least 2"),
@@ -265,12 +265,14 @@ def test_a_local_path_may_hold_anything_and_becomes_absolute(tmp_path, monkeypat
     ("processes", "micro", "fix"),
     [
         (3, 4, "write train.global_batch_size=24 or 36"),
-        (16, 4, "write train.global_batch_size=64, or train.micro_batch_size=2"),
+        (2, 12, "write train.global_batch_size=24 or 48, or train.micro_batch_size=8"),
+        (64, 1, "write train.global_batch_size=64, or take 32 processes"),
         (5, 1, "write train.global_batch_size=30 or 35"),
     ],
 )
 def test_an_uneven_split_names_three_numbers_and_the_nearest_even_ones(processes, micro, fix):
-    line = complaint(check("--world-size", processes, f"train.micro_batch_size={micro}"))
+    batch = ("train.global_batch_size=32", f"train.micro_batch_size={micro}")
+    line = complaint(check("--world-size", processes, *batch))
     assert (
         f"global_batch_size=32 is no multiple of train.micro_batch_size={micro} x {processes}"
         in line
@@ -279,8 +281,16 @@ def test_an_uneven_split_names_three_numbers_and_the_nearest_even_ones(processes
 
 
 def test_the_arithmetic_of_the_batch_is_printed():
-    result = check("--world-size", 2)
+    result = check("--world-size", 2, "train.global_batch_size=32", "train.micro_batch_size=4")
     assert "32 sequences = 2 processes x 4 x 4 micro steps = 4,096 tokens per step" in result.stdout
+
+
+@pytest.mark.parametrize(("processes", "shared"), [(1, "4 x 2"), (2, "4 x 1"), (8, "1 x 1")])
+def test_many_processes_have_smaller_micro_batches(processes, shared):
+    result = check(
+        "--world-size", processes, "train.global_batch_size=8", "train.micro_batch_size=4"
+    )
+    assert f" = {processes} processes x {shared} micro steps" in result.stdout
 
 
 def test_settings_of_another_run_are_refused_with_the_difference():
@@ -384,7 +394,7 @@ ODD_FILES = [
     (changed("  seed: 1234", "  seed: no"), r"config\.yaml:9: run\.seed=no: not a whole number"),
     (SHIPPED + "---\nrun: 1\n", r"config\.yaml:\d+:1: but found another document; fix the line"),
     (SHIPPED + "\0", r"config\.yaml: not YAML: .*remove that character"),
-    (changed("global_batch_size: 32", "global_batch_size: 30"), r"train\.global_batch_size=30 is"),
+    (changed("global_batch_size: 16", "global_batch_size: 30"), r"train\.global_batch_size=30 is"),
 ]
 
 
@@ -440,7 +450,7 @@ def test_the_shipped_file_has_every_key_once_with_a_comment():
 @pytest.mark.parametrize("text", ["1e-4", "2e-5", "1_000"])
 def test_the_file_takes_the_numbers_that_people_write(text, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(changed("learning_rate: 4e-3", f"learning_rate: {text}"))
+    path.write_text(changed("learning_rate: 1.2e-2", f"learning_rate: {text}"))
     assert load(path, []).optim.learning_rate == float(text)
 
 

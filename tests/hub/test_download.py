@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -20,7 +21,8 @@ import tiny
 from hub_server import HubServer
 from trainstack.config.load import load
 from trainstack.errors import DataError
-from trainstack.prepare import formats
+from trainstack.job import inputs
+from trainstack.prepare import demo, formats
 from trainstack.prepare.formats import BUILDERS
 from trainstack.records.readers import read_chunks
 from trainstack.run.folder import RunFolder
@@ -171,8 +173,18 @@ def test_the_demo_is_built_trains_and_is_complete_the_second_time(tmp_path, hub)
     assert second.returncode == 0
     assert "run demo is complete: 12 steps" in second.stderr
     assert second.stdout == ""
-    run = RunFolder(tmp_path / "shared" / "trainstack" / "runs" / "demo")
-    assert run.status()["state"] == "DONE"
+    home = tmp_path / "shared" / "trainstack"
+    assert RunFolder(home / "runs" / "demo").status()["state"] == "DONE"
+    # An earlier version left another model: only a run without a checkpoint needs today's.
+    with mock.patch.dict(demo.MODEL_CONFIG, hidden_size=64):
+        demo.make_model(home)
+    line = inputs.input_problem(home, load(checkout / "config.yaml", []), "MAKE")
+    assert line == "model demo was made by another version of this code; run: MAKE"
+    assert "run demo is complete" in user(checkout, hub, *command).stderr
+    assert not demo.is_current(layout.model_folder(home, "demo"))
+    third = user(checkout, hub, *command, "run.name=other", "--dry-run")
+    assert third.returncode == 0, third.stderr
+    assert demo.is_current(layout.model_folder(home, "demo"))
 
 
 @pytest.mark.matrix  # 140 MB of weights, a minute and a half

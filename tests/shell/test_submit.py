@@ -1178,8 +1178,8 @@ def test_a_local_run_takes_the_gpus_that_it_may_see(site, smi, visible, processe
 def test_a_batch_that_the_processes_of_this_machine_cannot_share_is_known_at_once(
     site, visible, more, processes
 ):
-    batch = ["train.global_batch_size=8", "train.micro_batch_size=8"]
+    batch = ["train.global_batch_size=7", "train.micro_batch_size=7"]
     result = site.submit("--local", *batch, CUDA_VISIBLE_DEVICES=visible, **more)
     line = complaint(result, 2)
-    assert "train.global_batch_size=8" in line and f"{processes} processes" in line
+    assert "train.global_batch_size=7" in line and f"{processes} processes" in line
     assert not (site.shared / "trainstack" / "runs").exists()

@@ -236,10 +236,11 @@ class Config(Section):
 
     def batch_plan(self, world_size: int) -> BatchPlan:
         """How a step is spread over ``world_size`` processes; ConfigError if it cannot be."""
-        train = self.train
-        return BatchPlan(
-            train.global_batch_size, train.micro_batch_size, world_size, self.data.seq_len
-        )
+        size, micro = self.train.global_batch_size, self.train.micro_batch_size
+        share, rest = divmod(size, max(1, world_size))
+        if not (share and rest):  # of many processes each may have less than that
+            micro = min(micro, max(1, share))
+        return BatchPlan(size, micro, world_size, self.data.seq_len)
 
     def steps_for(self, num_samples: int) -> int:
         """Steps of the run: max_steps, else those that cover num_train_epochs of the samples."""

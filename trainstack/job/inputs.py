@@ -18,16 +18,19 @@ from trainstack.data.corpus import Corpus, enough_samples, open_corpus
 from trainstack.errors import ConfigError, Failed
 from trainstack.hub.asset import Asset, named_assets
 from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
+from trainstack.prepare import demo
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
 from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
 
 
-def prepare_demo(home: Path, config_file: Path, overrides: list[str], config: Config) -> None:
-    """Build the built-in demo if the configuration names it and it is not there."""
+def prepare_demo(
+    home: Path, config_file: Path, overrides: list[str], config: Config, checkpoints: Path
+) -> None:
+    """Build the built-in demo if the configuration names it and the run's is not there."""
     names = {config.model.name, *(section.name for section in config.data.sources)}
-    if names != {layout.DEMO} or not input_problem(home, config, command=""):
+    if names != {layout.DEMO} or not input_problem(home, config, "", checkpoints):
         return
     command = [sys.executable, "-m", "trainstack", "prepare", "--home", home]
     command += ["--config", config_file, *overrides]
@@ -120,6 +123,8 @@ def asset_problem(asset: Asset, command: str) -> str | None:
         return f"{problem}; if that is meant, run: FORCE_REFRESH=1 {command}"
     if problem == NO_WEIGHTS and asset.name == layout.DEMO:
         return "has no weights; set model.init=scratch"
+    if not problem and asset.name == layout.DEMO and not demo.is_current(asset.folder):
+        problem = "was made by another version of this code"
     scratch = ", or set model.init=scratch" if problem == NO_WEIGHTS else ""
     return problem and f"{problem}; run: {command}{scratch}"
 

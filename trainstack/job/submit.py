@@ -119,7 +119,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     check_owner(run, read_queue(request.said))
     inputs.check_settings(run, config)
     if request.is_local:
-        inputs.prepare_demo(home, config_file, overrides, config)
+        inputs.prepare_demo(home, config_file, overrides, config, run.checkpoints)
     command = inputs.download_command(request.repository, config_file, overrides)
     corpus = inputs.check_inputs(home, config, command, run.checkpoints)
     max_steps = config.steps_for(corpus.train.num_samples)

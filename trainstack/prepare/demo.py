@@ -13,19 +13,20 @@ from typing import Any
 from trainstack.storage import files, manifest
 from trainstack.storage.layout import DEMO, dataset_folder, model_folder
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 END_TOKEN = "<|endoftext|>"
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 192,
-    "intermediate_size": 512,
+    "hidden_size": 96,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
     "max_position_embeddings": 1024,
+    "initializer_range": 0.1,  # about hidden_size ** -0.5; 0.02 learns more slowly
     "tie_word_embeddings": True,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -79,6 +80,12 @@ def make_model(home: Path) -> None:
         "tokenizer_config.json": json.dumps(tokenizer_config, indent=1).encode(),
     }
     _publish(model_folder(home, DEMO), content, kind="model", weight_bytes=0)
+
+
+def is_current(folder: Path) -> bool:
+    """Whether models/demo or datasets/demo is whole, and the model that of this code."""
+    config = folder / "config.json"
+    return manifest.is_whole(folder) and files.read_object(config) in ({}, MODEL_CONFIG)
 
 
 def _publish(final: Path, content: dict[str, bytes], **facts: Any) -> None:

@@ -94,12 +94,12 @@ def system_problem(error: OSError, home: Path) -> str:
 
 
 def make_demo(home: Path, config: Config, force: bool) -> None:
-    """Build the parts of the demo that the configuration names and that are not there."""
+    """Build the parts of the demo that the configuration names, if missing or of other code."""
     demo_data = (layout.dataset_folder(home, layout.DEMO, None), demo.make_dataset)
     wanted = [(section.name, *demo_data) for section in config.data.sources]
     wanted.append((config.model.name, layout.model_folder(home, layout.DEMO), demo.make_model))
     for name, folder, make in wanted:
-        if name == layout.DEMO and (force or not manifest.is_whole(folder)):
+        if name == layout.DEMO and (force or not demo.is_current(folder)):
             make(home)
 
 

@@ -85,7 +85,7 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         with strategy.loss_model.autocast():  # flash attention knows no fp32
             text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
         text = f"{section.sample_prompt} -> {text}" if is_chat else text
-        log.info("sample  %s", text.replace("\n", "\\n"))
+        log.info("sample  %s", text.replace("\n", "\n        "))
         log.info("        %s", end)
         (run.path / "sample.txt").write_text(text + "\n")
     except Exception as error:  # the run is complete all the same
