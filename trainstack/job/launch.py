@@ -10,6 +10,7 @@ late, for that takes seconds, in which Slurm may preempt the job.
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import logging
 import os
@@ -118,10 +119,12 @@ def run_ranks(
 
     ``killed_before``: how often the kernel had killed for memory on this node.
     """
+    gc.disable()  # it looks at what is imported again and again
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    gc.enable()
     # Its table of failures says less than the reports below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Signals that are not in this list torchrun leaves to the handlers of stop_by_signal.
