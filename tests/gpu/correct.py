@@ -58,7 +58,13 @@ def apart(one: Run, other: Run) -> float:
 def gradients(bench: Bench):
     """Of the loss, chunked or not, in fp32, bf16, fp16, against fp64 and plain transformers."""
     found = bench.measure("gradients")
-    for name, most in {"fp32": 1e-5, "bf16": 1.5e-2, "fp16": 3e-3, "chunks": 1e-2}.items():
+    for name, most in {
+        "fp64": 1e-6,
+        "fp32": 1e-5,
+        "bf16": 1.5e-2,
+        "fp16": 3e-3,
+        "chunks": 1e-2,
+    }.items():
         bench.at_most(name, found[name], most)
     for name in ("fp32", "bf16", "fp16"):
         bench.at_most(f"{name}_to_plain", found[f"{name}_to_plain"], 1.2)

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +25,7 @@ import train
 from trainstack import distributed
 from trainstack.checkpoint.load import read_optimizer
 from trainstack.checkpoint.saver import Saver
+from trainstack.checkpoint.snapshot import Share
 from trainstack.model.ddp import DataParallel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -128,7 +130,16 @@ def nan_gradients() -> None:
 
 def clones() -> None:
     """A synchronous copy of what each save is of, to be compared with what was published."""
-    kept = {}
+    kept, tensors = {}, Share.tensors
+
+    def late(share: Share):  # so that an update that does not wait is seen
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.1)
+        if IS_GPU and torch.cuda.current_stream() != torch.cuda.default_stream():
+            torch.cuda._sleep(200_000_000)  # clock cycles, a tenth of a second
+        return tensors(share)
+
+    Share.tensors = late
 
     @around(Saver, "start")
     def start(own, saver, snapshot):

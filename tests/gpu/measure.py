@@ -4,6 +4,7 @@ Each compares code of ours with the same in full precision, or says what it does
 code is tried with small tensors.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -121,22 +122,28 @@ def gradients(device: str) -> dict[str, Any]:
 def errors(
     causal_lm: nn.Module, ids: torch.Tensor, labels: torch.Tensor, device: str
 ) -> dict[str, float]:
-    """Of gradients; ``_to_plain``: over those of plain transformers, of which each has its own."""
+    """Of gradients, to those of transformers in fp64; ``_to_plain``: over its own errors."""
     found, tokens = {}, labels.numel()
-    own = loss_model(causal_lm, "fp64", device)
-    _, exact = gradients_of(own, lambda: own(ids, labels) / tokens)
-    for precision in ("fp32", "bf16", "fp16"):
+
+    def plain(dtype: torch.dtype, scale: float = 1.0) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(causal_lm).to(device)
+        model = model.double() if dtype == torch.float64 else model
+        is_on = dtype in (torch.bfloat16, torch.float16)
+
+        def step() -> torch.Tensor:
+            with torch.autocast(device, dtype) if is_on else contextlib.nullcontext():
+                return model(ids, labels=ids, shift_labels=labels, use_cache=False).loss
+
+        return gradients_of(model, step, scale)[1]
+
+    exact = plain(torch.float64)
+    for precision in ("fp64", "fp32", "bf16", "fp16"):
         scale, own = SCALE if precision == "fp16" else 1.0, loss_model(causal_lm, precision, device)
         _, ours = gradients_of(own, lambda own=own: own(ids, labels) / tokens, scale)
         found[precision] = distance(ours, exact)
-        plain = copy.deepcopy(causal_lm).to(device)
-
-        def step(plain=plain, dtype=DTYPES[precision], is_on=precision != "fp32"):
-            with torch.autocast(device, dtype if is_on else torch.bfloat16, enabled=is_on):
-                return plain(ids, labels=ids, shift_labels=labels, use_cache=False).loss
-
-        _, theirs = gradients_of(plain, step, scale)
-        found[f"{precision}_to_plain"] = found[precision] / distance(theirs, exact)
+        if precision != "fp64":
+            theirs = distance(plain(DTYPES[precision], scale), exact)
+            found[f"{precision}_to_plain"] = found[precision] / theirs
         if precision == "bf16":
             found["chunks"] = distance(ours, in_chunks(own, ids, labels, device))
     return found
