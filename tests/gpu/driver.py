@@ -5,6 +5,7 @@ its line, and the others go on.
 """
 
 import argparse
+import contextlib
 import fnmatch
 import json
 import os
@@ -74,6 +75,10 @@ def find_device(wanted: str | None) -> tuple[str, str]:
     if wanted == "cuda" and not name:
         sys.exit("tests/gpu.sh: error: --device cuda: torch sees no GPU")
     device = wanted or ("cuda" if name else "cpu")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        told = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True)
+        name += f", driver {told.stdout.strip()}"
     return device, f"{name if device == 'cuda' else 'CPU'}, {versions}"
 
 

@@ -6,7 +6,7 @@ import sys
 
 from gpu.bench import SAID, Bench, Run, TimedOut, check
 from gpu.correct import packed
-from gpu.safe import EXACT, m350
+from gpu.safe import EXACT, SLOWLY, m350
 from trainstack.checkpoint.names import checkpoints
 from trainstack.units import seconds_of
 
@@ -31,7 +31,7 @@ def compiled(bench: Bench):
         bench.model("m135", **shape), "train.precision=bf16", "data.name=long",
         f"data.seq_len={bench.size(2048, 32)}", f"train.micro_batch_size={micro}",
         f"train.global_batch_size={micro}", f"eval.eval_samples={micro + 1}",
-        "checkpoint.save_steps=10", "guard.hang_seconds=60", "optim.learning_rate=1e-3",
+        "checkpoint.save_steps=10", "guard.hang_seconds=60", SLOWLY,
     ]  # fmt: skip
     cold = bench.train("cold", *settings, COMPILED, hooks="graphs")
     bench.train("cut", *settings, COMPILED, fault="kill:rank=0,step=15", code=-9)
@@ -110,6 +110,14 @@ def card(bench: Bench):
     bench.at_least("to_host_gb_s", found["to_host_gb_s"], 20)
 
 
+@check(seconds=60, needs_gpu=True, is_timing=True)
+def attention_share(bench: Bench):
+    """How much of a step of 1.1B parameters is attention."""
+    found = bench.measure("attention_share")
+    bench.note(ms=found["ms"])
+    bench.at_most("share", found["share"], 0.15)
+
+
 def speed(bench: Bench, name: str, least_mfu: float) -> None:
     """Tokens a second and MFU of each loop; ours has to be as fast as the others of its kind."""
     peak = next((peak for known, peak in PEAKS.items() if known in bench.site.card), None)
@@ -153,7 +161,7 @@ def pace(run: Run) -> float:
 
 def big(bench: Bench, *more: str) -> list[str]:
     """Settings of 30 steps of 350M parameters in bf16, whole rows of plain text."""
-    return [m350(bench), "train.precision=bf16", "train.max_steps=30", "data.name=long",
+    return [m350(bench), SLOWLY, "train.precision=bf16", "train.max_steps=30", "data.name=long",
             f"data.seq_len={bench.size(1024, 64)}", "train.global_batch_size=8",
             "train.micro_batch_size=8", "checkpoint.save_steps=100", "eval.eval_steps=null",
             *more]  # fmt: skip

@@ -11,31 +11,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainstack.config.batch import IGNORED_LABEL
-from trainstack.config.load import load
-from trainstack.data.packing import document_bounds
-from trainstack.model import attention, loss
-from trainstack.model.loss import DTYPES, CausalLMLoss
+from gpu.kernels import attention_share, documents, which_attention
+from gpu.small import distance, gradients_of, is_gpu, llama, loss_model, wait
+from trainstack.model import loss
+from trainstack.model.loss import DTYPES
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SCALE = 1024.0  # of a loss in fp16, so that its gradients do not vanish
 REPEATS = 10
-
-
-def is_gpu(device: str) -> bool:
-    return device == "cuda"
-
-
-def wait(device: str) -> None:
-    if is_gpu(device):
-        torch.cuda.synchronize()
 
 
 def seconds_of(action: Callable[[], Any], device: str) -> float:
@@ -67,42 +54,6 @@ def card(device: str) -> dict[str, Any]:
         "pinning_gb_s": 2 * size / pinned / 1e9,
         "cudnn": torch.backends.cudnn.version() if is_gpu(device) else None,
     }
-
-
-def llama(vocab: int, is_tied: bool, device: str, **shape: int) -> nn.Module:
-    hidden = shape.pop("hidden", 256 if is_gpu(device) else 64)
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
-        num_attention_heads=max(2, hidden // 64), num_key_value_heads=max(1, hidden // 128),
-        max_position_embeddings=4096, tie_word_embeddings=is_tied, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    config.update(shape)
-    return LlamaForCausalLM(config).float()
-
-
-def loss_model(causal_lm: nn.Module, precision: str, device: str, *more: str, packing="concat"):
-    section = load(ROOT / "config.yaml", [f"train.precision={precision}", *more]).train
-    own = copy.deepcopy(causal_lm)
-    own = own.double() if precision == "fp64" else own
-    return CausalLMLoss(own, section, torch.device(device), packing)
-
-
-def gradients_of(
-    model: nn.Module, step: Callable[[], torch.Tensor], scale: float = 1.0
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss and all gradients in fp64, on the host."""
-    model.zero_grad()
-    value = step()
-    (value * scale).backward()
-    found = {n.removeprefix("causal_lm."): p.grad for n, p in model.named_parameters()}
-    return value.item(), {n: (g.double() / scale).cpu() for n, g in found.items()}
-
-
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The norm of the difference over the norm of ``other``."""
-    difference = sum((one[n] - g).square().sum() for n, g in other.items())
-    return float((difference / sum(g.square().sum() for g in other.values())).sqrt())
 
 
 def gradients(device: str) -> dict[str, Any]:
@@ -156,122 +107,6 @@ def in_chunks(own: nn.Module, ids: torch.Tensor, labels: torch.Tensor, device: s
     _, found = gradients_of(own, lambda: own(ids, labels) / labels.numel())
     loss.CHUNK_LOGITS[device] = usual
     return found
-
-
-def packed_batch(rows: int, length: int, vocab: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Rows of documents of odd lengths, their ends filled up: ids, labels, positions, bounds."""
-    generator = torch.Generator().manual_seed(5)
-    ids, labels = (torch.randint(0, vocab, (rows, length), generator=generator) for _ in range(2))
-    positions = torch.empty(rows, length, dtype=torch.long)
-    for row in positions:
-        at = 0
-        while at < length:
-            size = int(torch.randint(1, length // 3, (), generator=generator))
-            row[at : at + size] = torch.arange(size)[: length - at]
-            at += size
-    positions[:, -5:], labels[:, -5:] = 0, IGNORED_LABEL
-    bounds = document_bounds(positions.numpy(), labels.numpy(), rows * 40)
-    return tuple(t.to(device) for t in (ids, labels, positions, torch.from_numpy(bounds)))
-
-
-def documents(device: str) -> dict[str, Any]:
-    """Attention by document against a dense mask: the kernel alone, then a whole model."""
-    low, length = (torch.bfloat16, 1024) if is_gpu(device) else (torch.float32, 160)
-    *_, bounds = packed_batch(2, length, 9, device)
-    found: dict[str, Any] = {}
-    for window in (0, length // 5):
-        shapes = [(2, heads, length, 64) for heads in (8, 2, 2, 8)]
-        *inputs, grad = (torch.randn(shape, device=device, dtype=low) for shape in shapes)
-        exact = attended(dense, [t.double() for t in inputs], grad.double(), bounds, window)
-        ours, theirs = (attended(way, inputs, grad, bounds, window) for way in (by_document, dense))
-        for name, one, other, true in zip(("out", "q", "k", "v"), ours, theirs, exact, strict=True):
-            key = f"{name}_window" if window else name
-            found[key] = float((one - true).norm() / true.norm())
-            found[f"{key}_to_dense"] = found[key] / float((other - true).norm() / true.norm())
-    query = torch.zeros(1, 8, 8, 64, device=device, dtype=low)
-    found["kernel"] = "varlen_attn" if attention.has_kernel(query) else "documents"
-    return found | packed_model(device)
-
-
-def by_document(query, key, value, bounds, window):
-    out, _ = attention.by_document(
-        nn.Module(), query, key, value, None, cu_seq_lens_q=bounds, sliding_window=window
-    )
-    return out.transpose(1, 2)
-
-
-def dense(query, key, value, bounds, window):
-    rows, _, length, _ = query.shape
-    mask = attention.dense_mask(bounds, rows, length, window)
-    return nn.functional.scaled_dot_product_attention(
-        query, *attention.repeated(query, key, value), attn_mask=mask
-    )
-
-
-def attended(way, inputs, grad, bounds, window) -> list[torch.Tensor]:
-    """Output and gradients, fp64."""
-    own = [tensor.detach().requires_grad_() for tensor in inputs]
-    out = way(*own, bounds, window)
-    return [t.detach().double() for t in (out, *torch.autograd.grad(out, own, grad))]
-
-
-def packed_model(device: str) -> dict[str, float]:
-    """Loss and gradients of packed rows: by document, with transformers' own mask, and in fp64."""
-    precision, length = ("bf16", 1024) if is_gpu(device) else ("fp32", 160)
-    batch, found = packed_batch(2, length, 512, device), {}
-    causal_lm, made = llama(512, True, device), {}
-    for name in ("exact", "ours", "masked"):
-        own = loss_model(
-            causal_lm, "fp64" if name == "exact" else precision, device, packing="best_fit"
-        )
-        if name != "ours":
-            attention.choose([own.causal_lm.config], attention.THEIRS)
-        arguments = batch if name == "ours" else batch[:3]
-        made[name] = gradients_of(own, lambda o=own, a=arguments: o(*a) / a[1].numel())
-    for name in ("ours", "masked"):
-        found[f"gradients_{name}"] = distance(made[name][1], made["exact"][1])
-        found[f"loss_{name}"] = abs(made[name][0] / made["exact"][0] - 1)
-    found["gradients_to_masked"] = found["gradients_ours"] / found["gradients_masked"]
-    return found
-
-
-def which_attention(device: str) -> dict[str, Any]:
-    """Operators and kernels of attention in a step, and tensors that are a mask or all scores."""
-    length = 1088 if is_gpu(device) else 224
-    batch, found = packed_batch(2, length, 512, device), {}
-    precision = "bf16" if is_gpu(device) else "fp32"
-    for packing in ("concat", "best_fit"):
-        values = {}
-        for is_compiled in (False, True):
-            more = f"train.torch_compile={str(is_compiled).lower()}"
-            own = loss_model(
-                llama(512, True, device), precision, device, more, packing=packing
-            )  # ConfigError if documents see each other
-            arguments = batch[:2] if packing == "concat" else batch
-            for _ in range(2):
-                own(*arguments).backward()
-            wait(device)
-            with torch.profiler.profile(record_shapes=True) as profile:
-                value = own(*arguments)
-                value.backward()
-                wait(device)
-            values[is_compiled] = value.item()
-            name = f"{packing}_{'compiled' if is_compiled else 'eager'}"
-            found[name] = sorted(attention_in(profile))
-            found[f"{name}_square"] = sum(is_square(event, length) for event in profile.events())
-        found[f"{packing}_compiled_loss"] = abs(values[True] / values[False] - 1)
-    return found
-
-
-def attention_in(profile: Any) -> set[str]:
-    """Names of what attends, shortened: operators as torch calls them, kernels as the GPU does."""
-    signs = ("attention", "attn", "flash", "fmha", "trainstack::")
-    names = {event.name for event in profile.events()}
-    return {n[:70] for n in names if any(sign in n.lower() for sign in signs) and "##" not in n}
-
-
-def is_square(event: Any, length: int) -> bool:
-    return any(list(shape[-2:]) == [length] * 2 for shape in event.input_shapes or () if shape)
 
 
 def recompute(device: str) -> dict[str, Any]:
@@ -341,5 +176,8 @@ def leave(device: str, how: str, gigabytes: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {f.__name__: f for f in (card, gradients, documents, which_attention, recompute, leave)}
+    known = {
+        f.__name__: f
+        for f in (card, gradients, documents, which_attention, attention_share, recompute, leave)
+    }
     print(json.dumps(known[sys.argv[1]](*sys.argv[2:])))

@@ -15,6 +15,7 @@ from trainstack.storage import layout
 from trainstack.units import seconds_of
 
 EXACT = "train.deterministic=true"
+SLOWLY = "optim.learning_rate=3e-4"  # for large models; that of the tiny one would burst them
 
 
 def four_layers(bench: Bench) -> str:
@@ -73,7 +74,7 @@ def snapshot(bench: Bench):
     run = bench.train(
         "saves", m350(bench), "train.global_batch_size=1", "train.micro_batch_size=1",
         "train.max_steps=18", "checkpoint.save_steps=3", "eval.eval_steps=null",
-        "optim.learning_rate=0.01", "train.precision=bf16", hooks="clones",
+        SLOWLY, "train.precision=bf16", hooks="clones",
     )  # fmt: skip
     saved = [line for line in run.told if "saved" in line]
     bench.equal("saves", [line["saved"] for line in saved], [3, 6, 9, 12, 15, 18])
@@ -85,7 +86,7 @@ def snapshot(bench: Bench):
 def out_of_memory(bench: Bench):
     """Too large at first, or once AdamW is there: told as that, soon gone; a right size goes on."""
     rows = bench.size(64, 4)
-    base = [m350(bench), "train.precision=bf16", f"train.global_batch_size={rows}",
+    base = [m350(bench), SLOWLY, "train.precision=bf16", f"train.global_batch_size={rows}",
             "train.max_steps=3", "checkpoint.save_steps=100"]  # fmt: skip
     long = ["data.name=long", f"data.seq_len={bench.size(1024, 32)}"]
     cases = {"activations": [f"train.micro_batch_size={rows}", *long], "adamw": []}
