@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 #
-# Prove on one GPU that trainstack is right, safe and fast there; without a GPU, as far as that goes.
+# Prove on one GPU that trainstack is right, safe and fast there; on a CPU, as far as that goes.
 #
-# Usage: bash tests/gpu.sh [--minutes 10] [--only NAME ...] [--wheels DIR] [--out DIR] [--device cpu]
+# Usage: bash tests/gpu.sh [--minutes 10] [--only NAME ...] [--wheels DIR] [--out DIR]
 #
-# Needs no network and no setup.sh: only a Python with torch 2.11 or newer and transformers 5.17 or
-# newer. That is TRAINSTACK_PYTHON, else the one of env.sh, else python3. Each check leaves a line of
-# JSON at once, on stdout and in gpu.jsonl; a table comes last. What a CPU cannot prove is called
-# "needs a GPU". Exit: 0 if nothing failed, 1 if something did, 2 if a check or option is unknown.
+# Needs no network and no setup.sh: only a Python with torch 2.11 and transformers 5.17, or newer.
+# That is TRAINSTACK_PYTHON, else the one of env.sh, else python3. Each check leaves a line of JSON
+# at once, on stdout and in gpu.jsonl; a table comes last. What a CPU cannot prove "needs a GPU".
+# Exit: 0 if nothing failed, 1 if something did, 2 if a check or option is unknown.
 #
 #   --minutes N   for all of it (default 10); checks that no time is left for have not passed
 #   --only NAME   only these checks; a pattern such as 'speed_*' will do
