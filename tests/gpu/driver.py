@@ -103,8 +103,8 @@ def prove(checks: list[Check], site: Site, path: Path, seconds: float) -> int:
     # A check keeps two or three cores busy, and the card is shared.
     workers = max(1, min(6, (os.cpu_count() or 1) // 2 - 1))
     with ThreadPoolExecutor(workers) as pool:
-        # On a GPU those that take long begin first; on a CPU there is one at a time.
-        for each in sorted(beside, key=lambda c: -c.seconds * (site.device == "cuda")):
+        # Those that take long begin first, to end with the others; alone on a core, they come last.
+        for each in sorted(beside, key=lambda c: c.seconds, reverse=workers > 1):
             pool.submit(make, each, beside_until)
     for each in alone:
         make(each, ends_at)
@@ -127,8 +127,9 @@ def one(check: Check, site: Site, until: float) -> dict[str, Any]:
         result, error = FAILED, f"took longer than {time.monotonic() - started:.0f} s: {late}"
         if str(late) == NO_TIME:
             result, error = ERROR, NO_TIME
-    except Exception:
-        result, error = ERROR, traceback.format_exc()
+    except Exception as problem:
+        first = str(problem).partition("\n")[0]
+        result, error = ERROR, f"{type(problem).__name__}: {first}\n{traceback.format_exc()}"
     if result == PASSED and check.needs_gpu and not bench.is_gpu:
         result = NEEDS_GPU
     elif result == PASSED and bench.missed:
@@ -139,7 +140,12 @@ def one(check: Check, site: Site, until: float) -> dict[str, Any]:
     line |= {"limit": bench.limits, "seconds": round(time.monotonic() - started, 1)}
     line |= {"card": site.card}
     line |= {"missed": bench.missed} if result == FAILED and bench.missed else {}
-    return line | ({"error": error[-3000:]} if error else {})
+    return line | ({"error": shortened(error)} if error else {})
+
+
+def shortened(error: str) -> str:
+    """Its head and its end."""
+    return error if len(error) < 4000 else f"{error[:1000]} ... {error[-3000:]}"
 
 
 def print_table(lines: list[dict[str, Any]], site: Site, seconds: float) -> None:
@@ -148,7 +154,7 @@ def print_table(lines: list[dict[str, Any]], site: Site, seconds: float) -> None
         limits = line["limit"]
         figures = [f"{name} {value} ({limits[name]})" if name in limits else f"{name} {value}"
                    for name, value in line["measured"].items()]  # fmt: skip
-        problems = line.get("missed") or line.get("error", "").strip().splitlines()[-1:]
+        problems = line.get("missed") or line.get("error", "").splitlines()[:1]
         text = "; ".join(problems or figures)
         shown = text if len(text) <= SAID else f"{text[:SAID]}..."
         mark = line["result"].upper() if line["result"] in (FAILED, ERROR) else line["result"]

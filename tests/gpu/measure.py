@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpu.kernels import attention_share, documents, which_attention
+from gpu.attending import attention_share, documents, which_attention
 from gpu.small import distance, gradients_of, is_gpu, llama, loss_model, wait
 from trainstack.model import loss
 from trainstack.model.loss import DTYPES
