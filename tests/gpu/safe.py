@@ -64,7 +64,7 @@ def resume(bench: Bench):
 
 @check(seconds=300)
 def resume_compiled(bench: Bench):
-    """The same, compiled."""
+    """The same bits, where the model is compiled."""
     killed_and_resumed(bench, "train.torch_compile=true")
 
 
