@@ -26,7 +26,9 @@ TOOLS = (
 HOSTILE = 'it\'s "a" $(touch canary) `touch canary` & é;#'
 SECRET = "hf_thisMustNeverBeSeenAnywhere0"
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "NCCL_TOKEN", "OMP_API_KEY")
-SCRIPTS = ("setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh", "tests/run.sh")
+SCRIPTS = (
+    "setup.sh", "download_data_model.sh", "submit.sh", "monitor.sh", "tests/run.sh", "tests/gpu.sh",
+)  # fmt: skip
 
 
 class Commands:

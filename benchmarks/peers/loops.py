@@ -13,6 +13,7 @@ default: as the peer's own documentation has it; ``--best``: with what it offers
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -26,6 +27,21 @@ import torch
 from torch import nn
 
 MOST_NORM = 1e6  # a clip that never acts, so that the floor, which has none, learns the same
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Ends(list):
+    """When steps ended. The host waits for the step before: else this would be when it queued."""
+
+    event = None
+
+    def note(self) -> None:
+        if DEVICE == "cuda":
+            before, self.event = self.event, torch.cuda.Event()
+            self.event.record()
+            if before:
+                before.synchronize()
+        self.append(time.time())
 
 
 class Samples(torch.utils.data.Dataset):
@@ -83,7 +99,7 @@ def new_model(options) -> nn.Module:
 
 def autocast(options):
     if options.settings["precision"] == "bf16":
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast(DEVICE, torch.bfloat16)
     return contextlib.nullcontext()
 
 
@@ -92,7 +108,7 @@ def bare(options, steps: np.ndarray):
 
     --best: no whole logits in fp32 either.
     """
-    model, ended, losses = new_model(options), [], []
+    model, ended, losses = new_model(options).to(DEVICE), Ends(), []
     if options.world_size > 1:
         torch.distributed.init_process_group("gloo")
         ddp = nn.parallel.DistributedDataParallel(model)
@@ -107,6 +123,7 @@ def bare(options, steps: np.ndarray):
     model.train()
     micro = options.settings["micro"]
     samples = Samples(steps, options.rank, options.world_size)
+    samples.inputs, samples.targets = samples.inputs.to(DEVICE), samples.targets.to(DEVICE)
     each, total = samples.each // micro, 0.0
     for number, batch in enumerate(samples.micro_batches(micro), start=1):
         is_last = number % each == 0
@@ -119,7 +136,7 @@ def bare(options, steps: np.ndarray):
         if is_last:
             optimizer.step()
             optimizer.zero_grad()
-            ended.append(time.time())
+            ended.note()
             losses.append(total)
             total = 0.0
     return ended, mean_over_ranks(losses, options)
@@ -136,25 +153,27 @@ def trainer(options, steps: np.ndarray):
     """HF Trainer."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    settings, ended, losses = options.settings, [], []
+    settings, ended, losses = options.settings, Ends(), []
     best = {"logging_nan_inf_filter": False, "average_tokens_across_devices": False}
-    arguments = TrainingArguments(
+    asked = dict(
         output_dir=str(options.folder / "trainer"), max_steps=options.steps,
         per_device_train_batch_size=settings["micro"],
         gradient_accumulation_steps=steps.shape[1] // settings["micro"] // options.world_size,
         learning_rate=settings["rate"], lr_scheduler_type="constant", adam_beta2=0.95,
-        max_grad_norm=MOST_NORM, bf16=settings["precision"] == "bf16", use_cpu=True,
+        max_grad_norm=MOST_NORM, bf16=settings["precision"] == "bf16", use_cpu=DEVICE == "cpu",
         torch_compile=options.compile, report_to="none", disable_tqdm=True,
         save_strategy="steps" if options.steps < len(steps) else "no", save_steps=options.steps,
-        dataloader_pin_memory=False, train_sampling_strategy="sequential",
+        dataloader_pin_memory=DEVICE == "cuda", train_sampling_strategy="sequential",
         remove_unused_columns=False,
         logging_strategy="steps", logging_steps=options.steps,
         **(best if options.best else {}),
     )  # fmt: skip
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}  # they come and go
+    arguments = TrainingArguments(**{name: asked[name] for name in asked if name in known})
 
-    class Ends(TrainerCallback):
+    class Step(TrainerCallback):
         def on_step_end(self, *_, **__):
-            ended.append(time.time())
+            ended.note()
 
     class Loop(Trainer):
         def training_step(self, *arguments, **more):
@@ -173,7 +192,7 @@ def trainer(options, steps: np.ndarray):
         new_model(options),
         arguments,
         train_dataset=samples,
-        callbacks=[Ends()],
+        callbacks=[Step()],
     )
     loop.remove_callback(PrinterCallback)
     loop.train(resume_from_checkpoint=options.done > 0)

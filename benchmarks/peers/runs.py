@@ -49,6 +49,8 @@ class Work:
     precision: str = "fp32"
     world_size: int = 1
     is_torchrun: bool = False  # whether it starts a process of one, too
+    head: int = 32  # channels of a head of attention
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,10 @@ def ratio(found: dict, one: Loop, other: Loop, what: str = "step_seconds") -> fl
 
 def run(home: Path, work: Work, loop: Loop, done: int = 0) -> Result:
     """Start a loop, or, if ``done`` steps of it were run and saved, resume it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                   "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    if work.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable]
     if work.world_size > 1 or work.is_torchrun:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -226,8 +230,8 @@ def make(home: Path, work: Work) -> None:
     config = AutoConfig.for_model(
         "llama", architectures=["LlamaForCausalLM"], vocab_size=work.vocab,
         hidden_size=work.hidden, intermediate_size=work.hidden * 8 // 3 // 16 * 16,
-        num_hidden_layers=work.layers, num_attention_heads=max(2, work.hidden // 32),
-        num_key_value_heads=max(2, work.hidden // 32), max_position_embeddings=work.seq_len,
+        num_hidden_layers=work.layers, num_attention_heads=max(2, work.hidden // work.head),
+        num_key_value_heads=max(2, work.hidden // work.head), max_position_embeddings=work.seq_len,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     peer = home / "peer"

@@ -77,7 +77,7 @@ def by_document(
         value = nn.functional.pad(value, (0, size - channels))
     if device == "cpu" and not dropout and channels <= size:
         out, _ = on_cpu(query, key, value, bounds, scale, window)
-    elif has_kernel(query) and not dropout and channels <= size:
+    elif has_kernel(query, window) and not dropout and channels <= size:
         out = on_gpu(query, key, value, bounds, scale, window)
     else:
         mask = dense_mask(bounds, rows, length, window)
@@ -97,12 +97,13 @@ def dense_mask(bounds: torch.Tensor, rows: int, length: int, window: int) -> tor
     return (mask.triu(1 - window) if window else mask).unsqueeze(1)
 
 
-def has_kernel(query: torch.Tensor) -> bool:
+def has_kernel(query: torch.Tensor, window: int) -> bool:
     """Whether torch's kernel for rows of documents takes such queries, by its own conditions."""
     is_able = varlen_attn is not None and query.dtype in HALF and query.device.type == "cuda"
     size = query.shape[-1]
     return (
         is_able
+        and (not window or "window_size" in inspect.signature(varlen_attn).parameters)
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
         and size <= 256
         and size % 8 == 0
