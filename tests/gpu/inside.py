@@ -212,6 +212,8 @@ def memory(limit_gb: str) -> None:
 
 def no_pinning() -> None:
     """No host memory can be pinned for saves."""
+    if not IS_GPU:
+        return
     cuda = torch.cuda.cudart()
 
     class Refusing:
