@@ -14,7 +14,7 @@ import torch
 
 from trainstack import distributed
 from trainstack.checkpoint import names, snapshot
-from trainstack.checkpoint.interval import Interval
+from trainstack.checkpoint.interval import Interval, first_save_seconds
 from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
@@ -37,7 +37,6 @@ from trainstack.train.attempt import Attempt
 from trainstack.waits import START_SECONDS
 
 log = logging.getLogger("trainstack")
-FIRST_SAVE_RATE = 200e6  # bytes per second
 
 
 def name_owner(job: str | None, attempt: int, restarts: int) -> Owner:
@@ -181,7 +180,7 @@ def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> No
     """
     if attempt.world.is_main:
         attempt.lease.check()  # loading takes a while
-        guess = 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
+        guess = first_save_seconds(parameters)
         saved = [e["save_seconds"] for e in attempt.run.events() if e["event"] == "checkpoint"]
         stop.save_seconds = [guess, *saved][-1]  # what the last save of this run took
         attempt.run.set_status(RUNNING, step=step, max_steps=attempt.max_steps)
