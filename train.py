@@ -94,7 +94,8 @@ def main(options: argparse.Namespace, config: Config) -> str:
                     lease.check),
         small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
         watch=watch, faults=faults,
-        report=Report(attempt, rate_at, feed.sampler.total_samples, state.step),
+        report=Report(attempt, rate_at, feed.sampler.total_samples, state.step,
+                      startup.ideal_seconds(attempt, strategy.loss_model)),
     )  # fmt: skip
     return loop.run()
 

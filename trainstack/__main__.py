@@ -17,6 +17,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "prove": (".model.proof", "try whether the model can be trained as configured"),
     "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
+    "plan": (".plan.command", "estimate memory, step time and hours of a run"),
     "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),
     "goodput": (".monitor.goodput", "show where the time of a run went"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),

@@ -8,8 +8,11 @@ failures.
 import math
 from typing import Any
 
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER
+
 PRIOR_HOURS = 24.0  # between failures, before anything was observed
 LEAST_STEPS, MOST_SECONDS = 10, 1800.0
+FIRST_SAVE_RATE = 200e6  # bytes per second
 OVERLAP_COST = 0.1  # share of an overlapped save's duration by which steps may be slower meanwhile
 
 
@@ -43,6 +46,11 @@ class Interval:
         best = math.sqrt(2 * cost * self.failure_seconds)
         # Twice the duration: else one save would wait for the one before.
         self.seconds = max(min(best, MOST_SECONDS), 2 * save_seconds)
+
+
+def first_save_seconds(parameters: int) -> float:
+    """What a save is expected to take before there was one."""
+    return 1 + parameters * BYTES_PER_PARAMETER / FIRST_SAVE_RATE
 
 
 def observed_hours(events: list[dict[str, Any]]) -> float:

@@ -98,7 +98,7 @@ def check_warning(time: str, options: list[str]) -> None:
             f"--signal={signals[-1]} does not reach what saves the run before the job ends; leave "
             f"it out, or write --signal={WARNING}"
         )
-    seconds, minutes = int(warning[1] or 60) if signals else 0, _minutes(time)
+    seconds, minutes = int(warning[1] or 60) if signals else 0, minutes_in(time)
     if seconds > 1 and minutes and minutes * 60 <= seconds + LEAST_SECONDS:
         least = seconds // 60 + 2
         raise ConfigError(
@@ -275,7 +275,7 @@ def _excesses_of_limits(
             _write("nodes", most),
             may_be_lifted=True,
         )
-    minutes, limits = _minutes(asked.time), [_minutes(kind.time) for kind in kinds]
+    minutes, limits = minutes_in(asked.time), [minutes_in(kind.time) for kind in kinds]
     if minutes is not None and None not in limits and minutes > max(limits):
         yield Excess(
             f"{_as_written('time', asked.options)} is more than partition {partition} allows, "
@@ -316,7 +316,7 @@ def _size(text: str) -> float | None:
     return int(size[1]) * MEGABYTES[size[2]] if size else None
 
 
-def _minutes(text: str) -> float | None:
+def minutes_in(text: str) -> float | None:
     """Of a time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S, or no limit."""
     if text.lower() in ("0", "unlimited", "infinite"):
         return math.inf

@@ -25,15 +25,18 @@ from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import (
     Resources,
     check_partition,
+    minutes_in,
     partitions_of,
     read_resources,
 )
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule
+from trainstack.plan.line import Job, plan_lines
+from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
 from trainstack.resilience import faults
 from trainstack.run.folder import RunFolder
-from trainstack.run.nodes import read_nodes
+from trainstack.run.nodes import gpu_types, read_nodes
 from trainstack.run.owner import check_owner, claim
 from trainstack.run.queue import read_queue
 from trainstack.storage import layout
@@ -138,6 +141,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     lines += rate_jump(run, config.optim, step, max_steps)
     lines += [*not_used(config, corpus), *remarks]
     lines += [f"the tokens of {name} stay, which earlier rules made" for name in corpus.earlier]
+    lines += planned(request, config, resources, model, max_steps - step)
     if changes:
         lines.append(f"run {run.path.name} continues with other settings: {', '.join(changes)}")
     for line in lines:
@@ -217,14 +221,35 @@ def check_batch(config: Config, resources: Resources, processes: str) -> None:
         raise ConfigError(
             f"NPROC_PER_NODE={processes} is not a number of processes; write 2, or leave it empty"
         )
-    per_node = int(processes) if processes else resources.processes_per_node
-    if per_node == 0 and resources.gpus_per_node is not None:
-        per_node = resources.gpus_per_node or 2
+    per_node = processes_per_node(resources, processes)
     least, _, most = str(resources.nodes or resources.options["nodes"]).partition("-")
     if not per_node or not least.isdigit():
         return  # train.py checks it as well, when it knows
     for nodes in range(int(least), int(most if most.isdigit() else least) + 1):
         config.batch_plan(nodes * per_node)
+
+
+def processes_per_node(resources: Resources, processes: str) -> int | None:
+    """Of NPROC_PER_NODE, or one for each GPU, or two; None: only the job can know."""
+    per_node = int(processes) if processes else resources.processes_per_node
+    is_open = per_node == 0 and resources.gpus_per_node is not None
+    return (resources.gpus_per_node or 2) if is_open else per_node
+
+
+def planned(
+    request: Request, config: Config, resources: Resources, model: Path, steps: int
+) -> list[str]:
+    """A line on memory and time, if the machine is known; ``model``: its folder."""
+    per_node = processes_per_node(resources, os.environ.get("NPROC_PER_NODE", ""))
+    kinds = read_nodes(request.said)
+    types = gpu_types(kinds, partitions_of(resources, kinds))
+    gpu = find_gpu(resources.gpu_type or (types.pop() if len(types) == 1 else ""))
+    gpu = gpu if resources.gpus_per_node and not request.is_local else None
+    is_known = gpu or (request.is_local and resources.gpus_per_node == 0)
+    if not per_node or not resources.nodes or not is_known:
+        return []
+    job, limit = Job(resources.nodes, per_node, gpu), minutes_in(resources.time) if gpu else None
+    return plan_lines(request.home, model, config, job, steps, limit, say)
 
 
 def read_trial(said: str) -> tuple[str, str]:

@@ -249,8 +249,7 @@ def use(causal_lm: nn.Module, is_packed: bool) -> None:
 
     Tried on a few tokens, with documents if rows have some.
     """
-    configs = [getattr(module, "config", None) for module in causal_lm.modules()]
-    configs = [c for c in configs if getattr(c, "_attn_implementation", None) == THEIRS]
+    configs = configs_with(causal_lm, THEIRS)
     if causal_lm.config not in configs:
         return
     tokens, *packed = packed_tokens(causal_lm)
@@ -263,6 +262,12 @@ def use(causal_lm: nn.Module, is_packed: bool) -> None:
     if reason:
         choose(configs, THEIRS)
         log.info("%s (%s)", MASKS, reason)
+
+
+def configs_with(causal_lm: nn.Module, attention: str) -> list[Any]:
+    """The configurations of a model's parts that have this attention."""
+    configs = [getattr(module, "config", None) for module in causal_lm.modules()]
+    return [c for c in configs if getattr(c, "_attn_implementation", None) == attention]
 
 
 def difference(causal_lm: nn.Module, configs: list[Any], batch: list) -> str:

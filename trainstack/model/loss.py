@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
 from trainstack.model import trial
-from trainstack.model.attention import apart, check_apart, use
+from trainstack.model.attention import OURS, THEIRS, apart, check_apart, choose, configs_with, use
 
 log = logging.getLogger("trainstack")
 # Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
@@ -25,6 +26,7 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAST_TOKENS = 256
 # The kernels of a GPU for bf16 and fp16 want rows of whole blocks: a vocabulary of 50,257 is slow.
 MULTIPLE = {"cpu": 1, "cuda": 64}
+DIGITS = re.compile(r"\d+")  # of a layer in the name of a parameter
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -55,7 +57,9 @@ class CausalLMLoss(nn.Module):
         device: torch.device,
         packing: str = "concat",
         seq_len: int = trial.TOKENS,
+        like: "CausalLMLoss | None" = None,
     ):
+        """``like``: of a small copy, whose trials count, for a model that has no values to try."""
         super().__init__()
         self.causal_lm = causal_lm.to(device)
         if train.activation_checkpointing:
@@ -67,15 +71,22 @@ class CausalLMLoss(nn.Module):
         self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
         self.balancing = trial.balancing_of(causal_lm)
         self._balance = Balance(causal_lm)
+        if like is None:
+            self._try_out(packing, seq_len)
+        else:
+            self._take_over(like)
+        self.is_fused = self.is_compiled and device.type == "cuda"  # a CPU gains nothing
+        if self.is_compiled:
+            self._body = [torch.compile(self._body[0])]
+
+    def _try_out(self, packing: str, seq_len: int) -> None:
+        causal_lm = self.causal_lm
         with self._trying():
             use(causal_lm, is_packed=packing != "concat")
         with self._trying():
             self.is_chunked = trial.has_plain_head(causal_lm)
-        if self.is_chunked and self.balancing:  # transformers computes it behind the head
-            causal_lm.base_model.register_forward_hook(self._keep_hidden)
-        elif self.is_chunked:
-            self._body = [causal_lm.base_model]
-        else:
+        self._choose_body()
+        if not self.is_chunked:
             log.info("model: its logits are more than a linear head; the loss keeps them whole")
         if packing == "best_fit":  # with none the rest of a row is padding
             with self._trying():
@@ -85,9 +96,22 @@ class CausalLMLoss(nn.Module):
         self.train()  # from_pretrained leaves a model in eval mode: without dropout
         with trial.trying(causal_lm, is_training=True):
             self._sometimes = trial.freeze_unreached(self, seq_len)
-        self.is_fused = self.is_compiled and device.type == "cuda"  # a CPU gains nothing
-        if self.is_compiled:
-            self._body = [torch.compile(self._body[0])]
+
+    def _choose_body(self) -> None:
+        if self.is_chunked and self.balancing:  # transformers computes it behind the head
+            self.causal_lm.base_model.register_forward_hook(self._keep_hidden)
+        elif self.is_chunked:
+            self._body = [self.causal_lm.base_model]
+
+    def _take_over(self, like: "CausalLMLoss") -> None:
+        self.is_chunked = like.is_chunked
+        self._choose_body()
+        if like.causal_lm.config._attn_implementation == OURS:
+            choose(configs_with(self.causal_lm, THEIRS), OURS)
+        frozen = {DIGITS.sub("", n) for n, p in like.named_parameters() if not p.requires_grad}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(DIGITS.sub("", name) not in frozen)
+        self.train()
 
     def forward(
         self,
@@ -117,6 +141,7 @@ class CausalLMLoss(nn.Module):
                 hidden = hidden.flatten(0, 1)
                 compute = self.autocast_dtype if self.is_autocast else hidden.dtype
                 weight = self.causal_lm.get_output_embeddings().weight
+                weight = weight if torch.is_grad_enabled() else weight.detach()  # costs a third
                 targets = labels.flatten()
                 loss = ChunkedCrossEntropy.apply(hidden, weight, targets, compute, self.is_fused)
         if self.balancing and torch.is_grad_enabled():

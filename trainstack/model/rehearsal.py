@@ -257,14 +257,9 @@ def step(small: Any, config: Config) -> tuple[str, list[str]]:
 
     Returns the attention that it has, and what was logged.
     """
-    train = config.train.model_copy(update={"torch_compile": False})
-    with tempfile.TemporaryDirectory() as folder, logged() as lines:
-        small.save_pretrained(folder)
-        causal_lm = build_causal_lm(
-            Path(folder), "scratch", config.model, train.precision, config.run.seed
-        )
-        loss_model = CausalLMLoss(causal_lm, train, CPU, config.data.packing)
-        loss_model.train()
+    with logged() as lines:
+        loss_model = loss_of(small, config)
+        causal_lm = loss_model.causal_lm
         tokens, *packed = packed_tokens(causal_lm)
         packed = packed if config.data.packing != "concat" else ()
         loss = loss_model(tokens, tokens.roll(-1), *packed)
@@ -273,6 +268,16 @@ def step(small: Any, config: Config) -> tuple[str, list[str]]:
         raise ConfigError(f"its loss is not finite at the first step; {NO_FIX}")
     attention = causal_lm.config._attn_implementation.replace(OURS, "sdpa")
     return f"{attention} attention", [*lines]
+
+
+def loss_of(small: Any, config: Config) -> CausalLMLoss:
+    """The model of a small configuration with its loss, tried as a run tries its own."""
+    train = config.train.model_copy(update={"torch_compile": False})
+    with tempfile.TemporaryDirectory() as folder:
+        small.save_pretrained(folder)
+        arguments = (config.model, train.precision, config.run.seed)
+        causal_lm = build_causal_lm(Path(folder), "scratch", *arguments)
+    return CausalLMLoss(causal_lm, train, CPU, config.data.packing)
 
 
 def ways_out(small: Any, config: Config) -> list[str]:

@@ -48,6 +48,11 @@ def read_nodes(text: str) -> list[NodeKind]:
     return found
 
 
+def gpu_types(kinds: list[NodeKind], partitions: list[str]) -> set[str]:
+    """All types of GPUs that nodes of some partitions have."""
+    return {name for kind in kinds if kind.partition in partitions for name in kind.gpus}
+
+
 def _gpus_of(gres: str) -> dict[str, int]:
     """``{"h100": 8}`` of ``gpu:h100:8(S:0-1),nvme:1``; without a type its name is empty."""
     found: dict[str, int] = {}

@@ -1,10 +1,10 @@
 """A step's numbers: sent to the host without waiting, read one step late; and its pace."""
 
 import contextlib
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -135,10 +135,14 @@ class Pace:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process: on the GPU if it has one, else resident."""
+    """Peak memory of this process: on the GPU if it has one, else resident.
+
+    Not getrusage: it counts what the process was before it was this one.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
 def is_due(step: int, every: int | str | None, max_steps: int) -> bool:

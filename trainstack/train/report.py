@@ -20,7 +20,7 @@ from trainstack.train.numbers import StepResult, peak_memory_gb
 from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
-HEADER = "           step    epoch     loss       lr    grad  tokens/s  mem GB  left"
+HEADER = "           step    epoch     loss       lr    grad  tokens/s%s  mem GB  left"
 CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")  # of TensorBoard
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
@@ -32,13 +32,15 @@ class Report:
     """
 
     def __init__(
-        self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int
-    ):
+        self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int,
+        ideal_seconds: float | None,
+    ):  # fmt: skip
         """``samples``: of an epoch. ``first_step``: the step from which this attempt trains.
 
-        What earlier attempts wrote beyond it is dropped, since those steps come again.
+        ``ideal_seconds``: of a token at the peak rate of all GPUs; None: not known. What earlier attempts wrote beyond it is dropped, since those steps come again.
         """
         self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
+        self.ideal_seconds = ideal_seconds
         self.is_main, self.metrics = attempt.world.is_main, attempt.run.path / "metrics.jsonl"
         self._status_at, self._saved_at = 0.0, time.monotonic()
         self._hashes: list[str] = []  # lines for samples.jsonl
@@ -52,7 +54,7 @@ class Report:
             self._tensorboard = SummaryWriter(
                 attempt.run.path / "tensorboard", purge_step=first_step + 1, flush_secs=30
             )
-        log.info("%s", HEADER)
+        log.info(HEADER, "    MFU" if ideal_seconds else "")
 
     def warms_up(self) -> None:
         """What was to be loaded is; compiling may follow."""
@@ -110,15 +112,20 @@ class Report:
             "tokens_per_second": plan.tokens_per_step / step_seconds,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
+            "peak_memory_gb": round(peak_memory_gb(self.attempt.world.device), 3),
             "samples_hash": result.samples_hash,
         }
+        mfu = ""
+        if self.ideal_seconds:
+            values["mfu"] = values["tokens_per_second"] * self.ideal_seconds
+            mfu = f"  {values['mfu']:5.1%}"
         if source_tokens is not None:
             values["source_tokens"] = source_tokens
         files.append_line(self.metrics, values)
-        log.info("%15s  %7.3f %8.4f %8.1e %7.2f %9s %7.2f  %s",
+        log.info("%15s  %7.3f %8.4f %8.1e %7.2f %9s%s %7.2f  %s",
                  f"{step:,}/{max_steps:,}", values["epoch"], result.loss, values["learning_rate"],
-                 result.grad_norm, f"{values['tokens_per_second']:,.0f}",
-                 peak_memory_gb(self.attempt.world.device),
+                 result.grad_norm, f"{values['tokens_per_second']:,.0f}", mfu,
+                 values["peak_memory_gb"],
                  duration((max_steps - step) * step_seconds))  # fmt: skip
         for key in CURVES if self._tensorboard else ():
             self._tensorboard.add_scalar(f"train/{key}", values[key], step)

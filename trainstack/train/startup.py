@@ -14,17 +14,19 @@ import torch
 
 from trainstack import distributed
 from trainstack.checkpoint import names, snapshot
-from trainstack.checkpoint.interval import Interval
+from trainstack.checkpoint.interval import Interval, first_save_seconds
 from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
 from trainstack.data.corpus import Corpus
 from trainstack.data.feed import Batch
 from trainstack.distributed import World
-from trainstack.errors import ConfigError, Refused
+from trainstack.errors import ConfigError, Refused, first_words
 from trainstack.model.causal_lm import special_tokens
+from trainstack.model.loss import CausalLMLoss
 from trainstack.model.strategy import Strategy
 from trainstack.optim.optimizer import undecayed_matrices
+from trainstack.plan.machine import find_gpu
 from trainstack.resilience.guard import Guard
 from trainstack.resilience.stop import Stop
 from trainstack.resilience.watchdog import Watch
@@ -37,7 +39,6 @@ from trainstack.train.attempt import Attempt
 from trainstack.waits import LOAD_SECONDS
 
 log = logging.getLogger("trainstack")
-FIRST_SAVE_RATE = 200e6  # bytes per second
 
 
 def name_owner(job: str | None, attempt: int, restarts: int) -> Owner:
@@ -184,10 +185,31 @@ def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> No
     """
     if attempt.world.is_main:
         attempt.lease.check()  # loading takes a while
-        guess = 1 + parameters * names.BYTES_PER_PARAMETER / FIRST_SAVE_RATE
+        guess = first_save_seconds(parameters)
         saved = [e["save_seconds"] for e in attempt.run.events() if e["event"] == "checkpoint"]
         stop.save_seconds = [guess, *saved][-1]  # what the last save of this run took
         attempt.run.set_status(RUNNING, step=step, max_steps=attempt.max_steps)
+
+
+def ideal_seconds(attempt: Attempt, loss_model: CausalLMLoss) -> float | None:
+    """Of a token at the peak rate of all GPUs; None without one, or if one of the two is not known.
+
+    The share of it in the seconds that a token takes is called MFU (PaLM, 2204.02311, appendix B).
+    """
+    world, config = attempt.world, attempt.config
+    gpu = (
+        find_gpu(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    )
+    if gpu is None or not world.is_main:
+        return None
+    from trainstack.plan.cost import flops_per_token  # half a second, for nothing without a GPU
+
+    try:
+        flops = flops_per_token(loss_model, config.data.seq_len)
+    except Exception as error:  # whatever a model's code raises without values
+        log.info("model: its FLOPs are not known (%s)", first_words(error))
+        return None
+    return flops / gpu.flops(config.train.precision) / world.world_size
 
 
 def build_interval(attempt: Attempt, save_seconds: float) -> Interval | None:

@@ -1,0 +1,162 @@
+"""``python -m trainstack plan``: memory, step time, hours and checkpoints of a run, before it runs.
+
+It is an estimate, and prints what it assumes. --calibrate measures how long the operations of this
+model take on this processor, in less than a minute; later plans on such a processor use it.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from trainstack.config.load import load
+from trainstack.config.schema import Config
+from trainstack.data.corpus import open_corpus
+from trainstack.errors import ConfigError
+from trainstack.plan import estimate, facts, machine
+from trainstack.plan.estimate import Cost, Machines, Pace
+from trainstack.storage import layout
+from trainstack.units import age, bytes_text, counted, duration
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack plan", description=__doc__)
+    home = os.environ.get("TRAINSTACK_HOME")
+    parser.add_argument("--home", type=Path, default=home, help="env.sh sets it")
+    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, metavar="M", help="or processes on CPUs")
+    parser.add_argument("--gpu", help="such as h100; without it: what this machine has")
+    parser.add_argument(
+        "--network", type=float, default=facts.NETWORK, help="Gb/s to other nodes, for each GPU"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="measure this processor")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    if options.home is None:
+        raise ConfigError("the project's folder is not known; write: source env.sh")
+    config = load(options.config, options.overrides)
+    gpu = machine.named_gpu(options.gpu) if options.gpu else machine.find_gpu(machine.gpu_here())
+    per_node = options.gpus_per_node or (1 if gpu else 2)
+    if min(options.nodes, per_node, options.network) <= 0:
+        raise ConfigError(
+            "--nodes, --gpus-per-node and --network count from 1; write for example 2"
+        )
+    if options.calibrate and gpu:
+        raise ConfigError("--calibrate measures processors, not GPUs; leave it or --gpu out")
+    folder = layout.model_folder(options.home, config.model.name)
+    if not folder.exists():
+        fix = "bash download_data_model.sh, or for the demo bash submit.sh --local --dry-run"
+        raise ConfigError(f"model {config.model.name} is not in {options.home}; write: {fix}")
+    config.batch_plan(options.nodes * per_node)
+    if options.calibrate:
+        say("each operation is measured by itself; that takes less than a minute")
+        facts.measure(options.home, folder, config, options.nodes * per_node, per_node)
+    where = facts.machines_of(options.home, options.nodes, per_node, gpu, options.network)
+    cost = facts.known_cost(options.home, folder, config, where)
+    cost = cost or facts.new_cost(options.home, folder, config, where)
+    print("\n".join(page(config, cost, where, steps_of(options.home, config))))
+    return 0
+
+
+def say(text: str) -> None:
+    print(f"plan: {text}", file=sys.stderr)
+
+
+def steps_of(home: Path, config: Config) -> int | None:
+    """None if the number of steps follows from tokens that are not there."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    try:
+        return config.steps_for(open_corpus(home, config).train.num_samples)
+    except (ConfigError, OSError):
+        return None
+
+
+def page(config: Config, cost: Cost, machines: Machines, steps: int | None) -> Iterator[str]:
+    """Lines for a person."""
+    world, where = machines.world_size, "GPU" if machines.gpu else "process"
+    name = machines.gpu.name if machines.gpu else f"processes on {machine.processor()}"
+    yield f"{config.run.name}: {cost.parameters / 1e6:,.1f}M parameters on {world} x {name}"
+    yield f"{config.batch_plan(world)}"
+    yield f"memory of a {where}, GB"
+    parts = estimate.memory_of(cost, config, machines)
+    for part, size in parts.items():
+        yield f"  {part:<20} {size / 1e9:8.2f}"
+    yield f"  {'all':<20} {sum(parts.values()) / 1e9:8.2f}  {verdict(cost, config, machines)}"
+    pace = estimate.pace_of(cost, config, machines, config.batch_plan(world))
+    if pace is None:
+        yield "step time: not known, since this processor was not measured; add --calibrate"
+    else:
+        yield from speed(config, cost, machines, pace)
+        yield from course(config, cost, machines, pace, steps)
+    if assumed := [*assumptions(config, cost, machines, pace)]:
+        yield from ["assumed:", *(f"  {line}" for line in assumed)]
+
+
+def verdict(cost: Cost, config: Config, machines: Machines) -> str:
+    fix = estimate.way_out(cost, config, machines)
+    return f"of {machines.memory / 1e9:,.0f}: " + (f"does not fit; {fix}" if fix else "fits")
+
+
+def speed(config: Config, cost: Cost, machines: Machines, pace: Pace) -> Iterator[str]:
+    plan = config.batch_plan(machines.world_size)
+    yield (
+        f"step: {pace.step:.3g} s = {plan.gradient_accumulation_steps} x {pace.micro:.3g} s, "
+        f"update {pace.update:.2g} s, waiting for the sum of gradients {pace.exposed:.2g} s"
+    )
+    told = f"  {plan.tokens_per_step / pace.step:,.0f} tokens/s"
+    if machines.gpu:
+        told += f", {estimate.mfu(config, cost, machines, pace):.0%} MFU"
+    yield told
+    if plan.world_size > 1:
+        had = plan.micro_batch_size * plan.seq_len
+        yield (
+            f"  the sum of gradients hides behind a micro step of {pace.tokens_needed:,.0f} tokens "
+            f"or more; it has {had:,}"
+        )
+
+
+def course(
+    config: Config, cost: Cost, machines: Machines, pace: Pace, steps: int | None
+) -> Iterator[str]:
+    world = machines.world_size
+    interval, hours, share = estimate.goodput(config, cost, world, pace.step)
+    size = bytes_text(estimate.checkpoint_bytes(cost))
+    yield f"checkpoints: {size} each, one every {age(interval)}"
+    yield f"goodput: {share:.1%}, with a failure in {hours:,.0f} hours"
+    if steps:
+        whole = steps * pace.step / share
+        what = "GPU" if machines.gpu else "process"
+        yield (
+            f"{counted(steps, 'step')}: {duration(whole)}, {whole * world / 3600:,.1f} {what}-hours"
+        )
+
+
+def assumptions(config: Config, cost: Cost, machines: Machines, pace: Pace | None) -> Iterator[str]:
+    if cost.note:
+        yield f"operations and memory {cost.note}"
+    if gpu := machines.gpu:
+        yield (
+            f"{gpu.name}: {estimate.MATMUL:.0%} of {gpu.flops(config.train.precision) / 1e12:,.0f} "
+            f"TFLOP/s in {config.train.precision}, {estimate.BANDWIDTH:.0%} of "
+            f"{gpu.bandwidth:,.0f} GB/s, {estimate.HOST_SECONDS * 1e6:.0f} us of the host for each "
+            "operation"
+        )
+        if machines.per_node > 1:
+            yield f"{estimate.LINK:.0%} of {gpu.link:,.0f} GB/s between the GPUs of a node"
+        if config.train.torch_compile:
+            yield "compiled: half of the bytes and calls that are no matrix products"
+    elif pace:
+        yield f"{pace.measured:.0%} of a micro step measured at its own shapes, the rest by rates"
+        yield "a process is as fast beside the others as it is alone"
+        if config.train.torch_compile:
+            yield "torch_compile gains nothing on a processor"
+    if machines.nodes > 1:
+        yield f"{8 * machines.network:,.0f} Gb/s for each {'GPU' if gpu else 'process'} (--network)"
+    if config.data.packing != "concat":
+        yield "attention as if each row were one document"
+    if pace:
+        yield f"a save hides behind training, a restart takes {estimate.RESTART_SECONDS:.0f} s"
+        yield "evaluations and the start are not in the hours"

@@ -1,0 +1,283 @@
+"""What a micro step of a model costs: its operations and its memory, found without either.
+
+The model runs forwards and backwards with tensors that have shapes and no values (torch's
+FakeTensorMode), as a run would: same attention, same loss, same precision. Each operation that
+torch would call is counted, and each tensor for as long as it would exist.
+"""
+
+import contextlib
+import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from trainstack.config.schema import Config
+from trainstack.errors import ConfigError, first_words
+from trainstack.model import loss as loss_file
+from trainstack.model.causal_lm import build_causal_lm, count_parameters, read_config
+from trainstack.model.loss import CausalLMLoss
+from trainstack.model.rehearsal import build_whole, changed, loss_of, small_copy
+from trainstack.plan.estimate import Cost, Op
+
+aten = torch.ops.aten
+CPU, META = torch.device("cpu"), torch.device("meta")
+# Of these an operation reads a few rows, not the whole.
+ROWS = (aten.embedding, aten.index, aten.gather, aten.index_select)
+ACTIVATIONS = 34  # bytes a token and channel of a layer in 16 bits: Korthikanti et al., 2205.05198
+
+
+def cost_of(folder: Path, config: Config, is_gpu: bool, keeps_gradients: bool) -> Cost:
+    """Of the model in ``folder``, as it would be trained; by a formula if its code needs values.
+
+    ``keeps_gradients``: they are there already, as with DDP or from the micro step before.
+    """
+    real = read_config(folder)
+    if config.model.attn_implementation == "flash_attention_2":  # costs what ours does
+        config = changed(config, "model", "attn_implementation", "auto")
+    try:
+        loss_model = loss_without_values(folder, real, config)
+        rows, seq_len = config.train.micro_batch_size, config.data.seq_len
+        chunk = {"cpu": loss_file.CHUNK_LOGITS["cuda" if is_gpu else "cpu"]}
+        with mock.patch.dict(loss_file.CHUNK_LOGITS, chunk):
+            tracer = traced(loss_model, rows, seq_len, config.data.packing, keeps_gradients)
+            flops = flops_per_token(loss_model, seq_len)
+    except ConfigError:
+        raise
+    except Exception as error:  # of a model's code that wants values, or is new to torch's fakes
+        return by_formula(real, config, keeps_gradients, first_words(error))
+    learned = sum(p.numel() for p in loss_model.parameters() if p.requires_grad)
+    logits, copies = tracer.peak["logits"], 2 * learned * loss_model.is_autocast
+    return Cost(
+        count_parameters(loss_model), learned, flops, tracer.ops, sum(tracer.peak.values()),
+        logits, logits * loss_model.is_chunked + copies, keeps_gradients,
+    )  # fmt: skip
+
+
+def loss_without_values(folder: Path, real: Any, config: Config) -> CausalLMLoss:
+    """The loss of the whole model on torch's device meta; a small copy was tried in its place."""
+    small, reason = small_copy(real)
+    if small is None:
+        raise ValueError(reason)
+    train = config.train.model_copy(update={"torch_compile": False})
+    with torch.device(META):
+        arguments = (config.model, train.precision, config.run.seed)
+        causal_lm = build_causal_lm(folder, "scratch", *arguments)
+    return CausalLMLoss(causal_lm, train, META, like=loss_of(small, config))
+
+
+def traced(
+    loss_model: CausalLMLoss, rows: int, seq_len: int, packing: str, keeps_gradients: bool
+) -> "Tracer":
+    """What one micro step does; the model's own tensors are not touched."""
+    embedding = tuple(loss_model.causal_lm.get_input_embeddings().weight.shape)
+    with stand_ins(loss_model) as (tensors, device):
+        tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+        batch = [tokens, tokens]
+        if packing != "concat":
+            bounds = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+            batch += [torch.zeros_like(tokens), bounds]
+        if keeps_gradients:
+            for tensor in tensors.values():
+                tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
+        with Tracer(embedding) as tracer:
+            functional_call(Pass(loss_model), tensors, tuple(batch))
+    return tracer
+
+
+class Pass(nn.Module):
+    """Forward and backward, as one call: activation checkpointing needs the weights in both."""
+
+    def __init__(self, loss_model: CausalLMLoss):
+        super().__init__()
+        self.loss_model = loss_model
+
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        loss = self.loss_model(*batch)
+        if torch.is_grad_enabled():
+            loss.backward()
+        return loss
+
+
+def flops_per_token(loss_model: CausalLMLoss, seq_len: int) -> float:
+    """Of training, as the FLOPs of MFU are counted: three times those of the forward pass.
+
+    Attention counts whole, and nothing that is computed again (Chowdhery et al., PaLM, 2022,
+    appendix B). Of a model of any device; takes no memory, and about a second.
+    """
+    embedding = tuple(loss_model.causal_lm.get_input_embeddings().weight.shape)
+    with stand_ins(loss_model) as (tensors, device), torch.no_grad():
+        tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
+        with Tracer(embedding) as tracer:
+            functional_call(Pass(loss_model), tensors, (tokens, tokens))
+    return 3 * sum(op.flops * op.count for op in tracer.ops.values()) / seq_len
+
+
+@contextlib.contextmanager
+def stand_ins(loss_model: CausalLMLoss) -> Iterator[tuple[dict[str, torch.Tensor], torch.device]]:
+    """Tensors in place of a model's own, tied ones once, without values; and their device."""
+    before = next(loss_model.parameters()).device
+    device = CPU if before == META else before
+    whole = Pass(loss_model)
+    named = [*whole.named_parameters(), *whole.named_buffers()]
+    loss_model.device_type = device.type
+    try:
+        with FakeTensorMode(), torch.compiler.set_stance("force_eager"):
+            made = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in named}
+            yield {n: made[n].requires_grad_(t.requires_grad) for n, t in named}, device
+    finally:
+        loss_model.device_type = before.type
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a tensor without its values."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        sizes, strides = ("x".join(map(str, numbers)) for numbers in (self.sizes, self.strides))
+        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}:{strides}]"
+
+
+class Tracer(TorchDispatchMode):
+    """Counts operations, by their signature, and the bytes that exist, by what they are.
+
+    ``examples``: a call of each, with a Shape for each tensor, to make it again (calibrate.py).
+    """
+
+    def __init__(self, embedding: tuple[int, int]):
+        """``embedding``: vocabulary and channels, by which logits are known."""
+        super().__init__()
+        self.embedding = embedding
+        self.ops: dict[str, Op] = {}
+        self.examples: dict[str, tuple[Any, tuple, dict]] = {}
+        self.peak = {"logits": 0, "other": 0}
+        self._live, self._known = dict(self.peak), {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        read = tensors_in((args, kwargs))
+        for tensor in read:
+            self._known.setdefault(tensor.untyped_storage()._cdata, 0)  # it was there before
+        run = without_values if func is aten._grouped_mm.default else func
+        out = run(*args, **kwargs)
+        made = tensors_in(out)
+        is_new = [self._enter(tensor) for tensor in made]
+        if func.namespace != "prim":  # a question about a tensor
+            is_view = not any(is_new) and not func._schema.is_mutable
+            self._count(func, args, kwargs, out, 0 if is_view else bytes_of(func, read, made))
+        return out
+
+    def _count(self, func: Any, args: tuple, kwargs: dict, out: Any, size: int) -> None:
+        example = tree_map_only(torch.Tensor, shape_of, (args, kwargs))
+        signature = f"{func} {' '.join(map(str, tree_leaves(example)))}"
+        if signature not in self.ops:
+            count = flop_counter.flop_registry.get(func._overloadpacket)
+            flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+            self.ops[signature] = Op(str(func._overloadpacket), 0, flops, size)
+            self.examples[signature] = (func, *example)
+        self.ops[signature].count += 1
+
+    def _enter(self, tensor: torch.Tensor) -> bool:
+        """Count what a tensor holds until nobody has it; False if it was there before."""
+        storage = tensor.untyped_storage()
+        key, size, shape = storage._cdata, storage.nbytes(), tuple(tensor.shape)
+        if key in self._known:
+            return False
+        vocab, channels = self.embedding
+        is_logits = vocab in shape and shape not in ((vocab, channels), (channels, vocab), (vocab,))
+        what = "logits" if is_logits else "other"
+        self._known[key] = size
+        self._live[what] += size
+        if sum(self._live.values()) > sum(self.peak.values()):
+            self.peak = dict(self._live)
+        weakref.finalize(storage, self._leave, key, what)
+        return True
+
+    def _leave(self, key: int, what: str) -> None:
+        self._live[what] -= self._known.pop(key)
+
+
+def without_values(rows: torch.Tensor, experts: torch.Tensor, ends=None, *_, **__) -> torch.Tensor:
+    """What _grouped_mm makes; torch 2.13 knows that of bf16 alone, and computes it for all."""
+    sizes = [*rows.shape[-2:-1], experts.shape[-1]]
+    is_grouped = rows.dim() == experts.dim()
+    return rows.new_empty([len(ends) if rows.dim() == 2 else len(rows), *sizes][not is_grouped :])
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def shape_of(tensor: torch.Tensor) -> Shape:
+    return Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def bytes_of(func: Any, read: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+    """That an operation reads and writes."""
+    written = sum(map(in_memory, made))
+    if func._overloadpacket in ROWS:
+        return 2 * written
+    return written + sum(map(in_memory, read))
+
+
+def in_memory(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; what is repeated without a copy counts once."""
+    sizes = [n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sizes) * tensor.element_size() if tensor.numel() else 0
+
+
+@flop_counter.register_flop_formula(
+    [aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.trainstack.documents]
+)
+def _(query, key, value, *_, out_shape=None, **__) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+@flop_counter.register_flop_formula(
+    [
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        torch.ops.trainstack.documents_backward,
+    ]
+)
+def _(grad, query, key, value, *_, out_shape=None, **__) -> int:
+    return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+
+
+@flop_counter.register_flop_formula(aten._grouped_mm)
+def _(rows, experts, *_, out_shape=None, **__) -> int:
+    """[tokens, channels] by [experts, channels, outputs], or what its gradients are made of."""
+    return 2 * math.prod(rows) * experts[-1]
+
+
+def by_formula(real: Any, config: Config, keeps_gradients: bool, reason: str) -> Cost:
+    """Where the model's code cannot be followed: 6 N and 12 L h s FLOPs a token (PaLM, 2022).
+
+    All its parameters count, also those of experts that a token does not see.
+    """
+    whole, text, train = build_whole(real), real.get_text_config(), config.train
+    layers, channels = text.num_hidden_layers, text.hidden_size
+    parameters = count_parameters(whole)
+    flops = 6 * parameters + 12 * layers * channels * config.data.seq_len
+    tokens = train.micro_batch_size * config.data.seq_len
+    size = 1 if train.precision in ("bf16", "fp16") else 2
+    kept = 2 * layers + ACTIVATIONS if train.activation_checkpointing else ACTIVATIONS * layers
+    op = Op("model", 1, flops * tokens, 3 * 4 * parameters)
+    peak = kept * size * tokens * channels + 4 * parameters * (not keeps_gradients)
+    return Cost(
+        parameters, parameters, flops, {"model": op}, peak, 0, 0, keeps_gradients,
+        f"by a formula, since its code cannot be followed without values ({reason})",
+    )  # fmt: skip

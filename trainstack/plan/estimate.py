@@ -1,0 +1,206 @@
+"""The arithmetic of a plan: memory, step time, hours. Nothing here looks at a machine or a model.
+
+A step is a roofline: each operation takes what its FLOPs or its bytes take, whichever is longer
+(Williams et al., "Roofline", 2009). The sum of gradients goes within a node first, then between
+nodes, as rings (NVIDIA/nccl-tests, doc/PERFORMANCE.md), and hides behind the last backward pass.
+"""
+
+from dataclasses import dataclass
+
+from trainstack.checkpoint.interval import OVERLAP_COST, Interval, first_save_seconds
+from trainstack.checkpoint.names import BYTES_PER_PARAMETER
+from trainstack.config.batch import BatchPlan
+from trainstack.config.schema import Config
+from trainstack.plan.machine import Gpu, Measured
+
+# Shares of what a data sheet says that are reached: matrix products reach 0.80 of an H100 and 0.87
+# of an A100 at their best shape (ml-engineering, MAMF); those of a model are not all of that shape.
+MATMUL, BANDWIDTH, LINK = 0.70, 0.80, 0.80
+LAUNCH_SECONDS, HOST_SECONDS = 4e-6, 12e-6  # of an operation: on a GPU, and until it is sent there
+COMPILED = 0.5  # of the bytes and the number of operations that are no matrix products
+BACKWARD = 2 / 3  # of a micro step
+BUCKET_BYTES = 25 << 20  # of DDP: the last one hides behind nothing
+IN_PLACE = 1.05  # time of operations in a step, by that of each alone: benchmarks/plan.py
+LOOP_SECONDS = 1e-3  # of a step on a processor: samples, numbers, log
+GPU_BASE, CPU_BASE = 1.2e9, 0.39e9  # bytes: CUDA, its kernels and NCCL; Python and its libraries
+HEAP = 0.40  # of what tensors take on a processor is taken once more, by gaps between them
+FAILURE_GPU_HOURS = 50_000  # Llama 3: 419 failures in 54 days of 16,384 GPUs (2407.21783)
+RESTART_SECONDS = 120.0
+CPU_NETWORK = 1e9  # bytes a second, of gloo
+
+
+@dataclass
+class Op:
+    """An operation that is called ``count`` times; FLOPs and bytes of one call."""
+
+    name: str
+    count: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What cost.py found: of one micro step of one process."""
+
+    parameters: int
+    trained: int
+    flops_per_token: float
+    ops: dict[str, Op]  # by signature
+    peak: int  # bytes beside weights and optimizer, and gradients if those are kept
+    logits: int  # of them
+    fixed: int  # of them: the same for any micro_batch_size
+    keeps_gradients: bool
+    note: str = ""  # empty if the model's code was followed
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the job runs on; ``network``: GB/s of a process to other nodes."""
+
+    nodes: int
+    per_node: int
+    device: Gpu | Measured | None  # None: a processor that was not measured
+    network: float
+    memory: float | None  # bytes of a GPU, or of this machine for each process
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def gpu(self) -> Gpu | None:
+        return self.device if isinstance(self.device, Gpu) else None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step and of its parts."""
+
+    micro: float
+    update: float
+    exposed: float  # waiting for the sum of gradients
+    step: float
+    tokens_needed: float  # of a micro step, so that it hides the sum
+    measured: float  # share of the time of operations that were measured as they are
+
+
+def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float]:
+    """Bytes of a process at its peak, by part; of the GPU if it has one."""
+    number = 8 if config.train.precision == "fp64" else 4
+    gradients = number * cost.trained
+    beside = cost.peak if cost.keeps_gradients else max(0, cost.peak - gradients)
+    logits = min(cost.logits, beside)
+    parts = {
+        "weights": number * cost.parameters,
+        "gradients": gradients,
+        "optimizer (AdamW)": 2 * number * cost.trained,
+        "activations": beside - logits,
+        "logits of the loss": logits,
+    }
+    if machines.gpu:
+        return {**parts, "CUDA, NCCL": GPU_BASE}
+    saved = (cost.parameters + 2 * cost.trained) / machines.world_size  # rank 0 has the weights
+    parts["copy for a save"] = number * max(cost.parameters, saved)
+    return {**parts, "gaps": HEAP * sum(parts.values()), "Python, libraries": CPU_BASE}
+
+
+def way_out(cost: Cost, config: Config, machines: Machines) -> str:
+    """The one thing to change if it does not fit; empty if it does, or nobody knows."""
+    parts = memory_of(cost, config, machines)
+    over = sum(parts.values()) - (machines.memory or float("inf"))
+    if over <= 0:
+        return ""
+    train, rows = config.train, config.train.micro_batch_size
+    for_rows = parts["activations"] + parts["logits of the loss"] - cost.fixed
+    fewer = int(rows * (1 - over / for_rows)) if for_rows > over else 0
+    fewer = next((n for n in range(fewer, 0, -1) if rows % n == 0), 0)
+    if fewer:
+        return f"set train.micro_batch_size={fewer}"
+    if not train.activation_checkpointing and over < for_rows:
+        return "set train.activation_checkpointing=true"
+    if over < for_rows:
+        return f"set data.seq_len below {config.data.seq_len}"
+    least = (sum(parts.values()) - for_rows) / 1e9
+    return f"choose a smaller model, or GPUs of more than {least:,.0f} GB"
+
+
+def pace_of(cost: Cost, config: Config, machines: Machines, plan: BatchPlan) -> Pace | None:
+    """None if the processor was not measured."""
+    device, train = machines.device, config.train
+    if device is None:
+        return None
+    size = 4 * cost.trained
+    if isinstance(device, Gpu):
+        micro, known = on_gpu(cost, device, train.precision, train.torch_compile), 0.0
+        update = (28 + 4 + 4) * cost.trained / (1e9 * device.bandwidth * BANDWIDTH)
+    else:
+        micro, known = on_cpu(cost, device)
+        update = device.update * cost.trained + LOOP_SECONDS
+    link = 1e9 * LINK * machines.gpu.link if machines.gpu else CPU_NETWORK
+    total = all_reduce(size, machines.nodes, machines.per_node, link, machines.network * 1e9)
+    last = total * min(1.0, BUCKET_BYTES / size)
+    exposed = max(total - BACKWARD * micro, last)
+    step = plan.gradient_accumulation_steps * micro + update + exposed
+    needed = plan.micro_batch_size * plan.seq_len * total / (BACKWARD * micro)
+    return Pace(micro, update, exposed, step, needed, known)
+
+
+def mfu(config: Config, cost: Cost, machines: Machines, pace: Pace) -> float:
+    """Share of the peak FLOP/s of all GPUs that the model's own FLOPs are."""
+    world = machines.world_size
+    flops = cost.flops_per_token * config.batch_plan(world).tokens_per_step / pace.step
+    return flops / (world * machines.gpu.flops(config.train.precision))
+
+
+def on_gpu(cost: Cost, gpu: Gpu, precision: str, is_compiled: bool) -> float:
+    """Seconds of a micro step: of the GPU, or of the host that sends its operations."""
+    rate, bandwidth = gpu.flops(precision) * MATMUL, 1e9 * gpu.bandwidth * BANDWIDTH
+    device = host = 0.0
+    for op in cost.ops.values():
+        share = COMPILED if is_compiled and not op.flops else 1.0
+        if op.bytes:  # else a view
+            longest = max(op.flops / rate, share * op.bytes / bandwidth, share * LAUNCH_SECONDS)
+            device += op.count * longest
+            host += op.count * share * HOST_SECONDS
+    return max(device, host)
+
+
+def on_cpu(cost: Cost, measured: Measured) -> tuple[float, float]:
+    """Seconds of a micro step, and the share of them that was measured at these very shapes.
+
+    What was not has the rate of what was.
+    """
+    rows = measured.ops.values()
+    work = [sum(row[i] for row in rows if row[1]) for i in range(2)]
+    moved = [sum(row[i] for row in rows if not row[1]) for i in (0, 2)]
+    known = other = 0.0
+    for signature, op in cost.ops.items():
+        if signature in measured.ops:
+            known += op.count * measured.ops[signature][0]
+        else:
+            seconds, size = (work, op.flops) if op.flops else (moved, op.bytes)
+            other += op.count * seconds[0] * size / max(1, seconds[1])
+    between = measured.between * sum(op.count for op in cost.ops.values())
+    return IN_PLACE * (known + other) + between, known / max(1e-12, known + other)
+
+
+def all_reduce(size: float, nodes: int, per_node: int, link: float, network: float) -> float:
+    """Seconds for a sum of so many bytes over all processes."""
+    inside = 2 * (per_node - 1) / per_node * size / link
+    return inside + 2 * (nodes - 1) / nodes * size / per_node / network
+
+
+def goodput(config: Config, cost: Cost, world: int, step: float) -> tuple[float, float, float]:
+    """Seconds between saves, hours between failures, and the share of time that counts."""
+    save = first_save_seconds(cost.parameters)
+    hours = config.checkpoint.failure_hours or FAILURE_GPU_HOURS / world
+    every = config.checkpoint.save_steps
+    interval = Interval(hours, [], save, 0.0).seconds if every == "auto" else every * step
+    interval = max(interval, save)  # a save waits for the one before
+    lost = OVERLAP_COST * save / interval + (interval / 2 + RESTART_SECONDS) / (3600 * hours)
+    return interval, hours, max(0.0, 1 - lost)
+
+
+def checkpoint_bytes(cost: Cost) -> int:
+    return BYTES_PER_PARAMETER * cost.parameters
