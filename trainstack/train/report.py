@@ -35,9 +35,10 @@ class Report:
         self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int,
         ideal_seconds: float | None,
     ):  # fmt: skip
-        """``samples``: of an epoch. ``first_step``: the step from which this attempt trains.
+        """``samples``: of an epoch. ``ideal_seconds``: of a token at the peak rate of all GPUs.
 
-        ``ideal_seconds``: of a token at the peak rate of all GPUs; None: not known. What earlier attempts wrote beyond it is dropped, since those steps come again.
+        ``first_step``: the step from which this attempt trains. What earlier attempts wrote beyond
+        it is dropped, since those steps come again.
         """
         self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
         self.ideal_seconds = ideal_seconds
