@@ -3,7 +3,7 @@
 One loop a process, started as a person would start it, alone or under torchrun:
 ``loops.py LOOP FOLDER --steps N [--best] [--compile] [--done N]``. FOLDER holds the model (weights
 too), ``samples.npy``, int64 [steps, samples of a step, seq_len + 1], and ``settings.json``. Rank 0
-prints one JSON line: when each step ended (seconds since 1970), and the losses.
+prints one JSON line: when each step ended (seconds since 1970), the losses, and its peak of memory.
 
 With fewer steps than there are samples for, Trainer saves at the end; --done: so many of an earlier
 call.
@@ -87,7 +87,10 @@ def main() -> None:
     options.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ended, losses = LOOPS[options.loop](options, steps)
     if options.rank == 0:
-        print(json.dumps({"ended": ended, "losses": losses}), flush=True)
+        # Not getrusage: it counts who started this process, too.
+        peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+        told = {"ended": ended, "losses": losses, "peak_gb": int(peak) * 1024 / 1e9}
+        print(json.dumps(told), flush=True)
     os._exit(0)
 
 

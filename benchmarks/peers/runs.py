@@ -71,7 +71,7 @@ class Result:
     first_seconds: float  # from the command to the end of the first step
     step_seconds: float  # the mean of the steps that are measured
     losses: dict[int, float]  # by step
-    peak: float  # GB of memory that the process had at most; of a world of one
+    peak: float  # GB of memory that rank 0 had at most
 
 
 @dataclass(frozen=True)
@@ -186,29 +186,29 @@ def run(home: Path, work: Work, loop: Loop, done: int = 0) -> Result:
             list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=log, text=True
         )
         output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
+        if process.wait():
             log.seek(0)
             raise RuntimeError(f"{loop}: {log.read()[-2000:]}{output[-2000:]}")
     is_ours = loop.name in (OURS, COMMAND)
-    ended, losses = read(home / "runs" / "benchmark") if is_ours else told(output)
+    ended, losses, peak = read(home / "runs" / "benchmark") if is_ours else told(output)
     ended = [at for at in ended if at > started]
     seconds = (ended[-1] - ended[work.skipped - 1]) / max(1, len(ended) - work.skipped)
-    return Result(ended[0] - started, seconds, losses, usage.ru_maxrss * 1024 / 1e9)
+    return Result(ended[0] - started, seconds, losses, peak)
 
 
-def told(output: str) -> tuple[list[float], dict[int, float]]:
-    """When steps ended, and their losses, as loops.py prints them."""
+def told(output: str) -> tuple[list[float], dict[int, float], float]:
+    """When steps ended, their losses, and the peak of memory, as loops.py prints them."""
     found = json.loads(output.splitlines()[-1])
-    return found["ended"], dict(enumerate(found["losses"], start=1))
+    return found["ended"], dict(enumerate(found["losses"], start=1)), found["peak_gb"]
 
 
-def read(run_folder: Path) -> tuple[list[float], dict[int, float]]:
+def read(run_folder: Path) -> tuple[list[float], dict[int, float], float]:
     """The same of our run, from its own records."""
     steps = [json.loads(line) for line in (run_folder / "samples.jsonl").open()]
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
-    return [line["at"] for line in steps], losses
+    peak = max(line["peak_memory_gb"] for line in lines if "loss" in line)
+    return [line["at"] for line in steps], losses, peak
 
 
 def settings(work: Work) -> list[str]:
