@@ -87,9 +87,9 @@ def bring_kernels(run: RunFolder, is_head: bool) -> None:
 
     Compiling takes minutes, and on a shared disk ranks trip over each other's.
     """
-    config = yaml.safe_load((run.path / "config.yaml").read_text())
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    if not config["train"]["torch_compile"] or not folder.is_absolute():
+    path, folder = run.path / "config.yaml", Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    config = yaml.safe_load(path.read_text()) if path.exists() else {}
+    if not config or not config["train"]["torch_compile"] or not folder.is_absolute():
         return
     made_for = f"{config['model']['name']} torch {version('torch')} {device_name()}"
     name = re.sub(r"[^\w.-]+", "-", made_for)
