@@ -116,12 +116,13 @@ class Watch:
         cause = f"no progress for {seconds:.0f} s {where}"
         with contextlib.suppress(Exception):
             log.error("HANG    %s; stacks: %s", cause, self._file.name)
+            who = (self.job, self.attempt, self.rank)
+            report = (*who, "HANG", EXIT_CODES["HANG"], cause, False)
+            self.run.add_failure(*report, position=[step, phase.number])
+            # Then, for it may hang itself.
             record, collective = distributed.flight_record()
-            self.run.add_failure(
-                self.job, self.attempt, self.rank, "HANG", EXIT_CODES["HANG"], cause, False,
-                position=[step, phase.number], collective=collective,
-            )  # fmt: skip
-            self.run.collectives_file(self.job, self.attempt, self.rank).write_text(record)
+            self.run.add_failure(*report, position=[step, phase.number], collective=collective)
+            self.run.collectives_file(*who).write_text(record)
         # Last, for launch.py ends a rank whose stacks stay.
         faulthandler.dump_traceback(file=self._file, all_threads=True)
         os._exit(EXIT_CODES["HANG"])
