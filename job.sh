@@ -28,6 +28,8 @@ run_job() {
   }
   # The reader of a pipe may go first.
   if [[ -n "${TRAINSTACK_LOCAL:-}" ]]; then trap '' PIPE; fi
+  # Once, in the background: else each rank compiles the modules that it imports.
+  "$PYTHON" -m compileall -q "$RUN_DIR/code/trainstack" >/dev/null 2>&1 &
   trap give_up EXIT # whatever breaks from here on, the run's status says so
   trap 'request_stop "Slurm warned of the end of the job"' USR1
   trap 'IS_ENDING=yes; request_stop "the job was asked to end"' TERM INT HUP

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before torch is missed
 
-gc.disable()  # what is imported stays, and looking at it again and again takes 0.3 s; see warm_up
+gc.disable()  # what is imported stays, and looking at it again and again takes 0.3 s
 import torch
 
 from trainstack import distributed
@@ -361,18 +361,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_and_explain() -> None:
     """Run main; what goes wrong becomes a record, a line and an exit code, never a hang."""
-    options = parse_arguments()
+    gc.freeze()  # what was imported
+    gc.enable()
+    options, run = parse_arguments(), None
     distributed.die_with_parent()
-    run = None
     try:
         config = load(options.config, options.overrides)
         distributed.set_numerics(config.train.precision, config.train.deterministic)
         run = RunFolder(layout.run_folder(options.home, config.run.name))
         state = main(options, config)
-        # All leave together, and at once: taking a process group apart while a peer is already
-        # gone aborts now and then (seen with gloo, torch 2.13).
+        # All leave together: taking a process group apart without a peer may abort (gloo, 2.13).
         distributed.gather(None)
-        # In a job, torchrun takes any other code for a failure; job.sh reads status.json instead.
+        # To torchrun any other code is a failure; the job's shell reads status.json.
         code = EXIT_CODES[state] if options.job is None else 0
     except BaseException as error:
         code = explain(error, run, options.job, options.attempt)

@@ -57,6 +57,7 @@ CASES = (
 
 
 def main() -> int:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what is measured, too
     ratios = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TRAINSTACK_HOME")) as name:
         for case in CASES:
@@ -102,7 +103,7 @@ def compare(folder: Path, case: Case) -> tuple[float, float, float]:
     seconds, memory = predicted(home, config)
     call(["-c", "import shutil, sys; shutil.rmtree(sys.argv[1], True)", home / "runs"])
     peak, trail = call([ROOT / "train.py", *common, *words(case)])
-    ended, _ = read(home / "runs" / config.run.name)
+    ended, *_ = read(home / "runs" / config.run.name)
     ended = ended[case.work.skipped :]
     step = statistics.quantiles(b - a for a, b in pairwise(ended))[0]
     work = (worked(trail, ended[-1]) - worked(trail, ended[0])) / (len(ended) - 1)

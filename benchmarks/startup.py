@@ -19,7 +19,13 @@ ONE = Work(hidden=64, layers=2, vocab=512, seq_len=32, batch=4, micro=2, steps=3
 def main() -> int:
     cases = [
         Case(
-            name, work, ("trainer", "accelerate"), 1 / 1.1, 1.0, what="first_seconds", ours=COMMAND
+            name,
+            work,
+            ("trainer", "accelerate"),
+            1 / 1.1,
+            1 / 1.1,
+            what="first_seconds",
+            ours=COMMAND,
         )
         for name, work in (("one process", ONE), ("two processes", replace(ONE, world_size=2)))
     ]

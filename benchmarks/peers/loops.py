@@ -263,7 +263,9 @@ def lightning(options, steps: np.ndarray):
             return loss
 
         def configure_optimizers(self):
-            fused = {"fused": True} if options.best else {}
+            # Its mixed precision does not clip for a fused one.
+            is_fused = options.best and settings["precision"] == "fp32"
+            fused = {"fused": True} if is_fused else {}
             return torch.optim.AdamW(
                 self.parameters(), lr=settings["rate"], betas=(0.9, 0.95), weight_decay=0.0, **fused
             )

@@ -124,6 +124,7 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    gc.freeze()
     gc.enable()
     # Its table of failures says less than the reports below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -168,7 +168,6 @@ def warm_up(strategy: Strategy, batches: Iterator[Batch], world: World) -> bool:
     strategy.warm_up(batches)
     gc.collect()
     gc.freeze()  # what is there now stays: no collection within a step looks at it again
-    gc.enable()
     return distributed.random_state(world) != before
 
 
