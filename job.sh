@@ -52,8 +52,9 @@ set_environment() {
   export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
   export HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
   export PYTHONPATH="$RUN_DIR/code"
-  export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 # of collectives, for the rank that holds up the others
-  export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # fewer gaps on a GPU
+  # The last collectives tell which rank holds up the others; segments that grow leave fewer gaps.
+  export TORCH_NCCL_TRACE_BUFFER_SIZE=2000
+  export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
   export SLURM_EXPORT_ENV=ALL # sbatch got an allow-list; the tasks get all that is set here
   umask u=rwx,g+rx            # the group reads runs
 }

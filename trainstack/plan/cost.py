@@ -6,6 +6,7 @@ torch would call is counted, and each tensor for as long as it would exist.
 """
 
 import contextlib
+import gc
 import math
 import weakref
 from collections.abc import Iterator
@@ -166,6 +167,15 @@ class Tracer(TorchDispatchMode):
         self.examples: dict[str, tuple[Any, tuple, dict]] = {}
         self.peak = {"logits": 0, "other": 0}
         self._live, self._known = dict(self.peak), {}
+
+    def __enter__(self) -> "Tracer":
+        gc.collect()
+        gc.disable()  # what waits for it would be in the peak by chance
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        gc.enable()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
