@@ -53,7 +53,7 @@ set_environment() {
   export HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
   export PYTHONPATH="$RUN_DIR/code"
   # The last collectives tell which rank holds up the others; segments that grow leave fewer gaps.
-  export TORCH_NCCL_TRACE_BUFFER_SIZE=2000
+  export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_ENABLE_TIMING=1 # else no begin is known
   export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
   export SLURM_EXPORT_ENV=ALL # sbatch got an allow-list; the tasks get all that is set here
   umask u=rwx,g+rx            # the group reads runs

@@ -84,7 +84,6 @@ def main(options: argparse.Namespace, config: Config) -> str:
     state = startup.restore(newest, strategy, guard, at_start)
     feed = Feed(config, corpus, plan, world, state.left_out)
     rate_at = build_schedule(config.optim, max_steps)
-
     startup.tell_running(attempt, state.step, stop, count_parameters(strategy.causal_lm))
     announce(attempt, feed, strategy, newest)
     loop = Loop(
@@ -175,7 +174,7 @@ class Loop:
         self.report.warms_up()
         first = self.feed.at(min(state.step + 1, max_steps))
         self.is_random = startup.warm_up(self.strategy, first.batches, self.attempt.world)
-        self.saver.reserve(self.strategy.share())
+        self.saver.reserve(self.strategy.share)
         # A stop may have come meanwhile. An evaluation that the last one cut short is due first.
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
         if not state.is_evaluated and not is_stopping:

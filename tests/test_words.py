@@ -42,7 +42,7 @@ def lines_of_the_project() -> list[tuple[str, str]]:
     lines = []
     for name in done.stdout.splitlines():
         path = ROOT / name
-        if path.is_file() and path != Path(__file__).resolve():
+        if path.is_file() and path.suffix != ".png" and path != Path(__file__).resolve():
             numbered = enumerate(path.read_text().splitlines(), start=1)
             lines += [(f"{name}:{number}", line) for number, line in numbered]
     return lines

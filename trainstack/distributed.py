@@ -29,6 +29,8 @@ from trainstack.errors import ConfigError
 from trainstack.waits import COLLECTIVE_SECONDS, MEET_SECONDS, RECORD_SECONDS
 
 log = logging.getLogger("trainstack")
+NO_GLOO = "the ranks cannot reach each other over gloo"
+GLOO_FIX = "set GLOO_SOCKET_IFNAME in train.slurm to the network between the nodes"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,12 @@ def start(promised_world_size: int | None) -> World:
         torch.cuda.set_device(world.device)
         arguments["device_id"] = world.device  # connects now, not in the first step
     if "RANK" in os.environ:
-        dist.init_process_group(**arguments)
+        try:
+            dist.init_process_group(**arguments)
+        except RuntimeError as error:
+            if world.device.type == "cuda" and "gloo" in str(error).lower():
+                raise ConfigError(f"{NO_GLOO} ({str(error)[:200]}); {GLOO_FIX}") from None
+            raise
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **arguments)
     return world
@@ -182,6 +189,7 @@ def set_numerics(precision: str, is_deterministic: bool) -> None:
     """
     if is_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS begins
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such
     if torch.cuda.is_available():

@@ -20,7 +20,7 @@ class HostMemory:
     """
 
     def __init__(self, device: torch.device):
-        self.is_pinned = device.type == "cuda"
+        self.device, self.is_pinned = device, device.type == "cuda"
         self._making: Future | None = None
 
     def reserve(self, share: Share) -> None:
@@ -50,6 +50,7 @@ class HostMemory:
     def _make(self, size: int) -> torch.Tensor:
         block = torch.empty(size, dtype=torch.uint8)
         if self.is_pinned and size:
+            torch.cuda.set_device(self.device)  # a new thread begins on GPU 0
             cuda = torch.cuda.cudart()
             code = cuda.cudaHostRegister(block.data_ptr(), size, 0)
             if code != cuda.cudaError.success:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from trainstack.checkpoint.host_memory import HostMemory
 from trainstack.checkpoint.publish import Publisher
 from trainstack.checkpoint.snapshot import Saved, SaveError, Share, Snapshot
-from trainstack.distributed import World
+from trainstack.distributed import GLOO_FIX, NO_GLOO, World
 from trainstack.errors import ConfigError, Refused, first_words
 from trainstack.waits import SAVE_COLLECTIVE_SECONDS
 
@@ -46,10 +46,7 @@ class Saver:
             wait = datetime.timedelta(seconds=SAVE_COLLECTIVE_SECONDS)
             group = dist.new_group(backend="gloo", timeout=wait)
         except RuntimeError as error:
-            raise ConfigError(
-                f"the ranks cannot reach each other over gloo ({str(error)[:200]}); set "
-                "GLOO_SOCKET_IFNAME in train.slurm to the network between the nodes"
-            ) from None
+            raise ConfigError(f"{NO_GLOO} ({str(error)[:200]}); {GLOO_FIX}") from None
         self.publisher = Publisher(folder, attempt, world, group, keep, check_owner, self._pause)
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self._memory = HostMemory(world.device)
@@ -73,10 +70,10 @@ class Saver:
         """How many saves a stop has to wait for: its own, and the one that is under way."""
         return 2 if self.is_busy else 1
 
-    def reserve(self, share: Share) -> None:
+    def reserve(self, share: Callable[[], Share]) -> None:
         """Let a thread make the memory that the first save takes; later ones take it again."""
         if self._stream is not None:
-            self._memory.reserve(share)
+            self._memory.reserve(share())
 
     def start(self, snapshot: Snapshot) -> None:
         """Begin a save; none may be under way. Collective: every rank must call this."""

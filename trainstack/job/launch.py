@@ -93,7 +93,8 @@ def bring_kernels(run: RunFolder, is_head: bool) -> None:
         return
     made_for = f"{config['model']['name']} torch {version('torch')} {device_name()}"
     name = re.sub(r"[^\w.-]+", "-", made_for)
-    archive = run.path.parent.parent / "cache" / "kernels" / f"{name}.tar"
+    kept = run.path.parent.parent / "cache" / "kernels" / str(os.getuid())  # nobody else's are run
+    archive = kept / f"{name}.tar"
     if not folder.exists() and unpack(archive, folder) and is_head:
         say(f"with kernels of earlier jobs: {archive}")
     if is_head:

@@ -229,7 +229,11 @@ def ran_out_before(run: RunFolder, owner: Owner, cause: str) -> bool:
     told = [e for e in run.events() if e["event"] in ("failed", "checkpoint")]
     failed = [e for e in told if e["event"] == "failed" and e.get("job") == owner.job]
     is_last = bool(failed) and told[-1] is failed[-1]
-    return is_last and all(OUT_OF_MEMORY.search(text) for text in (cause, failed[-1]["cause"]))
+    newest, _ = names.newest_checkpoint(run.checkpoints)  # its event may be missing
+    began = [e["newest"] for e in attempts_of(run, owner.job)][-2:]
+    if not is_last or newest > min(began, default=newest):
+        return False
+    return all(OUT_OF_MEMORY.search(text) for text in (cause, failed[-1]["cause"]))
 
 
 def next_start(run: RunFolder, step: int | None = None) -> str:

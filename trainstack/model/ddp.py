@@ -21,8 +21,6 @@ from trainstack.model.loss import CausalLMLoss
 from trainstack.model.strategy import Strategy
 from trainstack.optim.optimizer import build_optimizer
 
-BUCKET_MB = 25  # DDP's own
-
 
 class DataParallel(Strategy):
     """Every rank has all weights and all of the optimizer; see Strategy for the methods."""
@@ -120,7 +118,7 @@ def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
     """DDP over all ranks, with rank 0's weights. Collective: every rank must call this."""
     size = sum(p.nbytes for p in loss_model.parameters()) / 2**20
     # A compiled model is cut where a bucket ends: few graphs, and still some to overlap.
-    bucket = min(max(BUCKET_MB, size / 6), 20 * BUCKET_MB) if loss_model.is_compiled else BUCKET_MB
+    bucket = min(max(25, size / 6), 500) if loss_model.is_compiled else None
     known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it
     sync_buffers = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

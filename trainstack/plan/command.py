@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if not folder.exists():
         fix = "bash download_data_model.sh, or for the demo bash submit.sh --local --dry-run"
         raise ConfigError(f"model {config.model.name} is not in {options.home}; write: {fix}")
-    config.batch_plan(options.nodes * per_node)
+    config = facts.as_shared(config, options.nodes * per_node)
     if options.calibrate:
         say("each operation is measured by itself; that takes less than a minute")
         facts.measure(options.home, folder, config, options.nodes * per_node, per_node)

@@ -20,6 +20,13 @@ from trainstack.storage import files, manifest
 NETWORK = 100.0  # Gb/s of a process, if nothing is said
 
 
+def as_shared(config: Config, world_size: int) -> Config:
+    """With the micro batch that each of so many processes has; ConfigError if there is none."""
+    micro = config.batch_plan(world_size).micro_batch_size
+    train = config.train.model_copy(update={"micro_batch_size": micro})
+    return config.model_copy(update={"train": train})
+
+
 def machines_of(home: Path, nodes: int, per_node: int, gpu: Gpu | None, network: float) -> Machines:
     """With what was measured of this processor, if there is no GPU; ``network``: Gb/s."""
     if gpu:

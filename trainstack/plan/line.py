@@ -35,6 +35,7 @@ def plan_lines(
     For a processor only what was found before is told; for GPUs it is found now.
     """
     try:
+        config = facts.as_shared(config, job.nodes * job.per_node)
         where = facts.machines_of(home, *job, facts.NETWORK)
         cost = facts.known_cost(home, folder, config, where)
         if cost is None and job.gpu:

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from trainstack.checkpoint.state import read_state
 from trainstack.data.corpus import not_used
 from trainstack.data.feed import Feed
@@ -31,9 +33,12 @@ def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | No
     log.info(
         "%s  %s | %s x %d processes, %s, %s | seq_len %d",
         name, describe(strategy.causal_lm, config.model.init),
-        counted(hosts, "host"), world.local_world_size, world.backend,
+        counted(hosts, "host"), world.local_world_size, world.backend.rpartition(":")[2],
         config.train.precision, plan.seq_len,
     )  # fmt: skip
+    is_older = world.device.type == "cpu" or torch.cuda.get_device_capability(world.device)[0] < 8
+    if config.train.precision == "tf32" and is_older:
+        log.info("%s  tf32 is what GPUs since 2020 know; here it is fp32", indent)
     epochs = attempt.max_steps * plan.global_batch_size / feed.sampler.total_samples
     log.info("%s  %s", indent, plan)
     log.info("%s  %s = %.2f epochs", indent, counted(attempt.max_steps, "step"), epochs)

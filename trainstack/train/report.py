@@ -82,7 +82,8 @@ class Report:
         """A bad update was withheld, and the run continues."""
         if self.is_main:
             text = describe_bad(result.step, result.loss, result.grad_norm)
-            is_scaled = self.attempt.config.train.precision == "fp16"
+            is_fp16 = self.attempt.config.train.precision == "fp16"
+            is_scaled = is_fp16 and math.isfinite(result.loss)
             most = MOST_OVERFLOWS - 1 if is_scaled else self.attempt.config.guard.max_skips
             scaled = "; fp16's scale is halved" if is_scaled else ""
             log.warning("skip    %s; its update was left out (%d in a row, at most %d)%s",
