@@ -24,7 +24,7 @@ MISTAKES = [
     (nothing, ["lr=1e-3"], 2, "optim.learning_rate", ["optim.learning_rate=1e-3"]),
     (nothing, ["optim.learning_rate=1e-3x"], 2, "not a number", ["optim.learning_rate=1e-3"]),
     (nothing, ["optim.learning_rate=-1"], 2, "a number more than 0.0", ["optim.learning_rate=1"]),
-    (nothing, ["train.precision=fp8"], 2, "not one of fp32, bf16", ["train.precision=fp32"]),
+    (nothing, ["train.precision=fp8"], 2, "not one of fp32, tf32, bf16", ["train.precision=fp32"]),
     (nothing, ["train.max_steps=ten"], 2, "not a whole number", ["train.max_steps=10"]),
     (nothing, ["train.max_steps=none"], 2, "null", ["train.max_steps=null"]),
     (nothing, ["eval.sample_prompt=none"], 2, "null", ["eval.sample_prompt=null"]),
