@@ -52,9 +52,8 @@ from trainstack.train.report import Report
 from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
 
-def main(options: argparse.Namespace, config: Config) -> str:
+def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     """Own the run, build everything, train; returns the state in which the run was left."""
-    run = RunFolder(layout.run_folder(options.home, config.run.name))
     watch = Watch(run, options.job, options.attempt, distributed.rank(), config.guard.hang_seconds)
     world = distributed.start(options.expect_world_size)
     plan = config.batch_plan(world.world_size)
@@ -140,7 +139,6 @@ class Loop:
         self.numbers, self.pace = StepNumbers(attempt.world.device), Pace()
         is_scaled = self.strategy.scaler.is_enabled()
         self.policy = Policy(attempt.config.guard, attempt.config.optim.learning_rate, is_scaled)
-        self.first_step = self.state.step  # from which this attempt trains
         self.is_random = True  # whether a step draws something; found out by the warm-up
         self.stall_seconds = 0.0  # for which the loop stood still since the last save ended
         self.started = time.monotonic()
@@ -368,7 +366,7 @@ def run_and_explain() -> None:
         config = load(options.config, options.overrides)
         distributed.set_numerics(config.train.precision, config.train.deterministic)
         run = RunFolder(layout.run_folder(options.home, config.run.name))
-        state = main(options, config)
+        state = main(options, config, run)
         # All leave together: taking a process group apart without a peer may abort (gloo, 2.13).
         distributed.gather(None)
         # To torchrun any other code is a failure; the job's shell reads status.json.

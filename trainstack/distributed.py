@@ -10,9 +10,7 @@ import json
 import logging
 import os
 import random
-import shutil
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -142,21 +140,16 @@ def check_driver() -> None:
 
     nvidia-smi shows those that a job may use. Without a word, it would train on the CPU.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not shutil.which("nvidia-smi"):
-        return
-    ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
-        if told.strip():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            seen = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
-            built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
-            raise ConfigError(
-                f"{socket.gethostname()} has a GPU ({told.splitlines()[0]}), but torch "
-                f"{torch.__version__}, built {built}, cannot use it{seen}: choose a build for that "
-                "driver (doc/cluster.md), or hide the GPU: CUDA_VISIBLE_DEVICES= bash submit.sh "
-                "--local, or -- --gpus-per-node=0"
-            )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    told = "" if visible == "" else processes.first_gpu("name,driver_version")
+    if told:
+        seen = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs only"
+        raise ConfigError(
+            f"{socket.gethostname()} has a GPU ({told}), but torch {torch.__version__}, built "
+            f"{built}, cannot use it{seen}: choose a build for that driver (doc/cluster.md), or "
+            "hide the GPU: CUDA_VISIBLE_DEVICES= bash submit.sh --local, or -- --gpus-per-node=0"
+        )
 
 
 class Console(logging.StreamHandler):

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,19 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     except BrokenPipeError:
         mute(2)
+
+
+def first_gpu(columns: str) -> str:
+    """What nvidia-smi says of the first GPU that a job may use, by its columns; empty without one.
+
+    ``name``, or ``name,driver_version``.
+    """
+    ask = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:

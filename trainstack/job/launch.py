@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,7 +29,7 @@ import yaml
 
 from trainstack.errors import ConfigError
 from trainstack.job.preflight import is_same, meet_hosts, meeting_point, preflight
-from trainstack.processes import tell
+from trainstack.processes import first_gpu, tell
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
@@ -104,11 +103,8 @@ def bring_kernels(run: RunFolder, is_head: bool) -> None:
 
 def device_name() -> str:
     """What compiled kernels depend on: the GPU's name, or what this CPU knows."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        told = subprocess.run(ask, capture_output=True, text=True, timeout=60, check=True).stdout
-        if told.strip():
-            return told.splitlines()[0]
+    if name := first_gpu("name"):
+        return name
     flags = next((line for line in CPU.read_text().splitlines() if line.startswith("flags")), "")
     return f"CPU {hashlib.sha256(flags.encode()).hexdigest()[:8]}"
 

@@ -176,14 +176,14 @@ def is_requeued(run: RunFolder, owner: Owner) -> bool:
     return bool(holder) and holder["job"] == owner.job and order_of(holder) > owner.order
 
 
-def is_stuck(run: RunFolder, job: str) -> bool:
+def is_stuck(run: RunFolder, job: str, attempts: int = MAX_ATTEMPTS_WITHOUT_PROGRESS) -> bool:
     """Whether the last attempts of a job all ended without a newer checkpoint, in whatever way.
 
     Those do not count that Slurm ended for its own reasons before they had trained.
     """
     last = [event for event in attempts_of(run, job) if not event["is_excused"]]
-    last = last[-MAX_ATTEMPTS_WITHOUT_PROGRESS:]
-    if len(last) < MAX_ATTEMPTS_WITHOUT_PROGRESS:
+    last = last[-attempts:]
+    if len(last) < attempts:
         return False
     newest, _ = names.newest_checkpoint(run.checkpoints)
     # The least of them: a damaged checkpoint may have been the newest once, and is set aside.
@@ -216,24 +216,24 @@ def attempts_of(run: RunFolder, job: str) -> list[dict[str, Any]]:
 def came_before(run: RunFolder, owner: Owner, cause: str) -> bool:
     """Whether the attempt before ended by the same error, and none of the two made a step."""
     from_step, _ = names.newest_checkpoint(run.checkpoints)
-    failed = [e for e in run.events() if e["event"] == "failed" and e.get("job") == owner.job]
-    is_same = bool(failed) and failed[-1].get("cause", "").endswith(cause)  # of any rank
+    is_same = any(told.endswith(cause) for told in failures_of(run, owner)[-1:])  # of any rank
     return is_same and last_step(run) <= from_step
 
 
 def ran_out_before(run: RunFolder, owner: Owner, cause: str) -> bool:
-    """Whether memory ran out now and when the attempt before failed, and nothing was saved since.
+    """Whether memory ran out now and at the failure before, and nothing was saved since.
 
     It would run out a third time: what a step needs does not change.
     """
-    told = [e for e in run.events() if e["event"] in ("failed", "checkpoint")]
-    failed = [e for e in told if e["event"] == "failed" and e.get("job") == owner.job]
-    is_last = bool(failed) and told[-1] is failed[-1]
-    newest, _ = names.newest_checkpoint(run.checkpoints)  # its event may be missing
-    began = [e["newest"] for e in attempts_of(run, owner.job)][-2:]
-    if not is_last or newest > min(began, default=newest):
-        return False
-    return all(OUT_OF_MEMORY.search(text) for text in (cause, failed[-1]["cause"]))
+    causes = [*failures_of(run, owner)[-1:], cause]
+    ran_out = len(causes) == 2 and all(map(OUT_OF_MEMORY.search, causes))
+    return ran_out and is_stuck(run, owner.job, attempts=2)
+
+
+def failures_of(run: RunFolder, owner: Owner) -> list[str]:
+    """The causes of failures of a job that are on record, oldest first."""
+    told = (e for e in run.events() if e["event"] == "failed" and e.get("job") == owner.job)
+    return [event.get("cause", "") for event in told]
 
 
 def next_start(run: RunFolder, step: int | None = None) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import logging
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
 from trainstack.model import trial
 from trainstack.model.attention import OURS, THEIRS, apart, check_apart, choose, configs_with, use
+from trainstack.model.causal_lm import DIGITS
 
 log = logging.getLogger("trainstack")
 # Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
@@ -26,7 +26,6 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAST_TOKENS = 256
 # The kernels of a GPU for bf16 and fp16 want rows of whole blocks: a vocabulary of 50,257 is slow.
 MULTIPLE = {"cpu": 1, "cuda": 64}
-DIGITS = re.compile(r"\d+")  # of a layer in the name of a parameter
 DTYPES = {
     "fp32": torch.float32,
     "tf32": torch.float32,

@@ -6,7 +6,6 @@ yet is tried (rehearsal.py), which takes some seconds.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -53,9 +52,7 @@ def prove(home: Path, config: Config, folder: Path, say: Callable[[str], None]) 
         from trainstack.model.rehearsal import rehearse
 
         found = asdict(rehearse(folder, config))
-        with contextlib.suppress(OSError):  # the cache of somebody else: tried again next time
-            record.parent.mkdir(parents=True, exist_ok=True)
-            files.replace_file(record, json.dumps(found).encode())
+        files.keep_found(record, found)
     for note in [*found["notes"], *unused_weights(folder, config)]:
         say(f"model {config.model.name}: {note}")
     return found["parameters"]

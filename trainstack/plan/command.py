@@ -16,6 +16,7 @@ from trainstack.data.corpus import open_corpus
 from trainstack.errors import ConfigError
 from trainstack.plan import estimate, facts, machine
 from trainstack.plan.estimate import Cost, Machines, Pace
+from trainstack.processes import first_gpu
 from trainstack.storage import layout
 from trainstack.units import age, bytes_text, counted, duration
 
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     if options.home is None:
         raise ConfigError("the project's folder is not known; write: source env.sh")
     config = load(options.config, options.overrides)
-    gpu = machine.named_gpu(options.gpu) if options.gpu else machine.find_gpu(machine.gpu_here())
+    gpu = machine.named_gpu(options.gpu) if options.gpu else machine.find_gpu(first_gpu("name"))
     per_node = options.gpus_per_node or (1 if gpu else 2)
     if min(options.nodes, per_node, options.network) <= 0:
         raise ConfigError(

@@ -3,7 +3,6 @@
 A name says all that a record depends on, so that the second answer needs neither torch nor time.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -51,14 +50,8 @@ def new_cost(home: Path, folder: Path, config: Config, machines: Machines) -> Co
 
     cost = cost_of(folder, config, machines.gpu is not None, keeps_gradients(config, machines))
     rows = {name: [*asdict(op).values()] for name, op in cost.ops.items()}
-    keep(cost_record(home, folder, config, machines), {**vars(cost), "ops": rows})
+    files.keep_found(cost_record(home, folder, config, machines), {**vars(cost), "ops": rows})
     return cost
-
-
-def keep(record: Path, content: dict) -> None:
-    with contextlib.suppress(OSError):  # the cache of somebody else: found again next time
-        record.parent.mkdir(parents=True, exist_ok=True)
-        files.replace_file(record, json.dumps(content).encode())
 
 
 def keeps_gradients(config: Config, machines: Machines) -> bool:
@@ -102,4 +95,4 @@ def measure(home: Path, folder: Path, config: Config, world: int, per_node: int)
     keeps = keeps_gradients(config, Machines(1, world, None, 1, None))
     new, before = calibrate(folder, config, keeps), measured_here(home, per_node) or Measured()
     new.ops = {**before.ops, **new.ops}
-    keep(measured_record(home, per_node), vars(new))
+    files.keep_found(measured_record(home, per_node), vars(new))

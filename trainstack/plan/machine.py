@@ -9,8 +9,6 @@ were written down from memory, not read there again.
 import difflib
 import os
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,18 +84,6 @@ def named_gpu(name: str) -> Gpu:
         fix = f"did you mean {near[0]}?" if near else f"write one of {', '.join(known)}"
         raise ConfigError(f"--gpu={name} is no GPU that is known here; {fix}")
     return found
-
-
-def gpu_here() -> str:
-    """What nvidia-smi calls the first GPU of this machine; empty if there is none."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else ""
 
 
 def cores() -> int:

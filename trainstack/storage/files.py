@@ -154,6 +154,13 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def keep_found(path: Path, found: dict[str, Any]) -> None:
+    """Write what was found out into a cache; of somebody else, it is found again next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(found).encode())
+
+
 def create_file(path: Path, data: bytes) -> bool:
     """Create a file with its whole content, exclusively; False if the name is taken.
 

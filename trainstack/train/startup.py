@@ -196,10 +196,10 @@ def ideal_seconds(attempt: Attempt, loss_model: CausalLMLoss) -> float | None:
     The share of it in the seconds that a token takes is called MFU (PaLM, 2204.02311, appendix B).
     """
     world, config = attempt.world, attempt.config
-    gpu = (
-        find_gpu(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    )
-    if gpu is None or not world.is_main:
+    if world.device.type != "cuda" or not world.is_main:
+        return None
+    gpu = find_gpu(torch.cuda.get_device_name(world.device))
+    if gpu is None:
         return None
     from trainstack.plan.cost import flops_per_token  # half a second, for nothing without a GPU
 
