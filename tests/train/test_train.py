@@ -329,10 +329,17 @@ def test_half_of_torchruns_environment_is_one_clear_line(home, names, message):
     assert result.stderr.splitlines() == [f"train.py: error: {message}"]
 
 
-def test_the_compiled_model_learns_the_same(home, reference):
+def test_the_compiled_model_learns_the_same_at_each_number_of_processes(home, reference):
     if not shutil.which("g++"):
         pytest.skip("torch.compile on the CPU needs g++, which is not here")
-    told = tiny.train(home, 1, "run.name=compiled", "train.torch_compile=true", "train.max_steps=3")
-    assert "compiling\n" in told.stdout
-    compiled, plain = tiny.metrics(home, "compiled"), tiny.metrics(home, "reference")
-    assert all(abs(compiled[step] - plain[step]) < 1e-3 for step in (1, 2, 3))
+    plain, steps = tiny.metrics(home, "reference"), (1, 2, 3, 4)
+    changes = ("train.torch_compile=true", f"train.max_steps={steps[-1]}")
+    losses = {}
+    for processes in (1, 2):
+        run = f"compiled-{processes}"
+        told = tiny.train(home, processes, f"run.name={run}", *changes)
+        assert "compiling\n" in told.stdout
+        losses[processes] = tiny.metrics(home, run)
+        assert all(abs(losses[processes][step] - plain[step]) < 1e-3 for step in steps)
+    for step in steps:
+        assert losses[2][step] == pytest.approx(losses[1][step], rel=1e-6), step
