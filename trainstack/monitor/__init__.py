@@ -1,5 +1,6 @@
 """What runs do, and what they did.
 
+view.py     one run as it is now
 screen.py   the table of all runs; one run's screen
 history.py  the attempts of a run, from its records
 goodput.py  where a run's time went, by cause
