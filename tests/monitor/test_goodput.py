@@ -28,7 +28,7 @@ def steps(attempt: str, **at: float) -> list[history.Execution]:
 def spent(events: list[dict], executions=(), failures=()) -> dict[str, float]:
     """Seconds by cause, rounded, those of no time left out."""
     attempts = history.attempts_of(events, executions)
-    found = goodput.seconds_by_cause(events, attempts, failures)
+    found = goodput.timeline_of(events, attempts, failures).spent
     return {cause: round(seconds, 3) for cause, seconds in found.items() if seconds}
 
 
@@ -246,10 +246,14 @@ def test_whatever_the_order_of_the_records_no_time_is_negative_and_all_adds_up()
         ]
         attempts = history.attempts_of(events, executions)
         failures = [99 * generator.random() for _ in range(3)]
-        found = goodput.seconds_by_cause(events, attempts, failures)
+        timeline = goodput.timeline_of(events, attempts, failures)
+        found, parts = timeline.spent, [part for row in timeline.rows for part in row]
         begin, end = goodput.bounds(events, attempts)
         assert min(found.values()) >= 0, seed
         assert sum(found.values()) == pytest.approx(end - begin), seed
+        moments = [begin, *(moment for _, *moments in parts for moment in moments), end]
+        assert moments == pytest.approx(sorted(moments)), seed
+        assert moments[::2] == pytest.approx(moments[1::2]), f"{seed}: a gap"
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +306,8 @@ def test_steps_that_the_job_lost_without_a_record_are_redone_not_down(job):
     attempts = history.attempts_of(events, executions)
     assert max(e.step for e in attempts[0].executions) == 10
     failures = goodput.failure_times(job, attempts)
-    reported = goodput.seconds_by_cause(events, attempts, failures)
-    unreported = goodput.seconds_by_cause(events, attempts, [])
+    reported = goodput.timeline_of(events, attempts, failures).spent
+    unreported = goodput.timeline_of(events, attempts, []).spent
     assert reported["redone"] > unreported["redone"]
     assert sum(reported.values()) == pytest.approx(sum(unreported.values()))
 
