@@ -101,6 +101,7 @@ run_attempt() {
   ATTEMPT="$(job begin)" || code=$?
   [[ -n "$ATTEMPT" ]] || {
     trap - EXIT # complete, or another attempt would be of no use: it has said so
+    write_report 60
     exit "$code"
   }
   count_processes
@@ -334,6 +335,7 @@ give_up() {
   local code="$?"
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
+  write_report 60
   remove_scratch
   exit "$CODE"
 }
@@ -341,7 +343,8 @@ give_up() {
 leave() {
   trap - EXIT
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
-  # Before a requeue: at that, Slurm ends this shell.
+  # Before a requeue: at that, Slurm ends this shell. Its time may be up before that, too.
+  if [[ "$VERDICT" == requeue ]]; then write_report 5; else write_report 60; fi
   remove_scratch
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
@@ -353,6 +356,18 @@ leave() {
     fi
   fi
   exit "$CODE"
+}
+
+# A page about the run, where log.report_to has html, within so many seconds. Whatever becomes of it
+# changes nothing.
+# shellcheck disable=SC2329 # the trap calls it, too
+write_report() {
+  local said
+  if said="$(timeout "$1" "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)"; then
+    if [[ -n "$said" ]]; then log "report: $said"; fi
+  else
+    log "no report was written: ${said##*$'\n'}"
+  fi
 }
 
 # Right after a requeue Slurm still ends this shell, and takes the nodes to leave out.

@@ -3,15 +3,18 @@
 # What my runs are doing, and why one stopped.
 #
 # Usage: bash monitor.sh [--follow] [RUN]
-#        bash monitor.sh RUN --ledger | --goodput
+#        bash monitor.sh RUN --ledger | --goodput | --report
+#        bash monitor.sh --compare RUN RUN ...
 #
 #   RUN        one screen about this run; without it a table of all runs
 #   --follow   look again every five seconds, until Ctrl-C
 #   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
+#   --report   write a page about this run, which opens without a network, and print its path
+#   --compare  the same about several runs, in the same curves
 #
-# Only reads: the run folders, squeue, for --ledger the tokens. Also works without Slurm, and while
-# a job runs.
+# Only reads, but for those pages: the run folders, squeue, for --ledger the tokens. Also works
+# without Slurm, and while a job runs.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail
@@ -36,32 +39,39 @@ main() {
     --ledger | --goodput)
       run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "$RUN"
       ;;
+    --report | --compare) show trainstack report ;;
     --follow) follow ;;
     *) show ;;
   esac
 }
 
-# Sets: RUN QUESTION
+# Sets: RUN RUNS QUESTION
 parse() {
-  RUN="" QUESTION=""
+  RUN="" RUNS=() QUESTION=""
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
-      --follow | --ledger | --goodput)
+      --follow | --ledger | --goodput | --report | --compare)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2
         QUESTION="$1"
         ;;
       -*) die "$1 is not an option; see bash monitor.sh --help" 2 ;;
       *)
-        [[ -z "$RUN" ]] || die "one run at a time, got $RUN and $1" 2
-        RUN="$1"
+        RUNS+=("$1")
         ;;
     esac
     shift
   done
+  RUN="${RUNS[0]:-}"
+  [[ "${#RUNS[@]}" -le 1 || "$QUESTION" == --compare ]] ||
+    die "one run at a time, got $RUN and ${RUNS[1]}" 2
   case "$QUESTION" in
-    --ledger | --goodput)
+    --compare)
+      [[ "${#RUNS[@]}" -gt 1 ]] ||
+        die "--compare is about several runs; write: bash monitor.sh --compare RUN RUN ..." 2
+      ;;
+    --ledger | --goodput | --report)
       [[ -n "$RUN" ]] || die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
       ;;
   esac
@@ -89,8 +99,9 @@ follow() {
   done
 }
 
+# Runs a module of Python that tells of the runs, by default on the screen; it hears what Slurm says.
 show() {
-  local command=(run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
+  local command=(run_module "${@:-trainstack.monitor.screen}" --home "$TRAINSTACK_HOME") queue=""
   if has_jobs; then
     if queue="$(list_jobs)"; then
       command+=(--queue)
@@ -98,7 +109,7 @@ show() {
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
-  if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi
+  if [[ -n "$RUN" ]]; then command+=(-- "${RUNS[@]}"); fi
   "${command[@]}" <<<"$queue"
 }
 

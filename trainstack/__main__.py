@@ -20,10 +20,13 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "plan": (".plan.command", "estimate memory, step time and hours of a run"),
     "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),
     "goodput": (".monitor.goodput", "show where the time of a run went"),
+    "report": (".report.page", "write a page about a run, or one that compares several"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 
-WITHOUT_TORCH = ("prepare", "data_report")  # of transformers they need the tokenizer alone
+# Taken for not installed, since to import it would take most of the time of a command: the first two
+# need of transformers the tokenizer alone, the last one of pyarrow nothing that makes a DataFrame.
+HIDDEN = {"prepare": "torch", "data_report": "torch", "report": "pandas"}
 
 
 def main(arguments: list[str]) -> int:
@@ -46,13 +49,13 @@ def main(arguments: list[str]) -> int:
         return error.code
 
 
-def hide_torch() -> None:
-    """Let transformers take torch for not installed: importing it would be most of the time."""
-    sys.modules["torch"] = None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it is not there
+def hide(module: str) -> None:
+    """Let other packages take a module for not installed."""
+    sys.modules[module] = None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in WITHOUT_TORCH:
-        hide_torch()
+    if sys.argv[1:2] and sys.argv[1] in HIDDEN:
+        hide(HIDDEN[sys.argv[1]])
     run_command(main)
