@@ -24,8 +24,8 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 
-# Taken for not installed, since to import it would take most of the time of a command: the first two
-# need of transformers the tokenizer alone, the last one of pyarrow nothing that makes a DataFrame.
+# Taken for not installed: its import would be most of the time of a command. The first two need the
+# tokenizer alone of transformers, the last one nothing of pyarrow that makes a DataFrame.
 HIDDEN = {"prepare": "torch", "data_report": "torch", "report": "pandas"}
 
 
