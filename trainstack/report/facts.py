@@ -58,7 +58,7 @@ def facts_of(view: View) -> dict[str, Any]:
         "max_steps": view.max_steps,
         "measured": measured,
         "evaluated": evaluated,
-        "tokens_per_step": measured["tokens_seen"] / measured["step"] if measured else None,
+        "tokens_per_step": measured.get("tokens_seen", 0) // measured.get("step", 1),
         "redone_steps": executed.redone,
         **times_of(view, attempts),
         "curves": curves_of(
@@ -99,9 +99,12 @@ def rows_of(timeline: Timeline, attempts: Sequence[Attempt], least: float) -> li
             else:
                 seen.append([cause, begin, end])
         if attempt:
-            rows.append({"name": attempt.name, "end": how_ended(attempt), "parts": seen})
-        elif seen:
-            rows.append({"name": None, "end": "", "parts": seen})
+            steps = [execution.step for execution in attempt.executions]
+            executed = [min(steps), max(steps)] if steps else None
+            end = how_ended(attempt)
+            rows.append({"name": attempt.name, "steps": executed, "end": end, "parts": seen})
+        elif seen:  # since the last attempt ended
+            rows.append({"name": None, "steps": None, "end": "", "parts": seen})
     return rows
 
 

@@ -7,10 +7,10 @@ const PLOTS = [ // curve, title, unit of its values
   ["learning_rate", "Learning rate", ""],
   ["grad_norm", "Gradient norm", ""],
   ["tokens_per_second", "Throughput", "tokens/s"],
-  ["mfu", "MFU, of the peak of all GPUs", "%"],
-  ["peak_memory_gb", "Memory, the most so far", "GB"],
-  ["data_seconds", "Waiting for data, per step", "s"],
-  ["slowest_ratio", "Slowest rank, times the median", "x"],
+  ["mfu", "MFU", "%"],
+  ["peak_memory_gb", "Peak memory", "GB"],
+  ["data_seconds", "Wait for data in a step", "s"],
+  ["slowest_ratio", "Slowest rank, as a multiple of the median", ""],
 ];
 const MARKS = { // events that are marked on the loss: sign, meaning
   skip: ["×", "update left out"],
@@ -44,7 +44,8 @@ function figure(value) {
 function tick(value) {
   const size = Math.abs(value);
   if (size === 0 || (size >= 1e-3 && size < 1e3)) return String(Number(value.toPrecision(5)));
-  return size < 1 ? value.toExponential(1).replace(".0e", "e") : compact.format(value);
+  if (size < 1) return value.toExponential(1).replace(".0e", "e");
+  return size < 1e5 ? value.toLocaleString("en") : compact.format(value);
 }
 
 function duration(seconds) {
@@ -58,6 +59,7 @@ function duration(seconds) {
 }
 
 const clock = (at) => new Date(at * 1000).toISOString().slice(0, 19).replace("T", " ") + "Z";
+const when = (at) => el("time", null, clock(at));
 const percent = (part, whole) => whole ? `${(100 * part / whole).toFixed(1)} %` : "-";
 const shown = (value) => typeof value === "string" ? value : JSON.stringify(value);
 const total = (spent) => Object.values(spent).reduce((sum, seconds) => sum + seconds, 0);
@@ -126,7 +128,7 @@ function head() {
     el("header", null, el("h1", null, RUN.name), el("span", { cls: `state ${kind(RUN)}` }, RUN.state),
       el("span", null, RUN.meaning), button),
     el("p", { cls: "note" }, RUN.folder, RUN.begin ? ` · from ${clock(RUN.begin)} to ${clock(RUN.end)}` : ""),
-    why.length ? el("div", { cls: "why" }, why.map(([name, text]) =>
+    why.length ? el("div", { cls: `why ${kind(RUN)}` }, why.map(([name, text]) =>
       el("p", null, el("b", null, `${name}: `), text))) : null,
     el("div", { cls: "tiles" }, figures(RUN).map(([name, value, note]) =>
       el("div", { cls: "tile" }, el("span", null, name), el("b", null, value), el("span", null, note)))),
@@ -135,12 +137,12 @@ function head() {
 
 // --- The curves
 
-function linesOf(key) {
+function linesOf(key, title) {
   const found = [];
   RUNS.forEach((run, number) => Object.entries(run.curves).forEach(([name, curve]) => {
     const isHeldOut = key === "loss" && name.startsWith("eval_loss");
     if (name !== key && !isHeldOut) return;
-    const said = isHeldOut ? name.replace("eval_loss", "held-out") : name.replaceAll("_", " ");
+    const said = isHeldOut ? name.replace("eval_loss", "held-out") : title.toLowerCase();
     const alone = IS_ALONE ? found.length : number;
     found.push({ run, curve, isHeldOut, ink: `ink${alone % 6}`,
       dash: isHeldOut ? [6, 4] : IS_ALONE ? [] : DASHES[number % 6],
@@ -164,6 +166,8 @@ function drawMarks(u, isLoss) {
   ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
   ctx.clip();
   ctx.font = `${11 * size}px sans-serif`;
+  ctx.textAlign = "left";
+  ctx.textBaseline = "alphabetic";
   ctx.setLineDash([3 * size, 3 * size]);
   RUNS.forEach((run, number) => {
     ctx.strokeStyle = ctx.fillStyle = color(IS_ALONE ? "soft" : `ink${number % 6}`);
@@ -189,8 +193,8 @@ function drawMarks(u, isLoss) {
   ctx.restore();
 }
 
-function plot(place, [key, , unit]) {
-  const lines = linesOf(key), factor = unit === "%" ? 100 : 1, isLoss = key === "loss";
+function plot(place, [key, title, unit]) {
+  const lines = linesOf(key, title), factor = unit === "%" ? 100 : 1, isLoss = key === "loss";
   const isLog = view.isLog && lines.every(({ curve }) => curve.value.every((value) => value > 0));
   const axis = { stroke: () => color("soft"), grid: { stroke: () => color("line"), width: 1 },
     ticks: { stroke: () => color("line"), size: 4 }, font: "12px system-ui, sans-serif" };
@@ -200,7 +204,7 @@ function plot(place, [key, , unit]) {
     scales: { x: { time: false }, y: { distr: isLog ? 3 : 1,
       range: isLog ? (u, low, high) => [low / 1.1, high * 1.1] : { min: { pad: 0.08 }, max: { pad: 0.08 } } } },
     axes: [
-      { ...axis, values: (u, ticks) => ticks.map(view.axis === "time" ? duration : tick), space: 70,
+      { ...axis, size: 34, values: (u, ticks) => ticks.map(view.axis === "time" ? duration : tick), space: 70,
         ...(view.axis === "time" ? { incrs: TIME_STEPS } : {}) },
       { ...axis, size: 58, values: (u, ticks) => ticks.map((t) => t === null ? "" : tick(t)) },
     ],
@@ -228,7 +232,7 @@ function resizePlots() {
 }
 
 function curves() {
-  const there = PLOTS.filter(([key]) => linesOf(key).length);
+  const there = PLOTS.filter(([key, title]) => linesOf(key, title).length);
   if (!there.length) return null;
   const choices = Object.entries(AXES).map(([name, { title }]) => el("label", null,
     el("input", { type: "radio", name: "axis", value: name, checked: name === view.axis,
@@ -247,7 +251,7 @@ function curves() {
     marked.map(([, [sign, meaning]]) => `${sign} ${meaning} `)),
     el("div", { cls: "plots" }, there.map(([key, title, unit]) =>
       el("div", { cls: key === "loss" ? "plot wide" : "plot" },
-        el("h3", null, unit && unit !== "x" ? `${title} (${unit})` : title),
+        el("h3", null, unit ? `${title} (${unit})` : title),
         el("div", { id: `plot-${key}` })))));
 }
 
@@ -263,12 +267,13 @@ function timeline() {
       cls: `part ${cause}`, title: `${cause}, ${duration(end - begin)}, from ${clock(begin)}`,
       style: { left: left(begin), width: `${100 * (end - begin) / wall}%` },
     }, el("span", null, cause)))),
-    row.end ? el("span", { cls: "note" }, row.end) : null));
+    el("span", { cls: "note" }, [row.steps ? `steps ${row.steps.map(figure).join(" to ")}` : "", row.end]
+      .filter(Boolean).join("; "))));
   const spent = Object.entries(RUN.spent).filter(([, seconds]) => seconds > 0);
   return section("Where the time went", rows,
     el("div", { cls: "scale" }, el("span", null, clock(RUN.begin)), el("span", null, clock(RUN.end))),
     table(["cause", "time", "share", "what it is"], spent.map(([cause, seconds]) => [
-      el("span", null, el("i", { cls: `swatch ${cause}` }), cause), duration(seconds),
+      el("span", { cls: "number" }, el("i", { cls: `swatch ${cause}` }), cause), duration(seconds),
       percent(seconds, wall), DATA.causes[cause]]), [1, 2]));
 }
 
@@ -303,14 +308,14 @@ function sources() {
 
 function notes() {
   return RUN.notes.length ? section("What happened", table(["when", "step", "what"],
-    RUN.notes.map(({ at, step, text }) => [clock(at), figure(step), text]), [1])) : null;
+    RUN.notes.map(({ at, step, text }) => [when(at), figure(step), text]), [1])) : null;
 }
 
 function checkpoints() {
   const size = (bytes) => bytes ? `${figure(bytes / 1e9)} GB` : "-";
   return RUN.checkpoints.length ? section("Checkpoints", el("div", { cls: "facts" },
     table(["step", "when", "size", "written in", "training waited", ""], RUN.checkpoints.map((c) => [
-      figure(c.step), clock(c.at), size(c.bytes), duration(c.seconds), duration(c.stall),
+      figure(c.step), when(c.at), size(c.bytes), duration(c.seconds), duration(c.stall),
       c.is_kept ? "kept" : ""]), [0, 2, 3, 4]))) : null;
 }
 
