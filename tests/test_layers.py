@@ -28,7 +28,7 @@ BEYOND_TRAINING = (
 LIGHT = (  # what a login node runs
     "__main__", "config.command", "hub.fetch", "hub.choose", "hub.data_files", "hub.local",
     "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "monitor.goodput",
-    "monitor.screen", "plan.command", "report.page",
+    "monitor.ledger", "monitor.screen", "plan.command", "report.page",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
     "__main__.py", "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py",
