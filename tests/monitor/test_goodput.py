@@ -261,7 +261,7 @@ def job(home, tmp_path_factory) -> RunFolder:
     """A job of submit.sh --local one of whose ranks was killed."""
     shared = tmp_path_factory.mktemp("goodput")
     checkout = shared / "checkout"
-    tiny.make_checkout(checkout, shared, log__logging_steps=10)
+    tiny.make_checkout(checkout, shared, log__logging_steps=10, log__report_to=["html"])
     for name in ("models", "datasets", "tokens"):
         (shared / "trainstack" / name).symlink_to(home / name)
     fault = "kill:rank=1,step=13"
@@ -274,6 +274,7 @@ def job(home, tmp_path_factory) -> RunFolder:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+    assert f"train.slurm: report: {shared}/trainstack/runs/timed/report.html\n" in done.stdout
     return RunFolder(shared / "trainstack/runs/timed")
 
 
@@ -281,6 +282,11 @@ def table(output: str) -> dict[str, tuple[float, float]]:
     """Seconds and percent by cause."""
     rows = [line.split() for line in output.splitlines()[3:-1]]
     return {row[0]: (float(row[1].replace(",", "")), float(row[2])) for row in rows}
+
+
+def test_a_job_leaves_a_report_that_knows_its_end(job):
+    page = (job.path / "report.html").read_text()
+    assert '"state": "DONE"' in page and "repeated = 0, skipped = 0" in page
 
 
 def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):

@@ -151,10 +151,14 @@ function linesOf(key, title) {
   return found;
 }
 
-function pointsOf({ run, curve }, factor) {
-  const x = curve.step.map((step, i) => AXES[view.axis].of(run, step, curve.at[i]));
-  const kept = x.map((_, i) => i).filter((i) => x[i] !== null);
-  return [kept.map((i) => x[i]), kept.map((i) => curve.value[i] * factor)];
+function pointsOf({ run, curve, isHeldOut }, factor) {
+  const points = curve.step.map((step, i) =>
+    [AXES[view.axis].of(run, step, curve.at[i]), curve.value[i] * factor]);
+  // Nothing was measured while nothing ran.
+  const gaps = view.axis === "time" && !isHeldOut ? run.restarts : [];
+  points.push(...gaps.map(({ at }) => [at - run.begin, null]));
+  const kept = points.filter(([x]) => x !== null).sort(([a], [b]) => a - b);
+  return [kept.map(([x]) => x), kept.map(([, y]) => y)];
 }
 
 const xText = (value) => view.axis === "time" ? duration(value) : figure(value);
@@ -170,6 +174,7 @@ function drawMarks(u, isLoss) {
   ctx.textBaseline = "alphabetic";
   ctx.setLineDash([3 * size, 3 * size]);
   RUNS.forEach((run, number) => {
+    ctx.globalAlpha = IS_ALONE ? 1 : 0.45;
     ctx.strokeStyle = ctx.fillStyle = color(IS_ALONE ? "soft" : `ink${number % 6}`);
     run.restarts.forEach((restart, i) => {
       const left = Math.round(u.valToPos(AXES[view.axis].of(run, restart.step, restart.at), "x", true));
@@ -200,13 +205,15 @@ function plot(place, [key, title, unit]) {
     ticks: { stroke: () => color("line"), size: 4 }, font: "12px system-ui, sans-serif" };
   return new uPlot({
     width: place.clientWidth || 600, height: isLoss ? 330 : 200,
-    cursor: { sync: { key: "runs", scales: ["x", null] }, y: false, points: { size: 7 } },
+    cursor: { sync: { key: "runs", scales: ["x", null] }, y: false,
+      hover: { skip: [undefined, null] }, points: { size: 7, width: 0, fill: (u, i) => color(lines[i - 1].ink) } },
     scales: { x: { time: false }, y: { distr: isLog ? 3 : 1,
       range: isLog ? (u, low, high) => [low / 1.1, high * 1.1] : { min: { pad: 0.08 }, max: { pad: 0.08 } } } },
     axes: [
       { ...axis, size: 34, values: (u, ticks) => ticks.map(view.axis === "time" ? duration : tick), space: 70,
         ...(view.axis === "time" ? { incrs: TIME_STEPS } : {}) },
-      { ...axis, size: 58, values: (u, ticks) => ticks.map((t) => t === null ? "" : tick(t)) },
+      { ...axis, size: 58, values: (u, ticks) => ticks.map((t) =>
+        t === null || (isLog && Number(t.toPrecision(1)) !== Number(t.toPrecision(9))) ? "" : tick(t)) },
     ],
     series: [{ label: AXES[view.axis].title, value: (u, x) => x === null ? "-" : xText(x) },
       ...lines.map(({ label, ink, dash, isHeldOut }) => ({
@@ -214,6 +221,7 @@ function plot(place, [key, title, unit]) {
         points: { show: isHeldOut, size: 7, fill: () => color("paper") },
         value: (u, y) => y === null || y === undefined ? "-" : `${figure(y)} ${unit}`,
       }))],
+    legend: { markers: { dash: (u, i) => lines[i - 1].dash.length ? "dashed" : "solid" } },
     hooks: { draw: [(u) => drawMarks(u, isLoss)] },
   }, uPlot.join(lines.map((line) => pointsOf(line, factor))), place);
 }
@@ -368,6 +376,10 @@ addEventListener("resize", resizePlots);
 let before = "light";
 addEventListener("beforeprint", () => {
   before = document.documentElement.dataset.theme;
+  document.body.classList.add("printing");
   setTheme("light");
 });
-addEventListener("afterprint", () => setTheme(before));
+addEventListener("afterprint", () => {
+  document.body.classList.remove("printing");
+  setTheme(before);
+});
