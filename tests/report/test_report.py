@@ -208,14 +208,50 @@ def test_what_a_run_lacks_is_left_out_and_its_texts_never_become_markup(tmp_path
     assert found["ledger"]["code"] == 0 and "no step is durable" in found["ledger"]["lines"][1]
 
 
-def test_several_runs_are_compared_in_one_page_beside_the_runs(tmp_path, capsys):
+def test_all_that_a_run_may_have_is_shown(tmp_path, page):
+    more = {"mfu": 0.41, "slowest_ratio": 1.2, "source_tokens": {"books": 300, "code": 100}}
+    first = json.loads(LINE)
+    lines = [
+        first | more,
+        first | more | {"step": 2, "mfu": 0.42},
+        {"step": 2, "eval_loss": 3, "source_eval_loss": {"books": 2.9, "code": 3.4}},
+    ]
+    run = make(tmp_path, "whole", "".join(f"{json.dumps(line)}\n" for line in lines))
+    for kind in ("skip", "rollback", "save_failed"):
+        run.add_event(kind, step=2, cause="because")
+    run.add_event("slow_rank", step=2, rank=5, host="n7", factor=2.1)
+    run.add_event("sample", step=1, text="first words")
+    run.add_event("sample", step=2, text="better words")
+    assert main(["report", str(run.path)]) == 0
+    before = len(page.complaints())
+    page.open(run.path / "report.html")
+    text = page.run("document.body.innerText")
+    for words in (
+        "FAILED", "something broke", "save failed: because", "rank 5, factor 2.1", "books",
+        "75.0 %", "first words", "better words", "held-out of code", "MFU", "Slowest rank",
+    ):  # fmt: skip
+        assert words in text
+    assert [c["key"] for c in page.run("report.charts.map(({ key }) => ({ key }))")] == [
+        "loss", "tokens_per_second", "mfu", "slowest_ratio"
+    ]  # fmt: skip
+    assert page.complaints()[before:] == []
+
+
+def test_several_runs_are_compared_in_one_page_beside_the_runs(tmp_path, capsys, page):
     for name, rate in (("a", 0.1), ("b", 0.2)):
         make(tmp_path, name, LINE, learning_rate=rate, adam_beta1=0.9)
     assert main(["report", "a", "b", "--home", str(tmp_path)]) == 0
-    page = tmp_path / "reports" / "a-b.html"
-    assert capsys.readouterr().out == f"{page}\n"
-    rates = [run["settings"]["optim.learning_rate"] for run in data_of(page)["runs"]]
+    written = tmp_path / "reports" / "a-b.html"
+    assert capsys.readouterr().out == f"{written}\n"
+    rates = [run["settings"]["optim.learning_rate"] for run in data_of(written)["runs"]]
     assert rates == [0.1, 0.2]
+    before = len(page.complaints())
+    page.open(written)
+    settings = "[...document.querySelectorAll('section')].map((each) => each.innerText)"
+    differ = next(text for text in page.run(settings) if text.startswith("Settings that differ"))
+    assert "optim.learning_rate\t0.1\t0.2" in differ and "adam_beta1" not in differ
+    assert page.run("report.charts[0].chart.data.length") == 3
+    assert page.complaints()[before:] == []
 
 
 @pytest.mark.parametrize(("asked", "is_written"), [("[html]", True), ("[tensorboard]", False)])

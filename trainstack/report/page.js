@@ -58,6 +58,7 @@ function duration(seconds) {
   return `${Math.floor(seconds / large)} ${name}${rest ? ` ${rest} ${second}` : ""}`;
 }
 
+const counted = (number, noun) => `${figure(number)} ${noun}${number === 1 ? "" : "s"}`;
 const clock = (at) => new Date(at * 1000).toISOString().slice(0, 19).replace("T", " ") + "Z";
 const when = (at) => el("time", null, clock(at));
 const percent = (part, whole) => whole ? `${(100 * part / whole).toFixed(1)} %` : "-";
@@ -107,8 +108,8 @@ function figures(run) {
     ["loss", figure(measured.loss), `at step ${figure(measured.step)}`],
     ["held-out loss", figure(evaluated.eval_loss), `at step ${figure(evaluated.step)}`],
     ["tokens/s", figure(measured.tokens_per_second), "in the last logged steps"],
-    ["duration", wall ? duration(wall) : "-", `in ${run.rows.filter((r) => r.name).length} attempts`],
-    ["goodput", percent(run.spent.training, wall), `${figure(run.redone_steps)} steps redone`],
+    ["duration", wall ? duration(wall) : "-", counted(run.rows.filter((row) => row.name).length, "attempt")],
+    ["goodput", percent(run.spent.training, wall), `${counted(run.redone_steps, "step")} redone`],
   ].filter(([, value]) => value !== "-");
 }
 
@@ -157,6 +158,8 @@ function pointsOf({ run, curve, isHeldOut }, factor) {
   // Nothing was measured while nothing ran.
   const gaps = view.axis === "time" && !isHeldOut ? run.restarts : [];
   points.push(...gaps.map(({ at }) => [at - run.begin, null]));
+  const marks = run.notes.filter((note) => MARKS[note.kind] && note.step !== null);
+  points.push(...marks.map(({ step, at }) => [AXES[view.axis].of(run, step, at), undefined]));
   const kept = points.filter(([x]) => x !== null).sort(([a], [b]) => a - b);
   return [kept.map(([x]) => x), kept.map(([, y]) => y)];
 }
@@ -216,9 +219,9 @@ function plot(place, [key, title, unit]) {
         t === null || (isLog && Number(t.toPrecision(1)) !== Number(t.toPrecision(9))) ? "" : tick(t)) },
     ],
     series: [{ label: AXES[view.axis].title, value: (u, x) => x === null ? "-" : xText(x) },
-      ...lines.map(({ label, ink, dash, isHeldOut }) => ({
+      ...lines.map(({ curve, label, ink, dash, isHeldOut }) => ({
         label, stroke: () => color(ink), dash, width: isHeldOut ? 2 : 1.5,
-        points: { show: isHeldOut, size: 7, fill: () => color("paper") },
+        points: { show: isHeldOut || curve.step.length < 30, size: 7, fill: () => color("paper") },
         value: (u, y) => y === null || y === undefined ? "-" : `${figure(y)} ${unit}`,
       }))],
     legend: { markers: { dash: (u, i) => lines[i - 1].dash.length ? "dashed" : "solid" } },

@@ -41,14 +41,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
     )
-    parser.add_argument("--if-asked", action="store_true", help="only where log.report_to has html")
+    parser.add_argument("--if-asked", action="store_true", help="only if log.report_to has html")
     options = parser.parse_args(arguments)
-    jobs = read_queue(sys.stdin.read()) if options.queue else None
-    runs = [RunFolder(find_run(run, options.home)) for run in dict.fromkeys(options.runs)]
     if options.if_asked:
-        asked = settings_of(runs[0].path / "config.yaml").get("log.report_to") or []
+        asked = settings_of(Path(options.runs[0]) / "config.yaml").get("log.report_to") or []
         if "html" not in asked:
             return 0
+    jobs = read_queue(sys.stdin.read()) if options.queue else None
+    runs = [RunFolder(find_run(run, options.home)) for run in dict.fromkeys(options.runs)]
     target = runs[0].path / "report.html" if len(runs) == 1 else comparison(runs, options.home)
     files.make_folder(target.parent)
     files.replace_file(target, page_of(runs, jobs, options.home).encode())
