@@ -99,7 +99,7 @@ follow() {
   done
 }
 
-# Runs a module of Python that tells of the runs, by default on the screen; it hears what Slurm says.
+# Runs a module that tells of the runs, by default on the screen; it hears what Slurm says.
 show() {
   local command=(run_module "${@:-trainstack.monitor.screen}" --home "$TRAINSTACK_HOME") queue=""
   if has_jobs; then

@@ -215,6 +215,14 @@ def test_no_script_evaluates_text():
         assert not [line for line in code if re.search(r"\beval\b", line)], path.name
 
 
+def test_what_a_browser_gets_is_short_too():
+    """But for uPlot, which is another's, and unchanged."""
+    for path in [path for kind in ("html", "css", "js") for path in PACKAGE.glob(f"*/*.{kind}")]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= LONGEST_FILE, path.name
+        assert not [n for n, line in enumerate(lines, start=1) if len(line) > 100], path.name
+
+
 def test_folders_files_and_functions_stay_short():
     too_long = []
     for folder in (PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())):

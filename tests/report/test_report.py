@@ -1,5 +1,6 @@
 """The report of a real run with three restarts, and of runs made by hand."""
 
+import hashlib
 import json
 import os
 import re
@@ -89,6 +90,13 @@ def test_the_time_by_cause_is_that_of_goodput_which_reads_every_step(run, facts)
 def test_an_uncommitted_change_is_counted_but_not_shown(run, facts):
     assert facts["environment"]["uncommitted_lines"] == 2
     assert SECRET not in (run / "report.html").read_text()
+
+
+def test_uplot_is_what_its_readme_says():
+    folder = tiny.ROOT / "trainstack/report/uplot"
+    said = dict(re.findall(r"\| `([\w.]+)` \| `(\w{64})` \|", (folder / "README.md").read_text()))
+    found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in said}
+    assert said == found and {*said, "README.md"} == {path.name for path in folder.iterdir()}
 
 
 def test_the_licence_of_what_draws_the_curves_is_in_the_page(run):

@@ -2,7 +2,8 @@
 
 series.py  measurements as curves that can be drawn
 facts.py   all that the page says of one run
-page.py    the file that is written; its looks are in page.html, page.css and page.js
+page.py    the file that is written
 
-uplot/ has uPlot, which draws the curves, unchanged.
+page.html, page.css, page.js and curves.js are what a browser gets; uplot/ has uPlot, which draws
+the curves, unchanged.
 """

@@ -73,15 +73,15 @@ def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> 
     if ledger:
         seconds = max(0.0, LEDGER_SECONDS - (time.monotonic() - began))
         data["runs"][0]["ledger"] = said_by(ledger, runs[0].path.name, seconds)
-    own = {name: (HERE / f"page.{name}").read_text() for name in ("html", "css", "js")}
-    vendored = {
-        "uplot_js": "uPlot.iife.min.js", "uplot_css": "uPlot.min.css", "uplot_license": "LICENSE",
+    parts = {
+        "style": "page.css", "curves": "curves.js", "page": "page.js",
+        "uplot": "uplot/uPlot.iife.min.js", "uplot_style": "uplot/uPlot.min.css",
+        "uplot_license": "uplot/LICENSE",
     }  # fmt: skip
-    return Template(own.pop("html")).substitute(
-        own,
+    return Template((HERE / "page.html").read_text()).substitute(
+        {name: (HERE / path).read_text() for name, path in parts.items()},
         title=" and ".join(run.path.name for run in runs[:MOST_NAMED]),
         data=as_json(data).replace("<", "\\u003c"),  # no tag ends the script
-        **{key: (HERE / "uplot" / name).read_text() for key, name in vendored.items()},
     )
 
 
