@@ -335,17 +335,17 @@ give_up() {
   local code="$?"
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
-  write_report 60
   remove_scratch
+  write_report 60
   exit "$CODE"
 }
 
 leave() {
   trap - EXIT
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
-  # Before a requeue: at that, Slurm ends this shell. Its time may be up before that, too.
-  if [[ "$VERDICT" == requeue ]]; then write_report 5; else write_report 60; fi
+  # Before a requeue: at that, Slurm ends this shell. Soon, for the time of the job may be up.
   remove_scratch
+  if [[ "$VERDICT" == requeue ]]; then write_report 5; else write_report 60; fi
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
@@ -358,15 +358,16 @@ leave() {
   exit "$CODE"
 }
 
-# A page about the run, where log.report_to has html, within so many seconds. Whatever becomes of it
-# changes nothing.
+# A page about the run, if log.report_to has html, within so many seconds. Nothing depends on it.
 # shellcheck disable=SC2329 # the trap calls it, too
 write_report() {
-  local said
-  if said="$(timeout "$1" "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)"; then
-    if [[ -n "$said" ]]; then log "report: $said"; fi
-  else
-    log "no report was written: ${said##*$'\n'}"
+  local said code=0
+  said="$(timeout "$1" "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)" || code=$?
+  if ((code)); then
+    log "no report was written (${said##*$'\n'}, code $code); to write it:" \
+      "bash monitor.sh ${RUN_DIR##*/} --report"
+  elif [[ -n "$said" ]]; then
+    log "report: $said"
   fi
 }
 

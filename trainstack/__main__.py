@@ -24,9 +24,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 
-# Taken for not installed: its import would be most of the time of a command. The first two need the
-# tokenizer alone of transformers, the last one nothing of pyarrow that makes a DataFrame.
-HIDDEN = {"prepare": "torch", "data_report": "torch", "report": "pandas"}
+WITHOUT_TORCH = ("prepare", "data_report")  # of transformers they need the tokenizer alone
 
 
 def main(arguments: list[str]) -> int:
@@ -49,13 +47,13 @@ def main(arguments: list[str]) -> int:
         return error.code
 
 
-def hide(module: str) -> None:
-    """Let other packages take a module for not installed."""
-    sys.modules[module] = None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
+def hide_torch() -> None:
+    """Let transformers take torch for not installed: importing it would be most of the time."""
+    sys.modules["torch"] = None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that it is not there
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in HIDDEN:
-        hide(HIDDEN[sys.argv[1]])
+    if sys.argv[1:2] and sys.argv[1] in WITHOUT_TORCH:
+        hide_torch()
     run_command(main)

@@ -23,8 +23,8 @@ from trainstack.storage import layout, manifest
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
 import sys
-from trainstack.__main__ import hide
-hide("torch")
+from trainstack.__main__ import hide_torch
+hide_torch()
 from trainstack.data import writer
 from trainstack.prepare import prepare, tokenise
 from trainstack.records import chunks
