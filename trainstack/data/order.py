@@ -185,7 +185,12 @@ def samples_hash(samples: np.ndarray) -> int:
 
     The hash of several arrays together is the sum of theirs modulo 2**HASH_BITS.
     """
+    return int(hashes_of_rows(np.reshape(samples, (1, -1)))[0])
+
+
+def hashes_of_rows(samples: np.ndarray) -> np.ndarray:
+    """The same of each row, uint64 [rows]."""
     mixed = np.asarray(samples).astype(np.uint64)
     _mix(mixed, np.empty_like(mixed))
     mixed >>= np.uint64(64 - HASH_BITS)
-    return int(mixed.sum(dtype=np.uint64)) % 2**HASH_BITS
+    return mixed.sum(axis=1, dtype=np.uint64) % np.uint64(2**HASH_BITS)

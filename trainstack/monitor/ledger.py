@@ -147,7 +147,7 @@ def expected_hashes(sampler, last: int) -> Iterator[str]:
             ahead += window["steps"] * (steps >= window["after"])
         positions = ((steps + ahead) * batch)[:, None] + np.arange(batch)
         samples = sampler.at(positions.reshape(-1)).reshape(positions.shape)
-        yield from (f"{order.samples_hash(row):013x}" for row in samples)
+        yield from (f"{found:013x}" for found in order.hashes_of_rows(samples).tolist())
 
 
 def result(
