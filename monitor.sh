@@ -15,8 +15,8 @@
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
 #   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
 #
-# Reads the run folders, squeue, for --ledger and --report the tokens; writes nothing but the report.
-# Also works without Slurm, and while a job runs.
+# Reads the run folders, squeue, for --ledger and --report the tokens; writes the report alone. Also
+# works without Slurm, and while a job runs.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail

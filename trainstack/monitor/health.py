@@ -23,7 +23,7 @@ RESTARTING = "RESTARTING"
 
 
 class Health(NamedTuple):
-    """A word for the table, and why: empty where the word says it all."""
+    """A word for the table, and its reason, which may be empty."""
 
     word: str
     reason: str = ""

@@ -11,7 +11,9 @@ from textwrap import shorten
 from rich.console import Console
 from rich.text import Text
 
-from trainstack.monitor import drawing, goodput, history
+from trainstack.history import goodput
+from trainstack.history.attempts import attempts_of, read_executions
+from trainstack.monitor import drawing
 from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
 from trainstack.monitor.table import newest_checkpoint, steps
@@ -123,7 +125,7 @@ def time_spent(view: View) -> str:
     path = view.run.path / "samples.jsonl"
     with contextlib.suppress(OSError):
         if path.stat().st_size < GOODPUT_BYTES:
-            attempts = history.attempts_of(view.events, history.read_executions(path))
+            attempts = attempts_of(view.events, read_executions(path))
             failures = goodput.failure_times(view.run, attempts)
             spent = goodput.seconds_by_cause(view.events, attempts, failures)
             wall = sum(spent.values())

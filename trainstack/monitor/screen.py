@@ -41,9 +41,10 @@ def main(arguments: list[str]) -> int:
         print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
         return 1
     if options.follow:
-        follow(options)
+        follow(options.home, options.run)
         return 0
-    views = look(options, read_queue(sys.stdin.read()) if options.queue else None)
+    jobs = read_queue(sys.stdin.read()) if options.queue else None
+    views = look(options.home, options.run, jobs)
     if options.json:
         facts = [table.facts_of(view) for view in views]
         print(json.dumps(facts[0] if options.run else facts, indent=1))
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
         print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
     else:
         console = stdout_console()
-        show(console, screen_of(options, views, console))
+        show(console, screen_of(views, options.run, console))
     return 0
 
 
@@ -59,18 +60,16 @@ def run_folders(home: Path) -> list[Path]:
     return [path.parent for path in sorted((home / "runs").glob("*/status.json"))]
 
 
-def look(options: argparse.Namespace, jobs: dict[str, Job] | None) -> list[View]:
-    """The views of the run that is asked for, or of all; ``jobs``: None without Slurm."""
-    folders = run_folders(options.home)
-    if options.run:
-        folders = [layout.run_folder(options.home, options.run)]
+def look(home: Path, run: str | None, jobs: dict[str, Job] | None) -> list[View]:
+    """The view of a run, or those of all; ``jobs``: None without Slurm."""
+    folders = [layout.run_folder(home, run)] if run else run_folders(home)
     return [view_of(RunFolder(path), jobs) for path in folders]
 
 
 def screen_of(
-    options: argparse.Namespace, views: list[View], console: Console, height: int | None = None
+    views: list[View], run: str | None, console: Console, height: int | None = None
 ) -> list[Text]:
-    if options.run:
+    if run:
         return one_run.lines_of(views[0], console, height)
     return table.lines_of(views, console.width)
 
@@ -81,7 +80,7 @@ def show(console: Console, lines: list[Text]) -> None:
         console.print(line, soft_wrap=True)
 
 
-def follow(options: argparse.Namespace) -> None:
+def follow(home: Path, run: str | None) -> None:
     """Draw the screen in place each time that stdin says so, until the run has ended."""
     console, lines = stdout_console(), []
     live = contextlib.nullcontext()
@@ -89,10 +88,10 @@ def follow(options: argparse.Namespace) -> None:
         live = Live(console=console, screen=True, auto_refresh=False)
     with contextlib.suppress(KeyboardInterrupt), live as window:
         for jobs, trouble in looks():
-            views = look(options, jobs)
-            lines = screen_of(options, views, console, console.height - 2)
-            if options.run and not views[0].is_live:
-                lines = screen_of(options, views, console)
+            views = look(home, run, jobs)
+            lines = screen_of(views, run, console, console.height - 2)
+            if run and not views[0].is_live:
+                lines = screen_of(views, run, console)
                 break
             if window:
                 window.update(framed(lines, console.height, trouble), refresh=True)
