@@ -27,18 +27,22 @@ LABEL = 11  # columns
 CURVES = {"loss": 9, "tokens_per_second": 5}  # key -> lines, of which a low window has less
 LEAST_LINES = 4  # of a curve
 GOODPUT_BYTES = 1 << 24  # of samples.jsonl, up to which it is read for a screen
+LESS_NEEDED = ("folder", "log", "nodes", "disk", "seen", "sample", "memory", "job")  # in a window
 MOST_MARKS = 20  # of evaluations on a curve
 
 
 def lines_of(view: View, console: Console, height: int | None = None) -> list[Text]:
     """The screen; ``height``: of the window, which it then fits."""
     head = Text(f"run {view.run.path.name}", "bold")
-    rows = [row_of(view, label, text) for label, text in rows_of(view, console)]
-    tail = history_of(view, console.width)
+    told = dict(rows_of(view, console))
+    for label in LESS_NEEDED if height is not None else ():
+        if 1 + len(told) + sum(CURVES.values()) > height:
+            told.pop(label, None)
+    rows = [row_of(view, label, text) for label, text in told.items()]
     room = 10_000 if height is None else height - 1 - len(rows)
     curves = curves_of(view, console, room)
-    room -= len(curves)
-    return [head, *rows, *curves, *(tail if height is None else tail[: max(0, room)])]
+    most = min(SHOWN_EVENTS, room - len(curves) - 1)
+    return [head, *rows, *curves, *history_of(view, most, console.width)]
 
 
 def row_of(view: View, label: str, text: str) -> Text:
@@ -176,13 +180,13 @@ def curves_of(view: View, console: Console, room: int) -> list[Text]:
     return lines
 
 
-def history_of(view: View, width: int) -> list[Text]:
+def history_of(view: View, most: int, width: int) -> list[Text]:
     """The last events, each cut to ``width``."""
-    if not view.events:
+    shown, whole = min(len(view.events), most), len(view.events)
+    if shown < 1:
         return []
-    shown, whole = min(len(view.events), SHOWN_EVENTS), len(view.events)
     lines = [f"  {'history':<{LABEL}} the last {shown} of {whole} in events.jsonl"]
-    for event in view.events[-SHOWN_EVENTS:]:
+    for event in view.events[-shown:]:
         step = f" step {event['step']:,}" if event.get("step") is not None else ""
         cause = f": {event['cause']}" if event.get("cause") else ""
         lines.append(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
