@@ -100,7 +100,7 @@ def curve(
     began again, marked below. Where many points share a column, the least and the greatest show.
     Empty without two finite points.
     """
-    shown = [p for p in points if math.isfinite(p.y)]
+    shown = sorted(p for p in points if math.isfinite(p.y))
     if len(shown) < 2:
         return []
     marks = [p for p in marks if math.isfinite(p.y) and shown[0].x <= p.x <= shown[-1].x]
