@@ -1,8 +1,10 @@
 """What the documents say is so, and short: links, commands, settings, tests, files, sentences."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,6 +180,14 @@ def test_the_page_of_the_fault_matrix_is_what_the_script_writes():
     is_measured = re.compile(r"\| F\d\d[^|]*\|(?: [^|]*\|){8}|Measured on .*")
     shown = [line for line in MATRIX.splitlines() if not is_measured.fullmatch(line)]
     assert shown == [line for line in written.splitlines() if not is_measured.fullmatch(line)]
+
+
+def test_the_page_of_all_settings_is_what_the_script_writes(tmp_path):
+    command = [sys.executable, ROOT / "doc" / "configuration.py", tmp_path / "configuration.md"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."})
+    written = (tmp_path / "configuration.md").read_text()
+    assert (ROOT / "doc" / "configuration.md").read_text() == written, "write it again, as it says"
+    assert re.findall(r"(?m)^\| `([a-z]+\.\w+)`", written) == all_keys()
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
