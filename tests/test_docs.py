@@ -1,12 +1,14 @@
 """What the documents say is so, and short: links, commands, settings, tests, files, sentences."""
 
 import ast
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matrix_table
 import pytest
@@ -52,8 +54,14 @@ def project_files() -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_leads_somewhere(document):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
-        assert target.startswith("http") or (document.parent / target).exists(), target
+    """Also to its section, by the name that GitHub gives it."""
+    for target, part in re.findall(r"\]\(([^)#\s]+)#?([^)\s]*)\)", document.read_text()):
+        path = document.parent / target
+        assert target.startswith("http") or path.exists(), target
+        if part and not target.startswith("http"):
+            titles = re.findall(r"(?m)^#+ (.*)$", path.read_text())
+            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert part in names, f"{target}#{part}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -188,6 +196,29 @@ def test_the_page_of_all_settings_is_what_the_script_writes(tmp_path):
     written = (tmp_path / "configuration.md").read_text()
     assert (ROOT / "doc" / "configuration.md").read_text() == written, "write it again, as it says"
     assert re.findall(r"(?m)^\| `([a-z]+\.\w+)`", written) == all_keys()
+
+
+def test_the_pictures_are_drawn_from_what_runs_and_benchmarks_leave(tmp_path):
+    """A bar twice as long for half of the time; a curve, a restart, what was done twice."""
+    taken = {"step": {"tiny": {"bare": [1.0, 1.2, 1.4], "ours": [0.6, 0.6, 0.7]}}}
+    (tmp_path / "results.json").write_text(json.dumps(taken))
+    bars = {bar.get("class"): float(bar.get("width")) for bar in drawn("speed_bars", tmp_path,
+            tmp_path / "results.json").iterfind("{*}rect")}  # fmt: skip
+    assert bars["ours"] == pytest.approx(2 * bars["bare"], abs=0.2)
+    metrics = [{"step": step, "loss": 9.0 - step} for step in range(1, 6)]
+    events = [{"event": "failed", "step": 4, "cause": "rank 1 on a: killed by SIGKILL"},
+              {"event": "training", "step": 2}]  # fmt: skip
+    for name, records in (("metrics", metrics), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    picture = drawn("loss_curve", tmp_path, tmp_path)
+    assert len(picture.find("{*}polyline").get("points").split()) == 5
+    assert "rank 1 killed by SIGKILL" in [text.text for text in picture.iterfind("{*}text")]
+
+
+def drawn(script: str, folder: Path, source: Path) -> ElementTree.Element:
+    command = [sys.executable, ROOT / "doc" / f"{script}.py", source, folder / "picture.svg"]
+    subprocess.run(command, check=True, capture_output=True)
+    return ElementTree.fromstring((folder / "picture.svg").read_text())
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
