@@ -36,7 +36,7 @@ A whole number may be written `1_000`, another one `2e-5`. Text in quotes stays 
 Set them for one command, or edit them at the head of the script; those that are unset only there,
 since a job gets few names of your shell ([cluster.md](cluster.md)).
 
-| variable | script | as shipped | what it is |
+| variable | what it is | script | as shipped |
 |---|---|---|---|
 {variables}
 
@@ -79,11 +79,11 @@ def table(section: str) -> str:
     kind = schema["properties"][section]["$ref"].rpartition("/")[2]
     keys = schema["$defs"][kind]["properties"]
     text = (ROOT / "config.yaml").read_text().split(f"\n{section}:\n")[1].split("\n\n")[0]
-    rows = ["| setting | shipped | takes | resume | what it is |", "|---|---|---|---|---|"]
+    rows = ["| setting | what it is | shipped | takes | resume |", "|---|---|---|---|---|"]
     for line in text.splitlines():
         key, value, comment = LINE.fullmatch(line).groups()
         dotted, comment = f"{section}.{key}", re.sub(r'"?<[^>]+>"?', r"`\g<0>`", comment)
-        rows.append(row(f"`{dotted}`", f"`{value}`", takes(keys[key]), resume(dotted), comment))
+        rows.append(row(f"`{dotted}`", comment, f"`{value}`", takes(keys[key]), resume(dotted)))
     return "\n".join([*rows, *(["", NOTES[section]] if section in NOTES else [])])
 
 
@@ -125,7 +125,7 @@ def variables() -> list[str]:
             if found := EDITED.fullmatch(line):
                 variable, default, example, comment = found.groups()
                 value = f"unset; such as `{example}`" if example else default and f"`{default}`"
-                rows.append(row(f"`{variable}`", name, value, comment))
+                rows.append(row(f"`{variable}`", comment, name, value))
     return rows
 
 
