@@ -130,6 +130,15 @@ def test_no_line_is_long_but_a_row_of_a_table_in_doc(document):
         assert is_free or len(line) <= LONGEST_LINE, f"{document.name}:{number}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_each_row_of_a_table_has_as_many_cells_as_its_head(document):
+    """A bar within code ends a cell too, unless it is written with a backslash."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", document.read_text())
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+        bars = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert len({*bars}) == 1, table.splitlines()[0]
+
+
 def test_the_file_list_of_the_readme_is_the_repository_and_the_rooms_of_the_package():
     lines = README.split("## The files")[1].split("```")[1].strip().splitlines()
     top = [line.split()[0] for line in lines if line[0] != " "]
