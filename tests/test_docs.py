@@ -55,8 +55,8 @@ def project_files() -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_leads_somewhere(document):
     """Also to its section, by the name that GitHub gives it."""
-    for target, part in re.findall(r"\]\(([^)#\s]+)#?([^)\s]*)\)", document.read_text()):
-        path = document.parent / target
+    for target, part in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+        path = document.parent / (target or document.name)
         assert target.startswith("http") or path.exists(), target
         if part and not target.startswith("http"):
             titles = re.findall(r"(?m)^#+ (.*)$", path.read_text())
@@ -228,6 +228,16 @@ def drawn(script: str, folder: Path, source: Path) -> ElementTree.Element:
     command = [sys.executable, ROOT / "doc" / f"{script}.py", source, folder / "picture.svg"]
     subprocess.run(command, check=True, capture_output=True)
     return ElementTree.fromstring((folder / "picture.svg").read_text())
+
+
+def test_each_word_for_the_health_of_a_run_is_explained():
+    source = (ROOT / "trainstack" / "monitor" / "health.py").read_text()
+    head = (ROOT / "doc" / "troubleshooting.md").read_text().split("\n## ")[0]
+    shown = re.findall(r"\*([a-z]+)\*", head)
+    for cell in re.findall(r"(?m)^\| ([a-z, ]+) \|", head)[1:]:  # not the head of the table
+        shown += cell.split(", ")
+    assert all(f'"{word}"' in source for word in shown), shown
+    assert {*re.findall(r'Health\(\s*"(\w+)"', source)} <= {*shown}
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
