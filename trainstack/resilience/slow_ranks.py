@@ -4,9 +4,10 @@ All ranks wait for the slowest in each step, so one on a bad node slows the whol
 fails. The same numbers on all ranks give the same answer on all.
 """
 
-import statistics
 from collections import Counter
 from typing import NamedTuple
+
+import numpy as np
 
 WINDOW_SECONDS = 20.0  # five, and half of the one in which it begins: named within two minutes
 WINDOWS = 5  # in a row: something else that loads the machine for a minute is no slow rank
@@ -40,30 +41,30 @@ class SlowRanks:
         self.window_seconds = window_seconds
         self.slow: set[int] = set()
         self._contrary: Counter[int] = Counter()  # windows in a row that say otherwise
-        self._sums, self._steps = [0.0] * ranks, 0
-        self._blocks: list[list[float]] = []
+        self._sums, self._steps = np.zeros(ranks), 0
+        self._blocks: list[np.ndarray] = []
         self._block_at = self._window_at = None  # when they began, on the clock of rank 0
 
-    def note(self, rank_seconds: list[float], clock: float) -> list[Change]:
+    def note(self, rank_seconds: np.ndarray, clock: float) -> list[Change]:
         """Count a step, by the own time of each rank, and rank 0's clock; what has changed."""
         if self._block_at is None:
             self._block_at = self._window_at = clock
-        self._sums = [a + b for a, b in zip(self._sums, rank_seconds, strict=True)]
+        self._sums += rank_seconds
         self._steps += 1
         if clock - self._block_at < self.window_seconds / BLOCKS:
             return []
-        self._blocks.append([seconds / self._steps for seconds in self._sums])
-        self._sums, self._steps, self._block_at = [0.0] * len(self._sums), 0, clock
+        self._blocks.append(self._sums / self._steps)
+        self._sums, self._steps, self._block_at = np.zeros_like(self._sums), 0, clock
         if clock - self._window_at < self.window_seconds or len(self._blocks) < FEWEST:
             return []
-        usual = [statistics.median(column) for column in zip(*self._blocks, strict=True)]
+        usual = np.median(self._blocks, axis=0)
         self._blocks, self._window_at = [], clock
         return self._changes(usual)
 
-    def _changes(self, usual: list[float]) -> list[Change]:
+    def _changes(self, usual: np.ndarray) -> list[Change]:
         """What follows from a window, by the usual own time of each rank in it."""
         changes = []
-        for rank, seconds in enumerate(usual):
+        for rank, seconds in enumerate(usual.tolist()):
             others = median_of_others(usual, rank)
             is_slow, was_slow = seconds >= FACTOR * others, rank in self.slow
             self._contrary[rank] = (self._contrary[rank] + 1) * (is_slow != was_slow)
@@ -74,5 +75,5 @@ class SlowRanks:
         return changes
 
 
-def median_of_others(seconds: list[float], rank: int) -> float:
-    return statistics.median(seconds[:rank] + seconds[rank + 1 :])
+def median_of_others(seconds: np.ndarray, rank: int) -> float:
+    return float(np.median(np.delete(seconds, rank)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,7 +33,7 @@ class StepResult:
     is_withheld: bool  # the update was bad and did not happen
     requested: Requested  # by any rank
     samples_hash: str
-    rank_seconds: list[float]  # own time of each rank, one step earlier; 0: unknown; alone: empty
+    rank_seconds: np.ndarray  # own time of each rank, one step earlier; empty: alone, or unknown
     clock: float  # of rank 0 when it sent them, in seconds
     sent_at: float  # seconds on the clock of time.perf_counter
     at: float  # the same moment in seconds since 1970
@@ -48,7 +49,8 @@ class StepNumbers:
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.is_alone = device, dist.get_world_size() == 1
+        self.device, self.rank, self.ranks = device, dist.get_rank(), dist.get_world_size()
+        self.is_alone = self.ranks == 1
         self._sent: tuple | None = None  # what ``read`` makes a StepResult of
         # Where the own time of this step began and ended; how long that of the step before was.
         self._began = self._ended = None
@@ -86,9 +88,9 @@ class StepNumbers:
         high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
         own = [*map(float, requested), high, low]
         if not self.is_alone:
-            seconds = [0.0] * dist.get_world_size()
-            seconds[rank := dist.get_rank()] = self._own_seconds
-            own += [0.0 if rank else time.perf_counter(), *seconds]
+            seconds = [0.0] * self.ranks
+            seconds[self.rank] = self._own_seconds
+            own += [0.0 if self.rank else time.perf_counter(), *seconds]
         own = torch.tensor(own, dtype=torch.float64)
         numbers = torch.cat((loss_sum.reshape(1), own.to(self.device, non_blocking=True)))
         between = self._began, self._ended
@@ -125,7 +127,8 @@ class StepNumbers:
         return StepResult(
             step=step, loss=loss_sum / target_tokens, grad_norm=norm, is_withheld=bad > 0,
             requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}",
-            rank_seconds=of_ranks[1:], clock=sum(of_ranks[:1]), sent_at=sent_at, at=at,
+            rank_seconds=np.array([] if 0.0 in of_ranks else of_ranks[1:]),
+            clock=sum(of_ranks[:1]), sent_at=sent_at, at=at,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import numpy as np
 import torch
 
 from trainstack import distributed
@@ -27,15 +28,15 @@ class Ranks:
         self.attempt, size = attempt, attempt.world.world_size
         self.hosts = distributed.gather(socket.gethostname()) if size > 1 else []
         self.judge = SlowRanks(size)
-        self._sums, self._steps, self._step_seconds = [0.0] * size, 0, 0.0
+        self._sums, self._steps, self._step_seconds = np.zeros(size), 0, 0.0
         self._shown_at = 0.0
 
     def note(self, result: StepResult, pace: Pace) -> None:
         """Count a step; name who has become slow, or is no longer."""
         seconds = result.rank_seconds
-        if not seconds or 0.0 in seconds:
+        if not seconds.size:
             return
-        self._sums = [a + b for a, b in zip(self._sums, seconds, strict=True)]
+        self._sums += seconds
         self._steps += 1
         self._step_seconds += pace.step_seconds
         for change in self.judge.note(seconds, result.clock):
@@ -68,14 +69,14 @@ class Ranks:
         """
         if not self._steps:
             return {}
-        means = [seconds / self._steps for seconds in self._sums]
+        means = self._sums / self._steps
         if self.attempt.world.is_main and time.monotonic() - self._shown_at > SHOWN_SECONDS:
             self._shown_at = time.monotonic()
             self.attempt.run.show_ranks(
-                step=step, hosts=self.hosts, seconds=means, slow=sorted(self.judge.slow),
+                step=step, hosts=self.hosts, seconds=means.tolist(), slow=sorted(self.judge.slow),
                 step_seconds=self._step_seconds / self._steps,
             )  # fmt: skip
-        self._sums, self._steps, self._step_seconds = [0.0] * len(means), 0, 0.0
-        slowest = max(range(len(means)), key=means.__getitem__)
-        ratio = means[slowest] / median_of_others(means, slowest)
-        return {"slowest_rank": slowest, "slowest_ratio": ratio}
+        self._sums, self._steps, self._step_seconds = np.zeros_like(means), 0, 0.0
+        slowest = int(means.argmax())
+        ratio = float(means[slowest]) / median_of_others(means, slowest)
+        return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}
