@@ -141,11 +141,12 @@ def test_evidence_names_a_busy_process_and_how_much_of_the_time_this_one_ran(mon
     monkeypatch.setattr(evidence, "BUSY", 0.02)  # the machine may be full of others
     monkeypatch.setattr(evidence, "MOST_NAMED", 100)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
-        found = evidence.find_evidence(gpu=None)
+        found = evidence.find_evidence(gpu=None, data_seconds=0.25)
         busy.kill()
     assert any(f"(pid {busy.pid})" in name for name in found["busy"])
     assert found["cores"] == len(os.sched_getaffinity(0)) and found["gpu"] == ""
     assert found["ran"] < 0.5, "it slept"
+    assert found["text"].startswith("0.2500 s of a step wait for data; ")
     assert f"it may use {found['cores']} of {os.cpu_count()} cores, load " in found["text"]
     assert "its main thread ran" in found["text"] and "beside it: " in found["text"]
 

@@ -24,10 +24,10 @@ REASONS = {  # bits of the last one, by NVML's nvmlClocksEventReasons; what is i
 }
 
 
-def find_evidence(gpu: str | None) -> dict[str, Any]:
-    """Facts by name, and ``text``, the same for people; ``gpu``: the UUID of this rank's, if any.
+def find_evidence(gpu: str | None, data_seconds: float) -> dict[str, Any]:
+    """Facts by name, and ``text``, the same for people.
 
-    Cores that it may use, load, the shares of its main thread and of its cgroup, busy processes.
+    ``gpu``: the UUID of this rank's, if any. ``data_seconds``: for which a step waits for data.
     """
     began, before, busy_before = time.monotonic(), own_seconds(), cpu_seconds()
     time.sleep(SAMPLE_SECONDS)
@@ -39,6 +39,7 @@ def find_evidence(gpu: str | None) -> dict[str, Any]:
         if after - busy_before.get((pid, name), after) > BUSY * seconds
     }
     facts = {
+        "data_seconds": data_seconds,
         "cores": len(os.sched_getaffinity(0)),
         "cores_of_host": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -52,12 +53,13 @@ def find_evidence(gpu: str | None) -> dict[str, Any]:
 
 
 def describe(
-    cores: int, cores_of_host: int, load: float, ran: float, waited_for_core: float,
-    held_by_quota: float, busy: dict[str, float], gpu: str,
+    data_seconds: float, cores: int, cores_of_host: int, load: float, ran: float,
+    waited_for_core: float, held_by_quota: float, busy: dict[str, float], gpu: str,
 ) -> str:  # fmt: skip
     """The facts in a line."""
-    text = f"it may use {cores} of {cores_of_host} cores, load {load}; its main thread ran "
-    text += f"{ran:.0%} of the time and waited {waited_for_core:.0%} for a core"
+    text = f"{data_seconds:.4f} s of a step wait for data; it may use {cores} of {cores_of_host} "
+    text += f"cores, load {load}; its main thread ran {ran:.0%} of the time and waited "
+    text += f"{waited_for_core:.0%} for a core"
     if held_by_quota > 0:
         text += f"; the quota of its cgroup held it back {held_by_quota:.0%}"
     if busy:
