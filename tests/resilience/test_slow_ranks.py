@@ -163,7 +163,8 @@ def test_a_quota_of_cpu_time_is_read_from_the_cgroup_and_those_above_it(tmp_path
 def test_a_gpu_that_is_held_back_is_told_with_the_reason(tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     told = "1200 MHz, 1980 MHz, 88, 402.10 W, 700.00 W, 0x0000000000000024"
-    smi.write_text(f"#!/bin/sh\necho \"$@\" >{tmp_path}/asked\necho '{told}'\n")
+    old = 'case "$*" in *clocks_event_reasons*) exit 2 ;; esac'  # a name that it does not know
+    smi.write_text(f"#!/bin/sh\n{old}\necho \"$*\" >{tmp_path}/asked\necho '{told}'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert evidence.gpu_state("GPU-1234") == (

@@ -12,10 +12,10 @@ SAMPLE_SECONDS = 2.0
 BUSY = 0.2  # of a core, from which another process is named
 MOST_NAMED = 3
 TICKS = os.sysconf("SC_CLK_TCK")
-COLUMNS = (  # of nvidia-smi --help-query-gpu
-    "clocks.sm,clocks.max.sm,temperature.gpu,power.draw,power.limit,clocks_throttle_reasons.active"
-)
-REASONS = {  # bits of the last one, by NVML's nvmlClocksEventReasons; what is in order is left out
+# Of nvidia-smi --help-query-gpu; what holds the clock back, as new drivers call it, and old ones.
+COLUMNS = "clocks.sm,clocks.max.sm,temperature.gpu,power.draw,power.limit"
+HELD = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+REASONS = {  # bits of that, by NVML's nvmlClocksEventReasons; what is in order is left out
     0x4: "its power limit",
     0x8: "its hardware",
     0x20: "its temperature",
@@ -97,10 +97,10 @@ def cpu_seconds() -> dict[tuple[str, str], float]:
 
 def gpu_state(uuid: str) -> str:
     """Clock, temperature and power of a GPU, and what holds its clock back; empty if unknown."""
-    told = processes.first_gpu(COLUMNS, uuid).split(", ")
-    if len(told) != COLUMNS.count(",") + 1:
+    answers = (processes.first_gpu(f"{COLUMNS},{name}", uuid) for name in HELD)
+    if not (told := next(filter(None, answers), "")):
         return ""
-    clock, most, heat, power, limit, bits = told
+    clock, most, heat, power, limit, bits = told.split(", ")
     text = f"GPU at {clock} of {most}, {heat} C, {power} of {limit}"
     with contextlib.suppress(ValueError):
         if held := [word for bit, word in REASONS.items() if int(bits, 16) & bit]:
