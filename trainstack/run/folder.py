@@ -140,6 +140,25 @@ class RunFolder:
                 if record := record_in(line):
                     yield record
 
+    # --- The ranks beside each other: ranks.json
+
+    def show_ranks(self, **facts: Any) -> None:
+        """Replace what ``rank_seconds`` reads; not synced, since it is only shown."""
+        temporary = self.path / ".ranks.json.tmp"
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"at": now(), **facts}))
+            files.rename(temporary, self.path / "ranks.json")
+
+    def rank_seconds(self) -> dict[str, Any]:
+        """Means of a step, as rank 0 last showed them; empty if it never did.
+
+        ``step``, ``at``, ``step_seconds``; by rank: ``hosts``, ``seconds`` (each rank's own);
+        ``slow``: the ranks that were named.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.path / "ranks.json").read_bytes())
+        return {}
+
     # --- The heartbeat of a job: logs/<job>.alive, which the launchers of its nodes touch
 
     def beat(self, job: str) -> None:
@@ -199,6 +218,21 @@ class RunFolder:
         with contextlib.suppress(OSError, TypeError):
             return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
         return ""
+
+    def add_evidence(self, job: str | None, attempt: int, rank: int, facts: dict[str, Any]) -> None:
+        """Leave what a slow rank found on its host."""
+        record = {"at": now(), "rank": rank, "host": socket.gethostname(), **facts}
+        with contextlib.suppress(OSError):
+            files.replace_file(self._evidence(job, attempt, rank), json.dumps(record).encode())
+
+    def evidence(self, job: str | None, attempt: int, rank: int) -> dict[str, Any]:
+        """That, in words as ``text``; empty if the rank was never slow."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._evidence(job, attempt, rank).read_bytes())
+        return {}
+
+    def _evidence(self, job: str | None, attempt: int, rank: int) -> Path:
+        return self._log(job, attempt, f"rank{rank}.slow.json")
 
     def meeting(self, job: str, attempt: int) -> Path:
         """The folder where the nodes of an attempt tell each other their addresses."""
