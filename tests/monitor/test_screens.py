@@ -166,6 +166,7 @@ def held_out(*losses: float) -> list[dict]:
     return [{**EVALUATED, "step": 20 * i, "eval_loss": x} for i, x in enumerate(losses)]
 
 
+SLOW = ("slow_rank", {"rank": 3, "host": "gpu-07", "own_seconds": 0.9, "others_seconds": 0.5})
 HEALTHS = [
     # records, events -> word, a part of the reason
     (lines(), [], "good", ""),
@@ -177,6 +178,8 @@ HEALTHS = [
     (lines(), [("save_failed", {"step": 9, "cause": "disk full"})], "unsaved", "disk full"),
     (lines(), [("save_failed", {"step": 9}), ("checkpoint", {"step": 19})], "good", ""),
     (lines(), [("skip", {"step": 79, "cause": "nan"})], "skipping", "1 update"),
+    (lines(), [SLOW], "slow", "rank 3 on gpu-07 takes 1.8 times as long as the others"),
+    (lines(), [SLOW, ("slow_rank_over", {"rank": 3, "host": "gpu-07"})], "good", ""),
     (lines(), [("skip", {"step": 5, "cause": "nan"})], "good", ""),
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from trainstack.monitor.view import LOST_CAUSES, View
 from trainstack.run.queue import meaning
 from trainstack.run.states import QUEUED, RUNNING, STARTING
-from trainstack.units import age, seconds_of
+from trainstack.units import age, counted, seconds_of
 
 SILENT_SECONDS = 180  # without a sign of a run that trains; at least
 SILENT_LINES = 5  # as many times as it takes from one line of its log to the next
@@ -96,21 +96,14 @@ def save_fails(view: View) -> Health | None:
 
 
 def slow_rank(view: View) -> Health | None:
-    told = [e for e in view.events if e["event"] in ("slow_rank", "slow_rank_over", "attempt")]
-    slow = {}
-    for event in told:
-        if event["event"] == "attempt":
-            slow.clear()
-        elif event["event"] == "slow_rank":
-            slow[event["rank"]] = event
-        else:
-            slow.pop(event["rank"], None)
+    slow = view.slow_ranks
     if not slow:
         return None
-    worst = max(slow.values(), key=lambda event: event["factor"])
-    where = f"rank {worst['rank']} on {worst.get('rank_host', worst['host'])}"
-    more = f", and {len(slow) - 1} more" if len(slow) > 1 else ""
-    return Health("slow", f"{where} takes {worst['factor']:.1f} times the others' time{more}")
+    worst = max(slow, key=lambda event: event["own_seconds"] / event["others_seconds"])
+    ratio = worst["own_seconds"] / worst["others_seconds"]
+    where, more = f"rank {worst['rank']} on {worst['host']}", counted(len(slow) - 1, "more rank")
+    told = f"{where} takes {ratio:.1f} times as long as the others"
+    return Health("slow", f"{told}, and {more}" if len(slow) > 1 else told)
 
 
 def skips(view: View) -> Health | None:
@@ -119,7 +112,7 @@ def skips(view: View) -> Health | None:
     late = [e for e in view.events if e["event"] in ("skip", "rollback") and e["step"] >= since]
     if not late:
         return None
-    return Health("skipping", f"{len(late)} updates left out since step {since:,}")
+    return Health("skipping", f"{counted(len(late), 'update')} left out since step {since:,}")
 
 
 def loss_rises(view: View) -> Health | None:

@@ -111,6 +111,10 @@ def time_and_space(view: View) -> Iterator[tuple[str, str]]:
         yield "time", spent
     if ranks := ranks_text(view):
         yield "ranks", ranks
+    for event in view.slow_ranks if view.state == RUNNING else ():
+        job, attempt = view.job_id, view.status.get("attempt", 1)
+        if text := view.run.evidence(job, attempt, event["rank"]).get("text"):
+            yield f"rank {event['rank']}", text
     if memory := view.measured.get("peak_memory_gb"):
         yield "memory", f"{memory:.2f} GB at most, of rank 0"
     yield "checkpoint", newest_checkpoint(view)

@@ -70,6 +70,19 @@ class View:
         return True  # of a run whose history is lost
 
     @property
+    def slow_ranks(self) -> list[dict[str, Any]]:
+        """The events that named the ranks which are slow now."""
+        slow: dict[int, dict[str, Any]] = {}
+        for event in self.events:
+            if event["event"] == "attempt":
+                slow.clear()
+            elif event["event"] == "slow_rank":
+                slow[event["rank"]] = event
+            elif event["event"] == "slow_rank_over":
+                slow.pop(event["rank"], None)
+        return list(slow.values())
+
+    @property
     def steps_between_lines(self) -> int:
         """Of the log, as the last ones show."""
         return self.logged[0]["step"] - self.logged[1]["step"] if len(self.logged) > 1 else 1

@@ -122,13 +122,6 @@ class RunFolder:
                 if record:
                     yield record
 
-    def rank_seconds(self) -> dict[str, Any]:
-        """How long each rank takes for a step by itself, as ranks.json has it; empty without."""
-        try:
-            return json.loads((self.path / "ranks.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-
     def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a file, one a line; not what is torn, or cut by ``size``."""
         # The end of a file is only shown: what keeps it from being read ends nothing.
