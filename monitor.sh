@@ -2,24 +2,27 @@
 #
 # What my runs are doing, and why one stopped.
 #
-# Usage: bash monitor.sh [--follow] [RUN]
-#        bash monitor.sh RUN --ledger | --goodput | --report
+# Usage: bash monitor.sh [RUN] [--follow | --json]
+#        bash monitor.sh RUN --why | --report | --goodput | --ledger
 #        bash monitor.sh --compare RUN RUN ...
 #
 #   RUN        one screen about this run; without it a table of all runs
-#   --follow   look again every five seconds, until Ctrl-C
-#   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
+#   --follow   look again every five seconds, until the run ends or Ctrl-C
+#   --json     the same for scripts
+#   --why      what happened, why, what was lost, and what to do
+#   --report   write all that is known into one HTML file, and print its path
+#   --compare  the same of several runs, with what differs between their settings
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
-#   --report   write a page about this run, which opens without a network, and print its path
-#   --compare  the same about several runs, in the same curves
+#   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
 #
-# Only reads, but for those pages: the run folders, squeue, for --ledger the tokens. Also works
-# without Slurm, and while a job runs.
+# Reads the run folders, squeue, for --ledger and --report the tokens; writes the report alone. Also
+# works without Slurm, and while a job runs.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+LOOK_SECONDS=5          # between two looks of --follow
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
 usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
@@ -37,43 +40,39 @@ main() {
   forget_outer_slurm
   case "$QUESTION" in
     --ledger | --goodput)
-      run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "$RUN"
+      run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "${RUNS[@]}"
       ;;
-    --report | --compare) show trainstack report ;;
     --follow) follow ;;
     *) show ;;
   esac
 }
 
-# Sets: RUN RUNS QUESTION
+# Sets: RUNS QUESTION
 parse() {
-  RUN="" RUNS=() QUESTION=""
+  RUNS=() QUESTION=""
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
-      --follow | --ledger | --goodput | --report | --compare)
+      --follow | --json | --why | --report | --compare | --goodput | --ledger)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2
         QUESTION="$1"
         ;;
       -*) die "$1 is not an option; see bash monitor.sh --help" 2 ;;
-      *)
-        RUNS+=("$1")
-        ;;
+      *) RUNS+=("$1") ;;
     esac
     shift
   done
-  RUN="${RUNS[0]:-}"
-  [[ "${#RUNS[@]}" -le 1 || "$QUESTION" == --compare ]] ||
-    die "one run at a time, got $RUN and ${RUNS[1]}" 2
-  case "$QUESTION" in
-    --compare)
-      [[ "${#RUNS[@]}" -gt 1 ]] ||
-        die "--compare is about several runs; write: bash monitor.sh --compare RUN RUN ..." 2
+  case "$QUESTION:${#RUNS[@]}" in
+    --compare:[01])
+      die "--compare is about several runs; write: bash monitor.sh --compare RUN RUN" 2
       ;;
-    --ledger | --goodput | --report)
-      [[ -n "$RUN" ]] || die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
+    --compare:* | *:1) ;;
+    *:0)
+      [[ "$QUESTION" =~ ^(--follow|--json)?$ ]] ||
+        die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
       ;;
+    *) die "one run at a time, got ${RUNS[0]} and ${RUNS[1]}" 2 ;;
   esac
 }
 
@@ -91,26 +90,48 @@ load_environment() {
 run_module() { PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m "$@"; }
 
 follow() {
-  local text
+  local code=0
+  ask_screen --follow < <(tell_jobs_forever 2>/dev/null) || code=$?
+  kill "$!" 2>/dev/null || true # else it would end at its next line
+  return "$code"
+}
+
+# Each time that there is something to look at, for screen.py: the jobs, then what Slurm said.
+tell_jobs_forever() {
+  local said
   while :; do
-    text="$(show 2>&1)" || die "${text#monitor.sh: error: }"
-    printf '\033[H\033[2J%s\n' "$text"
-    sleep 5
+    if ! has_jobs; then
+      printf 'look|none|\n'
+    elif said="$(list_jobs)"; then
+      printf '%s\nlook|heard|\n' "$said"
+    else
+      printf 'look|silent|%s\n' "$said"
+    fi
+    sleep "$LOOK_SECONDS"
   done
 }
 
-# Runs a module that tells of the runs, by default on the screen; it hears what Slurm says.
 show() {
-  local command=(run_module "${@:-trainstack.monitor.screen}" --home "$TRAINSTACK_HOME") queue=""
+  local queue="" is_heard=()
   if has_jobs; then
     if queue="$(list_jobs)"; then
-      command+=(--queue)
+      is_heard=(--queue)
     else
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
-  if [[ -n "$RUN" ]]; then command+=(-- "${RUNS[@]}"); fi
-  "${command[@]}" <<<"$queue"
+  case "$QUESTION" in
+    --report | --compare) write_report "${is_heard[@]}" <<<"$queue" ;;
+    *) ask_screen ${QUESTION:+"$QUESTION"} "${is_heard[@]}" <<<"$queue" ;;
+  esac
+}
+
+write_report() {
+  run_module trainstack report --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
+}
+
+ask_screen() {
+  run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

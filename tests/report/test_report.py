@@ -11,7 +11,8 @@ from browser import Browser, what_is_missing
 
 import tiny
 from trainstack.__main__ import main
-from trainstack.monitor import goodput, history
+from trainstack.history import goodput
+from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.run.folder import RunFolder
 
 STEPS = 40
@@ -81,8 +82,8 @@ def test_the_data_has_the_run_as_its_files_have_it(run, facts, home):
 
 def test_the_time_by_cause_is_that_of_goodput_which_reads_every_step(run, facts):
     folder = RunFolder(run)
-    executions = history.read_executions(run / "samples.jsonl")
-    attempts = history.attempts_of(folder.events(), executions)
+    executions = read_executions(run / "samples.jsonl")
+    attempts = attempts_of(folder.events(), executions)
     spent = goodput.timeline_of_run(folder, folder.events(), attempts).spent
     assert facts["spent"] == pytest.approx(spent, abs=0.002)
 

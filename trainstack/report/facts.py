@@ -9,9 +9,9 @@ from typing import Any
 from trainstack.checkpoint import names
 from trainstack.config.strict_yaml import read_yaml
 from trainstack.errors import ConfigError
-from trainstack.monitor import goodput, history
-from trainstack.monitor.goodput import Timeline
-from trainstack.monitor.history import Attempt, Event
+from trainstack.history import goodput
+from trainstack.history.attempts import Attempt, Event, attempts_of, last_durable_step
+from trainstack.history.goodput import Timeline
 from trainstack.monitor.view import View
 from trainstack.report.series import BY_SOURCE, Executed, curves_of
 from trainstack.units import seconds_of
@@ -43,9 +43,9 @@ def facts_of(view: View) -> dict[str, Any]:
     """What is known of a run from its folder."""
     run, events, status = view.run, view.events, view.status
     executed = Executed.read(run.path / "samples.jsonl")
-    durable = history.last_durable_step(status, run.checkpoints)
+    durable = last_durable_step(status, run.checkpoints)
     told = [e["step"] for e in events if e["event"] in ("checkpoint", "training")]
-    attempts = history.attempts_of(events, executed.telling([*told, durable]))
+    attempts = attempts_of(events, executed.telling([*told, durable]))
     measured, evaluated = view.measured, view.evaluated
     return {
         "name": run.path.name,

@@ -17,8 +17,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from trainstack.monitor.goodput import CAUSES
-from trainstack.monitor.history import find_run
+from trainstack.history.attempts import find_run
+from trainstack.history.goodput import CAUSES
 from trainstack.monitor.view import view_of
 from trainstack.report.facts import facts_of, settings_of
 from trainstack.run.folder import RunFolder

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import json as arrow_json
 
-from trainstack.monitor.history import Execution
+from trainstack.history.attempts import Execution
 from trainstack.run.folder import record_in
 
 MEASURED = (  # of metrics.jsonl, each a curve
