@@ -179,6 +179,7 @@ def test_the_page_says_what_happened_in_words(page):
     for words in ("reported", "DONE", "the last step is on disk", "Where the time went", "training",
                   "redone", "attempt 4", "repeated = 0, skipped = 0", "What it says"):  # fmt: skip
         assert words in text
+    assert "used exactly once?\n\nYes." in text.replace("\n\n\n", "\n\n")
     assert page.run("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -66,8 +66,9 @@ const folded = (title, ...content) => el("details", null, el("summary", null, ti
 
 // --- The head
 
-const kind = (run) => run.state === "DONE" ? "good"
-  : ["RUNNING", "STARTING", "QUEUED", "PAUSED", "RESTARTING"].includes(run.state) ? "open" : "bad";
+const LIVE = ["RUNNING", "STARTING", "QUEUED", "PAUSED", "RESTARTING"];
+const kind = ({ state }) => state === "DONE" ? "good"
+  : LIVE.includes(state.split(", ")[0]) ? "open" : "bad";
 
 function stepsText(run) {
   if (!run.max_steps) return figure(run.step);
@@ -81,6 +82,8 @@ function figures(run) {
     ["loss", figure(measured.loss), `at step ${figure(measured.step)}`],
     ["held-out loss", figure(evaluated.eval_loss), `at step ${figure(evaluated.step)}`],
     ["tokens/s", figure(measured.tokens_per_second), "in the last logged steps"],
+    ["MFU", measured.mfu ? percent(measured.mfu, 1) : "-", "of the peak of all GPUs"],
+    ["time left", duration(run.seconds_left), "to the last step"],
     ["duration", wall ? duration(wall) : "-",
       counted(run.rows.filter((row) => row.name).length, "attempt")],
     ["goodput", percent(run.spent.training, wall), `${counted(run.redone_steps, "step")} redone`],
@@ -90,7 +93,7 @@ function figures(run) {
 function head() {
   const button = el("button", { onclick: switchTheme, title: "light or dark" }, "Light / dark");
   if (!IS_ALONE) {
-    const names = figures(RUN).map(([name]) => name);
+    const names = [...new Set(RUNS.flatMap((run) => figures(run).map(([name]) => name)))];
     const rows = RUNS.map((run, i) => {
       const found = Object.fromEntries(figures(run)), background = `var(--ink${i % 6})`;
       const swatch = el("i", { cls: "swatch", style: { background } });
@@ -186,8 +189,8 @@ function samples() {
 
 function ledger() {
   if (!RUN.ledger) return null;
-  const said = ["Every sample was used as it should be.", "Samples were repeated or left out.",
-    "This could not be told."][RUN.ledger.code] || "This could not be told.";
+  const isChecked = RUN.ledger.lines.some((line) => line.includes("repeated ="));
+  const said = !isChecked ? "This cannot be told now." : RUN.ledger.code === 0 ? "Yes." : "No.";
   return section("Was every sample used exactly once?", el("p", null, said),
     el("pre", null, RUN.ledger.lines.join("\n")));
 }
