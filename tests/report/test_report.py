@@ -229,7 +229,7 @@ def test_all_that_a_run_may_have_is_shown(tmp_path, page):
     run = make(tmp_path, "whole", "".join(f"{json.dumps(line)}\n" for line in lines))
     for kind in ("skip", "rollback", "save_failed"):
         run.add_event(kind, step=2, cause="because")
-    run.add_event("slow_rank", step=2, rank=5, host="n7", factor=2.1)
+    run.add_event("slow_rank", step=2, cause="rank 5 on n7: twice as long")
     run.add_event("sample", step=1, text="first words")
     run.add_event("sample", step=2, text="better words")
     assert main(["report", str(run.path)]) == 0
@@ -237,7 +237,7 @@ def test_all_that_a_run_may_have_is_shown(tmp_path, page):
     page.open(run.path / "report.html")
     text = page.run("document.body.innerText")
     for words in (
-        "FAILED", "something broke", "save failed: because", "rank 5, factor 2.1", "books",
+        "FAILED", "something broke", "save failed: because", "slow rank: rank 5 on n7", "books",
         "75.0 %", "first words", "better words", "held-out of code", "MFU", "Slowest rank",
     ):  # fmt: skip
         assert words in text
