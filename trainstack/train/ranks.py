@@ -68,14 +68,14 @@ class Ranks:
         """
         if not self._steps:
             return {}
-        means = self._sums / self._steps
+        means = (self._sums / self._steps).tolist()
         if self.attempt.world.is_main and time.monotonic() - self._shown_at > SHOWN_SECONDS:
             self._shown_at = time.monotonic()
             self.attempt.run.show_ranks(
-                step=step, hosts=self.hosts, seconds=means.tolist(), slow=sorted(self.judge.slow),
+                step=step, hosts=self.hosts, seconds=means, slow=sorted(self.judge.slow),
                 step_seconds=self._step_seconds / self._steps,
             )  # fmt: skip
-        self._sums, self._steps, self._step_seconds = np.zeros_like(means), 0, 0.0
-        slowest = int(means.argmax())
-        ratio = float(means[slowest]) / median_of_others(means, slowest)
+        self._sums, self._steps, self._step_seconds = np.zeros(len(means)), 0, 0.0
+        slowest = max(range(len(means)), key=means.__getitem__)
+        ratio = means[slowest] / median_of_others(means, slowest)
         return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}
