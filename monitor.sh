@@ -3,10 +3,11 @@
 # What my runs are doing, and why one stopped.
 #
 # Usage: bash monitor.sh [--follow] [RUN]
-#        bash monitor.sh RUN --ledger | --goodput
+#        bash monitor.sh RUN --why | --ledger | --goodput
 #
 #   RUN        one screen about this run; without it a table of all runs
 #   --follow   look again every five seconds, until Ctrl-C
+#   --why      what happened to which rank, what it cost, what was done, and what to do now
 #   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
 #
@@ -47,7 +48,7 @@ parse() {
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
-      --follow | --ledger | --goodput)
+      --follow | --why | --ledger | --goodput)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2
         QUESTION="$1"
@@ -61,7 +62,7 @@ parse() {
     shift
   done
   case "$QUESTION" in
-    --ledger | --goodput)
+    --why | --ledger | --goodput)
       [[ -n "$RUN" ]] || die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
       ;;
   esac
@@ -94,12 +95,25 @@ show() {
   if has_jobs; then
     if queue="$(list_jobs)"; then
       command+=(--queue)
+      if [[ -n "$RUN" ]]; then queue+="$(forgotten_job "$queue")"; fi
     else
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
+  if [[ "$QUESTION" == --why ]]; then command+=(--why); fi
   if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi
   "${command[@]}" <<<"$queue"
+}
+
+# The last job of the run, if squeue no longer shows it and it did not tell its own end.
+forgotten_job() {
+  local folder="$TRAINSTACK_HOME/runs/$RUN" job
+  job="$(grep -hs '"submitted"' "$folder/events.jsonl" | tail -n 1)" || true
+  job="$(sed -nE 's/.*"job": "([0-9]+)".*/\1/p' <<<"$job")"
+  if [[ -z "$job" || "$1" == *"job|$job|"* ]] || grep -qs '"exit_code": [0-9]' "$folder/status.json"; then
+    return
+  fi
+  printf '\n' && recall_job "$job"
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

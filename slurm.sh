@@ -42,11 +42,20 @@ has_jobs() {
 # All jobs that Slurm shows and those that ended minutes ago, a line for each; see run/queue.py.
 list_jobs() {
   local said
-  said="$(ask squeue --noheader --states=all --format='job|%A|%T|%L|%r|%N')" || {
+  said="$(ask squeue --noheader --states=all --format='job|%A|%T|%L|%r|%N|%S')" || {
     printf '%s\n' "$said"
     return 1
   }
   grep '^job|' <<<"$said" || true
+}
+
+# A job that squeue has forgotten, as accounting knows it, in the same form; nothing on a site without.
+recall_job() {
+  local said fields=JobID,State,ExitCode,Reason,NodeList
+  command -v sacct >/dev/null || return 0
+  said="$(ask sacct --allocations --noheader --parsable2 --jobs="$1" --format="$fields")" || return 0
+  sed -nE "s/^($1)\|([A-Z_]+)[^|]*\|([^|]*)\|([^|]*)\|([^|]*)$/job|\1|\2||\4, exit code \3|\5/p" \
+    <<<"$said" | sed 's/|None, /|/'
 }
 
 # What the nodes of each partition have, a line for each kind of node; see job/resources.py.

@@ -35,6 +35,7 @@ from trainstack.plan.line import Job, plan_lines
 from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
 from trainstack.resilience import faults
+from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.nodes import gpu_types, read_nodes
 from trainstack.run.owner import check_owner, claim
@@ -78,13 +79,13 @@ def main(arguments: list[str]) -> int:
         config = load(request.config_file, request.overrides)
         state, run = check(request, config)
     except ConfigError as error:
-        print(error.report(SPEAKER, ", nothing was submitted"), file=sys.stderr)
+        text = error.report(SPEAKER, ", nothing was submitted")
+        refusal.tell(text, request.home, request.config_file, request.overrides)
         return error.code
     except OSError as error:
         print(f"{SPEAKER}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    print(state)
-    print(run.path)
+    print(state, run.path, sep="\n")
     return 0
 
 
@@ -95,15 +96,14 @@ def parse(arguments: list[str]) -> Request:
     parser.add_argument("--config", type=Path, required=True, dest="config_file")
     parser.add_argument("--local", action="store_true", dest="is_local")
     parser.add_argument("--dry-run", action="store_true", dest="is_dry_run")
-    parser.add_argument("--queue", action="store_true", help="stdin has what Slurm says")
+    parser.add_argument("--queue", action="store_true", dest="said", help="Slurm's words on stdin")
     parser.add_argument("--job-script", type=Path)
     parser.add_argument("--shell", type=int, default=0, metavar="PID")
     parser.add_argument("--asked-at", type=float, default=0.0, metavar="SECONDS")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_known_args(arguments[:split])
-    options.said = sys.stdin.read() if options.queue else ""
+    options.said = sys.stdin.read() if options.said else ""
     options.job_script = options.job_script or options.repository / "train.slurm"
-    del options.queue
     return Request(**vars(options), overrides=overrides, sbatch_options=arguments[split + 1 :])
 
 
@@ -155,10 +155,11 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
 
 
 def begin(request: Request, config: Config, run: RunFolder) -> None:
-    """Make the run folder, as the only one who does."""
+    """Make the run folder, as the only one who does; a refusal of before is no longer told."""
     if request.shell:
         claim(run, request.shell, request.asked_at)
     make_run_folder(request.repository, config, run, request.is_local)
+    refusal.forget(request.home, run.path.name)
 
 
 def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from trainstack.monitor import why
 from trainstack.monitor.view import View, view_of
 from trainstack.processes import run_command
 from trainstack.run.folder import RunFolder
@@ -26,6 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
     )
+    parser.add_argument(
+        "--why", action="store_true", help="what happened to the run, and what helps"
+    )
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
     jobs = read_queue(sys.stdin.read()) if options.queue else None  # None: no Slurm here
@@ -38,10 +42,17 @@ def main(arguments: list[str]) -> int:
         return 0
     run = RunFolder(layout.run_folder(options.home, options.run))
     if not run.path.is_dir():
+        if told := why.lines_of_refusal(options.home, options.run):
+            print("\n".join(told))
+            return 1
         have = ", ".join(path.name for path in runs) or "none yet"
         print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
         return 1
-    show_run(view_of(run, jobs))
+    view = view_of(run, jobs)
+    if options.why:
+        print("\n".join(why.lines_of(view, jobs)))
+    else:
+        show_run(view)
     return 0
 
 
@@ -109,6 +120,7 @@ def rows_of(view: View) -> Iterator[tuple[str, str]]:
         yield "cause", view.cause
     if view.next_action:
         yield "next", view.next_action
+    yield from [row for row in why.refusals_of(view) if row[0] == "refused"]
     if view.job_id:
         yield "job", job_text(view)
     if view.job.is_started:

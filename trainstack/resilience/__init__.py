@@ -4,5 +4,6 @@ stop.py      when to save and stop
 watchdog.py  a step that never ends
 guard.py     is this update good?
 failure.py   what a rank leaves when it fails
+kinds.py     whose a failure is, and whether another attempt can help
 faults.py    faults on demand, for tests
 """

@@ -1,4 +1,4 @@
-"""Jobs as Slurm knows them, from lines of the shell: ``job|id|state|left|reason|nodes``."""
+"""Jobs as Slurm knows them, from lines of the shell: ``job|id|state|left|reason|nodes|start``."""
 
 from dataclasses import dataclass
 
@@ -43,12 +43,13 @@ MEANINGS = {  # how a reason of Slurm begins -> what it means, and what to do; t
 
 @dataclass(frozen=True)
 class Job:
-    """One line; ``left`` as Slurm writes it, ``nodes`` in Slurm's short form."""
+    """One line; ``left`` and ``start`` as Slurm writes them, ``nodes`` in Slurm's short form."""
 
     state: str = ""
     left: str = ""
     reason: str = ""
     nodes: str = ""
+    start: str = ""  # of a job that waits, as Slurm expects it now
 
     @property
     def is_waiting(self) -> bool:
@@ -81,7 +82,7 @@ def read_queue(text: str) -> dict[str, Job]:
     found: dict[str, Job] = {}
     for line in text.splitlines():
         words = line.split("|")
-        if words[0] == "job" and len(words) == 6:
+        if words[0] == "job" and len(words) in (6, 7):
             job = Job(*words[2:])
             if job.is_live or words[1] not in found:
                 found[words[1]] = job

@@ -1,0 +1,52 @@
+"""What submit.sh said when it refused a run before the queue: it leaves nothing else behind.
+
+submit.sh itself keeps what its own half refuses, in the same folder.
+"""
+
+import contextlib
+import re
+import sys
+import time
+from pathlib import Path
+
+from trainstack.config.load import load
+from trainstack.errors import ConfigError, without_secrets
+from trainstack.storage import files
+from trainstack.units import age
+
+UNKNOWN = ".unnamed"  # in place of a run's name: its settings could not be read
+
+
+def file_of(home: Path, name: str) -> Path:
+    is_plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name)
+    return home / "cache" / "refused" / (name if is_plain else UNKNOWN)
+
+
+def tell(text: str, home: Path, config_file: Path, overrides: list[str]) -> None:
+    """Say it, and keep it under the run's name, if that is known, without what may be a token."""
+    print(text, file=sys.stderr)
+    name = next((o[9:] for o in reversed(overrides) if o.startswith("run.name=")), "")
+    with contextlib.suppress(ConfigError):  # a broken file
+        name = name or load(config_file, []).run.name
+    with contextlib.suppress(OSError):  # the folder is somebody else's
+        path = file_of(home, name)
+        files.make_folder(path.parent)
+        path.write_text(without_secrets(text) + "\n")
+
+
+def forget(home: Path, name: str) -> None:
+    """A submission was accepted."""
+    for path in (file_of(home, name), file_of(home, UNKNOWN)):
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def last(home: Path, name: str, since: float = 0.0) -> str:
+    """What was said last, and how long ago; empty if it was before ``since``, as in time.time()."""
+    for path in (file_of(home, name), file_of(home, UNKNOWN)):
+        with contextlib.suppress(OSError):
+            at, text = path.stat().st_mtime, " | ".join(path.read_text().split("\n")).strip(" |")
+            whose = ", for a run whose name is not known" if path.name == UNKNOWN else ""
+            if at > since:
+                return f"{age(time.time() - at)} ago, before the queue{whose}: {text}"
+    return ""
