@@ -105,12 +105,13 @@ show() {
   "${command[@]}" <<<"$queue"
 }
 
-# The last job of the run, if squeue no longer shows it and it did not tell its own end.
+# A line for the last job of the run, if squeue no longer shows it and it did not tell its own end.
 forgotten_job() {
   local folder="$TRAINSTACK_HOME/runs/$RUN" job
-  job="$(grep -hs '"submitted"' "$folder/events.jsonl" | tail -n 1)" || true
-  job="$(sed -nE 's/.*"job": "([0-9]+)".*/\1/p' <<<"$job")"
-  if [[ -z "$job" || "$1" == *"job|$job|"* ]] || grep -qs '"exit_code": [0-9]' "$folder/status.json"; then
+  job="$(sed -nE 's/.*"submitted".*"job": "([0-9]+)".*/\1/p' "$folder/events.jsonl" 2>/dev/null |
+    tail -n 1)"
+  if [[ -z "$job" || "$1" == *"job|$job|"* ]] ||
+    grep -qs '"exit_code": [0-9]' "$folder/status.json"; then
     return
   fi
   printf '\n' && recall_job "$job"

@@ -49,13 +49,17 @@ list_jobs() {
   grep '^job|' <<<"$said" || true
 }
 
-# A job that squeue has forgotten, as accounting knows it, in the same form; nothing on a site without.
+# A job that squeue has forgotten, as accounting knows it, in the same form; nothing without that.
 recall_job() {
-  local said fields=JobID,State,ExitCode,Reason,NodeList
+  local said id state code reason nodes
   command -v sacct >/dev/null || return 0
-  said="$(ask sacct --allocations --noheader --parsable2 --jobs="$1" --format="$fields")" || return 0
-  sed -nE "s/^($1)\|([A-Z_]+)[^|]*\|([^|]*)\|([^|]*)\|([^|]*)$/job|\1|\2||\4, exit code \3|\5/p" \
-    <<<"$said" | sed 's/|None, /|/'
+  said="$(ask sacct --allocations --noheader --parsable2 --jobs="$1" \
+    --format=JobID,State,ExitCode,Reason,NodeList)" || return 0
+  while IFS='|' read -r id state code reason nodes; do
+    if [[ "$id" == "$1" ]]; then
+      printf 'job|%s|%s||%s, exit code %s|%s\n' "$id" "${state%% *}" "${reason:-None}" "$code" "$nodes"
+    fi
+  done <<<"$said"
 }
 
 # What the nodes of each partition have, a line for each kind of node; see job/resources.py.

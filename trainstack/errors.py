@@ -4,9 +4,7 @@ import re
 from typing import Any
 
 USAGE_ERROR = 2
-SECRET = re.compile(
-    r"\bhf_\w{8,}|((?:_|\b)(?:TOKEN|SECRET|PASSW\w*|API_?KEY|CREDENTIALS?)=)\S+", re.IGNORECASE
-)
+SECRET = re.compile(r"\bhf_\w{8,}|((?:TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL)[A-Z_]*=)\S+")
 
 
 class ConfigError(Exception):

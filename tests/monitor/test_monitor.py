@@ -365,7 +365,7 @@ def test_monitor_asks_squeue_for_all_that_it_shows(command):
     output, errors = command().communicate(timeout=30)
     assert errors == ""
     assert command.commands.calls("squeue") == [
-        ["--noheader", "--states=all", "--format=job|%A|%T|%L|%r|%N"]
+        ["--noheader", "--states=all", "--format=job|%A|%T|%L|%r|%N|%S"]
     ]
     assert re.search(r"^a +109999 +RUNNING +RUNNING ", output, re.MULTILINE)
     assert re.search(r"^b +5 +- +LOST ", output, re.MULTILINE)

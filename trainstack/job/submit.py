@@ -79,8 +79,8 @@ def main(arguments: list[str]) -> int:
         config = load(request.config_file, request.overrides)
         state, run = check(request, config)
     except ConfigError as error:
-        text = error.report(SPEAKER, ", nothing was submitted")
-        refusal.tell(text, request.home, request.config_file, request.overrides)
+        said = error.report(SPEAKER, ", nothing was submitted")
+        refusal.tell(said, request.home, request.config_file, request.overrides)
         return error.code
     except OSError as error:
         print(f"{SPEAKER}: error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -277,8 +277,7 @@ def check_trial(code: str, text: str) -> list[str]:
 
 def local_gpus() -> int | None:
     """GPUs of this machine that a job would use, as job.sh counts them; None: only it can know."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         each = visible.split(",")  # what follows -1 is not there
         return len(list(itertools.takewhile(lambda name: name and name[0] != "-", each)))
     return None if shutil.which("nvidia-smi") else 0

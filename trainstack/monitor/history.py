@@ -197,14 +197,19 @@ def interruptions(events: Sequence[Event], running: tuple[Any, Any]) -> list[Int
         elif name in (*ENDS, *PASSED):
             if key not in begun:  # it names its job alone, or nothing
                 key = next((k for k in reversed(begun) if key[0] in (None, k[0])), key)
-            what = (*key, name if name in PASSED else "end" if name != "not_submitted" else index)
-            found[what] = index, found.get(what, (0, 0))[1] + 1
+            is_end = name in ENDS and name != "not_submitted"
+            what = (*key, "end" if is_end else name)
+            found[what] = index, 1 if is_end else found.get(what, (0, 0))[1] + 1
     for key, index in begun.items():
         if (*key, "end") not in found and key != running:
             following = (i for i in begun.values() if i > index)
             found[*key, ""] = min(following, default=len(events)) - 1, 1
+
+    def order(item: Any) -> tuple[int, bool]:  # what ended without a record, after what it passed
+        return item[1][0], not item[0][-1]
+
     told = []
-    for (job, attempt, kind), (index, times) in sorted(found.items(), key=lambda item: item[1]):
+    for (job, attempt, kind), (index, times) in sorted(found.items(), key=order):
         begin = events[begun[job, attempt]] if (job, attempt) in begun else {}
         event = events[index] if kind else {}
         if event.get("event") != "done":

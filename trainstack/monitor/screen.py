@@ -9,6 +9,7 @@ from pathlib import Path
 from trainstack.monitor import why
 from trainstack.monitor.view import View, view_of
 from trainstack.processes import run_command
+from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.queue import meaning, read_queue
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         return 0
     run = RunFolder(layout.run_folder(options.home, options.run))
     if not run.path.is_dir():
-        if told := why.lines_of_refusal(options.home, options.run):
+        if told := why.lines_without_run(run):
             print("\n".join(told))
             return 1
         have = ", ".join(path.name for path in runs) or "none yet"
@@ -120,7 +121,8 @@ def rows_of(view: View) -> Iterator[tuple[str, str]]:
         yield "cause", view.cause
     if view.next_action:
         yield "next", view.next_action
-    yield from [row for row in why.refusals_of(view) if row[0] == "refused"]
+    if refused := refusal.last(view.run):
+        yield "refused", refused
     if view.job_id:
         yield "job", job_text(view)
     if view.job.is_started:

@@ -3,26 +3,24 @@
 By the run's own records, and by Slurm's words of its jobs while it still has them.
 """
 
-import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
 
 from trainstack.errors import USAGE_ERROR, without_secrets
-from trainstack.job.blame import blame, host_of, ranks_of
+from trainstack.job.blame import blame, host_of, place_of, ranks_of, witness
 from trainstack.job.verdict import next_start, titled
 from trainstack.monitor import history
 from trainstack.monitor.history import Interruption
 from trainstack.monitor.view import LOST_CAUSES, View
-from trainstack.resilience.kinds import MISTAKE, UNKNOWN, Kind, kind_of
+from trainstack.resilience.kinds import MISTAKE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
 from trainstack.run import refusal
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, tail_of
 from trainstack.run.queue import NO_JOB, Job, meaning
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, Phase
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED
 from trainstack.units import age, counted, seconds_of, time_of
 
 MOST_LINES, WIDTH = 15, 110
@@ -35,9 +33,8 @@ CAUSES = {  # of events that have none
     "node_lost": "a node failed, and Slurm took the job back",
 }
 STATES = {"preempted": "PAUSED", "skip": "SKIPPED"}  # of an event, if it is not its name
-OURS = re.compile(r'File "[^"]*/((?:trainstack/[^"]+|train)\.py)", line (\d+),? in (\w+)')
 TELLING = re.compile(
-    r"\w(Error|Exception)\b|\berror:|CANCELLED|oom.kill|[Oo]ut of memory|is damaged"
+    r"^[\w.]+(Error|Exception)\b|\berror:|CANCELLED|oom.kill|[Oo]ut of memory|is damaged"
     r"|No space|quota|NCCL WARN|Xid"
 )
 REPEATED = re.compile(r"launch: |train\.slurm: |\S+: [A-Z_]+ at step |HANG ")  # what events say too
@@ -57,6 +54,10 @@ class Told:
     report: dict[str, Any] = field(default_factory=dict)  # of the rank to blame
 
     @property
+    def is_passed(self) -> bool:
+        return self.it.event.get("event") in history.PASSED
+
+    @property
     def title(self) -> str:
         times = f" ({self.it.times} times in this attempt)" if self.it.times > 1 else ""
         return titled(self.state, self.step, self.cause) + times
@@ -70,19 +71,20 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
     running = (view.status.get("job"), view.status.get("attempt"))
     is_lost = view.state in LOST_CAUSES
     found = history.interruptions(view.events, (None, None) if is_lost else running)
-    refused = [*refusal_rows(view)]
-    lines = laid_out(("", head_of(view, len(found))), *refused)
-    if refused:
-        return lines[:MOST_LINES]
-    if not found:
-        return [*lines, *laid_out(*alone(view))][:MOST_LINES]
+    lines = laid_out(("", head_of(view, len(found))))
+    refused = [*refusal_rows(view.run)]
+    if refused or not found:
+        return [*lines, *laid_out(*(refused or alone(view)))][:MOST_LINES]
     last, *former = [told_of(view, one) for one in found[: -SHOWN - 1 : -1]]
     job = (jobs or {}).get(last.it.job) or (view.job if view.job_id == last.it.job else NO_JOB)
-    above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last, job))
+    above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last))
     room = max(0, MOST_LINES - len(lines) - len(above) - len(below))
     logged = [in_one_line("log", text) for text in log_lines(view.run, last)[:room]]
-    before = [in_one_line("before", f"{one.at[:19]}Z {one.title}") for one in former]
-    return [*lines, *above, *logged, *below, *before][:MOST_LINES]
+    lines += [*above, *logged, *below]
+    before = [("before", f"{one.at[:19]}Z {one.title}") for one in former]
+    whole = laid_out(*before)
+    is_room = len(lines) + len(whole) <= MOST_LINES
+    return [*lines, *(whole if is_room else (in_one_line(*row) for row in before))][:MOST_LINES]
 
 
 def laid_out(*rows: tuple[str, str]) -> list[str]:
@@ -103,9 +105,8 @@ def in_one_line(label: str, text: str) -> str:
 def head_of(view: View, count: int) -> str:
     """The state in one sentence, and whether anything is wrong with it."""
     total = f"/{view.max_steps:,}" if view.max_steps else ""
-    text = f"{view.run.path.name}: {view.state}" + (
-        f" at step {view.step:,}{total}" if view.step else ""
-    )
+    text = f"{view.run.path.name}: {view.state}"
+    text += f" at step {view.step:,}{total}" if view.step else ""
     if view.job.is_waiting:
         known = view.job.start[:1].isdigit()
         start = f"; Slurm expects to start it at {view.job.start}" if known else ""
@@ -114,8 +115,8 @@ def head_of(view: View, count: int) -> str:
         return f"{text}; Slurm stopped job {view.job_id} as a whole, and nothing of it hangs"
     if is_bad(view):
         return text
-    so_far = f"; it got past {counted(count, 'interruption')}, the last:" if count else ""
-    return f"{text}; nothing is wrong with it{so_far}"
+    so_far = f"; {counted(count, 'interruption')} before, the last:" if count else ""
+    return f"{text}; nothing is wrong{so_far}"
 
 
 def is_bad(view: View) -> bool:
@@ -126,35 +127,27 @@ def is_bad(view: View) -> bool:
 
 def alone(view: View) -> Rows:
     """The rows of a run of which no attempt was interrupted."""
-    if view.state == "SUSPENDED":
-        yield "do", f"if it was you: scontrol resume {view.job_id}; else Slurm does it"
-    elif view.cause and is_bad(view):
+    kind = kind_of(view.cause or "")
+    if view.cause and is_bad(view):
         yield "what", view.cause
-        kind = kind_of(view.cause)
         yield "again", f"{kind.whose}; {kind.helps}"
-        yield "do", action_of(view, kind, "NODE", is_over=False)
-    elif view.job.is_waiting and view.next_action:
-        yield "do", view.next_action
+    if is_bad(view) or view.job.is_waiting or view.state == "SUSPENDED":
+        yield "do", action_of(view, kind, "NODE", is_over=not is_bad(view))
 
 
-def refusal_rows(view: View) -> Rows:
-    """What submit.sh refused, if nothing happened in the run since."""
-    since = seconds_of(view.events[-1]["at"]) if view.events else 0.0
-    return rows_of_refusal(refusal.last(view.run.path.parents[1], view.run.path.name, since))
-
-
-def rows_of_refusal(text: str) -> Rows:
-    if text:
+def refusal_rows(run: RunFolder) -> Rows:
+    """What submit.sh refused last, if nothing happened in the run since."""
+    if text := refusal.last(run):
         kind = kind_of(text, MISTAKE)
         yield "refused", text
         yield "again", f"{kind.whose}; {kind.helps}"
         yield "do", kind.advice or "change what that line says, then submit again"
 
 
-def lines_of_refusal(home: Path, name: str) -> list[str]:
+def lines_without_run(run: RunFolder) -> list[str]:
     """The same, of a run that is not there; empty if none was refused."""
-    rows = [*rows_of_refusal(refusal.last(home, name))]
-    return laid_out(("", f"{name}: there is no such run"), *rows) if rows else []
+    rows = [*refusal_rows(run)]
+    return laid_out(("", f"{run.path.name}: there is no such run"), *rows) if rows else []
 
 
 # --- What happened
@@ -170,21 +163,19 @@ def told_of(view: View, it: Interruption) -> Told:
         state, cause, at = "KILLED", LOST_CAUSES["KILLED"], report.get("at", at)
         step = following.get("reached") if following else view.step
         if report:
-            of_rank = f"rank {report['rank']} on {report['host']}: "
-            state, cause = (
-                report["state"],
-                of_rank * isinstance(report["rank"], int) + report["cause"],
-            )
+            is_of_rank = isinstance(report["rank"], int)
+            state, cause = report["state"], report["cause"]
+            cause = f"rank {report['rank']} on {report['host']}: {cause}" if is_of_rank else cause
         elif it.is_requeued:
             state, cause = "NODE_LOST", CAUSES["node_lost"]
         elif not following and view.cause:
             state, cause = view.state, view.cause
     if it.is_requeued and state in ("NODE_LOST", "REFUSED"):
         later = hosts_of(view.run, following["job"], following["attempt"])
-        gone = hosts_of(view.run, it.job, it.attempt) - later
-        cause += (
-            f"; {', '.join(sorted(gone))} is not among its nodes since" if gone and later else ""
-        )
+        gone = sorted(hosts_of(view.run, it.job, it.attempt) - later)
+        cause += f"; not among its nodes since: {', '.join(gone)}" if gone and later else ""
+    if state == "DIVERGED":  # of all ranks alike; one of them told
+        cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
     return Told(it, state, cause.replace(f"{view.run.path}/", ""), at, step, report)
 
 
@@ -200,62 +191,30 @@ def what_rows(view: View, told: Told, job: Job) -> Rows:
     yield "when", f"{told.at[:19]}Z, {age(time.time() - seconds_of(told.at))} ago{where}"
     if evidence := "; ".join([*reporters(view.run, told), *signs(view.run, told, job)]):
         yield "evidence", evidence
-    if place := place_of(view.run, told):
+    if place := place_of(view.run, it.job, it.attempt, told.report):
         yield "where", place
 
 
-def reporters(run: RunFolder, told: Told) -> Iterator[str]:
-    """Who told of the end of an attempt: its ranks, their watchdogs, torchrun."""
-    if told.state in ("PAUSED", "SKIPPED", "SAVE_FAILED"):
-        return
+def reporters(run: RunFolder, told: Told) -> list[str]:
+    """Who told of the end of an attempt."""
+    if told.state == "PAUSED" or told.is_passed:
+        return []
+    if told.state == "DIVERGED":
+        return ["judged by the sum of all ranks, so none of them is named"]
     reports = run.failures(told.it.job, told.it.attempt)
-    if told.report and told.report["rank"] not in [report["rank"] for report in reports]:
-        yield f"rank {told.report['rank']} did not report"
-    for report in reports[:3]:
-        name, how = f"rank {report['rank']}", "told itself"
-        if isinstance(report["rank"], str):
-            name, how = report["host"], "told by its launcher"
-        elif "by the kernel" in report["cause"]:
-            how = "the kernel counted a kill for memory"
-        elif report.get("is_second_hand"):
-            how = "torchrun saw it end"
-        elif report["state"] == "HANG":
-            how = "told by its watchdog"
-        elif report["is_victim"]:
-            how = "says the same" if report["cause"] == told.report["cause"] else "lost a peer"
-        yield f"{name}: {how}"
+    is_silent = told.report and told.report["rank"] not in [report["rank"] for report in reports]
+    silent = [f"rank {told.report['rank']} did not report"] if is_silent else []
+    return [*silent, *map(witness, reports[:3])]
 
 
 def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
-    """What Slurm says of the job, its last heartbeat if it did not end in order, a rank's host."""
+    """What Slurm says of the job, its last heartbeat if nobody told its end."""
     if job.state and not job.is_live and job.state not in ("COMPLETED", "FAILED"):
         reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
         yield f"Slurm says {job.state}{reason}"
     silence = run.silence(told.it.job)
     if told.state in ("KILLED", "LOST", "NODE_LOST") and silence is not None:
         yield f"last heartbeat {time_of(time.time() - silence)[:19]}Z"
-    rank = re.search(r"needed by rank (\d+)", told.cause)
-    for line in ranks_of(run, told.it.job, told.it.attempt) if rank else ():
-        if line.startswith(f"rank {rank[1]} "):
-            yield f"rank {rank[1]} is on {host_of(line)}"
-
-
-def place_of(run: RunFolder, told: Told) -> str:
-    """Where the rank to blame stood: the phase of a hang, and the innermost line of ours."""
-    report, place, frames = told.report, [], []
-    if "position" in report:
-        step, phase = report["position"]
-        place.append(f"step {step:,}, {list(Phase)[phase].value}")
-        with contextlib.suppress(OSError, TypeError):
-            path = run.stacks_file(told.it.job, told.it.attempt, report["rank"])
-            main_thread = path.read_text(errors="replace").rpartition("hread 0x")[2]
-            frames = OURS.findall(main_thread)
-    if report.get("collective"):
-        place.append(f"{report['collective']:,} collectives begun, by the flight recorder")
-    frames = frames or OURS.findall("\n".join(report.get("traceback") or []))[::-1]
-    if frames:
-        place.append("{}:{} in {}".format(*frames[0]))
-    return "; ".join(place)
 
 
 def log_lines(run: RunFolder, told: Told) -> list[str]:
@@ -263,7 +222,7 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
     job, attempt, rank = told.it.job, told.it.attempt, told.report.get("rank")
     paths = [run.rank_log(job, attempt, rank)] if isinstance(rank, int) else []
     for path in (*paths, run.logs / f"{job}.out"):
-        text = tail_of(path)
+        text = tail_of(path, TAIL_BYTES)
         if path.suffix == ".out":  # it has all attempts of the job
             text = text.rpartition(f"job {job}, attempt {attempt} on ")[2]
             text = text.partition(f"job {job}, attempt {attempt + 1} on ")[0]
@@ -274,59 +233,48 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
     return []
 
 
-def tail_of(path: Path) -> str:
-    """The end of a file; empty if it cannot be read."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-        return file.read().decode(errors="replace")
-    return ""
-
-
 # --- What followed
 
 
-def after_rows(view: View, told: Told, job: Job) -> Rows:
+def after_rows(view: View, told: Told) -> Rows:
     """What it cost, what was done about it, whether trying again can help, what a person does."""
-    is_passed = told.it.event.get("event") in history.PASSED
     yield "lost", cost_of(view, told)
-    yield "done", answer_to(view, told)
-    word = job.state if told.state == "LOST" else ""
+    yield "then", answer_to(view, told)
     is_usage = view.status.get("exit_code") == USAGE_ERROR
-    kind = kind_of(f"{told.state} {told.cause} {word}", MISTAKE if is_usage else UNKNOWN)
-    is_over = is_passed or bool(told.it.next("training")) or not is_bad(view)
-    yield "again", f"{kind.whose}; {'the run got past it' if is_over else kind.helps}"
+    kind = kind_of(f"{told.state} {told.cause}", MISTAKE if is_usage else UNKNOWN)
+    is_over = told.is_passed or bool(told.it.next("training")) or not is_bad(view)
+    has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
+    helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
+    helps = "nothing failed" if told.state == "PAUSED" else helps
+    yield "again", f"{kind.whose}; {'the run got past it' if is_over else helps}"
     yield "do", action_of(view, kind, told.report.get("host", "NODE"), is_over)
 
 
 def cost_of(view: View, told: Told) -> str:
     """Steps and seconds."""
     resumed = told.it.next("training")
-    if told.it.event.get("event") in history.PASSED:
-        return "no time" + (
-            f", and the update of {counted(told.it.times, 'step')}"
-            if told.state == "SKIPPED"
-            else ", and no step"
-        )
+    if told.is_passed:
+        updates = f"the update of {counted(told.it.times, 'step')}"
+        return f"{updates if told.state == 'SKIPPED' else 'no step'}, and no time"
+    if not resumed and told.state in ("REFUSED", NOT_SUBMITTED):
+        return "nothing of the run"
+    is_saved = told.state == "PAUSED" and told.step is not None
     if not resumed:
-        is_whole = told.state in ("REFUSED", NOT_SUBMITTED)
-        return (
-            "nothing of the run" if is_whole else f"resumes from {next_start(view.run, told.step)}"
-        )
-    again = age(seconds_of(resumed["at"]) - seconds_of(told.at))
-    if told.step is None:
-        return f"what was beyond step {resumed['step']:,}; {again} until it trained again"
-    redone = max(0, told.step - resumed["step"])
+        return f"resumes from {next_start(view.run, None if is_saved else told.step or view.step)}"
+    seconds = age(seconds_of(resumed["at"]) - seconds_of(told.at))
+    redone = max(0, (told.step or 0) - resumed["step"])
     steps = f"{counted(redone, 'step')} made again" if redone else "no step"
-    return f"{steps}; {again} until it trained again"
+    if told.step is None and not is_saved:
+        steps = f"what was beyond step {resumed['step']:,}"
+    return f"{steps}; {seconds} until it trained again"
 
 
 def answer_to(view: View, told: Told) -> str:
     """What the toolkit did about it."""
     it, following, resume = told.it, told.it.next("attempt"), told.it.next("resume")
-    if told.state == "SKIPPED":
-        return "left that update out, and trained on"
-    if told.state == "SAVE_FAILED":
-        return "dropped that save, trained on, and tried the next one"
+    if told.is_passed:
+        is_update = told.state == "SKIPPED"
+        return f"left that {'update' if is_update else 'save'} out, and trained on"
     saved = "saved; " if told.state == "PAUSED" and told.step is not None else ""
     if not following:
         return saved + first_answer(view, told)
@@ -349,14 +297,21 @@ def first_answer(view: View, told: Told) -> str:
         return "the job is in the queue again" if view.job.is_live else "ended the job in order"
     if told.state in ("REFUSED", NOT_SUBMITTED):
         return "refused it; nothing was changed"
-    return (
-        "restarts in place" if view.job.is_live else "ended the job: the next one would end alike"
-    )
+    is_live = view.state == "RESTARTING"
+    return "restarts in place" if is_live else "ended the job: another attempt would end alike"
 
 
 def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
     """What a person does: by the kind of the cause, then the command."""
     advice, action = kind.advice.replace("NODE", host), view.next_action or ""
+    if view.job.is_held:
+        return f"if it is you who holds it: scontrol release {view.job_id}"
+    if view.state == "SUSPENDED":
+        return f"if it was you: scontrol resume {view.job_id}; else Slurm does it"
+    if view.job.never_starts:
+        return action
+    if not is_over:
+        advice = advice.removeprefix("if it comes again, ")
     if is_over or not action:
         return f"nothing now; {advice}" if advice else "nothing"
     return f"{advice}; {action.removeprefix('fix the cause, ')}" if advice else action

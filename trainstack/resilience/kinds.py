@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 WORKLOAD, INFRASTRUCTURE = "the workload", "the infrastructure"
 EITHER = "the workload or the infrastructure, which is not certain"
-SITE, SETTING = "Slurm, or whoever asked it", "a setting or a command of yours"
+SITE, SETTING = "Slurm or whoever asked it", "a setting or a command of yours"
 YES, NO = "trying again may help", "trying again ends in the same way"
 ELSEWHERE = "trying again helps on other nodes only"
 EXCLUDE = "if it comes again on the same node, leave it out: -- --exclude=NODE"
@@ -32,7 +32,7 @@ KINDS = (  # the first that fits
     Kind("took over", INFRASTRUCTURE, YES, "nothing: Slurm had lost the node of that attempt"),
     Kind(r"works in \S+; wait|in the hands of|has job \d+|just submitted", SETTING, NO,
          "one job at a time works on a run"),
-    Kind("sbatch|lurm refuse", SITE, NO),
+    Kind("sbatch refuse|sbatch: error", SITE, NO),
     # Files.
     Kind("no checkpoint verifies|has lost its checkpoints", INFRASTRUCTURE, NO),
     Kind("No space left|quota", INFRASTRUCTURE, YES,
@@ -69,7 +69,7 @@ KINDS = (  # the first that fits
          SITE, YES),
     # Python.
     Kind("(Import|ModuleNotFound|Name|Attribute|NotImplemented)Error", WORKLOAD, NO),
-    Kind(r"\w(Error|Exception)\b", WORKLOAD, YES, "if it comes again, it is the code or the data"),
+    Kind(r"\w(Error|Exception)\b", WORKLOAD, YES, "if it comes again, look at code and data"),
 )  # fmt: skip
 
 

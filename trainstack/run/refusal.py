@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from trainstack.config.load import load
 from trainstack.errors import ConfigError, without_secrets
+from trainstack.run.folder import RunFolder
 from trainstack.storage import files
-from trainstack.units import age
+from trainstack.units import age, seconds_of
 
 UNKNOWN = ".unnamed"  # in place of a run's name: its settings could not be read
 
@@ -27,6 +27,8 @@ def tell(text: str, home: Path, config_file: Path, overrides: list[str]) -> None
     print(text, file=sys.stderr)
     name = next((o[9:] for o in reversed(overrides) if o.startswith("run.name=")), "")
     with contextlib.suppress(ConfigError):  # a broken file
+        from trainstack.config.load import load  # 0.2 s, and monitor.sh does without
+
         name = name or load(config_file, []).run.name
     with contextlib.suppress(OSError):  # the folder is somebody else's
         path = file_of(home, name)
@@ -41,8 +43,10 @@ def forget(home: Path, name: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def last(home: Path, name: str, since: float = 0.0) -> str:
-    """What was said last, and how long ago; empty if it was before ``since``, as in time.time()."""
+def last(run: RunFolder) -> str:
+    """What was said last, and how long ago; empty if something happened in the run since."""
+    since = max((seconds_of(event["at"]) for event in run.events()), default=0.0)
+    home, name = run.path.parents[1], run.path.name
     for path in (file_of(home, name), file_of(home, UNKNOWN)):
         with contextlib.suppress(OSError):
             at, text = path.stat().st_mtime, " | ".join(path.read_text().split("\n")).strip(" |")
