@@ -65,7 +65,7 @@ keep_refusal() {
   done
   [[ "$name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || name=.unnamed
   mkdir -p "$folder" && sed -E "s/hf_[A-Za-z0-9]{8,}/.../g; s/(($SECRET)[A-Z_]*=)[^ ]*/\1.../g" \
-    <<<"$1" >"$folder/$name"
+    <<<"${1:0:2000}" >"$folder/$name"
 }
 
 # Sets: RUN_DIR

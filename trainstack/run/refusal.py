@@ -14,6 +14,7 @@ from trainstack.run.folder import RunFolder
 from trainstack.storage import files
 from trainstack.units import age, seconds_of
 
+MOST = 2000  # characters that are kept
 UNKNOWN = ".unnamed"  # in place of a run's name: its settings could not be read
 
 
@@ -33,7 +34,7 @@ def tell(text: str, home: Path, config_file: Path, overrides: list[str]) -> None
     with contextlib.suppress(OSError):  # the folder is somebody else's
         path = file_of(home, name)
         files.make_folder(path.parent)
-        path.write_text(without_secrets(text) + "\n")
+        path.write_text(without_secrets(text[:MOST]) + "\n")
 
 
 def forget(home: Path, name: str) -> None:
