@@ -217,7 +217,7 @@ def test_requeued_and_cancelled_from_outside(user, reference):
     assert user.cluster.wait(job, timeout=60) == "CANCELLED"
     assert user.folder("f05b").status()["state"] == "PAUSED"
     user.why("f05b", "F05 scancel, not resumed", "PAUSED", "Slurm says CANCELLED",
-             "nothing to redo", "ended the job in order", "bash submit.sh --resume f05b")  # fmt: skip
+             "nothing to redo", "ended the job in order", "--resume f05b")  # fmt: skip
     ended(user, "f05b", user.submit("run.name=f05b", *RUN, *PAIR))
     trace = user.trace("f05b")
     assert trace.redone() == 0

@@ -48,8 +48,10 @@ def happened(run: RunFolder, *events: dict) -> None:
 def attempt(number: int = 1, job: str = JOB, ranks: list[str] = RANKS, **facts) -> list[dict]:
     """The events by which one begins."""
     key = {"job": job, "attempt": number}
-    return [{"event": "attempt", "restarts": 0, "newest": 0, **key, **facts},
-            {"event": "start", "ranks": ranks, **key}]  # fmt: skip
+    return [
+        {"event": "attempt", "restarts": 0, "newest": 0, **key, **facts},
+        {"event": "start", "ranks": ranks, **key},
+    ]
 
 
 def test_a_run_that_trains_and_one_that_is_done_take_one_line(runs):
@@ -85,8 +87,13 @@ def test_the_start_that_slurm_expects_is_told(runs):
 def raw(runs: Runs, name: str, queue: str) -> str:
     """The same with lines as slurm.sh hands them over."""
     command = [sys.executable, "-m", "trainstack.monitor.screen", "--home", str(runs.home)]
-    done = subprocess.run([*command, "--queue", "--why", name], input=queue, capture_output=True,
-                          text=True, cwd=tiny.ROOT)  # fmt: skip
+    done = subprocess.run(
+        [*command, "--queue", "--why", name],
+        input=queue,
+        capture_output=True,
+        text=True,
+        cwd=tiny.ROOT,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return " ".join(done.stdout.split())
 
@@ -107,44 +114,87 @@ def test_a_job_that_slurm_ended_without_a_word_of_the_run(runs, word, whose, rem
     os.utime(run.logs / f"{JOB}.alive", (time.time() - 900, time.time() - 900))
     said = why(runs, "lost", f"{JOB}|{word}|0:00|None")
     assert said.startswith("lost: LOST at step 25/60 what LOST at step 25: Slurm says " + word)
-    for words in (whose, remedy, "last heartbeat", "5 steps to redo", "on gpu-07, gpu-08",
-                  "bash submit.sh --resume lost", "nobody was left"):  # fmt: skip
+    for words in (
+        whose,
+        remedy,
+        "last heartbeat",
+        "5 steps to redo",
+        "on gpu-07, gpu-08",
+        "bash submit.sh --resume lost",
+        "nobody was left",
+    ):
         assert words in said
 
 
 def test_a_rank_that_failed_is_named_with_its_line_and_what_its_log_says(runs):
-    run = runs.make("bad", "FAILED", 20, job=JOB, attempt=2, step=25, max_steps=60, exit_code=1,
-                    next_action="fix the cause, then: bash submit.sh --resume bad")  # fmt: skip
+    run = runs.make(
+        "bad",
+        "FAILED",
+        20,
+        job=JOB,
+        attempt=2,
+        step=25,
+        max_steps=60,
+        exit_code=1,
+        next_action="fix the cause, then: bash submit.sh --resume bad",
+    )
     cause = "rank 1 on gpu-08: RuntimeError: shapes; twice, before any step"
-    happened(run, *attempt(1), {"event": "failed", "job": JOB, "attempt": 1, "cause": cause},
-             *attempt(2), {"event": "failed", "job": JOB, "step": 25, "cause": cause})  # fmt: skip
-    trace = ['  File "/x/venv/lib/python3.11/site-packages/torch/nn.py", line 3, in forward',
-             '  File "/home/trainstack/runs/bad/code/trainstack/model/loss.py", line 99, in loss']  # fmt: skip
+    happened(
+        run,
+        *attempt(1),
+        {"event": "failed", "job": JOB, "attempt": 1, "cause": cause},
+        *attempt(2),
+        {"event": "failed", "job": JOB, "step": 25, "cause": cause},
+    )
+    trace = [
+        '  File "/x/venv/lib/python3.11/site-packages/torch/nn.py", line 3, in forward',
+        '  File "/home/trainstack/runs/bad/code/trainstack/model/loss.py", line 99, in loss',
+    ]
     report(run, 2, 1, "RuntimeError: shapes", traceback=[*trace, trace[0], "RuntimeError: shapes"])
     report(run, 2, 0, "RuntimeError: gone", is_victim=True)
     log = "2026-11-30 08:00:00,000 rank 1 Traceback\nValueError: hf_abcdefghijkl and 3\n"
     run.rank_log(JOB, 2, 1).write_text("x" * (1 << 17) + "\n" + log)
     said = why(runs, "bad")
-    for words in ("what FAILED at step 25: rank 1 on gpu-08", "where trainstack/model/loss.py:99",
-                  "rank 1: its own report; rank 0: lost its peer", "log", "ValueError: ... and 3",
-                  "the workload; trying again ends in the same way", "attempt 2 on gpu-07, gpu-08",
-                  "look at code and data; then: bash submit.sh --resume bad", "before"):  # fmt: skip
+    for words in (
+        "what FAILED at step 25: rank 1 on gpu-08",
+        "where trainstack/model/loss.py:99",
+        "rank 1: its own report; rank 0: lost its peer",
+        "log",
+        "ValueError: ... and 3",
+        "the workload; trying again ends in the same way",
+        "attempt 2 on gpu-07, gpu-08",
+        "look at code and data; then: bash submit.sh --resume bad",
+        "before",
+    ):
         assert words in said
 
 
 def report(run: RunFolder, number: int, rank: int, cause: str, state="FAILED", **facts) -> None:
     """A failure report as rank ``rank`` leaves it."""
-    told = {"at": time_of(time.time()), "rank": rank, "host": f"gpu-0{7 + rank}", "state": state,
-            "exit_code": 1, "cause": cause, "is_victim": False, **facts}  # fmt: skip
+    told = {
+        "at": time_of(time.time()),
+        "rank": rank,
+        "host": f"gpu-0{7 + rank}",
+        "state": state,
+        "exit_code": 1,
+        "cause": cause,
+        "is_victim": False,
+        **facts,
+    }
     (run.logs / f"{JOB}.{number}.rank{rank}.failure.json").write_text(json.dumps(told))
 
 
 def test_a_hang_names_the_rank_and_where_it_stood(runs):
     run = runs.make("stuck", "RUNNING", 20, job=JOB, attempt=2, step=22, max_steps=60)
     cause = "rank 1 on gpu-08: no progress for 60 s at step 25, samples"
-    happened(run, *attempt(1), {"event": "hang", "job": JOB, "attempt": 1, "step": 25, "cause": cause},
-             *attempt(2, newest=20), {"event": "resume", "step": 20, "checkpoint": "checkpoint-20"},
-             {"event": "training", "step": 20})  # fmt: skip
+    happened(
+        run,
+        *attempt(1),
+        {"event": "hang", "job": JOB, "attempt": 1, "step": 25, "cause": cause},
+        *attempt(2, newest=20),
+        {"event": "resume", "step": 20, "checkpoint": "checkpoint-20"},
+        {"event": "training", "step": 20},
+    )
     report(run, 1, 1, cause[18:], "HANG", position=[25, 4], collective=57)
     run.stacks_file(JOB, 1, 1).write_text(
         'Thread 0x01 (most recent call first):\n  File "/a/trainstack/x.py", line 1, in watch\n\n'
@@ -153,35 +203,62 @@ def test_a_hang_names_the_rank_and_where_it_stood(runs):
         '  File "/a/code/train.py", line 8 in step\n'
     )
     said = why(runs, "stuck", f"{JOB}|RUNNING|1:00|None")
-    for words in ("stuck: RUNNING at step 22/60; nothing is wrong; 1 interruption before, the last:",
-                  "where step 25, samples; 57 collectives begun (flight recorder); "
-                  "trainstack/data/feed.py:7 in rows", "its watchdog told", "file system is slow",
-                  "restarted in place, from checkpoint-20", "5 steps made again; 4 min"):  # fmt: skip
+    for words in (
+        "stuck: RUNNING at step 22/60; nothing is wrong; 1 interruption before, the last:",
+        "where step 25, samples; 57 collectives begun (flight recorder); "
+        "trainstack/data/feed.py:7 in rows",
+        "its watchdog told",
+        "file system is slow",
+        "restarted in place, from checkpoint-20",
+        "5 steps made again; 4 min",
+    ):
         assert words in said
 
 
 def test_a_fallback_to_an_older_checkpoint_and_a_lost_node_are_told(runs):
     run = runs.make("moved", "RUNNING", 10, job=JOB, attempt=2, step=12, max_steps=60)
     third = [RANKS[0], "rank 1 on gpu-09: pid 2"]
-    happened(run, *attempt(1), {"event": "training", "step": 0},
-             *attempt(2, restarts=1, newest=20, reached=25, ranks=third),
-             {"event": "resume", "step": 10, "checkpoint": "checkpoint-10"},
-             {"event": "training", "step": 10})  # fmt: skip
+    happened(
+        run,
+        *attempt(1),
+        {"event": "training", "step": 0},
+        *attempt(2, restarts=1, newest=20, reached=25, ranks=third),
+        {"event": "resume", "step": 10, "checkpoint": "checkpoint-10"},
+        {"event": "training", "step": 10},
+    )
     said = why(runs, "moved", f"{JOB}|RUNNING|1:00|None")
-    for words in ("NODE_LOST at step 25: a node failed, and Slurm took the job back; not among its "
-                  "nodes since: gpu-08", "the job went back into the queue, from checkpoint-10",
-                  "for checkpoint-20 is damaged and was set aside", "15 steps made again"):  # fmt: skip
+    for words in (
+        "NODE_LOST at step 25: a node failed, and Slurm took the job back; not among its "
+        "nodes since: gpu-08",
+        "the job went back into the queue, from checkpoint-10",
+        "for checkpoint-20 is damaged and was set aside",
+        "15 steps made again",
+    ):
         assert words in said
 
 
 def test_a_pause_says_who_asked_and_that_nothing_is_lost(runs):
-    run = runs.make("paused", "PAUSED", 25, job=JOB, attempt=1, step=25, max_steps=60, exit_code=75,
-                    next_action="to resume: bash submit.sh --resume paused")  # fmt: skip
+    run = runs.make(
+        "paused",
+        "PAUSED",
+        25,
+        job=JOB,
+        attempt=1,
+        step=25,
+        max_steps=60,
+        exit_code=75,
+        next_action="to resume: bash submit.sh --resume paused",
+    )
     told = {"job": JOB, "attempt": 1, "step": 25, "cause": "SIGTERM"}
     happened(run, *attempt(), {"event": "training", "step": 0}, {"event": "paused", **told})
     said = why(runs, "paused", f"{JOB}|CANCELLED|0:00|None")
-    for words in ("PAUSED at step 25: SIGTERM", "Slurm says CANCELLED", "checkpoint-25: nothing",
-                  "nothing failed", "to resume: bash submit.sh --resume paused"):  # fmt: skip
+    for words in (
+        "PAUSED at step 25: SIGTERM",
+        "Slurm says CANCELLED",
+        "checkpoint-25: nothing",
+        "nothing failed",
+        "to resume: bash submit.sh --resume paused",
+    ):
         assert words in said
     again = why(runs, "paused", f"{JOB}|PENDING|0:00|BeginTime")
     assert "PAUSED, QUEUED" in again and "the job is in the queue again" in again
@@ -194,14 +271,23 @@ def test_saves_that_failed_are_one_interruption_of_an_attempt(runs):
     }
     happened(run, *attempt(), *({"event": "save_failed", "step": s, **lost} for s in (10, 20)))
     said = why(runs, "disk", f"{JOB}|RUNNING|1:00|None")
-    for words in ("1 interruption before", "SAVE_FAILED at step 20: checkpoints/x: No space left",
-                  "(2 times in this attempt)", "no step, and no time", "make space"):  # fmt: skip
+    for words in (
+        "1 interruption before",
+        "SAVE_FAILED at step 20: checkpoints/x: No space left",
+        "(2 times in this attempt)",
+        "no step, and no time",
+        "make space",
+    ):
         assert words in said
 
 
 def test_what_sbatch_refused_and_what_submit_refused_are_told(runs):
-    run = runs.make("a", "NOT_SUBMITTED", cause="sbatch: error: no such partition",
-                    next_action="fix the cause, then submit again")  # fmt: skip
+    run = runs.make(
+        "a",
+        "NOT_SUBMITTED",
+        cause="sbatch: error: no such partition",
+        next_action="fix the cause, then submit again",
+    )
     happened(run, {"event": "not_submitted", "cause": "sbatch: error: no such partition"})
     said = why(runs, "a")
     assert "what NOT_SUBMITTED at step 0: sbatch: error: no such partition" in said
