@@ -57,7 +57,8 @@ recall_job() {
     --format=JobID,State,ExitCode,Reason,NodeList)" || return 0
   while IFS='|' read -r id state code reason nodes; do
     if [[ "$id" == "$1" ]]; then
-      printf 'job|%s||%s, exit code %s|%s\n' "$id|${state%% *}" "$reason" "$code" "$nodes"
+      reason="${reason/#None/}"
+      printf 'job|%s||%s|%s\n' "$id|${state%% *}" "${reason:+$reason, }exit code $code" "$nodes"
     fi
   done <<<"$said"
 }
