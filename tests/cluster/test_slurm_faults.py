@@ -134,7 +134,7 @@ def test_a_second_job_on_a_run_is_refused_within_seconds_and_the_first_continues
     assert trace.equals(reference)
     trace.ledger()
     user.why("f16", "F16", "DONE", "REFUSED: rank 0 on node", f"job {job} (attempt 1) on node",
-             f"job {second}, attempt 1", "nothing of the run", "refused it")  # fmt: skip
+             f"job {second}, attempt 1", "lost no step", "refused it")  # fmt: skip
     write_row("F16", fault="a second job on the same run", redone=0, repeated=0, skipped=0,
               identical=True, seconds=seconds, code=78, message=log.splitlines()[-1])  # fmt: skip
 

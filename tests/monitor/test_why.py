@@ -253,7 +253,7 @@ def test_a_pause_says_who_asked_and_that_nothing_is_lost(runs):
     happened(run, *attempt(), {"event": "training", "step": 0}, {"event": "paused", **told})
     said = why(runs, "paused", f"{JOB}|CANCELLED|0:00|None")
     for words in (
-        "PAUSED at step 25: SIGTERM",
+        "PAUSED at step 25: asked to end by SIGTERM",
         "Slurm says CANCELLED",
         "checkpoint-25: nothing",
         "nothing failed",

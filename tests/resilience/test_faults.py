@@ -90,9 +90,10 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     assert "faults.py" in stacks[1, 1], "the one that held the lock of the interpreter"
     assert "faults.py" in stacks[2, 0], "the one that slept"
     lab.why(
-        "hangs", "F10, F11", f"rank 1 on {HOST}: stopped answering", "rank 1 did not report",
+        "hangs", "F10, F11", f"rank 1 on {HOST}: stopped answering", "rank 1: torchrun saw",
         "rank 0: its watchdog told", "restarted in place", f"--exclude={HOST}",
-        f"rank 0 on {HOST}: no progress for", "at step 25, samples",
+        f"rank 0 on {HOST}: no progress for", "at step 25, samples", "ddp.py:",
+        "rank 0 waited at step 35, gradients",
     )  # fmt: skip
     trace.record("F10, F11", "; ".join(f for _, f, _ in HANGS), reference, hung[0]["cause"])
 
@@ -297,7 +298,14 @@ def test_a_run_moves_from_two_to_four_to_one_process_and_uses_every_sample_once(
     assert furthest < 1e-4
     changes = [event["changes"] for event in trace.events("resume")]
     assert changes == [["processes: 2 -> 4"], ["processes: 4 -> 1"]]
-    lab.why("moved", "F13", "PAUSED at step 40: SIGTERM", "saved", "processes: 4 -> 1", "no step;")
+    lab.why(
+        "moved",
+        "F13",
+        "PAUSED at step 40: asked to end by SIGTERM",
+        "saved",
+        "processes: 4 -> 1",
+        "no step;",
+    )
     write_row("F13", fault="2 -> 4 -> 1 processes", redone=0, repeated=0, skipped=0,
               identical=None, seconds=max(trace.recovery_seconds()), code=0,
               message=f"losses differ by at most {furthest:.1e}, relative")  # fmt: skip

@@ -174,6 +174,7 @@ def told_of(view: View, it: Interruption) -> Told:
         later = hosts_of(view.run, following["job"], following["attempt"])
         gone = sorted(hosts_of(view.run, it.job, it.attempt) - later)
         cause += f"; not among its nodes since: {', '.join(gone)}" if gone and later else ""
+    cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
     if state == "DIVERGED":  # of all ranks alike; one of them told
         cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
     return Told(it, state, cause.replace(f"{view.run.path}/", ""), at, step, report)
@@ -256,8 +257,8 @@ def cost_of(view: View, told: Told) -> str:
     if told.is_passed:
         updates = f"the update of {counted(told.it.times, 'step')}"
         return f"{updates if told.state == 'SKIPPED' else 'no step'}, and no time"
-    if not resumed and told.state in ("REFUSED", NOT_SUBMITTED):
-        return "nothing of the run"
+    if not resumed and (told.state in ("REFUSED", NOT_SUBMITTED) or not (told.step or view.step)):
+        return "no step"
     is_saved = told.state == "PAUSED" and told.step is not None
     if not resumed:
         return f"resumes from {next_start(view.run, None if is_saved else told.step or view.step)}"
