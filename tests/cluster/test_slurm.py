@@ -75,7 +75,7 @@ def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
     status = user.folder("bad").status()
     assert (status["state"], status["exit_code"]) == ("DIVERGED", 79)
     assert user.cluster.job(job)["ExitCode"] == "79:0"
-    user.why("bad", "diverged", "DIVERGED", "not finite", "trying again ends in the same way")
+    user.why("bad", "diverged", "DIVERGED", "not finite", "ends in the same way; it lies with")
 
 
 def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):

@@ -68,7 +68,7 @@ def warned_stop(user: Site, run: str, row: str, reference) -> None:
     assert trace.redone() == 0, "a warned stop costs no step"
     assert user.cluster.job(job)["Restarts"] == "1"
     user.why(run, row, "DONE", "PAUSED", "Slurm warned of the end of the job", "no step;",
-             "saved; the job went back into the queue", "Slurm or whoever asked it")  # fmt: skip
+             "saved; the job went back into the queue", "Slurm or whoever asked")  # fmt: skip
     trace.record(row, "scancel -b -s USR1", reference, trace.events("paused")[0]["cause"])
 
 

@@ -76,7 +76,7 @@ def test_a_node_that_does_not_see_the_shared_folder_is_named_and_left_out(user):
     status = user.folder("blind").status()
     assert (status["state"], status["nodes"]) == ("DONE", ["node1", "node3"])
     user.why("blind", "a node without the shared folder", cause, "the job went back into the queue",
-             "the infrastructure; the run got past it")  # fmt: skip
+             "the run got past it; it lay with the infrastructure")  # fmt: skip
 
 
 @pytest.mark.matrix

@@ -99,10 +99,10 @@ def raw(runs: Runs, name: str, queue: str) -> str:
 
 
 ENDS = [  # a final word of Slurm, whose it is, what a person does
-    ("TIMEOUT", "Slurm or whoever asked it", "#SBATCH --time"),
+    ("TIMEOUT", "Slurm or whoever asked", "#SBATCH --time"),
     ("OUT_OF_MEMORY", "the workload", "#SBATCH --mem"),
     ("NODE_FAIL", "the infrastructure", "--exclude="),
-    ("CANCELLED", "Slurm or whoever asked it", "somebody cancelled it"),
+    ("CANCELLED", "Slurm or whoever asked", "somebody cancelled it"),
 ]
 
 
@@ -161,7 +161,7 @@ def test_a_rank_that_failed_is_named_with_its_line_and_what_its_log_says(runs):
         "rank 1: its own report; rank 0: lost its peer",
         "log",
         "ValueError: ... and 3",
-        "the workload; trying again ends in the same way",
+        "ends in the same way; it lies with the workload",
         "attempt 2 on gpu-07, gpu-08",
         "look at code and data; then: bash submit.sh --resume bad",
         "before",
@@ -256,7 +256,7 @@ def test_a_pause_says_who_asked_and_that_nothing_is_lost(runs):
         "PAUSED at step 25: asked to end by SIGTERM",
         "Slurm says CANCELLED",
         "checkpoint-25: nothing",
-        "nothing failed",
+        "nothing failed; it lies with Slurm or whoever asked",
         "to resume: bash submit.sh --resume paused",
     ):
         assert words in said
@@ -291,7 +291,7 @@ def test_what_sbatch_refused_and_what_submit_refused_are_told(runs):
     happened(run, {"event": "not_submitted", "cause": "sbatch: error: no such partition"})
     said = why(runs, "a")
     assert "what NOT_SUBMITTED at step 0: sbatch: error: no such partition" in said
-    assert "trying again ends in the same way" in said
+    assert "ends in the same way; it lies with" in said
     kept = runs.home / "cache/refused/a"
     kept.parent.mkdir(parents=True)
     kept.write_text("submit.sh: error: run a cannot continue with train.seq_len=9\n")

@@ -106,7 +106,7 @@ def test_an_error_that_comes_again_and_again_ends_as_no_progress(lab):
     assert status["cause"].startswith("3 attempts without a newer checkpoint; the last one: rank 0")
     assert len(trace.events("attempt")) == 3
     lab.why("stuck", "F27", "NO_PROGRESS at step", f"rank 0 on {HOST}: RuntimeError: a fault that",
-            "resilience/faults.py:", "the workload; trying again ends in the same way",
+            "resilience/faults.py:", "ends in the same way; it lies with the workload",
             "ended the job", "bash submit.sh --resume stuck --local")  # fmt: skip
     write_row("F27", fault="raise:rank=0,step=5,attempt=all", redone=trace.redone(), repeated=0,
               skipped=0, identical=None, seconds=None, code=76,
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(lab):
     assert "optim.learning_rate" in status["cause"]
     assert max(step for step, _ in names.checkpoints(trace.run.checkpoints)) == 20
     lab.why("nan-stop", "F28 stop", "DIVERGED: step 25: not finite", "lower",
-            "the workload; trying again ends in the same way", "resumes from checkpoint-20",
+            "ends in the same way; it lies with the workload", "resumes from checkpoint-20",
             "bash submit.sh --resume nan-stop --local")  # fmt: skip
     write_row("F28 stop", fault="nan:rank=1,step=25", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=79, message=status["cause"])  # fmt: skip
@@ -361,7 +361,7 @@ def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, t
     assert refused.returncode == 78, refused.stderr
     assert "run f34 cannot continue with tokens=" in refused.stderr
     lab.why("f34", "F34", "DONE at step 60", "cannot continue with tokens=", "before the queue",
-            "trying again ends in the same way", "choose another run.name")  # fmt: skip
+            "ends in the same way; it lies with", "choose another run.name")  # fmt: skip
     lab.train("f34-new", "train.max_steps=5").ledger()
     write_row("F34", fault="FORCE_REFRESH while a job trains", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=78, message=refused.stderr.strip())  # fmt: skip

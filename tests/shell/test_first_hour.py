@@ -108,7 +108,7 @@ def test_the_monitor_tells_a_refusal_until_a_submission_is_accepted(
     said = " ".join(told.stdout.split())
     assert said.startswith(f"{run}: there is no such run") and "before the queue" in said
     assert " ".join(line.split())[:200] in said
-    assert "trying again ends in the same way" in said
+    assert "ends in the same way; it lies with" in said
     if run == "first":
         assert site.submit().returncode == 0
         assert "refused" not in site.run("monitor.sh", run, "--why").stdout

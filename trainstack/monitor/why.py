@@ -37,7 +37,9 @@ TELLING = re.compile(
     r"^[\w.]+(Error|Exception)\b|\berror:|CANCELLED|oom.kill|[Oo]ut of memory|is damaged"
     r"|No space|quota|NCCL WARN|Xid"
 )
-REPEATED = re.compile(r"launch: |train\.slurm: |\S+: [A-Z_]+ at step |HANG ")  # what events say too
+REPEATED = re.compile(
+    r"launch: |srun: .*Exited|train\.slurm: |\S+: [A-Z_]+ at step |HANG "
+)  # what events say too
 STAMP = re.compile(r"^\S+ \S+ rank \d+ |^\[rank \d+\] ")  # how a line of a log begins
 Rows = Iterator[tuple[str, str]]
 
@@ -130,7 +132,7 @@ def alone(view: View) -> Rows:
     kind = kind_of(view.cause or "")
     if view.cause and is_bad(view):
         yield "what", view.cause
-        yield "again", f"{kind.whose}; {kind.helps}"
+        yield "again", f"{kind.helps}; it lies with {kind.whose}"
     if is_bad(view) or view.job.is_waiting or view.state == "SUSPENDED":
         yield "do", action_of(view, kind, "NODE", is_over=not is_bad(view))
 
@@ -140,7 +142,7 @@ def refusal_rows(run: RunFolder) -> Rows:
     if text := refusal.last(run):
         kind = kind_of(text, MISTAKE)
         yield "refused", text
-        yield "again", f"{kind.whose}; {kind.helps}"
+        yield "again", f"{kind.helps}; it lies with {kind.whose}"
         yield "do", kind.advice or "change what that line says, then submit again"
 
 
@@ -247,7 +249,8 @@ def after_rows(view: View, told: Told) -> Rows:
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
     helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
     helps = "nothing failed" if told.state == "PAUSED" else helps
-    yield "again", f"{kind.whose}; {'the run got past it' if is_over else helps}"
+    lies = f"the run got past it; it lay with {kind.whose}"
+    yield "again", lies if is_over else f"{helps}; it lies with {kind.whose}"
     yield "do", action_of(view, kind, told.report.get("host", "NODE"), is_over)
 
 
@@ -305,12 +308,11 @@ def first_answer(view: View, told: Told) -> str:
 def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
     """What a person does: by the kind of the cause, then the command."""
     advice, action = kind.advice.replace("NODE", host), view.next_action or ""
-    if view.job.is_held:
-        return f"if it is you who holds it: scontrol release {view.job_id}"
+    if view.job.is_waiting:
+        held = meaning(view.job.reason, view.job_id).partition(": ")[2] if view.job.is_held else ""
+        return action or held or "nothing: Slurm starts it by itself"
     if view.state == "SUSPENDED":
         return f"if it was you: scontrol resume {view.job_id}; else Slurm does it"
-    if view.job.never_starts:
-        return action
     if not is_over:
         advice = advice.removeprefix("if it comes again, ")
     if is_over or not action:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 WORKLOAD, INFRASTRUCTURE = "the workload", "the infrastructure"
 EITHER = "the workload or the infrastructure, which is not certain"
-SITE, SETTING = "Slurm or whoever asked it", "a setting or a command of yours"
-YES, NO = "trying again may help", "trying again ends in the same way"
-ELSEWHERE = "trying again helps on other nodes only"
+SITE, SETTING = "Slurm or whoever asked", "a setting or a command of yours"
+YES, NO, ELSEWHERE = "may help", "ends in the same way", "helps on other nodes only"  # another try
 EXCLUDE = "if it comes again on the same node, leave it out: -- --exclude=NODE"
 MEMORY = "lower train.micro_batch_size, or ask for more: #SBATCH --mem in train.slurm"
 
@@ -24,7 +23,7 @@ class Kind(NamedTuple):
     advice: str = ""
 
 
-UNKNOWN = Kind("", "not known", YES, "read the logs")
+UNKNOWN = Kind("", "what is not known", YES, "read the logs")
 MISTAKE = Kind("", SETTING, NO)
 KINDS = (  # the first that fits
     # Asked for what cannot be, or by two at once.
@@ -62,7 +61,7 @@ KINDS = (  # the first that fits
     Kind("no progress for|stopped answering|lock held", EITHER, YES,
          f"{EXCLUDE}; if steps are only slow, raise guard.hang_seconds"),
     # Signals, and words of Slurm.
-    Kind("killed by SIGKILL", EITHER, YES, f"if it comes again, it was memory: {MEMORY}"),
+    Kind("killed by SIGKILL", EITHER, YES, f"if it comes again, look at memory: {MEMORY}"),
     Kind("killed by SIG", EITHER, YES, f"{EXCLUDE}; on any node, a library crashes: see its log"),
     Kind("TIMEOUT", SITE, YES, "ask for more: #SBATCH --time in train.slurm"),
     Kind("needed the nodes|PREEMPTED|end of the job|SIG(TERM|INT|HUP|USR1)|asked to|CANCELLED",
