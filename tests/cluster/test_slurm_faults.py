@@ -252,7 +252,7 @@ def test_of_two_attempts_of_one_job_only_the_later_publishes(user, long_referenc
     assert "took over" in message
     assert trace.equals(long_reference)
     trace.ledger()
-    user.why("f15", "F15", "DONE", f"job {job} took over", "the job went back into the queue",
+    user.why("f15", "F15", f"job {job} took over runs/f15", "the job went back into the queue",
              f"not among its nodes since: {node}", "the infrastructure")  # fmt: skip
     write_row("F15", fault="kill -9 of slurmd", redone=trace.redone(), repeated=0, skipped=0,
               identical=True, seconds=None, code=78, message=message)  # fmt: skip

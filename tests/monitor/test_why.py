@@ -275,7 +275,7 @@ def test_saves_that_failed_are_one_interruption_of_an_attempt(runs):
     said = why(runs, "disk", f"{JOB}|RUNNING|1:00|None")
     for words in (
         "1 interruption before",
-        "SAVE_FAILED at step 20: checkpoints/x: No space left",
+        "SAVE_FAILED at step 20: runs/disk/checkpoints/x: No space left",
         "(2 times in this attempt)",
         "no step, and no time",
         "make space",
@@ -292,7 +292,7 @@ def test_what_sbatch_refused_and_what_submit_refused_are_told(runs):
     )
     happened(run, {"event": "not_submitted", "cause": "sbatch: error: no such partition"})
     said = why(runs, "a")
-    assert "what NOT_SUBMITTED at step 0: sbatch: error: no such partition" in said
+    assert "what NOT_SUBMITTED: sbatch: error: no such partition" in said
     assert "ends in the same way; it lies with" in said
     kept = runs.home / "cache/refused/a"
     kept.parent.mkdir(parents=True)

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from trainstack.run.folder import RunFolder, tail_of
-from trainstack.run.states import Phase
+from trainstack.run.states import EXIT_CODES, Phase
 
 STACKS_BYTES = 1 << 16
 # A line of ours in a traceback, or in the stacks of faulthandler.
@@ -107,7 +107,7 @@ def witness(report: dict[str, Any]) -> str:
     elif report["state"] == "HANG":
         how = "its watchdog told"
     elif report["is_victim"]:
-        how = "lost its peer"
+        how = "lost its peer" if report["exit_code"] == EXIT_CODES["FAILED"] else "says the same"
     return f"rank {report['rank']}: {how}"
 
 

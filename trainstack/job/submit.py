@@ -78,6 +78,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = load(request.config_file, request.overrides)
         state, run = check(request, config)
+        refusal.forget(run)
     except ConfigError as error:
         said = error.report(SPEAKER, ", nothing was submitted")
         refusal.tell(said, request.home, request.config_file, request.overrides)
@@ -155,11 +156,10 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
 
 
 def begin(request: Request, config: Config, run: RunFolder) -> None:
-    """Make the run folder, as the only one who does; a refusal of before is no longer told."""
+    """Make the run folder, as the only one who does."""
     if request.shell:
         claim(run, request.shell, request.asked_at)
     make_run_folder(request.repository, config, run, request.is_local)
-    refusal.forget(request.home, run.path.name)
 
 
 def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
@@ -297,7 +297,7 @@ def check_folder(path: Path) -> None:
 
 
 def say_complete(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
-    _, newest = names.newest_checkpoint(run.checkpoints)
+    newest = names.newest_checkpoint(run.checkpoints)[1]
     key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
     further = f"to go further raise train.{key}"
     if step > max_steps:

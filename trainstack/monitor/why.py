@@ -62,7 +62,11 @@ class Told:
     @property
     def title(self) -> str:
         times = f" ({self.it.times} times in this attempt)" if self.it.times > 1 else ""
-        return titled(self.state, self.step, self.cause) + times
+        is_known = self.step is not None
+        text = (
+            titled(self.state, self.step, self.cause) if is_known else f"{self.state}: {self.cause}"
+        )
+        return text + times
 
 
 def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
@@ -161,10 +165,14 @@ def told_of(view: View, it: Interruption) -> Told:
     name, following = event.get("event", ""), it.next("attempt")
     state, cause = STATES.get(name, name.upper()), event.get("cause") or CAUSES.get(name, "")
     at, step = event.get("at") or it.events[it.index]["at"], event.get("step")
+    if name == "preempted":  # the pause before it has the step
+        before = (e for e in reversed(it.events[: it.index]) if e["event"] == "paused")
+        step = next(before, {}).get("step")
     if not event:
         state, cause, at = "KILLED", LOST_CAUSES["KILLED"], report.get("at", at)
         step = following.get("reached") if following else view.step
         if report:
+            step = None if report["state"] == "REFUSED" and not it.is_requeued else step
             is_of_rank = isinstance(report["rank"], int)
             state, cause = report["state"], report["cause"]
             cause = f"rank {report['rank']} on {report['host']}: {cause}" if is_of_rank else cause
@@ -179,7 +187,12 @@ def told_of(view: View, it: Interruption) -> Told:
     cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
     if state == "DIVERGED":  # of all ranks alike; one of them told
         cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
-    return Told(it, state, cause.replace(f"{view.run.path}/", ""), at, step, report)
+    return Told(it, state, cause.replace(home_of(view.run), ""), at, step, report)
+
+
+def home_of(run: RunFolder) -> str:
+    """How long paths begin, which need not be read."""
+    return f"{run.path.parents[1]}/"
 
 
 def hosts_of(run: RunFolder, job: str, attempt: int) -> set[str]:
@@ -223,6 +236,8 @@ def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
 def log_lines(run: RunFolder, told: Told) -> list[str]:
     """The lines that tell something of its end, in the log of its rank, else in that of its job."""
     job, attempt, rank = told.it.job, told.it.attempt, told.report.get("rank")
+    if told.state == "PAUSED":  # srun complains of every stop
+        return []
     paths = [run.rank_log(job, attempt, rank)] if isinstance(rank, int) else []
     for path in (*paths, run.logs / f"{job}.out"):
         text = tail_of(path, TAIL_BYTES)
@@ -232,7 +247,8 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
         lines = [STAMP.sub("", line).strip() for line in text.splitlines()]
         found = [line for line in lines if TELLING.search(line) and not REPEATED.match(line)]
         if new := [line for line in dict.fromkeys(found) if line not in told.cause]:
-            return [f"{path.name}: {line}" for line in new[-LOG_LINES:]]
+            shown = (line.replace(home_of(run), "") for line in new[-LOG_LINES:])
+            return [f"{path.name}: {line}" for line in shown]
     return []
 
 

@@ -29,7 +29,7 @@ KINDS = (  # the first that fits
     # Asked for what cannot be, or by two at once.
     Kind("cannot continue with|another experiment", SETTING, NO),
     Kind("took over", INFRASTRUCTURE, YES, "nothing: Slurm had lost the node of that attempt"),
-    Kind(r"works in \S+; wait|in the hands of|has job \d+|just submitted", SETTING, NO,
+    Kind(r"works in .+; wait|in the hands of|has job \d+|just submitted", SETTING, NO,
          "one job at a time works on a run"),
     Kind("sbatch refuse|sbatch: error", SITE, NO),
     # Files.

@@ -37,9 +37,15 @@ def tell(text: str, home: Path, config_file: Path, overrides: list[str]) -> None
         path.write_text(without_secrets(text[:MOST]) + "\n")
 
 
-def forget(home: Path, name: str) -> None:
-    """A submission was accepted."""
-    for path in (file_of(home, name), file_of(home, UNKNOWN)):
+def files_for(run: RunFolder) -> tuple[Path, Path]:
+    """Its own, and that of nobody, which may be its own."""
+    home = run.path.parents[1]
+    return file_of(home, run.path.name), file_of(home, UNKNOWN)
+
+
+def forget(run: RunFolder) -> None:
+    """A submission was accepted, or a trial of one."""
+    for path in files_for(run):
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -47,8 +53,7 @@ def forget(home: Path, name: str) -> None:
 def last(run: RunFolder) -> str:
     """What was said last, and how long ago; empty if something happened in the run since."""
     since = max((seconds_of(event["at"]) for event in run.events()), default=0.0)
-    home, name = run.path.parents[1], run.path.name
-    for path in (file_of(home, name), file_of(home, UNKNOWN)):
+    for path in files_for(run):
         with contextlib.suppress(OSError):
             at, text = path.stat().st_mtime, " | ".join(path.read_text().split("\n")).strip(" |")
             whose = ", for a run whose name is not known" if path.name == UNKNOWN else ""
