@@ -40,7 +40,9 @@ TELLING = re.compile(
 REPEATED = re.compile(
     r"launch: |srun: .*Exited|train\.slurm: |\S+: [A-Z_]+ at step |HANG "
 )  # what events say too
-STAMP = re.compile(r"^\S+ \S+ rank \d+ |^\[rank \d+\] ")  # how a line of a log begins
+STAMP = re.compile(
+    r"^\S+ \S+ rank \d+ |^\[rank \d+\] |^slurmstepd\S* error: "
+)  # of a line of a log
 Rows = Iterator[tuple[str, str]]
 
 
@@ -236,8 +238,6 @@ def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
 def log_lines(run: RunFolder, told: Told) -> list[str]:
     """The lines that tell something of its end, in the log of its rank, else in that of its job."""
     job, attempt, rank = told.it.job, told.it.attempt, told.report.get("rank")
-    if told.state == "PAUSED":  # srun complains of every stop
-        return []
     paths = [run.rank_log(job, attempt, rank)] if isinstance(rank, int) else []
     for path in (*paths, run.logs / f"{job}.out"):
         text = tail_of(path, TAIL_BYTES)
@@ -246,6 +246,8 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
             text = text.partition(f"job {job}, attempt {attempt + 1} on ")[0]
         lines = [STAMP.sub("", line).strip() for line in text.splitlines()]
         found = [line for line in lines if TELLING.search(line) and not REPEATED.match(line)]
+        if told.state == "PAUSED":  # srun complains of every stop; Slurm may say why it asked
+            found = [line for line in found if "DUE TO" in line][:1]
         if new := [line for line in dict.fromkeys(found) if line not in told.cause]:
             shown = (line.replace(home_of(run), "") for line in new[-LOG_LINES:])
             return [f"{path.name}: {line}" for line in shown]
