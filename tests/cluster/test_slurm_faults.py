@@ -252,7 +252,7 @@ def test_of_two_attempts_of_one_job_only_the_later_publishes(user, long_referenc
     assert "took over" in message
     assert trace.equals(long_reference)
     trace.ledger()
-    user.why("f15", "F15", f"job {job} took over runs/f15", "the job went back into the queue",
+    user.why("f15", "F15", "the job went back into the queue", f"--exclude={node}",
              f"not among its nodes since: {node}", "the infrastructure")  # fmt: skip
     write_row("F15", fault="kill -9 of slurmd", redone=trace.redone(), repeated=0, skipped=0,
               identical=True, seconds=None, code=78, message=message)  # fmt: skip
@@ -373,7 +373,7 @@ def test_a_node_that_cannot_find_the_meeting_point_is_named_at_once(user, kind, 
     assert len(user.trace(f"f26-{kind}").events("attempt")) == 1, "it is not tried again"
     assert seconds < 60
     user.why(f"f26-{kind}", f"F26 {kind}", words, "the infrastructure", "on other nodes only",
-             "node2: the report of its launcher", f"--resume f26-{kind}")  # fmt: skip
+             "--exclude=node2; then: bash", f"--resume f26-{kind}")  # fmt: skip
     write_row(f"F26 {kind}", fault=f"node1 {kind} in the hosts file of node2", redone=0, repeated=0,
               skipped=0, identical=None, seconds=None, code=2, message=status["cause"])  # fmt: skip
 

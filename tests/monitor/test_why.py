@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from test_monitor import Runs
+from test_monitor import Runs, lines_of_squeue
 
 import tiny
 from trainstack.errors import without_secrets
+from trainstack.monitor.view import view_of
+from trainstack.monitor.why import lines_of
 from trainstack.resilience.kinds import ELSEWHERE, INFRASTRUCTURE, KINDS, NO, WORKLOAD, kind_of
 from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
-from trainstack.run.queue import MEANINGS
+from trainstack.run.queue import MEANINGS, read_queue
 from trainstack.units import time_of
 
 JOB = "184213"
@@ -30,12 +32,11 @@ def runs(tmp_path) -> Runs:
 
 def why(runs: Runs, name: str, queue: str | None = None) -> str:
     """The words of --why, with single spaces; they fit a screen."""
-    done = runs.monitor("--why", name, queue=queue)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert len(lines) <= 15 and max(map(len, lines)) <= 110, done.stdout
-    print(done.stdout)
-    return " ".join(done.stdout.split())
+    jobs = None if queue is None else read_queue(lines_of_squeue(queue))
+    lines = lines_of(view_of(RunFolder(runs.home / "runs" / name), jobs), jobs)
+    print(*lines, sep="\n")
+    assert len(lines) <= 15 and max(map(len, lines)) <= 110
+    return " ".join(" ".join(lines).split())
 
 
 def happened(run: RunFolder, *events: dict) -> None:

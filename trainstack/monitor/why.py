@@ -11,14 +11,15 @@ from textwrap import shorten, wrap
 from typing import Any
 
 from trainstack.errors import USAGE_ERROR, without_secrets
-from trainstack.job.blame import blame, host_of, place_of, ranks_of, witness
+from trainstack.job.blame import blame, host_of, place_of, ranks_of, telling_lines, witness
 from trainstack.job.verdict import next_start, titled
 from trainstack.monitor import history
 from trainstack.monitor.history import Interruption
 from trainstack.monitor.view import LOST_CAUSES, View
 from trainstack.resilience.kinds import MISTAKE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
 from trainstack.run import refusal
-from trainstack.run.folder import RunFolder, tail_of
+from trainstack.run.folder import RunFolder
+from trainstack.run.lease import is_local_job
 from trainstack.run.queue import NO_JOB, Job, meaning
 from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED
 from trainstack.units import age, counted, seconds_of, time_of
@@ -26,23 +27,12 @@ from trainstack.units import age, counted, seconds_of, time_of
 MOST_LINES, WIDTH = 15, 110
 MOST_TEXT = 300  # characters of a row: three lines
 SHOWN = 5  # interruptions: the last is explained, the others named
-TAIL_BYTES = 1 << 16  # of a log
 LOG_LINES = 3
 CAUSES = {  # of events that have none
     "preempted": "Slurm needed the nodes for another job",
     "node_lost": "a node failed, and Slurm took the job back",
 }
 STATES = {"preempted": "PAUSED", "skip": "SKIPPED"}  # of an event, if it is not its name
-TELLING = re.compile(
-    r"^[\w.]+(Error|Exception)\b|\berror:|CANCELLED|oom.kill|[Oo]ut of memory|is damaged"
-    r"|No space|quota|NCCL WARN|Xid"
-)
-REPEATED = re.compile(
-    r"launch: |srun: .*Exited|train\.slurm: |\S+: [A-Z_]+ at step |HANG "
-)  # what events say too
-STAMP = re.compile(
-    r"^\S+ \S+ rank \d+ |^\[rank \d+\] |^slurmstepd\S* error: "
-)  # of a line of a log
 Rows = Iterator[tuple[str, str]]
 
 
@@ -55,6 +45,7 @@ class Told:
     cause: str
     at: str  # as records have it
     step: int | None
+    host: str  # of the rank or the node to blame
     report: dict[str, Any] = field(default_factory=dict)  # of the rank to blame
 
     @property
@@ -64,11 +55,9 @@ class Told:
     @property
     def title(self) -> str:
         times = f" ({self.it.times} times in this attempt)" if self.it.times > 1 else ""
-        is_known = self.step is not None
-        text = (
-            titled(self.state, self.step, self.cause) if is_known else f"{self.state}: {self.cause}"
-        )
-        return text + times
+        if self.step is None:
+            return f"{self.state}: {self.cause}{times}"
+        return titled(self.state, self.step, self.cause) + times
 
 
 def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
@@ -87,12 +76,17 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
     job = (jobs or {}).get(last.it.job) or (view.job if view.job_id == last.it.job else NO_JOB)
     above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last))
     room = max(0, MOST_LINES - len(lines) - len(above) - len(below))
-    logged = [in_one_line("log", text) for text in log_lines(view.run, last)[:room]]
-    lines += [*above, *logged, *below]
-    before = [("before", f"{one.at[:19]}Z {one.title}") for one in former]
-    whole = laid_out(*before)
-    is_room = len(lines) + len(whole) <= MOST_LINES
-    return [*lines, *(whole if is_room else (in_one_line(*row) for row in before))][:MOST_LINES]
+    logged = [("log", cut(text)) for text in log_lines(view.run, last)[:room]]
+    lines += [*above, *laid_out(*logged), *below]
+    before = laid_out(*(("before", f"{one.at[:19]}Z {one.title}") for one in former))
+    if len(lines) + len(before) > MOST_LINES:
+        before = laid_out(*(("before", cut(f"{one.at[:19]}Z {one.title}")) for one in former))
+    return [*lines, *before][:MOST_LINES]
+
+
+def cut(text: str) -> str:
+    """What of it fits one line."""
+    return shorten(without_secrets(text), WIDTH - 12, placeholder=" ...")
 
 
 def laid_out(*rows: tuple[str, str]) -> list[str]:
@@ -106,18 +100,14 @@ def laid_out(*rows: tuple[str, str]) -> list[str]:
     return lines
 
 
-def in_one_line(label: str, text: str) -> str:
-    return laid_out((label, shorten(text, WIDTH - 12, placeholder=" ...")))[0]
-
-
 def head_of(view: View, count: int) -> str:
     """The state in one sentence, and whether anything is wrong with it."""
     total = f"/{view.max_steps:,}" if view.max_steps else ""
     text = f"{view.run.path.name}: {view.state}"
     text += f" at step {view.step:,}{total}" if view.step else ""
     if view.job.is_waiting:
-        known = view.job.start[:1].isdigit()
-        start = f"; Slurm expects to start it at {view.job.start}" if known else ""
+        begin = view.job.start  # or N/A
+        start = f"; Slurm expects to start it at {begin}" if begin[:1].isdigit() else ""
         return f"{text}; job {view.job_id} waits: {meaning(view.job.reason, view.job_id)}{start}"
     if view.state == "SUSPENDED":
         return f"{text}; Slurm stopped job {view.job_id} as a whole, and nothing of it hangs"
@@ -162,39 +152,45 @@ def lines_without_run(run: RunFolder) -> list[str]:
 
 
 def told_of(view: View, it: Interruption) -> Told:
-    """An interruption in words; if its end is not on record, by the reports and what came next."""
+    """An interruption in words."""
     report, event = blame(view.run, it.job, it.attempt) or {}, it.event
     name, following = event.get("event", ""), it.next("attempt")
     state, cause = STATES.get(name, name.upper()), event.get("cause") or CAUSES.get(name, "")
     at, step = event.get("at") or it.events[it.index]["at"], event.get("step")
+    host = report.get("host", "NODE")
+    if not event:
+        state, cause = end_without_record(view, it, report)
+        at = report.get("at", at)
     if name == "preempted":  # the pause before it has the step
         before = (e for e in reversed(it.events[: it.index]) if e["event"] == "paused")
         step = next(before, {}).get("step")
-    if not event:
-        state, cause, at = "KILLED", LOST_CAUSES["KILLED"], report.get("at", at)
+    elif name in ("", "node_lost") and state != "REFUSED":
         step = following.get("reached") if following else view.step
-        if report:
-            step = None if report["state"] == "REFUSED" and not it.is_requeued else step
-            is_of_rank = isinstance(report["rank"], int)
-            state, cause = report["state"], report["cause"]
-            cause = f"rank {report['rank']} on {report['host']}: {cause}" if is_of_rank else cause
-        elif it.is_requeued:
-            state, cause = "NODE_LOST", CAUSES["node_lost"]
-        elif not following and view.cause:
-            state, cause = view.state, view.cause
-    if it.is_requeued and state in ("NODE_LOST", "REFUSED"):
+    if state == "NODE_LOST" and following:
         later = hosts_of(view.run, following["job"], following["attempt"])
-        gone = sorted(hosts_of(view.run, it.job, it.attempt) - later)
-        cause += f"; not among its nodes since: {', '.join(gone)}" if gone and later else ""
-    cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
+        gone = ", ".join(sorted(hosts_of(view.run, it.job, it.attempt) - later)) if later else ""
+        cause, host = (
+            f"{cause}; not among its nodes since: {gone}" if gone else cause,
+            gone or "NODE",
+        )
     if state == "DIVERGED":  # of all ranks alike; one of them told
         cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
-    return Told(it, state, cause.replace(home_of(view.run), ""), at, step, report)
+    cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
+    return Told(
+        it, state, cause.replace(f"{view.run.path.parents[1]}/", ""), at, step, host, report
+    )
 
 
-def home_of(run: RunFolder) -> str:
-    """How long paths begin, which need not be read."""
-    return f"{run.path.parents[1]}/"
+def end_without_record(view: View, it: Interruption, report: dict[str, Any]) -> tuple[str, str]:
+    """State and cause of an attempt whose end nobody wrote down, by what came next."""
+    if it.is_requeued:  # the job's shell was on that node
+        return "NODE_LOST", CAUSES["node_lost"]
+    is_of_rank = isinstance(report.get("rank"), int)
+    who = f"rank {report['rank']} on {report['host']}: " if is_of_rank else ""
+    told = [f"{who}{report['cause']}"] if report else []
+    if view.state in LOST_CAUSES and not it.next("attempt"):
+        return view.state, "; ".join([view.cause or "", *told])
+    return (report["state"], *told) if report else ("KILLED", LOST_CAUSES["KILLED"])
 
 
 def hosts_of(run: RunFolder, job: str, attempt: int) -> set[str]:
@@ -220,8 +216,8 @@ def reporters(run: RunFolder, told: Told) -> list[str]:
     if told.state == "DIVERGED":
         return ["judged by the sum of all ranks, so none of them is named"]
     reports = run.failures(told.it.job, told.it.attempt)
-    is_silent = told.report and told.report["rank"] not in [report["rank"] for report in reports]
-    silent = [f"rank {told.report['rank']} did not report"] if is_silent else []
+    told_by, rank = [report["rank"] for report in reports], told.report.get("rank")
+    silent = [f"rank {rank} did not report"] if told.report and rank not in told_by else []
     return [*silent, *map(witness, reports[:3])]
 
 
@@ -231,27 +227,18 @@ def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
         reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
         yield f"Slurm says {job.state}{reason}"
     silence = run.silence(told.it.job)
-    if told.state in ("KILLED", "LOST", "NODE_LOST") and silence is not None:
+    if told.state in LOST_CAUSES and silence is not None and not told.it.next("attempt"):
         yield f"last heartbeat {time_of(time.time() - silence)[:19]}Z"
 
 
 def log_lines(run: RunFolder, told: Told) -> list[str]:
-    """The lines that tell something of its end, in the log of its rank, else in that of its job."""
-    job, attempt, rank = told.it.job, told.it.attempt, told.report.get("rank")
-    paths = [run.rank_log(job, attempt, rank)] if isinstance(rank, int) else []
-    for path in (*paths, run.logs / f"{job}.out"):
-        text = tail_of(path, TAIL_BYTES)
-        if path.suffix == ".out":  # it has all attempts of the job
-            text = text.rpartition(f"job {job}, attempt {attempt} on ")[2]
-            text = text.partition(f"job {job}, attempt {attempt + 1} on ")[0]
-        lines = [STAMP.sub("", line).strip() for line in text.splitlines()]
-        found = [line for line in lines if TELLING.search(line) and not REPEATED.match(line)]
-        if told.state == "PAUSED":  # srun complains of every stop; Slurm may say why it asked
-            found = [line for line in found if "DUE TO" in line][:1]
-        if new := [line for line in dict.fromkeys(found) if line not in told.cause]:
-            shown = (line.replace(home_of(run), "") for line in new[-LOG_LINES:])
-            return [f"{path.name}: {line}" for line in shown]
-    return []
+    """What the logs say of its end beyond its cause, in a few lines."""
+    home, rank = f"{run.path.parents[1]}/", told.report.get("rank")
+    found = telling_lines(run, told.it.job, told.it.attempt, rank)
+    new = [line.replace(home, "") for line in found if line.partition(": ")[2] not in told.cause]
+    if told.state == "PAUSED":  # srun complains of every stop; Slurm may say why it asked
+        new = [line for line in new if "DUE TO" in line][:1]
+    return new[-LOG_LINES:]
 
 
 # --- What followed
@@ -263,30 +250,34 @@ def after_rows(view: View, told: Told) -> Rows:
     yield "then", answer_to(view, told)
     is_usage = view.status.get("exit_code") == USAGE_ERROR
     kind = kind_of(f"{told.state} {told.cause}", MISTAKE if is_usage else UNKNOWN)
+    is_said = "--exclude" in told.cause or is_local_job(told.it.job)  # which has no other node
+    if is_said and "--exclude" in kind.advice:
+        kind = kind._replace(advice="")
     is_over = told.is_passed or bool(told.it.next("training")) or not is_bad(view)
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
-    helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
-    helps = "nothing failed" if told.state == "PAUSED" else helps
+    helps = "nothing failed" if told.state == "PAUSED" else kind.helps
+    helps = NO if has_repeated and kind.whose == WORKLOAD else helps
     lies = f"the run got past it; it lay with {kind.whose}"
     yield "again", lies if is_over else f"{helps}; it lies with {kind.whose}"
-    yield "do", action_of(view, kind, told.report.get("host", "NODE"), is_over)
+    yield "do", action_of(view, kind, told.host, is_over)
 
 
 def cost_of(view: View, told: Told) -> str:
     """Steps and seconds."""
-    resumed = told.it.next("training")
+    it, resumed = told.it, told.it.next("training")
     if told.is_passed:
         updates = f"the update of {counted(told.it.times, 'step')}"
         return f"{updates if told.state == 'SKIPPED' else 'no step'}, and no time"
-    if not resumed and (told.state in ("REFUSED", NOT_SUBMITTED) or not (told.step or view.step)):
+    is_saved, step = told.state == "PAUSED" and told.step is not None, told.step or view.step
+    if not resumed and (told.state in ("REFUSED", NOT_SUBMITTED) or not step):
         return "no step"
-    is_saved = told.state == "PAUSED" and told.step is not None
     if not resumed:
-        return f"resumes from {next_start(view.run, None if is_saved else told.step or view.step)}"
+        return f"resumes from {next_start(view.run, None if is_saved else step)}"
     seconds = age(seconds_of(resumed["at"]) - seconds_of(told.at))
-    redone = max(0, (told.step or 0) - resumed["step"])
-    steps = f"{counted(redone, 'step')} made again" if redone else "no step"
-    if told.step is None and not is_saved:
+    reached = it.next("attempt").get("reached") if told.step is None else told.step
+    redone = None if reached is None else reached - resumed["step"]
+    steps = f"{counted(redone, 'step')} made again" if redone and redone > 0 else "no step"
+    if redone is None or redone < 0:
         steps = f"what was beyond step {resumed['step']:,}"
     return f"{steps}; {seconds} until it trained again"
 
@@ -319,8 +310,9 @@ def first_answer(view: View, told: Told) -> str:
         return "the job is in the queue again" if view.job.is_live else "ended the job in order"
     if told.state in ("REFUSED", NOT_SUBMITTED):
         return "refused it; nothing was changed"
-    is_live = view.state == "RESTARTING"
-    return "restarts in place" if is_live else "ended the job: another attempt would end alike"
+    if view.state == "RESTARTING":
+        return "restarts in place"
+    return "ended the job: another attempt would end alike"
 
 
 def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
@@ -331,8 +323,10 @@ def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
         return action or held or "nothing: Slurm starts it by itself"
     if view.state == "SUSPENDED":
         return f"if it was you: scontrol resume {view.job_id}; else Slurm does it"
-    if not is_over:
-        advice = advice.removeprefix("if it comes again, ")
     if is_over or not action:
         return f"nothing now; {advice}" if advice else "nothing"
-    return f"{advice}; {action.removeprefix('fix the cause, ')}" if advice else action
+    advice, then = (
+        advice.removeprefix("if it comes again, "),
+        action.removeprefix("fix the cause, "),
+    )
+    return f"{advice}; {then}" if advice else action

@@ -47,11 +47,11 @@ KINDS = (  # the first that fits
          "if it comes often, lower optim.learning_rate, or look at the data"),
     # Nodes, and what is between them.
     Kind("cannot find|for itself|cannot reach|no sight of|not visible from|the clock of",
-         INFRASTRUCTURE, ELSEWHERE),
+         INFRASTRUCTURE, ELSEWHERE, "until then leave the node out: -- --exclude=NODE"),
     Kind("uncorrectable|ECC error|Xid|NVLink|hardware|launch failure", INFRASTRUCTURE, ELSEWHERE,
          "leave the node out: -- --exclude=NODE"),
     Kind("device-side assert", WORKLOAD, NO, "an index is out of range: look at the data"),
-    Kind("disappeared without|node lost|NODE_FAIL|node failed|BOOT_FAIL|srun fails",
+    Kind("disappeared without|Rendezvous|node lost|NODE_FAIL|node failed|BOOT_FAIL|srun fails",
          INFRASTRUCTURE, YES, EXCLUDE),
     Kind("while connecting|NCCL|onnection (reset|closed)", INFRASTRUCTURE, YES,
          "if it comes again, the network: NCCL_SOCKET_IFNAME in train.slurm, or a firewall"),
