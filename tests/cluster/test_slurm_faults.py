@@ -160,7 +160,7 @@ def test_a_chain_continues_without_requeueing_and_its_rest_ends_at_once(user, re
 
 @pytest.mark.matrix
 def test_a_job_ends_itself_before_its_time_limit_without_any_signal(user, long_reference):
-    options = (*PAIR[:-1], "--time=1", "--signal=B:URG@1")
+    options = (*PAIR[:-1], "--time=1", "--signal=B:USR1@1")
     job = user.submit("run.name=f01", *LONG, *options, fault=SLOW)
     ended(user, "f01", job, 240)
     trace = user.trace("f01")
