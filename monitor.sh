@@ -2,22 +2,27 @@
 #
 # What my runs are doing, and why one stopped.
 #
-# Usage: bash monitor.sh [--follow] [RUN]
-#        bash monitor.sh RUN --why | --ledger | --goodput
+# Usage: bash monitor.sh [RUN] [--follow | --json]
+#        bash monitor.sh RUN --why | --report | --goodput | --ledger
+#        bash monitor.sh --compare RUN RUN ...
 #
 #   RUN        one screen about this run; without it a table of all runs
-#   --follow   look again every five seconds, until Ctrl-C
-#   --why      what happened to which rank, what it cost, what was done, and what to do now
-#   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
+#   --follow   look again every five seconds, until the run ends or Ctrl-C
+#   --json     the same for scripts
+#   --why      what happened, why, what was lost, and what to do
+#   --report   write all that is known into one HTML file, and print its path
+#   --compare  the same of several runs, with what differs between their settings
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
+#   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
 #
-# Only reads: the run folders, squeue, for --ledger the tokens. Also works without Slurm, and while
-# a job runs.
+# Reads the run folders, squeue, for --ledger and --report the tokens; writes the report alone. Also
+# works without Slurm, and while a job runs.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+LOOK_SECONDS=5          # between two looks of --follow
 export PYTHONSAFEPATH=1 # a json.py in the user's current folder is not Python's
 
 usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody may read it
@@ -34,37 +39,41 @@ main() {
   source "$HERE/slurm.sh"
   forget_outer_slurm
   case "$QUESTION" in
-    --ledger | --goodput)
-      run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "$RUN"
+    --ledger | --goodput | --report | --compare)
+      local command="${QUESTION#--}"
+      run_module trainstack "${command/compare/report}" --home "$TRAINSTACK_HOME" -- "${RUNS[@]}"
       ;;
     --follow) follow ;;
     *) show ;;
   esac
 }
 
-# Sets: RUN QUESTION
+# Sets: RUNS QUESTION
 parse() {
-  RUN="" QUESTION=""
+  RUNS=() QUESTION=""
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
-      --follow | --why | --ledger | --goodput)
+      --follow | --json | --why | --report | --compare | --goodput | --ledger)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2
         QUESTION="$1"
         ;;
       -*) die "$1 is not an option; see bash monitor.sh --help" 2 ;;
-      *)
-        [[ -z "$RUN" ]] || die "one run at a time, got $RUN and $1" 2
-        RUN="$1"
-        ;;
+      *) RUNS+=("$1") ;;
     esac
     shift
   done
-  case "$QUESTION" in
-    --why | --ledger | --goodput)
-      [[ -n "$RUN" ]] || die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
+  case "$QUESTION:${#RUNS[@]}" in
+    --compare:[01])
+      die "--compare is about several runs; write: bash monitor.sh --compare RUN RUN" 2
       ;;
+    --compare:* | *:1) ;;
+    *:0)
+      [[ "$QUESTION" =~ ^(--follow|--json)?$ ]] ||
+        die "$QUESTION is about one run; write: bash monitor.sh RUN $QUESTION" 2
+      ;;
+    *) die "one run at a time, got ${RUNS[0]} and ${RUNS[1]}" 2 ;;
   esac
 }
 
@@ -82,32 +91,43 @@ load_environment() {
 run_module() { PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m "$@"; }
 
 follow() {
-  local text
+  local code=0
+  ask_screen --follow < <(tell_jobs_forever 2>/dev/null) || code=$?
+  kill "$!" 2>/dev/null || true # else it would end at its next line
+  return "$code"
+}
+
+# Each time that there is something to look at, for screen.py: the jobs, then what Slurm said.
+tell_jobs_forever() {
+  local said
   while :; do
-    text="$(show 2>&1)" || die "${text#monitor.sh: error: }"
-    printf '\033[H\033[2J%s\n' "$text"
-    sleep 5
+    if ! has_jobs; then
+      printf 'look|none|\n'
+    elif said="$(list_jobs)"; then
+      printf '%s\nlook|heard|\n' "$said"
+    else
+      printf 'look|silent|%s\n' "$said"
+    fi
+    sleep "$LOOK_SECONDS"
   done
 }
 
 show() {
-  local command=(run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME") queue=""
+  local queue="" is_heard=()
   if has_jobs; then
     if queue="$(list_jobs)"; then
-      command+=(--queue)
-      if [[ -n "$RUN" ]]; then queue+="$(forgotten_job "$queue")"; fi
+      is_heard=(--queue)
+      if ((${#RUNS[@]})); then queue+="$(forgotten_job "$queue")"; fi
     else
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
-  if [[ "$QUESTION" == --why ]]; then command+=(--why); fi
-  if [[ -n "$RUN" ]]; then command+=(-- "$RUN"); fi
-  "${command[@]}" <<<"$queue"
+  ask_screen ${QUESTION:+"$QUESTION"} "${is_heard[@]}" <<<"$queue"
 }
 
 # A line for the last job of the run, if squeue no longer shows it and it did not tell its own end.
 forgotten_job() {
-  local folder="$TRAINSTACK_HOME/runs/$RUN" job
+  local folder="$TRAINSTACK_HOME/runs/${RUNS[0]}" job
   job="$(sed -nE 's/.*"submitted".*"job": "([0-9]+)".*/\1/p' "$folder/events.jsonl" 2>/dev/null |
     tail -n 1)"
   if [[ -z "$job" || "$1" == *"job|$job|"* ]] ||
@@ -115,6 +135,10 @@ forgotten_job() {
     return
   fi
   printf '\n' && recall_job "$job"
+}
+
+ask_screen() {
+  run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -42,7 +42,7 @@ has_jobs() {
 # All jobs that Slurm shows and those that ended minutes ago, a line for each; see run/queue.py.
 list_jobs() {
   local said
-  said="$(ask squeue --noheader --states=all --format='job|%A|%T|%L|%r|%N|%S')" || {
+  said="$(ask squeue --noheader --states=all --format='job|%A|%T|%L|%r|%N|%l|%S')" || {
     printf '%s\n' "$said"
     return 1
   }

@@ -48,6 +48,7 @@ from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
 from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
+from trainstack.train.ranks import Ranks
 from trainstack.train.report import Report
 from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
@@ -91,7 +92,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
         small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
-        watch=watch, faults=faults,
+        watch=watch, faults=faults, ranks=Ranks(attempt),
         report=Report(attempt, rate_at, feed.sampler.total_samples, state.step,
                       startup.ideal_seconds(attempt, strategy.loss_model)),
     )  # fmt: skip
@@ -132,6 +133,7 @@ class Loop:
     small_files: dict[str, bytes]  # of a checkpoint, beside the weights
     watch: Watch  # ends a loop that does not move
     faults: Faults  # breaks on purpose: TRAINSTACK_FAULT
+    ranks: Ranks  # which of them is slow?
     report: Report  # log lines, files, status
 
     def __post_init__(self):
@@ -211,7 +213,8 @@ class Loop:
         self.strategy.optimizer.set_learning_rate(self.rate_at(step))
         data = self.feed.at(step)
         # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.
-        loss_sum, grad_norm = self.strategy.gradients(self.watched(data, step), data.target_tokens)
+        batches, targets = self.watched(data, step), data.target_tokens
+        loss_sum, grad_norm = self.strategy.gradients(batches, targets, self.numbers.before_waiting)
         # The numbers of the step before have arrived meanwhile: log them, or raise Diverged.
         requested_before = self.read_numbers()
         # Only now: the line of the step before, just logged, is about what was drawn until then.
@@ -248,11 +251,11 @@ class Loop:
 
         Returns what any rank requested with them. Diverged if the run cannot continue like this.
         """
-        result = self.numbers.read()
-        if result is None:
+        if (result := self.numbers.read()) is None:
             return Requested(False, False)
         self.pace.note(result.sent_at)
         self.watch.note_step(self.pace.step_seconds)
+        self.ranks.note(result, self.pace)
         skips = self.policy.skips_after(
             result.step, result.loss, result.grad_norm, result.is_withheld,
             self.state.skips_in_a_row,
@@ -265,7 +268,7 @@ class Loop:
             result.step, self.attempt.config.log.logging_steps, self.attempt.max_steps
         ):
             source_tokens = self.feed.tokens_of(self.state.drawn)
-            self.report.step(result, *self.pace.read(), source_tokens)
+            self.report.step(result, *self.pace.read(), source_tokens, self.ranks.read(result.step))
         return result.requested
 
     def evaluate(self) -> None:

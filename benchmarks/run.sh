@@ -8,7 +8,7 @@
 # line of each is "NAME: target T, measured M, holds" or "... falls short". Exit: 0 if all hold, 2
 # if there is no such benchmark, else 1.
 #
-# RESULTS=FILE keeps what loops took, as JSON; peers/chart.py FILE PICTURE.png draws it.
+# RESULTS=FILE keeps what loops took, as JSON; doc/speed_bars.py FILE SVG draws it.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh benchmarks/run.sh
 set -euo pipefail

@@ -25,8 +25,8 @@ Each row is a test on real processes: on a real Slurm of three hosts, in
 {slurm_tests},
 or on the ranks of one machine, in
 {local_tests}.
-The model has 20,000 parameters. It saves a checkpoint every 10 steps of 60, 120 or 200; in F01 and
-F15 every 50 of 1,200.
+The model has 20,000 parameters. It saves a checkpoint every 10 steps of 60, 120 or 200; in F01,
+F15 and F30 every 50 of 1,200.
 
 {measured}
 

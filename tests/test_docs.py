@@ -1,10 +1,14 @@
 """What the documents say is so, and short: links, commands, settings, tests, files, sentences."""
 
 import ast
+import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matrix_table
 import pytest
@@ -50,8 +54,14 @@ def project_files() -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_link_leads_somewhere(document):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
-        assert target.startswith("http") or (document.parent / target).exists(), target
+    """Also to its section, by the name that GitHub gives it."""
+    for target, part in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", document.read_text()):
+        path = document.parent / (target or document.name)
+        assert target.startswith("http") or path.exists(), target
+        if part and not target.startswith("http"):
+            titles = re.findall(r"(?m)^#+ (.*)$", path.read_text())
+            names = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert part in names, f"{target}#{part}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -120,6 +130,15 @@ def test_no_line_is_long_but_a_row_of_a_table_in_doc(document):
         assert is_free or len(line) <= LONGEST_LINE, f"{document.name}:{number}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_each_row_of_a_table_has_as_many_cells_as_its_head(document):
+    """A bar within code ends a cell too, unless it is written with a backslash."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", "", document.read_text())
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+        bars = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert len({*bars}) == 1, table.splitlines()[0]
+
+
 def test_the_file_list_of_the_readme_is_the_repository_and_the_rooms_of_the_package():
     lines = README.split("## The files")[1].split("```")[1].strip().splitlines()
     top = [line.split()[0] for line in lines if line[0] != " "]
@@ -178,6 +197,47 @@ def test_the_page_of_the_fault_matrix_is_what_the_script_writes():
     is_measured = re.compile(r"\| F\d\d[^|]*\|(?: [^|]*\|){8}|Measured on .*")
     shown = [line for line in MATRIX.splitlines() if not is_measured.fullmatch(line)]
     assert shown == [line for line in written.splitlines() if not is_measured.fullmatch(line)]
+
+
+def test_the_page_of_all_settings_is_what_the_script_writes(tmp_path):
+    command = [sys.executable, ROOT / "doc" / "configuration.py", tmp_path / "configuration.md"]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."})
+    written = (tmp_path / "configuration.md").read_text()
+    assert (ROOT / "doc" / "configuration.md").read_text() == written, "write it again, as it says"
+    assert re.findall(r"(?m)^\| `([a-z]+\.\w+)`", written) == all_keys()
+
+
+def test_the_pictures_are_drawn_from_what_runs_and_benchmarks_leave(tmp_path):
+    """A bar twice as long for half of the time; a curve, a restart, what was done twice."""
+    taken = {"step": {"tiny": {"bare": [1.0, 1.2, 1.4], "ours": [0.6, 0.6, 0.7]}}}
+    (tmp_path / "results.json").write_text(json.dumps(taken))
+    bars = {bar.get("class"): float(bar.get("width")) for bar in drawn("speed_bars", tmp_path,
+            tmp_path / "results.json").iterfind("{*}rect")}  # fmt: skip
+    assert bars["ours"] == pytest.approx(2 * bars["bare"], abs=0.2)
+    metrics = [{"step": step, "loss": 9.0 - step} for step in range(1, 6)]
+    events = [{"event": "failed", "step": 4, "cause": "rank 1 on a: killed by SIGKILL"},
+              {"event": "training", "step": 2}]  # fmt: skip
+    for name, records in (("metrics", metrics), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    picture = drawn("loss_curve", tmp_path, tmp_path)
+    assert len(picture.find("{*}polyline").get("points").split()) == 5
+    assert "rank 1 killed by SIGKILL" in [text.text for text in picture.iterfind("{*}text")]
+
+
+def drawn(script: str, folder: Path, source: Path) -> ElementTree.Element:
+    command = [sys.executable, ROOT / "doc" / f"{script}.py", source, folder / "picture.svg"]
+    subprocess.run(command, check=True, capture_output=True)
+    return ElementTree.fromstring((folder / "picture.svg").read_text())
+
+
+def test_each_word_for_the_health_of_a_run_is_explained():
+    source = (ROOT / "trainstack" / "monitor" / "health.py").read_text()
+    head = (ROOT / "doc" / "troubleshooting.md").read_text().split("\n## ")[0]
+    shown = re.findall(r"\*([a-z]+)\*", head)
+    for cell in re.findall(r"(?m)^\| ([a-z, ]+) \|", head)[1:]:  # not the head of the table
+        shown += cell.split(", ")
+    assert all(f'"{word}"' in source for word in shown), shown
+    assert {*re.findall(r'Health\(\s*"(\w+)"', source)} <= {*shown}
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
     "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
     "run", "chat", "data", "records", "prepare", "hub", "optim", "model", "resilience", "plan",
-    "train", "job", "monitor",
+    "train", "job", "history", "monitor",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them
 BEYOND_TRAINING = (
@@ -22,17 +22,18 @@ BEYOND_TRAINING = (
     "prepare",
     "hub",
     "job",
+    "history",
     "monitor",
 )  # which train.py and its room do without
 LIGHT = (  # what a login node runs
     "__main__", "config.command", "hub.fetch", "hub.choose", "hub.data_files", "hub.local",
-    "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "monitor.goodput",
+    "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "history.goodput",
     "monitor.screen", "plan.command",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
     "__main__.py", "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py",
-    "job/submit.py", "model/proof.py", "monitor/clean.py", "monitor/goodput.py",
-    "monitor/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
+    "job/submit.py", "model/proof.py", "monitor/clean.py", "history/goodput.py",
+    "history/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
     "prepare/tokenise.py",
 }  # fmt: skip
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}

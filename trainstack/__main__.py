@@ -18,8 +18,8 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
     "plan": (".plan.command", "estimate memory, step time and hours of a run"),
-    "ledger": (".monitor.ledger", "recompute whether a run used each sample once"),
-    "goodput": (".monitor.goodput", "show where the time of a run went"),
+    "ledger": (".history.ledger", "recompute whether a run used each sample once"),
+    "goodput": (".history.goodput", "show where the time of a run went"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 

@@ -1,5 +1,6 @@
 """How a process ends: with its parent, or at once on Ctrl-C; and whether one is alive."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -35,12 +36,13 @@ def tell(text: str) -> None:
         mute(2)
 
 
-def first_gpu(columns: str) -> str:
+def first_gpu(columns: str, uuid: str | None = None) -> str:
     """What nvidia-smi says of the first GPU that a job may use, by its columns; empty without one.
 
-    ``name``, or ``name,driver_version``.
+    ``columns``: ``name``, or ``name,driver_version``. ``uuid``: of that GPU instead.
     """
     ask = ["nvidia-smi", f"--query-gpu={columns}", "--format=csv,noheader"]
+    ask += [f"--id={uuid}"] if uuid else []
     try:
         done = subprocess.run(ask, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
@@ -91,3 +93,16 @@ def process_start(pid: int) -> str | None:
         return None
     is_over = fields[0] in "ZX"  # a zombie, or dead
     return None if is_over else f"{boot}/{fields[19]}"
+
+
+def cgroup_files(controller: str, version_1: str, version_2: str) -> list[Path]:
+    """A file of this process's cgroup, by its names in both versions; cgroups(7)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                found.append(Path("/sys/fs/cgroup") / path.lstrip("/") / version_2)
+            elif controller in controllers.split(","):
+                found.append(Path("/sys/fs/cgroup") / controller / path.lstrip("/") / version_1)
+    return [path for path in found if path.exists()]

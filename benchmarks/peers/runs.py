@@ -120,7 +120,7 @@ def judged(benchmark: str, cases: list[Case]) -> int:
 
 
 def keep(benchmark: str, case: Case, found: dict[Loop, list[Result]]) -> None:
-    """Write what was measured into the JSON file $RESULTS, if there is one; chart.py draws it."""
+    """Write what was measured into the JSON file $RESULTS, for doc/speed_bars.py."""
     if path := os.environ.get("RESULTS"):
         whole = json.loads(Path(path).read_text()) if Path(path).exists() else {}
         values = {

@@ -86,12 +86,12 @@ def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
     assert rows["first"]["STATE"] == "DONE"
     assert rows["broken"]["STATE"] == "DONE"
     assert rows["bad"]["STATE"] == "DIVERGED"
-    assert (rows["live"]["STATE"], rows["live"]["SLURM"]) == ("RUNNING", "RUNNING")
+    assert rows["live"]["STATE"] == "RUNNING"
     assert rows["live"]["JOB"] == running
     assert int(rows["live"]["STEP"].split("/")[0].replace(",", "")) >= 3
-    assert (rows["waits"]["STATE"], rows["waits"]["SLURM"]) == ("QUEUED", "PENDING")
+    assert (rows["waits"]["STATE"], rows["waits"]["HEALTH"]) == ("QUEUED", "queued")
     user.why("live", "a run that trains", "live: RUNNING at step", "nothing is wrong")
-    user.why("waits", "waits", f"waits: QUEUED; job {waiting} waits: BeginTime: it asked for that")
+    user.why("waits", "waits", f"waits: QUEUED; job {waiting} waits, BeginTime: it asked for")
     screen = user.run("monitor.sh", "bad").stdout
     assert "DIVERGED" in screen
     assert "cause" in screen

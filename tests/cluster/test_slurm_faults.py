@@ -18,6 +18,8 @@ from lab import Lab, wait_until, write_row
 from slurm_cluster import SlurmCluster, missing_requirements
 from slurm_user import PAIR, Site, processes_of, rank_process
 from trainstack.checkpoint import names
+from trainstack.resilience.faults import SLOW_SECONDS
+from trainstack.units import seconds_of
 
 pytestmark = pytest.mark.slurm
 RUN = ("train.max_steps=120", "checkpoint.save_steps=10", "eval.eval_steps=60")
@@ -379,12 +381,24 @@ def test_a_node_that_cannot_find_the_meeting_point_is_named_at_once(user, kind, 
 
 
 @pytest.mark.matrix
-def test_a_straggler_is_no_reason_to_restart(user, reference):
-    job = user.submit("run.name=f30", *RUN, *PAIR, fault="slow:rank=1,step=30")
-    ended(user, "f30", job)
+def test_a_straggler_is_named_and_is_no_reason_to_restart(user, long_reference):
+    job = user.submit("run.name=f30", *LONG, *PAIR, fault="slow:rank=1,step=30")
+    ended(user, "f30", job, 300)
     trace = user.trace("f30")
     assert len(trace.events("attempt")) == 1
     goodput = tiny.run_command("goodput", trace.run.path).stdout
     assert "training" in goodput
-    user.why("f30", "F30", "DONE at step 120/120; nothing is wrong")
-    trace.record("F30", "one rank 0.1 s slower from step 30", reference, "no restart")
+    ((named,), over) = trace.events("slow_rank"), trace.events("slow_rank_over")
+    assert (named["rank"], named["host"], over) == (1, "node2", [])
+    slow_since = next(record["at"] for record in trace.steps() if record["step"] == 31)
+    assert seconds_of(named["at"]) - slow_since < 120
+    evidence = trace.run.evidence(job, 1, 1)
+    log = user.log("f30", job)
+    assert f"slow    step {named['step']:,}: {named['cause']}" in log
+    assert f"[rank 1] slow    node2: {evidence['text']}" in log
+    shown = trace.run.rank_seconds()
+    assert (shown["hosts"], shown["slow"]) == (["node1", "node2"], [1])
+    assert shown["seconds"][1] > SLOW_SECONDS > shown["seconds"][0]
+    user.why("f30", "F30", "SLOW at step", "rank 1 on node2", "named it, and trained on",
+             "--exclude=node2")  # fmt: skip
+    trace.record("F30", "one rank 0.1 s slower from step 30", long_reference, named["cause"])

@@ -162,7 +162,9 @@ def test_a_job_that_slurm_suspends_is_shown_so_and_has_not_hung(user):
     user.cluster.run("scontrol", "suspend", job)
     time.sleep(15)
     assert re.search(r"state +SUSPENDED\n", user.run("monitor.sh", "held").stdout)
-    user.why("held", "suspended", "SUSPENDED", "nothing of it hangs", f"scontrol resume {job}")
+    user.why(
+        "held", "suspended", "SUSPENDED", "Slurm stopped its processes", f"scontrol resume {job}"
+    )
     user.cluster.run("scontrol", "resume", job)
     assert user.cluster.wait(job, timeout=180) == "COMPLETED", user.log("held", job)
     events = {event["event"] for event in user.folder("held").events()}

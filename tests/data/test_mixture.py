@@ -74,6 +74,18 @@ def test_each_data_set_has_its_share_and_its_own_samples_follow_one_another(w, s
     assert ((samples >= 0) & (samples < first)).all()
 
 
+def test_the_report_begins_with_the_share_of_each_data_set(home, corpus):
+    """60 steps of 8 sequences: 240 of the first, which has as many samples as the corpus says."""
+    settings = ("--config", home / "config.yaml", *MIXTURE)
+    shown = tiny.run_command("data_report", "--home", home, *settings).stdout.splitlines()
+    assert shown[0] == "share of the sequences, and epochs of each data set in 60 steps"
+    epochs = [f"{480 * w / n:.2f}" for w, n in zip(WEIGHTS.values(), corpus.sizes, strict=True)]
+    assert [line.split() for line in shown[1:4]] == [
+        [f"{100 * weight:.1f}%", "#" * round(20 * weight), count, "epochs", name]
+        for (name, weight), count in zip(WEIGHTS.items(), epochs, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("number", [2, 3, 7, 31, 32])
 def test_equal_weights_are_equal_shares_of_each_block(number):
     mixture = Mixture([1000] * number, [1] * number, 5)

@@ -13,6 +13,7 @@ import pytest
 from records import TEMPLATE, record
 
 import tiny
+from trainstack.data.report import BLOCKS, HASHES, bar
 from trainstack.data.store import TokenStore
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
@@ -209,12 +210,22 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     assert "train 3 documents, 92 tokens, 13.0% of them carry loss" in words
     assert "longer than seq_len: 1 split, 0 dropped" in words
     assert "duplicates 1 document (33.3%)" in words
-    assert "8 to 15 2 ######" in words
-    assert "64 to 127 1 ####" in words
+    assert "length tokens per document of train: median 8, longest 76" in words
+    assert "8 to 15 2 66.7% ######" in words
+    assert "64 to 127 1 33.3% ####" in words
     assert "four five <|end|>[[ one two three <|end|>]]" in shown
     missing = tiny.run_command("data_report", *arguments, "data.name=no", check=False)
     assert missing.returncode == 2
     assert "not ready" in missing.stderr
+
+
+@pytest.mark.parametrize("share, blocks, hashes", [
+    (0, "", ""), (0.0001, "▏", "#"), (0.03, "▎", "#"), (0.5, "█████", "#####"),
+    (1, "█" * 10, "#" * 10),
+])  # fmt: skip
+def test_a_bar_is_as_long_as_its_share_and_never_empty_for_something(share, blocks, hashes):
+    assert bar(share, 10, BLOCKS) == blocks
+    assert bar(share, 10, HASHES) == hashes
 
 
 def test_on_a_terminal_what_is_learned_is_coloured(home):
@@ -231,4 +242,5 @@ def test_on_a_terminal_what_is_learned_is_coloured(home):
         except OSError:  # EIO: the other side has closed it
             os.close(ours)
     assert b"\033[32m" in shown
+    assert "█".encode() in shown
     assert b"[[" not in shown

@@ -27,6 +27,7 @@ from trainstack.checkpoint.load import read_optimizer
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import Share
 from trainstack.model.ddp import DataParallel
+from trainstack.train import ranks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SYNC_STEPS = range(5, 10)
@@ -248,8 +249,13 @@ def two_on_one(backend: str) -> None:
     distributed.read_world, torch.distributed.init_process_group = read_world, begin
 
 
+def short_windows(seconds: str) -> None:
+    """A slow rank is looked for in windows of so many seconds."""
+    ranks.SlowRanks = functools.partial(ranks.SlowRanks, window_seconds=float(seconds))
+
+
 HOOKS = (syncs, updates, scale, nan_gradients, clones, memory_of_saves, graphs, memory, no_pinning,
-         two_on_one)  # fmt: skip
+         two_on_one, short_windows)  # fmt: skip
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import time
 from gpu.bench import ROOT, Bench, Run, TimedOut, check
 from trainstack.checkpoint.names import newest_checkpoint
 from trainstack.job.blame import blame
+from trainstack.resilience.faults import SLOW_SECONDS
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
 from trainstack.units import seconds_of
@@ -175,13 +176,29 @@ def a_rank_hangs(bench: Bench, backend: str) -> Run:
     return run
 
 
+@check(seconds=120)
+def slow_rank(bench: Bench):
+    """One of two ranks sleeps in each step: named by its own time, with the state of its GPU."""
+    settings = ["train.max_steps=150", "checkpoint.save_steps=100", "eval.eval_steps=null"]
+    fault = "slow:rank=1,step=5"
+    run = launched(bench, "slow", *settings, fault=fault, hooks="short_windows=1")
+    bench.equal("named", [event["rank"] for event in run.events("slow_rank")], [1])
+    others, own = run.folder.rank_seconds().get("seconds", (0, 0))
+    bench.at_least("own_s", own, 0.9 * SLOW_SECONDS)
+    bench.at_most("others_s", others, 0.5 * SLOW_SECONDS)
+    found = run.folder.evidence(job_of(run.folder), 1, 1)
+    bench.note(evidence=found.get("text"))
+    if bench.is_gpu:
+        bench.equal("gpu_is_read", " MHz of " in found.get("gpu", ""), True)
+
+
 def job_of(folder: RunFolder) -> str:
     return f"local-{folder.path.name}"
 
 
 def launched(
     bench: Bench, name: str, *settings: str, fault: str = "", backend: str = "gloo",
-    code: int | None = 0, stops: bool = False,
+    code: int | None = 0, stops: bool = False, hooks: str = "",
 ) -> Run:  # fmt: skip
     """Two ranks, started as a job does; ``stops``: SIGTERM once some steps are made."""
     run = f"{bench.name}-{name}"
@@ -196,7 +213,7 @@ def launched(
     log, started = bench.folder / f"{run}.log", time.monotonic()
     told = str(bench.site.folder / f"{run}.told")
     variables = bench.environment(
-        bench.site.device, PROOF_HOOKS=f"two_on_one={backend}", PROOF_TOLD=told
+        bench.site.device, PROOF_HOOKS=f"two_on_one={backend};{hooks}".rstrip(";"), PROOF_TOLD=told
     )
     process = bench.start(command, log, variables)
     if stops:

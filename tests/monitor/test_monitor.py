@@ -1,5 +1,6 @@
 """The monitor on run folders as a run leaves them: what it says is what holds now."""
 
+import itertools
 import json
 import os
 import re
@@ -16,18 +17,6 @@ from fake_site import BASH, HOSTILE, Commands, complaint, end_group
 import tiny
 from trainstack.run.folder import RunFolder
 
-HEAD = [
-    "RUN",
-    "JOB",
-    "SLURM",
-    "STATE",
-    "STEP",
-    "LOSS",
-    "TOK/S",
-    "JOB LEFT",
-    "RUN ETA",
-    "CHECKPOINT",
-]
 HERE = os.uname().nodename
 MEASURED = {
     "step": 12400, "loss": 2.8714, "learning_rate": 1e-4, "grad_norm": 1.1, "epoch": 0.25,
@@ -64,17 +53,10 @@ class Runs:
         )  # fmt: skip
 
     def table(self, queue: str | None = None) -> dict[str, dict[str, str]]:
-        """The cells of the table by run and by column."""
+        """The cells of the table by run and by column; a column that says nothing is not there."""
         result = self.monitor(queue=queue)
         assert (result.returncode, result.stderr) == (0, "")
-        head, *lines = result.stdout.splitlines()
-        assert re.split(r"\s{2,}", head) == HEAD
-        starts = [head.index(name) for name in HEAD] + [1000]
-        rows = [
-            [line[start:end].strip() for start, end in zip(starts, starts[1:], strict=False)]
-            for line in lines
-        ]
-        return {row[0]: dict(zip(HEAD, row, strict=True)) for row in rows}
+        return cells(result.stdout)
 
     def screen(self, run: str, queue: str | None = None) -> dict[str, str]:
         """The lines of one run's screen by their names."""
@@ -82,8 +64,20 @@ class Runs:
         assert (result.returncode, result.stderr) == (0, "")
         title, *lines = result.stdout.splitlines()
         assert title == f"run {run}"
-        found = {line[2:13].strip(): line[14:] for line in lines if line[2] != " "}
-        return found | {"history": [line.strip() for line in lines if line.startswith("    ")]}
+        rows = [re.fullmatch(r"  (\w[\w ]{10}) (.*)", line) for line in lines]
+        found = {row[1].strip(): row[2] for row in rows if row}
+        past = [line.strip() for line in lines if re.match(r"    \d{4}-", line)]
+        return found | {"history": past, "whole": result.stdout}
+
+
+def cells(text: str) -> dict[str, dict[str, str]]:
+    """The cells of a table by run and by column; columns are two or more spaces apart."""
+    head, *lines = text.splitlines()
+    names = re.split(r"\s{2,}", head)
+    starts = [head.index(name) for name in names] + [None]
+    spans = list(itertools.pairwise(starts))
+    rows = [[line[begin:end].strip() for begin, end in spans] for line in lines]
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
 def lines_of_squeue(queue: str) -> str:
@@ -115,22 +109,25 @@ def test_an_unknown_run_is_one_line_that_names_those_there_are(runs):
 
 def test_a_run_that_trains_on_slurm_fills_every_column(runs):
     run = runs.make("smol", "RUNNING", 12250, job="184213", attempt=1, step=12390, max_steps=50000)
-    log(run, MEASURED, EVALUATED)
-    cells = runs.table("184213|RUNNING|03:12:08|None\n")["smol"]
-    assert cells == {
-        "RUN": "smol", "JOB": "184213", "SLURM": "RUNNING", "STATE": "RUNNING",
-        "STEP": "12,400/50,000", "LOSS": "2.871", "TOK/S": "1,620,000", "JOB LEFT": "03:12:08",
-        "RUN ETA": "05:13:20", "CHECKPOINT": "step 12,250, 4 min old",
+    log(run, {**MEASURED, "mfu": 0.412}, EVALUATED)
+    for attempt in (1, 2):
+        run.add_event("attempt", job="184213", attempt=attempt)
+    run.add_event("training", step=12250)
+    assert runs.table("184213|RUNNING|03:12:08|None\n")["smol"] == {
+        "RUN": "smol", "JOB": "184213", "STATE": "RUNNING", "STEP": "12,400/50,000", "DONE": "25%",
+        "LOSS": "2.871", "EVAL": "2.900", "TOK/S": "1.62M", "MFU": "41%", "JOB LEFT": "03:12:08",
+        "RUN ETA": "05:13:20", "ATTEMPTS": "2", "CHECKPOINT": "step 12,250, 4 min old",
+        "HEALTH": "good",
     }  # fmt: skip
 
 
 def test_a_run_that_is_done_shows_where_it_ended_and_no_speed(runs):
     run = runs.make("demo", "DONE", 120, job=f"local-{HERE}-7", step=120, max_steps=120)
     log(run, {**MEASURED, "step": 120})
-    cells = runs.table("")["demo"]
-    assert cells == dict(zip(HEAD, [
-        "demo", "-", "-", "DONE", "120/120", "2.871", "-", "-", "-", "step 120, 4 min old",
-    ], strict=True))  # fmt: skip
+    assert runs.table("")["demo"] == {
+        "RUN": "demo", "STATE": "DONE", "STEP": "120/120", "DONE": "100%", "LOSS": "2.871",
+        "CHECKPOINT": "step 120, 4 min old", "HEALTH": "done",
+    }  # fmt: skip
 
 
 def test_a_done_run_whose_checkpoints_were_deleted_says_so_and_not_where_its_model_is(runs):
@@ -144,9 +141,10 @@ def test_a_run_in_the_queue_is_queued_with_the_reason(runs):
     run = runs.make("a", "QUEUED", job=None)
     run.add_event("submitted", job="7")
     queue = "7|PENDING|1-00:00:00|Priority\n"
-    cells = runs.table(queue)["a"]
-    assert (cells["JOB"], cells["SLURM"], cells["STATE"]) == ("7", "PENDING", "QUEUED")
-    assert (cells["STEP"], cells["LOSS"], cells["CHECKPOINT"]) == ("-", "-", "-")
+    assert runs.table(queue)["a"] == {
+        "RUN": "a", "JOB": "7", "STATE": "QUEUED", "STEP": "-", "HEALTH": "queued",
+        "WHY": "jobs of higher priority wait before it",
+    }  # fmt: skip
     why = "(Priority: jobs of higher priority wait before it)"
     assert runs.screen("a", queue)["job"] == f"7, attempt 1, Slurm says PENDING {why}"
 
@@ -236,7 +234,7 @@ def test_a_job_that_slurm_no_longer_has_is_lost_with_a_next_step(runs, state):
 def test_without_slurm_no_job_is_called_lost(runs):
     runs.make("a", "RUNNING", job="7", attempt=1)
     cells = runs.table(None)["a"]
-    assert (cells["STATE"], cells["SLURM"], cells["JOB LEFT"]) == ("RUNNING", "-", "-")
+    assert cells["STATE"] == "RUNNING" and "JOB LEFT" not in cells
 
 
 def test_a_local_run_whose_process_lives_is_running(runs):
@@ -274,7 +272,7 @@ def test_a_failed_run_tells_cause_next_step_and_history(runs):
     log(run, {**MEASURED, "step": 119}, EVALUATED)
     screen = runs.screen("a", "")
     assert screen["state"] == "FAILED"
-    assert screen["step"] == "120/500"
+    assert screen["step"] == "120/500  █████░░░░░░░░░░░░░░░ 24%"
     assert screen["cause"] == "rank 3 on gpu-07: out of memory"
     assert screen["next"] == "fix the cause, then resume"
     assert screen["job"] == "7, attempt 2"
@@ -312,7 +310,7 @@ def test_an_end_that_is_not_known_yet_is_a_dash(runs):
     run = runs.make("a", "RUNNING", job="7", step=3)
     log(run, {**MEASURED, "step": 3})
     cells = runs.table("7|RUNNING|1:00|None\n")["a"]
-    assert (cells["STEP"], cells["RUN ETA"]) == ("3", "-")
+    assert cells["STEP"] == "3" and "RUN ETA" not in cells and "DONE" not in cells
 
 
 def test_a_status_that_cannot_be_read_does_not_hide_the_other_runs(runs):
@@ -365,10 +363,10 @@ def test_monitor_asks_squeue_for_all_that_it_shows(command):
     output, errors = command().communicate(timeout=30)
     assert errors == ""
     assert command.commands.calls("squeue") == [
-        ["--noheader", "--states=all", "--format=job|%A|%T|%L|%r|%N|%S"]
+        ["--noheader", "--states=all", "--format=job|%A|%T|%L|%r|%N|%l|%S"]
     ]
-    assert re.search(r"^a +109999 +RUNNING +RUNNING ", output, re.MULTILINE)
-    assert re.search(r"^b +5 +- +LOST ", output, re.MULTILINE)
+    states = {name: (row["JOB"], row["STATE"]) for name, row in cells(output).items()}
+    assert states == {"a": ("109999", "RUNNING"), "b": ("5", "LOST")}
 
 
 @pytest.mark.parametrize(
@@ -386,7 +384,7 @@ def test_monitor_works_without_slurm_and_with_one_that_does_not_answer(command, 
     output, errors = command().communicate(timeout=30)
     line = f"monitor.sh: Slurm does not answer: {told}; states are as the runs wrote them\n"
     assert errors == (line if told else "")
-    assert re.search(r"^a +5 +- +RUNNING ", output, re.MULTILINE)
+    assert cells(output)["a"]["STATE"] == "RUNNING"
 
 
 def test_a_job_that_squeue_forgot_is_asked_of_accounting_where_there_is_one(command):
@@ -413,24 +411,28 @@ def test_a_job_that_squeue_forgot_is_asked_of_accounting_where_there_is_one(comm
             command.commands.add("sacct", answer)
         output, errors = command("a", "--why").communicate(timeout=30)
         assert errors == "" and words in " ".join(output.split()), output
-    command.commands.add("squeue", "echo 'job|5|RUNNING|1:00|None|gpu-07|N/A'")
+    command.commands.add("squeue", "echo 'job|5|RUNNING|1:00|None|gpu-07|1:00|N/A'")
     before = len(command.commands.calls("sacct"))
     output, _ = command("a", "--why").communicate(timeout=30)
-    assert output == "a: RUNNING at step 9; nothing is wrong\n"
+    assert output.startswith("a: RUNNING at step 9; starting: ") and "LOST" not in output
     assert len(command.commands.calls("sacct")) == before
 
 
-def test_monitor_follows_until_it_is_stopped(command):
-    command.runs.make("a", "DONE")
+def test_monitor_follows_until_the_run_ends(command):
+    run = command.runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=os.getpid())
     process = command("--follow", "a")
     try:
         seen = b""
-        while b"checkpoint" not in seen:
+        while b"looked at" not in seen:
             part = os.read(process.stdout.fileno(), 4096)
             assert part, "it ended"
             seen += part
-        assert seen.startswith(b"\033[H\033[2Jrun a\n")
+        assert seen.startswith(b"run a\n  state       RUNNING\n")
         assert process.poll() is None
+        run.set_status("DONE")
+        rest, errors = process.communicate(timeout=30)
+        assert "  state       DONE\n" in rest and "looked at" not in rest.split("DONE")[1]
+        assert (process.returncode, errors) == (0, "")
     finally:
         end_group(process)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from trainstack.checkpoint.names import kept_stores
-from trainstack.config.schema import Config
+from trainstack.config.schema import Config, DataSection
 from trainstack.data.split import Split
 from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
@@ -62,6 +62,11 @@ class Corpus:
         self.is_chat = all(m.get("template") and m["format"] not in PLAIN for m in metas)
         self.ends = list(dict.fromkeys(ends))
         self.chat_template = next(filter(None, (m.get("chat_template") for m in metas)), None)
+
+    def shares(self, sections: Sequence[DataSection]) -> list[float]:
+        """How much of the sequences each data set gives: by its weight, without one by its size."""
+        weights = [s.weight or size for s, size in zip(sections, self.sizes, strict=True)]
+        return [weight / (sum(weights) or 1) for weight in weights]
 
 
 class Joined:

@@ -29,7 +29,7 @@ import yaml
 
 from trainstack.errors import ConfigError
 from trainstack.job.preflight import is_same, meet_hosts, meeting_point, preflight
-from trainstack.processes import first_gpu, tell
+from trainstack.processes import cgroup_files, first_gpu, tell
 from trainstack.run.folder import TORCHRUN_GOT, RunFolder
 from trainstack.run.states import EXIT_CODES
 from trainstack.storage import files
@@ -298,7 +298,7 @@ def note_agent(run: RunFolder, job: str, attempt: int, cause: str, code: int) ->
 def kernel_kills() -> int:
     """How often the kernel killed in this process's memory cgroup (v1 or v2); 0 if unknown."""
     total = 0
-    for path in memory_files("memory.oom_control", "memory.events"):
+    for path in cgroup_files("memory", "memory.oom_control", "memory.events"):
         with contextlib.suppress(OSError, ValueError):
             words = path.read_text().split()
             total += int(words[words.index("oom_kill") + 1])
@@ -307,23 +307,10 @@ def kernel_kills() -> int:
 
 def memory_limit() -> str:
     """``, limit 3,072 MiB``, or nothing."""
-    for path in memory_files("memory.limit_in_bytes", "memory.max"):
+    for path in cgroup_files("memory", "memory.limit_in_bytes", "memory.max"):
         with contextlib.suppress(OSError, ValueError):
             return f", limit {int(path.read_text()) / 2**20:,.0f} MiB"
     return ""
-
-
-def memory_files(version_1: str, version_2: str) -> list[Path]:
-    """A file of this process's memory cgroup, by its names in both versions; cgroups(7)."""
-    found = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                found.append(Path("/sys/fs/cgroup") / path.lstrip("/") / version_2)
-            elif "memory" in controllers.split(","):
-                found.append(Path("/sys/fs/cgroup/memory") / path.lstrip("/") / version_1)
-    return [path for path in found if path.exists()]
 
 
 if __name__ == "__main__":

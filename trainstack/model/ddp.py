@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -52,7 +52,10 @@ class DataParallel(Strategy):
         self._zero()
 
     def gradients(
-        self, batches: Iterable[Batch], target_tokens: int
+        self,
+        batches: Iterable[Batch],
+        target_tokens: int,
+        before_waiting: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         # DDP averages over ranks, the loss is a sum over all of them: hence the factor world_size.
@@ -63,6 +66,8 @@ class DataParallel(Strategy):
             is_sent = is_last or self.world.world_size == 1
             with contextlib.nullcontext() if is_sent else self.ddp.no_sync():
                 loss = self.ddp(*batch)
+                if is_last:
+                    before_waiting()
                 self.scaler.scale(loss * scale).backward()
             loss_sum += loss.detach()
         self.scaler.unscale_(self.optimizer)

@@ -1,7 +1,7 @@
 """Strategy: how the model is spread over the ranks, and what the loop asks of that."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -33,11 +33,15 @@ class Strategy(ABC):
 
     @abstractmethod
     def gradients(
-        self, batches: Iterable[Batch], target_tokens: int
+        self,
+        batches: Iterable[Batch],
+        target_tokens: int,
+        before_waiting: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward passes of one step, one micro step for each batch.
 
-        ``target_tokens``: of the step over all ranks, by which the loss is divided. Returns this
+        ``target_tokens``: of the step over all ranks, by which the loss is divided.
+        ``before_waiting``: called once, before this rank first waits for others. Returns this
         rank's sum of losses (float64) and the gradient norm over all ranks: scalars on the device.
         """
 

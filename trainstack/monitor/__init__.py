@@ -1,10 +1,11 @@
-"""What runs do, and what they did.
+"""How runs are, as people ask.
 
+screen.py   the entry of monitor.sh
 view.py     one run as it is now
-screen.py   the table of all runs; one run's screen
+health.py   how it is, in a word
+table.py    all runs, a line for each
+one_run.py  one run's screen
 why.py      what happened to a run, and what to do now
-history.py  the attempts of a run, from its records
-goodput.py  where a run's time went, by cause
+drawing.py  tables and curves made of characters
 clean.py    what lies in the project, and what may go
-ledger.py   the proof that every sample came once
 """

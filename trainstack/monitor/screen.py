@@ -1,23 +1,29 @@
-"""What runs are doing: the Python half of monitor.sh, from run folders and squeue's lines alone."""
+"""What runs are doing: the Python half of monitor.sh, from run folders and squeue's lines alone.
+
+``--queue``: stdin has squeue's lines, as run/queue.py has them. With ``--follow`` they come again
+and again, each time ended by a line ``look|heard|``; ``look|none|``: there is no Slurm here, or
+``look|silent|why``: it did not answer.
+"""
 
 import argparse
+import contextlib
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from trainstack.monitor import why
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from trainstack.monitor import one_run, table, why
+from trainstack.monitor.drawing import stdout_console
 from trainstack.monitor.view import View, view_of
 from trainstack.processes import run_command
-from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import is_local_job
-from trainstack.run.queue import meaning, read_queue
-from trainstack.run.states import RUNNING
+from trainstack.run.queue import Job, read_queue
 from trainstack.storage import layout
-from trainstack.units import NOTHING, age, duration, rounded
-
-SHOWN_EVENTS = 8
 
 
 def main(arguments: list[str]) -> int:
@@ -25,137 +31,108 @@ def main(arguments: list[str]) -> int:
         prog="python -m trainstack.monitor.screen", description=__doc__
     )
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument(
-        "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
-    )
-    parser.add_argument(
-        "--why", action="store_true", help="what happened to the run, and what helps"
-    )
+    parser.add_argument("--queue", action="store_true", help="stdin has squeue's lines")
+    parser.add_argument("--follow", action="store_true", help="stdin says when to look")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument("--why", action="store_true", help="what happened, and what to do")
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
-    jobs = read_queue(sys.stdin.read()) if options.queue else None  # None: no Slurm here
-    runs = [path.parent for path in sorted((options.home / "runs").glob("*/status.json"))]
-    if not options.run:
-        if not runs:
-            print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
-        else:
-            show_table(view_of(RunFolder(path), jobs) for path in runs)
-        return 0
-    run = RunFolder(layout.run_folder(options.home, options.run))
-    if not run.path.is_dir():
-        if told := why.lines_without_run(run):
-            print("\n".join(told))
+    if options.run and not layout.run_folder(options.home, options.run).is_dir():
+        if refused := why.lines_without_run(layout.run_folder(options.home, options.run)):
+            print(*refused, sep="\n")
             return 1
-        have = ", ".join(path.name for path in runs) or "none yet"
+        have = ", ".join(folder.name for folder in run_folders(options.home)) or "none yet"
         print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
         return 1
-    view = view_of(run, jobs)
-    if options.why:
-        print("\n".join(why.lines_of(view, jobs)))
+    if options.follow:
+        follow(options.home, options.run)
+        return 0
+    jobs = read_queue(sys.stdin.read()) if options.queue else None
+    views = look(options.home, options.run, jobs)
+    if options.json:
+        facts = [table.facts_of(view) for view in views]
+        print(json.dumps(facts[0] if options.run else facts, indent=1))
+    elif options.why:
+        print(*why.lines_of(views[0], jobs), sep="\n")
+    elif not views:
+        print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
     else:
-        show_run(view)
+        console = stdout_console()
+        show(console, screen_of(views, options.run, console))
     return 0
 
 
-def show_table(views: Iterable[View]) -> None:
-    """Print one line for each run, of which there is at least one, in columns."""
-    cells = [cells_of(view) for view in views]
-    rows = [cells[0].keys(), *(row.values() for row in cells)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(padded).rstrip())
+def run_folders(home: Path) -> list[Path]:
+    return [path.parent for path in sorted((home / "runs").glob("*/status.json"))]
 
 
-def cells_of(view: View) -> dict[str, str]:
-    """The cells of one run by the titles of their columns, in order."""
-    measured = view.measured
-    loss = f"{measured['loss']:.3f}" if measured else NOTHING
-    speed = f"{measured['tokens_per_second']:,.0f}" if measured else NOTHING
-    is_of_slurm = bool(view.job_id) and not is_local_job(view.job_id)
-    return {
-        "RUN": view.run.path.name,
-        "JOB": view.job_id if is_of_slurm else NOTHING,
-        "SLURM": view.job.state or NOTHING,
-        "STATE": view.state,
-        "STEP": steps(view),
-        "LOSS": loss,
-        "TOK/S": speed if view.state == RUNNING else NOTHING,
-        "JOB LEFT": view.job.left if view.job.is_started else NOTHING,
-        "RUN ETA": duration(view.seconds_left),
-        "CHECKPOINT": newest_checkpoint(view),
-    }
+def look(home: Path, run: str | None, jobs: dict[str, Job] | None) -> list[View]:
+    """The view of a run, or those of all; ``jobs``: None without Slurm."""
+    folders = [layout.run_folder(home, run)] if run else run_folders(home)
+    return [view_of(RunFolder(path), jobs) for path in folders]
 
 
-def steps(view: View) -> str:
-    total = f"/{view.max_steps:,}" if view.max_steps else ""
-    return f"{view.step:,}{total}" if view.step or total else NOTHING
+def screen_of(
+    views: list[View], run: str | None, console: Console, height: int | None = None
+) -> list[Text]:
+    if run:
+        return one_run.lines_of(views[0], console, height)
+    return table.lines_of(views, console.width)
 
 
-def newest_checkpoint(view: View) -> str:
-    if view.checkpoint is None:
-        return NOTHING
-    step, path = view.checkpoint
-    return f"step {step:,}, {age(time.time() - path.stat().st_mtime)} old"
+def show(console: Console, lines: list[Text]) -> None:
+    """Print lines; a terminal wraps one that is too long, so that it can be copied whole."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
-def show_run(view: View) -> None:
-    """Print one screen: what the run does, how it learns, where to look, what happened."""
-    print(f"run {view.run.path.name}")
-    for label, text in rows_of(view):
-        print(f"  {label:<11} {text}")
-    if view.events:
-        shown, whole = min(len(view.events), SHOWN_EVENTS), len(view.events)
-        print(f"  history     the last {shown} of {whole} in events.jsonl")
-    for event in view.events[-SHOWN_EVENTS:]:
-        step = f" step {event['step']:,}" if event.get("step") is not None else ""
-        cause = f": {event['cause']}" if event.get("cause") else ""
-        print(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
+def follow(home: Path, run: str | None) -> None:
+    """Draw the screen in place each time that stdin says so, until the run has ended."""
+    console, lines = stdout_console(), []
+    live = contextlib.nullcontext()
+    if console.is_terminal:
+        live = Live(console=console, screen=True, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), live as window:
+        for jobs, trouble in looks():
+            views = look(home, run, jobs)
+            lines = screen_of(views, run, console, console.height - 2)
+            if run and not views[0].is_live:
+                lines = screen_of(views, run, console)
+                break
+            if window:
+                window.update(framed(lines, console.height, trouble), refresh=True)
+            else:
+                show(console, [*lines, foot_of(trouble), Text()])
+                console.file.flush()
+    show(console, lines)  # what it showed last stays in the terminal
 
 
-def rows_of(view: View) -> Iterator[tuple[str, str]]:
-    """State and job, loss and speed, where to look: each a label and a text."""
-    yield "state", view.state
-    yield "step", steps(view)
-    if view.cause:
-        yield "cause", view.cause
-    if view.next_action:
-        yield "next", view.next_action
-    if refused := refusal.last(view.run):
-        yield "refused", refused
-    if view.job_id:
-        yield "job", job_text(view)
-    if view.job.is_started:
-        yield "job left", view.job.left
-    if view.status.get("nodes"):
-        yield "nodes", ", ".join(view.status["nodes"])
-    if measured := view.measured:
-        speed = f"{measured['tokens_per_second']:,.0f} tokens/s"
-        yield "loss", f"{measured['loss']:.4f} at step {measured['step']:,}"
-        yield "speed", f"{speed}, {measured['step_seconds']:.2f} s per step"
-        yield "seen", f"{measured['tokens_seen']:,} tokens, epoch {measured['epoch']:.3f}"
-    if evaluated := view.evaluated:
-        perplexity, at_step = rounded(evaluated["eval_perplexity"]), f"step {evaluated['step']:,}"
-        loss = f"loss {evaluated['eval_loss']:.4f}"
-        bits = evaluated.get("eval_bits_per_byte")
-        exact = f", {bits:.4f} bits per byte" if bits else ""
-        yield "held out", f"{loss}, perplexity {perplexity}{exact} at {at_step}"
-    if view.seconds_left is not None:
-        yield "run ETA", duration(view.seconds_left)
-    yield "checkpoint", newest_checkpoint(view)
-    yield "folder", str(view.run.path)
-    logs = sorted(view.run.logs.glob("*.out")) or sorted(view.run.logs.glob("*.rank0.log"))
-    if logs:
-        yield "log", str(max(logs, key=lambda path: path.stat().st_mtime))
+def looks() -> Iterator[tuple[dict[str, Job] | None, str]]:
+    """The jobs of Slurm each time that stdin says to look, and why there are none."""
+    said: list[str] = []
+    for line in sys.stdin:
+        if not line.startswith("look|"):
+            said.append(line)
+            continue
+        _, kind, trouble = line.strip().split("|", 2)
+        yield read_queue("".join(said)) if kind == "heard" else None, trouble
+        said.clear()
 
 
-def job_text(view: View) -> str:
-    text = f"{view.job_id}, attempt {view.status.get('attempt') or 1}"
-    if view.job.state:
-        text += f", Slurm says {view.job.state}"
-    if view.job.is_waiting:
-        text += f" ({meaning(view.job.reason, view.job_id)})"
-    return text
+def framed(lines: list[Text], height: int, trouble: str) -> Group:
+    """As many lines as the window has, and when they were true."""
+    most = height - 2
+    shown, hidden = lines, ""
+    if len(lines) > most:
+        shown, hidden = lines[: most - 1], f"; {len(lines) - most + 1} lines more"
+    for line in shown:
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(*shown, Text(), foot_of(f"{trouble}{hidden}; Ctrl-C ends this"))
+
+
+def foot_of(more: str) -> Text:
+    at = time.strftime("%H:%M:%S")
+    return Text(f"looked at {at}{more and '; '}{more.removeprefix('; ')}", "dim")
 
 
 if __name__ == "__main__":

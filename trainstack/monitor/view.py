@@ -1,6 +1,7 @@
 """One run as it is now: what its folder says, and what Slurm says of its job."""
 
 import contextlib
+import math
 import socket
 import time
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 from trainstack.checkpoint import names
+from trainstack.job.resources import minutes_in
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job, user
@@ -40,9 +42,59 @@ class View:
     state: str  # that holds now, which may differ from the one in status
     job_id: str | None
     job: Job
-    measured: dict[str, Any]  # the last logged step; empty if there is none
-    evaluated: dict[str, Any]  # the last evaluation; empty if there is none
+    logged: list[dict[str, Any]]  # the last logged steps, newest first
+    evaluations: list[dict[str, Any]]  # the last evaluations, newest first
     checkpoint: tuple[int, Path] | None
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """The last logged step; empty if there is none."""
+        return next(iter(self.logged), {})
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The last evaluation; empty if there is none."""
+        return next(iter(self.evaluations), {})
+
+    @property
+    def attempts(self) -> int:
+        """How often its processes began, of all its jobs."""
+        return sum(event["event"] == "attempt" for event in self.events)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether the newest attempt has come to its first step."""
+        for event in reversed(self.events):
+            if event["event"] in ("attempt", "training"):
+                return event["event"] == "training"
+        return True  # of a run whose history is lost
+
+    @property
+    def slow_ranks(self) -> list[dict[str, Any]]:
+        """The events that named the ranks which are slow now."""
+        slow: dict[int, dict[str, Any]] = {}
+        for event in self.events:
+            if event["event"] == "attempt":
+                slow.clear()
+            elif event["event"] == "slow_rank":
+                slow[event["rank"]] = event
+            elif event["event"] == "slow_rank_over":
+                slow.pop(event["rank"], None)
+        return list(slow.values())
+
+    @property
+    def steps_between_lines(self) -> int:
+        """Of the log, as the last ones show."""
+        return self.logged[0]["step"] - self.logged[1]["step"] if len(self.logged) > 1 else 1
+
+    @property
+    def last_sign_at(self) -> float:
+        """When it wrote something, in seconds since 1970."""
+        found = [0.0]
+        for name in ("status.json", "events.jsonl", "metrics.jsonl"):
+            with contextlib.suppress(OSError):
+                found.append((self.run.path / name).stat().st_mtime)
+        return max(found)
 
     @property
     def step(self) -> int:
@@ -51,6 +103,24 @@ class View:
     @property
     def max_steps(self) -> int | None:
         return self.status.get("max_steps")
+
+    @property
+    def share(self) -> float | None:
+        """Of the run's steps that are done; None if their number is not known."""
+        return self.step / self.max_steps if self.max_steps else None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether something works on it, or will without anybody's doing."""
+        return self.job.is_live or self.state in (QUEUED, STARTING, RUNNING, "RESTARTING")
+
+    @property
+    def jobs_left(self) -> int | None:
+        """How many jobs it takes after this one; None if that is not known."""
+        limit, left = minutes_in(self.job.limit), minutes_in(self.job.left)
+        if self.seconds_left is None or not limit or left is None:
+            return None
+        return math.ceil(max(0.0, self.seconds_left / 60 - left) / limit)
 
     @property
     def seconds_left(self) -> float | None:
@@ -107,8 +177,8 @@ def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
     return View(
         run=run, status=status, events=events, job_id=job_id, job=job,
         state=true_state(run, status, events, job, is_slurm_heard=jobs is not None),
-        measured=next((r for r in logged if "loss" in r), {}),
-        evaluated=next((r for r in logged if "eval_loss" in r), {}),
+        logged=[r for r in logged if "loss" in r],
+        evaluations=[r for r in logged if "eval_loss" in r],
         checkpoint=newest[0] if newest else None,
     )  # fmt: skip
 

@@ -7,14 +7,16 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
 
 from trainstack.errors import USAGE_ERROR, without_secrets
+from trainstack.history import attempts as history
+from trainstack.history.attempts import Interruption
 from trainstack.job.blame import blame, host_of, place_of, ranks_of, telling_lines, witness
 from trainstack.job.verdict import next_start, titled
-from trainstack.monitor import history
-from trainstack.monitor.history import Interruption
+from trainstack.monitor.health import health_of
 from trainstack.monitor.view import LOST_CAUSES, View
 from trainstack.resilience.kinds import MISTAKE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
 from trainstack.run import refusal
@@ -32,7 +34,12 @@ CAUSES = {  # of events that have none
     "preempted": "Slurm needed the nodes for another job",
     "node_lost": "a node failed, and Slurm took the job back",
 }
-STATES = {"preempted": "PAUSED", "skip": "SKIPPED"}  # of an event, if it is not its name
+STATES = {"preempted": "PAUSED", "skip": "SKIPPED", "slow_rank": "SLOW"}  # if not its name
+DONE_ABOUT = {
+    "SKIPPED": "left that update out",
+    "SAVE_FAILED": "left that save out",
+    "SLOW": "named it",
+}
 Rows = Iterator[tuple[str, str]]
 
 
@@ -102,19 +109,16 @@ def laid_out(*rows: tuple[str, str]) -> list[str]:
 
 def head_of(view: View, count: int) -> str:
     """The state in one sentence, and whether anything is wrong with it."""
-    total = f"/{view.max_steps:,}" if view.max_steps else ""
+    total, health = f"/{view.max_steps:,}" if view.max_steps else "", health_of(view)
     text = f"{view.run.path.name}: {view.state}"
     text += f" at step {view.step:,}{total}" if view.step else ""
     if view.job.is_waiting:
-        begin = view.job.start  # or N/A
-        start = f"; Slurm expects to start it at {begin}" if begin[:1].isdigit() else ""
-        return f"{text}; job {view.job_id} waits: {meaning(view.job.reason, view.job_id)}{start}"
-    if view.state == "SUSPENDED":
-        return f"{text}; Slurm stopped job {view.job_id} as a whole, and nothing of it hangs"
+        return f"{text}; job {view.job_id} waits, {view.job.reason}: {health.reason}"
     if is_bad(view):
         return text
-    so_far = f"; {counted(count, 'interruption')} before, the last:" if count else ""
-    return f"{text}; nothing is wrong{so_far}"
+    is_well = health.word in ("good", "done")
+    so_far = f"; {counted(count, 'incident')} before, the last:" if count else ""
+    return f"{text}; {'nothing is wrong' if is_well else f'{health.word}: {health.reason}'}{so_far}"
 
 
 def is_bad(view: View) -> bool:
@@ -142,10 +146,10 @@ def refusal_rows(run: RunFolder) -> Rows:
         yield "do", kind.advice or "change what that line says, then submit again"
 
 
-def lines_without_run(run: RunFolder) -> list[str]:
+def lines_without_run(folder: Path) -> list[str]:
     """The same, of a run that is not there; empty if none was refused."""
-    rows = [*refusal_rows(run)]
-    return laid_out(("", f"{run.path.name}: there is no such run"), *rows) if rows else []
+    rows = [*refusal_rows(RunFolder(folder))]
+    return laid_out(("", f"{folder.name}: there is no such run"), *rows) if rows else []
 
 
 # --- What happened
@@ -157,7 +161,7 @@ def told_of(view: View, it: Interruption) -> Told:
     name, following = event.get("event", ""), it.next("attempt")
     state, cause = STATES.get(name, name.upper()), event.get("cause") or CAUSES.get(name, "")
     at, step = event.get("at") or it.events[it.index]["at"], event.get("step")
-    host = report.get("host", "NODE")
+    host = report.get("host", "NODE") if name != "slow_rank" else event["host"]
     if not event:
         state, cause = end_without_record(view, it, report)
         at = report.get("at", at)
@@ -226,6 +230,9 @@ def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
     if job.state and not job.is_live and job.state not in ("COMPLETED", "FAILED"):
         reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
         yield f"Slurm says {job.state}{reason}"
+    if told.state == "SLOW":
+        found = run.evidence(told.it.job, told.it.attempt, told.it.event["rank"])
+        yield found.get("text", "by the time of its own work in each step")
     silence = run.silence(told.it.job)
     if told.state in LOST_CAUSES and silence is not None and not told.it.next("attempt"):
         yield f"last heartbeat {time_of(time.time() - silence)[:19]}Z"
@@ -266,8 +273,10 @@ def cost_of(view: View, told: Told) -> str:
     """Steps and seconds."""
     it, resumed = told.it, told.it.next("training")
     if told.is_passed:
-        updates = f"the update of {counted(told.it.times, 'step')}"
-        return f"{updates if told.state == 'SKIPPED' else 'no step'}, and no time"
+        updates = f"the update of {counted(it.times, 'step')}, and no time"
+        of_others = "no step, but time: each step waits for it"
+        lost = {"SKIPPED": updates, "SLOW": of_others}
+        return lost.get(told.state, "no step, and no time")
     is_saved, step = told.state == "PAUSED" and told.step is not None, told.step or view.step
     if not resumed and (told.state in ("REFUSED", NOT_SUBMITTED) or not step):
         return "no step"
@@ -286,8 +295,7 @@ def answer_to(view: View, told: Told) -> str:
     """What the toolkit did about it."""
     it, following, resume = told.it, told.it.next("attempt"), told.it.next("resume")
     if told.is_passed:
-        is_update = told.state == "SKIPPED"
-        return f"left that {'update' if is_update else 'save'} out, and trained on"
+        return f"{DONE_ABOUT[told.state]}, and trained on"
     saved = "saved; " if told.state == "PAUSED" and told.step is not None else ""
     if not following:
         return saved + first_answer(view, told)

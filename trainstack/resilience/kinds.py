@@ -60,6 +60,7 @@ KINDS = (  # the first that fits
          "if it comes again, the file system is slow: ask your admin, or raise guard.hang_seconds"),
     Kind("no progress for|stopped answering|lock held", EITHER, YES,
          f"{EXCLUDE}; if steps are only slow, raise guard.hang_seconds"),
+    Kind("^SLOW", EITHER, YES, EXCLUDE),
     # Signals, and words of Slurm.
     Kind("killed by SIGKILL", EITHER, YES, f"if it comes again, look at memory: {MEMORY}"),
     Kind("killed by SIG", EITHER, YES, f"{EXCLUDE}; on any node, a library crashes: see its log"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import socket
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
 # How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
 # that the job shall end; this one may only say that srun ended the other nodes, since one failed.
+OVERVIEW_BYTES = 1 << 21  # of metrics.jsonl, up to which an overview has all of it
+OVERVIEW_PARTS, OVERVIEW_PART_BYTES = 400, 1 << 12  # else so many parts, which hold a few lines
 TORCHRUN_GOT = "torchrun got"
 
 
@@ -88,9 +91,36 @@ class RunFolder:
         """Steps and evaluations, oldest first; ``size``: within the last so many bytes."""
         return (r for r in self._records("metrics.jsonl", size) if "step" in r)
 
+    def evaluations(self) -> Iterator[dict[str, Any]]:
+        """The evaluations, oldest first; a million steps between them are not looked at."""
+        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is empty
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            end = 0
+            while (found := whole.find(b'"eval_loss"', end)) >= 0:
+                begin, end = whole.rfind(b"\n", 0, found) + 1, whole.find(b"\n", found)
+                end = end if end >= 0 else len(whole)
+                if "eval_loss" in (record := record_in(whole[begin:end])):
+                    yield record
+
     def eval_losses(self) -> dict[int, float]:
         """The held-out losses that were measured, by step."""
-        return {r["step"]: r["eval_loss"] for r in self.measurements() if "eval_loss" in r}
+        return {r["step"]: r["eval_loss"] for r in self.evaluations()}
+
+    def overview(self) -> Iterator[dict[str, Any]]:
+        """Logged steps, oldest first: of a long file some hundred that are spread over it."""
+        path = self.path / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size <= OVERVIEW_BYTES:
+            yield from (r for r in self.measurements() if "loss" in r)
+            return
+        with path.open("rb") as file:
+            for part in range(OVERVIEW_PARTS):
+                file.seek(part * size // OVERVIEW_PARTS)
+                records = map(record_in, file.read(OVERVIEW_PART_BYTES).splitlines())
+                record = next((r for r in records if "loss" in r), {})
+                if record:
+                    yield record
 
     def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a file, one a line; not what is torn, or cut by ``size``."""
@@ -102,6 +132,25 @@ class RunFolder:
             for line in file.read().splitlines():
                 if record := record_in(line):
                     yield record
+
+    # --- The ranks beside each other: ranks.json
+
+    def show_ranks(self, **facts: Any) -> None:
+        """Replace what ``rank_seconds`` reads; not synced, since it is only shown."""
+        temporary = self.path / ".ranks.json.tmp"
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"at": now(), **facts}))
+            files.rename(temporary, self.path / "ranks.json")
+
+    def rank_seconds(self) -> dict[str, Any]:
+        """Means of a step, as rank 0 last showed them; empty if it never did.
+
+        ``step``, ``at``, ``step_seconds``; by rank: ``hosts``, ``seconds`` (each rank's own);
+        ``slow``: the ranks that were named.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.path / "ranks.json").read_bytes())
+        return {}
 
     # --- The heartbeat of a job: logs/<job>.alive, which the launchers of its nodes touch
 
@@ -162,6 +211,21 @@ class RunFolder:
         with contextlib.suppress(OSError, TypeError):
             return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
         return ""
+
+    def add_evidence(self, job: str | None, attempt: int, rank: int, facts: dict[str, Any]) -> None:
+        """Leave what a slow rank found on its host."""
+        record = {"at": now(), "rank": rank, "host": socket.gethostname(), **facts}
+        with contextlib.suppress(OSError):
+            files.replace_file(self._evidence(job, attempt, rank), json.dumps(record).encode())
+
+    def evidence(self, job: str | None, attempt: int, rank: int) -> dict[str, Any]:
+        """That, in words as ``text``; empty if the rank was never slow."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._evidence(job, attempt, rank).read_bytes())
+        return {}
+
+    def _evidence(self, job: str | None, attempt: int, rank: int) -> Path:
+        return self._log(job, attempt, f"rank{rank}.slow.json")
 
     def meeting(self, job: str, attempt: int) -> Path:
         """The folder where the nodes of an attempt tell each other their addresses."""

@@ -1,4 +1,7 @@
-"""Jobs as Slurm knows them, from lines of the shell: ``job|id|state|left|reason|nodes|start``."""
+"""Jobs as Slurm knows them, from lines of the shell.
+
+``job|id|state|left|reason|nodes|limit|starts``: times as Slurm writes them.
+"""
 
 from dataclasses import dataclass
 
@@ -43,13 +46,14 @@ MEANINGS = {  # how a reason of Slurm begins -> what it means, and what to do; t
 
 @dataclass(frozen=True)
 class Job:
-    """One line; ``left`` and ``start`` as Slurm writes them, ``nodes`` in Slurm's short form."""
+    """One line; ``nodes`` in Slurm's short form, ``starts``: when it did, or is expected to."""
 
     state: str = ""
     left: str = ""
     reason: str = ""
     nodes: str = ""
-    start: str = ""  # of a job that waits, as Slurm expects it now
+    limit: str = ""
+    starts: str = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -82,8 +86,8 @@ def read_queue(text: str) -> dict[str, Job]:
     found: dict[str, Job] = {}
     for line in text.splitlines():
         words = line.split("|")
-        if words[0] == "job" and len(words) in (6, 7):
-            job = Job(*words[2:])
+        if words[0] == "job" and len(words) >= 6:
+            job = Job(*words[2:8])
             if job.is_live or words[1] not in found:
                 found[words[1]] = job
     return found

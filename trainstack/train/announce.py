@@ -57,9 +57,7 @@ def announce_mixture(attempt: Attempt, feed: Feed, indent: str) -> None:
     """Of each data set of a mixture, how much of what is learned comes from it."""
     sections, sizes = attempt.config.data.sources, feed.corpus.sizes
     drawn = attempt.max_steps * attempt.plan.global_batch_size
-    weights = [section.weight or size for section, size in zip(sections, sizes, strict=True)]
-    for section, size, weight in zip(sections, sizes, weights, strict=True):
-        share = weight / sum(weights)
+    for section, size, share in zip(sections, sizes, feed.corpus.shares(sections), strict=True):
         is_held = feed.corpus.stores[section.label].eval.num_samples
         log.info("%s  %5.1f%% from %s: %s samples, %.2f epochs of it%s", indent, 100 * share,
                  section.label, f"{size:,}", share * drawn / size,

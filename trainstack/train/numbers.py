@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,8 @@ class StepResult:
     is_withheld: bool  # the update was bad and did not happen
     requested: Requested  # by any rank
     samples_hash: str
+    rank_seconds: np.ndarray  # own time of each rank, one step earlier; empty: alone, or unknown
+    clock: float  # of rank 0 when it sent them, in seconds
     sent_at: float  # seconds on the clock of time.perf_counter
     at: float  # the same moment in seconds since 1970
 
@@ -40,12 +43,31 @@ class StepNumbers:
     """Sends a step's numbers to the host, which reads them while the next step runs.
 
     Waiting for them at once would leave the GPU idle between two steps. One reduction and one copy
-    carry everything: loss, gradient norm, verdict, requests, and the hash of the consumed samples.
+    carry everything: loss, gradient norm, verdict, requests, the hash of the consumed samples, and
+    the own time of each rank, by which a slow one is found: from the return of a reduction until
+    the next begins. No other rank is waited for in it.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.is_alone = device, dist.get_world_size() == 1
+        self.device, self.rank, self.ranks = device, dist.get_rank(), dist.get_world_size()
+        self.is_alone = self.ranks == 1
         self._sent: tuple | None = None  # what ``read`` makes a StepResult of
+        # Where the own time of this step began and ended; how long that of the step before was.
+        self._began = self._ended = None
+        self._own_seconds = 0.0
+
+    def before_waiting(self) -> None:
+        """The own time of this step ends here: from now on this rank waits for others."""
+        if not self.is_alone:
+            self._ended = self._now()
+
+    def _now(self) -> float | torch.cuda.Event:
+        """A moment of this rank; on a GPU, when its stream gets here, without waiting for it."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def send(
         self,
@@ -64,10 +86,17 @@ class StepNumbers:
         """
         # float64 holds whole numbers up to 2**53 exactly; halves of the hash leave room for sums.
         high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
-        own = torch.tensor([*map(float, requested), high, low], dtype=torch.float64)
+        own = [*map(float, requested), high, low]
+        if not self.is_alone:
+            seconds = [0.0] * self.ranks
+            seconds[self.rank] = self._own_seconds
+            own += [0.0 if self.rank else time.perf_counter(), *seconds]
+        own = torch.tensor(own, dtype=torch.float64)
         numbers = torch.cat((loss_sum.reshape(1), own.to(self.device, non_blocking=True)))
+        between = self._began, self._ended
         if not self.is_alone:
             dist.all_reduce(numbers)
+            self._began, self._ended = self._now(), None
         is_bad = judge(numbers[0] / data.target_tokens, grad_norm)
         sent, event = (numbers, grad_norm, is_bad), None
         if self.device.type == "cuda":
@@ -78,24 +107,36 @@ class StepNumbers:
             event = torch.cuda.Event()
             event.record()
             sent = (host,)
-        self._sent = step, data.target_tokens, sent, event, time.perf_counter(), time.time()
+        at = time.perf_counter(), time.time()
+        self._sent = step, data.target_tokens, sent, event, between, *at
         return is_bad
 
     def read(self) -> StepResult | None:
         """The numbers sent last; None if they were read already."""
         if self._sent is None:
             return None
-        (step, target_tokens, sent, event, sent_at, at), self._sent = self._sent, None
+        (step, target_tokens, sent, event, between, sent_at, at), self._sent = self._sent, None
         if event is not None:  # the copy from a GPU may still be under way
             event.synchronize()
         values = [value for each in sent for value in each.reshape(-1).tolist()]
-        loss_sum, stop, save, high, low, norm, bad = values
+        loss_sum, stop, save, high, low, *of_ranks, norm, bad = values
+        self._own_seconds = seconds_between(*between)
+        if self._ended is None:  # read at once: what comes before the next step is not of it
+            self._began = None
         total = (int(high) * (1 << HASH_BITS // 2) + int(low)) % (1 << HASH_BITS)
         return StepResult(
             step=step, loss=loss_sum / target_tokens, grad_norm=norm, is_withheld=bad > 0,
-            requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}", sent_at=sent_at,
-            at=at,
+            requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}",
+            rank_seconds=np.array([] if 0.0 in of_ranks else of_ranks[1:]),
+            clock=sum(of_ranks[:1]), sent_at=sent_at, at=at,
         )  # fmt: skip
+
+
+def seconds_between(began: float | torch.cuda.Event | None, ended) -> float:
+    """From one moment of a rank to a later one, both passed; 0 if the first is not known."""
+    if began is None:
+        return 0.0
+    return ended - began if isinstance(began, float) else began.elapsed_time(ended) / 1000
 
 
 class Pace:
@@ -106,6 +147,7 @@ class Pace:
 
     def __init__(self):
         self.step_seconds = 0.0  # of the last step, to plan ahead with
+        self.data_seconds = 0.0  # of a step, before the last log line
         self.restart()
 
     @contextlib.contextmanager
@@ -125,9 +167,9 @@ class Pace:
         """Mean step_seconds and data_seconds of the steps noted since the last call."""
         steps = max(1, self._steps)
         step_seconds = (self._last_sent_at - self._since) / steps
-        data_seconds = self._data_seconds / steps
+        self.data_seconds = self._data_seconds / steps
         self._steps, self._since, self._data_seconds = 0, self._last_sent_at, 0.0
-        return step_seconds, data_seconds
+        return step_seconds, self.data_seconds
 
     def restart(self) -> None:
         """Leave out what was not training: an evaluation, a save. No step may be unread."""

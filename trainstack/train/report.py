@@ -91,13 +91,10 @@ class Report:
             self.attempt.run.add_event("skip", step=result.step, cause=text)
 
     def step(
-        self,
-        result: StepResult,
-        step_seconds: float,
-        data_seconds: float,
-        source_tokens: dict[str, int] | None,
-    ) -> None:
-        """A line for a logged step; ``source_tokens``: what each data set of a mixture gave."""
+        self, result: StepResult, step_seconds: float, data_seconds: float,
+        source_tokens: dict[str, int] | None, slowest: dict[str, float],
+    ) -> None:  # fmt: skip
+        """A line of a step; ``source_tokens``: of a mixture's data sets; ``slowest``: of ranks."""
         if not self.is_main:
             return
         self.attempt.lease.check_often()
@@ -116,6 +113,7 @@ class Report:
             "data_seconds": data_seconds,
             "peak_memory_gb": round(peak_memory_gb(self.attempt.world.device), 3),
             "samples_hash": result.samples_hash,
+            **slowest,
         }
         mfu = ""
         if self.ideal_seconds:

@@ -8,7 +8,8 @@ import pytest
 
 import tiny
 from trainstack.__main__ import main
-from trainstack.monitor import goodput, history
+from trainstack.history import goodput
+from trainstack.history.attempts import Execution, attempts_of, read_executions
 from trainstack.run.folder import RunFolder
 from trainstack.units import seconds_of
 
@@ -20,14 +21,14 @@ def event(kind: str, at: float, **facts) -> dict:
     return {"event": kind, "at": stamp, "job": "7", **facts}
 
 
-def steps(attempt: str, **at: float) -> list[history.Execution]:
+def steps(attempt: str, **at: float) -> list[Execution]:
     """Executions by ``s3=21.5``: step 3 at 21.5."""
-    return [history.Execution(int(key[1:]), "", attempt, moment) for key, moment in at.items()]
+    return [Execution(int(key[1:]), "", attempt, moment) for key, moment in at.items()]
 
 
 def spent(events: list[dict], executions=(), failures=()) -> dict[str, float]:
     """Seconds by cause, rounded, those of no time left out."""
-    attempts = history.attempts_of(events, executions)
+    attempts = attempts_of(events, executions)
     found = goodput.seconds_by_cause(events, attempts, failures)
     return {cause: round(seconds, 3) for cause, seconds in found.items() if seconds}
 
@@ -113,7 +114,7 @@ def test_ranks_of_jobs_and_by_hand_report_when_they_failed_and_hangs_do_not_coun
     run.add_failure(None, 1, 0, "DIVERGED", 79, "not finite", is_victim=False)
     run.add_failure("7", 2, 0, "HANG", 81, "no progress", is_victim=False)
     run.add_failure("8", 1, 0, "FAILED", 1, "another run's", is_victim=False)
-    attempts = history.attempts_of([event("attempt", 0, attempt=n) for n in (1, 2)], [])
+    attempts = attempts_of([event("attempt", 0, attempt=n) for n in (1, 2)], [])
     expected = [*run.failures("7", 1), *run.failures("local", 1)]
     assert sorted(goodput.failure_times(run, attempts)) == sorted(
         seconds_of(record["at"]) for record in expected
@@ -239,12 +240,10 @@ def test_whatever_the_order_of_the_records_no_time_is_negative_and_all_adds_up()
             for _ in range(generator.randrange(1, 25))
         ]  # fmt: skip
         executions = [
-            history.Execution(
-                generator.randrange(1, 9), "", f"7.{attempt}", 99 * generator.random()
-            )
+            Execution(generator.randrange(1, 9), "", f"7.{attempt}", 99 * generator.random())
             for attempt in generator.choices((1, 2, 3), k=generator.randrange(25))
         ]
-        attempts = history.attempts_of(events, executions)
+        attempts = attempts_of(events, executions)
         failures = [99 * generator.random() for _ in range(3)]
         found = goodput.seconds_by_cause(events, attempts, failures)
         begin, end = goodput.bounds(events, attempts)
@@ -298,8 +297,8 @@ def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
 
 def test_steps_that_the_job_lost_without_a_record_are_redone_not_down(job):
     """Steps 11 and 12 of the first attempt were executed, but the kill came before their record."""
-    events, executions = job.events(), history.read_executions(job.path / "samples.jsonl")
-    attempts = history.attempts_of(events, executions)
+    events, executions = job.events(), read_executions(job.path / "samples.jsonl")
+    attempts = attempts_of(events, executions)
     assert max(e.step for e in attempts[0].executions) == 10
     failures = goodput.failure_times(job, attempts)
     reported = goodput.seconds_by_cause(events, attempts, failures)

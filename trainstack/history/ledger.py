@@ -20,8 +20,15 @@ from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.data import corpus, store
 from trainstack.errors import ConfigError
-from trainstack.monitor import history
-from trainstack.monitor.history import Attempt, Execution
+from trainstack.history.attempts import (
+    Attempt,
+    Execution,
+    attempts_of,
+    find_run,
+    last_durable_step,
+    parse_run,
+    read_executions,
+)
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
 from trainstack.units import counted
@@ -55,8 +62,8 @@ class Findings:
 
 
 def main(arguments: list[str]) -> int:
-    options = history.parse_run(arguments, "ledger", __doc__, os.environ.get("TRAINSTACK_HOME"))
-    run = RunFolder(history.find_run(options.run, options.home))
+    options = parse_run(arguments, "ledger", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    run = RunFolder(find_run(options.run, options.home))
     own_home = run.path.parent.parent
     is_own = options.home is None or (own_home / "tokens").is_dir()
     return audit(run, own_home if is_own else options.home)
@@ -64,9 +71,9 @@ def main(arguments: list[str]) -> int:
 
 def audit(run: RunFolder, home: Path) -> int:
     """Check one run and print what was found; the exit code."""
-    executions = history.read_executions(run.path / "samples.jsonl")
-    attempts = history.attempts_of(run.events(), executions)
-    last = history.last_durable_step(run.status(), run.checkpoints)
+    executions = read_executions(run.path / "samples.jsonl")
+    attempts = attempts_of(run.events(), executions)
+    last = last_durable_step(run.status(), run.checkpoints)
     state = run.status().get("state", "no status")
     print(f"run {run.path.name}: {state}, attempts: {len(attempts)}")
     if last == 0:

@@ -13,8 +13,15 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from trainstack.monitor import history
-from trainstack.monitor.history import Attempt, Event
+from trainstack.history.attempts import (
+    Attempt,
+    Event,
+    attempts_of,
+    find_run,
+    last_durable_step,
+    parse_run,
+    read_executions,
+)
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import RUNNING
@@ -36,18 +43,18 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 
 def main(arguments: list[str]) -> int:
-    options = history.parse_run(arguments, "goodput", __doc__, os.environ.get("TRAINSTACK_HOME"))
-    show(RunFolder(history.find_run(options.run, options.home)))
+    options = parse_run(arguments, "goodput", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    show(RunFolder(find_run(options.run, options.home)))
     return 0
 
 
 def show(run: RunFolder) -> None:
     """Print the table of one run."""
     events, status = run.events(), run.status()
-    attempts = history.attempts_of(events, history.read_executions(run.path / "samples.jsonl"))
+    attempts = attempts_of(events, read_executions(run.path / "samples.jsonl"))
     state = status.get("state", "no status")
     if state != RUNNING:  # the steps beyond the newest checkpoint are lost
-        durable = history.last_durable_step(status, run.checkpoints)
+        durable = last_durable_step(status, run.checkpoints)
         for attempt in attempts:
             attempt.redone_above = min(attempt.redone_above, durable)
     if not events and not attempts:

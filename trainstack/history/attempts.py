@@ -26,7 +26,7 @@ Event = dict[str, Any]
 RECORD = b'{"step"'  # how each line of samples.jsonl begins
 ENDS = ("failed", "hang", "diverged", "refused", "no_progress", "paused", "preempted", "node_lost",
         "done", "not_submitted")  # fmt: skip
-PASSED = ("skip", "save_failed")  # after which an attempt trained on
+PASSED = ("skip", "save_failed", "slow_rank")  # after which an attempt trained on
 
 
 class Execution(NamedTuple):

@@ -10,7 +10,8 @@ import yaml
 import tiny
 from trainstack.__main__ import main
 from trainstack.data import order
-from trainstack.monitor import history, ledger
+from trainstack.history import ledger
+from trainstack.history.attempts import Execution, attempts_of, last_durable_step
 from trainstack.run.folder import RunFolder
 
 STEPS, BATCH = 40, 8
@@ -169,7 +170,7 @@ def test_what_is_beyond_the_newest_checkpoint_is_not_checked_yet(copy, tell):
     RunFolder(copy).set_status("RUNNING", step=38)
     for step in (40, 35):
         shutil.rmtree(copy / f"checkpoints/checkpoint-{step}", ignore_errors=True)
-    newest = history.last_durable_step(RunFolder(copy).status(), copy / "checkpoints")
+    newest = last_durable_step(RunFolder(copy).status(), copy / "checkpoints")
     times = {39: 0, newest + 1: 0, 38: 2}
     rewrite(copy, lambda own: [r for r in own for _ in range(times.get(r["step"], 1))])
     output, code = tell(copy)
@@ -274,7 +275,7 @@ def test_attempts_with_the_same_name_are_told_apart_by_their_beginning():
         for at in (10, 20)
     ]
     steps = [(1, 11.0), (2, 12.0), (2, 21.0), (3, 22.0)]
-    executions = [history.Execution(step, "", "local-box-7.1", at) for step, at in steps]
-    attempts = history.attempts_of(starts, executions)
+    executions = [Execution(step, "", "local-box-7.1", at) for step, at in steps]
+    attempts = attempts_of(starts, executions)
     assert [[e.step for e in attempt.executions] for attempt in attempts] == [[1, 2], [2, 3]]
     assert [[e.step for e in attempt.effective()] for attempt in attempts] == [[1], [2, 3]]

@@ -1,0 +1,6 @@
+"""What a run did, from its records.
+
+attempts.py  the attempts of a run, and the steps of each
+goodput.py   where its time went, by cause
+ledger.py    the proof that every sample came once
+"""

@@ -1,0 +1,108 @@
+"""What can be read on this host that may explain why this rank is slow; takes seconds."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainstack import processes
+
+SAMPLE_SECONDS = 2.0
+BUSY = 0.2  # of a core, from which another process is named
+MOST_NAMED = 3
+TICKS = os.sysconf("SC_CLK_TCK")
+# Of nvidia-smi --help-query-gpu; what holds the clock back, as new drivers call it, and old ones.
+COLUMNS = "clocks.sm,clocks.max.sm,temperature.gpu,power.draw,power.limit"
+HELD = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+REASONS = {  # bits of that, by NVML's nvmlClocksEventReasons; what is in order is left out
+    0x4: "its power limit",
+    0x8: "its hardware",
+    0x20: "its temperature",
+    0x40: "its temperature, by hardware",
+    0x80: "the power supply",
+}
+
+
+def find_evidence(gpu: str | None, data_seconds: float) -> dict[str, Any]:
+    """Facts by name, and ``text``, the same for people.
+
+    ``gpu``: the UUID of this rank's, if any. ``data_seconds``: for which a step waits for data.
+    """
+    began, before, busy_before = time.monotonic(), own_seconds(), cpu_seconds()
+    time.sleep(SAMPLE_SECONDS)
+    seconds = time.monotonic() - began
+    ran, waited, held = ((b - a) / seconds for a, b in zip(before, own_seconds(), strict=True))
+    busy = {
+        f"{name} (pid {pid})": round((after - busy_before[pid, name]) / seconds, 2)
+        for (pid, name), after in cpu_seconds().items()
+        if after - busy_before.get((pid, name), after) > BUSY * seconds
+    }
+    facts = {
+        "data_seconds": data_seconds,
+        "cores": len(os.sched_getaffinity(0)),
+        "cores_of_host": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "ran": round(ran, 2),
+        "waited_for_core": round(waited, 2),
+        "held_by_quota": round(held, 2),
+        "busy": dict(sorted(busy.items(), key=lambda item: -item[1])[:MOST_NAMED]),
+        "gpu": gpu_state(gpu) if gpu else "",
+    }
+    return {**facts, "text": describe(**facts)}
+
+
+def describe(
+    data_seconds: float, cores: int, cores_of_host: int, load: float, ran: float,
+    waited_for_core: float, held_by_quota: float, busy: dict[str, float], gpu: str,
+) -> str:  # fmt: skip
+    """The facts in a line."""
+    text = f"{data_seconds:.4f} s of a step wait for data; it may use {cores} of {cores_of_host} "
+    text += f"cores, load {load}; its main thread ran {ran:.0%} of the time and waited "
+    text += f"{waited_for_core:.0%} for a core"
+    if held_by_quota > 0:
+        text += f"; the quota of its cgroup held it back {held_by_quota:.0%}"
+    if busy:
+        text += f"; beside it: {', '.join(f'{name} {share:.0%}' for name, share in busy.items())}"
+    return f"{text}; {gpu}" if gpu else text
+
+
+def own_seconds() -> tuple[float, float, float]:
+    """So far: in which the main thread ran, waited for a core, and its cgroup was held back."""
+    ran = waited = held = 0.0
+    with contextlib.suppress(OSError, ValueError):  # proc(5); not every kernel has it
+        ran, waited, _ = (int(n) / 1e9 for n in Path("/proc/self/schedstat").read_text().split())
+    for file in processes.cgroup_files("cpu", "cpu.stat", "cpu.stat"):
+        for folder in file.parents:  # a quota may be that of the job, above it
+            with contextlib.suppress(OSError, ValueError):
+                words = (folder / "cpu.stat").read_text().split()
+                stat = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+                held = max(held, stat.get("throttled_usec", 0) / 1e6)
+                held = max(held, stat.get("throttled_time", 0) / 1e9)  # of version 1
+    return ran, waited, held
+
+
+def cpu_seconds() -> dict[tuple[str, str], float]:
+    """CPU time so far by pid and name, of processes that are no ranks of this job; proc(5)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            head, _, rest = path.read_text().rpartition(")")
+            pid, _, name = head.partition(" (")
+            fields = rest.split()
+            if int(pid) != os.getpid() and int(fields[1]) != os.getppid():
+                found[pid, name] = (int(fields[11]) + int(fields[12])) / TICKS
+    return found
+
+
+def gpu_state(uuid: str) -> str:
+    """Clock, temperature and power of a GPU, and what holds its clock back; empty if unknown."""
+    answers = (processes.first_gpu(f"{COLUMNS},{name}", uuid) for name in HELD)
+    if not (told := next(filter(None, answers), "")):
+        return ""
+    clock, most, heat, power, limit, bits = told.split(", ")
+    text = f"GPU at {clock} of {most}, {heat} C, {power} of {limit}"
+    with contextlib.suppress(ValueError):
+        if held := [word for bit, word in REASONS.items() if int(bits, 16) & bit]:
+            text += f", held back by {', '.join(held)}"
+    return text

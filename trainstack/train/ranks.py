@@ -1,0 +1,82 @@
+"""What the own times of the ranks say: to the metrics, ranks.json, the log and the history."""
+
+import logging
+import socket
+import threading
+import time
+
+import numpy as np
+import torch
+
+from trainstack import distributed
+from trainstack.resilience.evidence import find_evidence
+from trainstack.resilience.slow_ranks import SlowRanks, median_of_others
+from trainstack.train.attempt import Attempt
+from trainstack.train.numbers import Pace, StepResult
+
+log = logging.getLogger("trainstack")
+SHOWN_SECONDS = 2  # between two writes of ranks.json
+
+
+class Ranks:
+    """Every rank judges; rank 0 tells, and a slow one leaves its evidence. Alone it does nothing.
+
+    Its creation is collective.
+    """
+
+    def __init__(self, attempt: Attempt):
+        self.attempt, size = attempt, attempt.world.world_size
+        self.hosts = distributed.gather(socket.gethostname()) if size > 1 else []
+        self.judge = SlowRanks(size)
+        self._sums, self._steps, self._step_seconds = np.zeros(size), 0, 0.0
+        self._shown_at = 0.0
+
+    def note(self, result: StepResult, pace: Pace) -> None:
+        """Count a step; name who has become slow, or is no longer."""
+        seconds = result.rank_seconds
+        if not seconds.size:
+            return
+        self._sums += seconds
+        self._steps += 1
+        self._step_seconds += pace.step_seconds
+        for change in self.judge.note(seconds, result.clock):
+            text = f"rank {change.rank} on {self.hosts[change.rank]}: {change}"
+            if self.attempt.world.is_main:
+                log.warning("slow    step %s: %s", f"{result.step:,}", text)
+                self.attempt.run.add_event(
+                    "slow_rank" if change.is_slow else "slow_rank_over", step=result.step,
+                    cause=text, rank=change.rank, host=self.hosts[change.rank],
+                    own_seconds=change.seconds, others_seconds=change.others_seconds,
+                )  # fmt: skip
+            if change.is_slow and change.rank == self.attempt.world.rank:
+                known = {"step": result.step, "cause": text}, pace.data_seconds
+                threading.Thread(target=self._leave_evidence, args=known, daemon=True).start()
+
+    def _leave_evidence(self, known: dict, data_seconds: float) -> None:
+        """What this host says of it, in the log of this rank and beside it; takes seconds."""
+        device, owner = self.attempt.world.device, self.attempt.owner
+        is_gpu = device.type == "cuda"
+        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_gpu else None
+        found = find_evidence(gpu, data_seconds)
+        log.warning("slow    %s: %s", socket.gethostname(), found["text"])
+        rank = self.attempt.world.rank
+        self.attempt.run.add_evidence(owner.job, owner.attempt, rank, {**known, **found})
+
+    def read(self, step: int) -> dict[str, float]:
+        """Which rank took longest since the last call, and how many times the median of the others.
+
+        Rank 0 shows all of them, for the monitor.
+        """
+        if not self._steps:
+            return {}
+        means = self._sums / self._steps
+        if self.attempt.world.is_main and time.monotonic() - self._shown_at > SHOWN_SECONDS:
+            self._shown_at = time.monotonic()
+            self.attempt.run.show_ranks(
+                step=step, hosts=self.hosts, seconds=means.tolist(), slow=sorted(self.judge.slow),
+                step_seconds=self._step_seconds / self._steps,
+            )  # fmt: skip
+        self._sums, self._steps, self._step_seconds = np.zeros_like(means), 0, 0.0
+        slowest = int(means.argmax())
+        ratio = float(means[slowest]) / median_of_others(means, slowest)
+        return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}
