@@ -196,8 +196,8 @@ def test_preempted_jobs_lose_no_step_with_and_without_a_grace_time(user, referen
         row = {"f03": "F03", "f04": "F04"}[run]
         grace = {"f03": "20", "f04": "0"}[run]
         cause = trace.events("paused")[0]["cause"]
-        user.why(run, row, "PAUSED", "Slurm needed the nodes for another job", "no step;",
-                 "saved; the job went back into the queue")  # fmt: skip
+        why = {"f03": "Slurm needed the nodes for another job", "f04": "DUE TO PREEMPTION"}[run]
+        user.why(run, row, "PAUSED", why, "no step;", "saved; the job went back into the queue")
         trace.record(row, f"preemption, GraceTime={grace}", reference, cause)
 
 
