@@ -101,6 +101,7 @@ run_attempt() {
   ATTEMPT="$(job begin)" || code=$?
   [[ -n "$ATTEMPT" ]] || {
     trap - EXIT # complete, or another attempt would be of no use: it has said so
+    write_report 60
     exit "$code"
   }
   count_processes
@@ -335,14 +336,16 @@ give_up() {
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
   remove_scratch
+  write_report 60
   exit "$CODE"
 }
 
 leave() {
   trap - EXIT
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
-  # Before a requeue: at that, Slurm ends this shell.
+  # Before a requeue: at that, Slurm ends this shell. Soon, for the time of the job may be up.
   remove_scratch
+  if [[ "$VERDICT" == requeue ]]; then write_report 5; else write_report 60; fi
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
@@ -353,6 +356,19 @@ leave() {
     fi
   fi
   exit "$CODE"
+}
+
+# A page about the run, if log.report_to has html, within so many seconds. Nothing depends on it.
+# shellcheck disable=SC2329 # the trap calls it, too
+write_report() {
+  local said code=0
+  said="$(timeout "$1" "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)" || code=$?
+  if ((code)); then
+    log "no report was written (${said##*$'\n'}, code $code); to write it:" \
+      "bash monitor.sh ${RUN_DIR##*/} --report"
+  elif [[ -n "$said" ]]; then
+    log "report: $said"
+  fi
 }
 
 # Right after a requeue Slurm still ends this shell, and takes the nodes to leave out.

@@ -39,9 +39,8 @@ main() {
   source "$HERE/slurm.sh"
   forget_outer_slurm
   case "$QUESTION" in
-    --ledger | --goodput | --report | --compare)
-      local command="${QUESTION#--}"
-      run_module trainstack "${command/compare/report}" --home "$TRAINSTACK_HOME" -- "${RUNS[@]}"
+    --ledger | --goodput)
+      run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "${RUNS[@]}"
       ;;
     --follow) follow ;;
     *) show ;;
@@ -122,7 +121,14 @@ show() {
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
-  ask_screen ${QUESTION:+"$QUESTION"} "${is_heard[@]}" <<<"$queue"
+  case "$QUESTION" in
+    --report | --compare) write_report "${is_heard[@]}" <<<"$queue" ;;
+    *) ask_screen ${QUESTION:+"$QUESTION"} "${is_heard[@]}" <<<"$queue" ;;
+  esac
+}
+
+write_report() {
+  run_module trainstack report --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
 }
 
 # A line for the last job of the run, if squeue no longer shows it and it did not tell its own end.

@@ -35,7 +35,7 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from transformers import default_data_collator
 
-from trainstack.data import feed, order
+from trainstack.data import feed
 from trainstack.data.split import INDEX, Split
 
 TOKENS, SEQ_LEN, BATCH, BATCHES, ROUNDS = 100_000_000, 1024, 32, 400, 5
@@ -133,7 +133,7 @@ def with_trainstack(folder: Path, ids: np.ndarray):
 
     def batches():
         yield from batches_of(np.arange(BATCH))  # the clock starts here: making the sampler counts
-        sampler = order.StepSampler(split.num_samples, BATCH, rank=0, world_size=1, seed=1)
+        sampler = feed.StepSampler(split.num_samples, BATCH, rank=0, world_size=1, seed=1)
         for step in itertools.count():
             yield from batches_of(sampler.samples_at(step))
 

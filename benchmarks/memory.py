@@ -90,10 +90,10 @@ def preparation(home: str, packing: str, name: str) -> float:
 def rank(home: str, packing: str, name: str) -> float:
     import torch
 
-    from trainstack.data import corpus, feed, order
+    from trainstack.data import corpus, feed
 
     split = corpus.open_corpus(Path(home), settings(packing, name)).train
-    sampler = order.StepSampler(split.num_samples, BATCH, 0, 1, seed=1)
+    sampler = feed.StepSampler(split.num_samples, BATCH, 0, 1, seed=1)
     device = torch.device("cpu")
     for step in range(split.num_samples // BATCH):
         samples = sampler.samples_at(step)

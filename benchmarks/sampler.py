@@ -15,7 +15,7 @@ import tracemalloc
 
 from torch.utils.data import DistributedSampler
 
-from trainstack.data.order import StepSampler
+from trainstack.data.feed import StepSampler
 
 SAMPLES, RANKS, BATCH, ROUNDS = 10_000_000, 8, 512, 5
 LEAST_RATIO, MOST_BYTES = 100, 2 << 20

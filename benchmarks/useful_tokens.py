@@ -38,8 +38,7 @@ from trainstack import distributed
 from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import open_corpus
-from trainstack.data.feed import micro_batches
-from trainstack.data.order import StepSampler
+from trainstack.data.feed import StepSampler, micro_batches
 from trainstack.data.split import Split
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss

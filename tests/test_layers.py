@@ -14,7 +14,7 @@ PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
     "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
     "run", "chat", "data", "records", "prepare", "hub", "optim", "model", "resilience", "plan",
-    "train", "job", "history", "monitor",
+    "train", "job", "history", "monitor", "report",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them
 BEYOND_TRAINING = (
@@ -24,17 +24,18 @@ BEYOND_TRAINING = (
     "job",
     "history",
     "monitor",
+    "report",
 )  # which train.py and its room do without
 LIGHT = (  # what a login node runs
     "__main__", "config.command", "hub.fetch", "hub.choose", "hub.data_files", "hub.local",
     "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "history.goodput",
-    "monitor.screen", "plan.command",
+    "history.ledger", "monitor.screen", "plan.command", "report.page",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
     "__main__.py", "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py",
     "job/submit.py", "model/proof.py", "monitor/clean.py", "history/goodput.py",
     "history/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
-    "prepare/tokenise.py",
+    "prepare/tokenise.py", "report/page.py",
 }  # fmt: skip
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's
@@ -213,6 +214,14 @@ def test_no_script_evaluates_text():
     for path in scripts:
         code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
         assert not [line for line in code if re.search(r"\beval\b", line)], path.name
+
+
+def test_what_a_browser_gets_is_short_too():
+    """But for uPlot, which is another's, and unchanged."""
+    for path in [path for kind in ("html", "css", "js") for path in PACKAGE.glob(f"*/*.{kind}")]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= LONGEST_FILE, path.name
+        assert not [n for n, line in enumerate(lines, start=1) if len(line) > 100], path.name
 
 
 def test_folders_files_and_functions_stay_short():

@@ -24,6 +24,7 @@ resilience/  what keeps a run safe, or ends it
 train/       the parts of train.py's loop
 job/         from the command to the ranks
 monitor/     what runs do, and did
+report/      a page about a run
 """
 
 import gc

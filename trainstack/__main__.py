@@ -20,6 +20,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "plan": (".plan.command", "estimate memory, step time and hours of a run"),
     "ledger": (".history.ledger", "recompute whether a run used each sample once"),
     "goodput": (".history.goodput", "show where the time of a run went"),
+    "report": (".report.page", "write a page about a run, or one that compares several"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 

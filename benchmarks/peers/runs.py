@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainstack.config.load import load
 from trainstack.data.corpus import open_corpus
-from trainstack.data.order import StepSampler
+from trainstack.data.feed import StepSampler
 from trainstack.prepare import prepare
 from trainstack.storage import files, layout, manifest
 

@@ -395,7 +395,7 @@ def test_a_straggler_is_named_and_is_no_reason_to_restart(user, long_reference):
     evidence = trace.run.evidence(job, 1, 1)
     log = user.log("f30", job)
     assert f"slow    step {named['step']:,}: {named['cause']}" in log
-    assert f"[rank 1] slow    node2: {evidence['text']}" in log
+    assert f"[rank 1] slow    node2: {evidence}" in log
     shown = trace.run.rank_seconds()
     assert (shown["hosts"], shown["slow"]) == (["node1", "node2"], [1])
     assert shown["seconds"][1] > SLOW_SECONDS > shown["seconds"][0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from trainstack.data.feed import micro_batches
-from trainstack.data.order import HASH_BITS, Permutation, StepSampler, samples_hash
+from trainstack.data.feed import StepSampler, micro_batches
+from trainstack.data.order import HASH_BITS, Permutation, samples_hash
 from trainstack.data.packing import plans
 from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import tiny
 from trainstack.config.load import load
 from trainstack.data.corpus import enough_samples, open_corpus
-from trainstack.data.order import BLOCK, Mixture, Permutation, StepSampler, samples_hash, stream
+from trainstack.data.feed import StepSampler
+from trainstack.data.order import BLOCK, Mixture, Permutation, samples_hash, stream
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
 

@@ -7,7 +7,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainstack.data.order import StepSampler, samples_hash
+from trainstack.data.feed import StepSampler
+from trainstack.data.order import samples_hash
 
 MOST_STEPS = 40
 

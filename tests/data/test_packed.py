@@ -105,7 +105,7 @@ def test_the_first_loss_is_the_mean_over_the_targets_of_the_step(home, reference
     import torch
     import transformers
 
-    from trainstack.data.order import StepSampler
+    from trainstack.data.feed import StepSampler
 
     split = store_of(home, data="messages", packing="best_fit").train
     torch.manual_seed(1234)

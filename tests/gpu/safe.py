@@ -187,9 +187,9 @@ def slow_rank(bench: Bench):
     bench.at_least("own_s", own, 0.9 * SLOW_SECONDS)
     bench.at_most("others_s", others, 0.5 * SLOW_SECONDS)
     found = run.folder.evidence(job_of(run.folder), 1, 1)
-    bench.note(evidence=found.get("text"))
+    bench.note(evidence=found)
     if bench.is_gpu:
-        bench.equal("gpu_is_read", " MHz of " in found.get("gpu", ""), True)
+        bench.equal("gpu_is_read", " MHz of " in found, True)
 
 
 def job_of(folder: RunFolder) -> str:

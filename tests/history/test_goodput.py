@@ -29,7 +29,7 @@ def steps(attempt: str, **at: float) -> list[Execution]:
 def spent(events: list[dict], executions=(), failures=()) -> dict[str, float]:
     """Seconds by cause, rounded, those of no time left out."""
     attempts = attempts_of(events, executions)
-    found = goodput.seconds_by_cause(events, attempts, failures)
+    found = goodput.timeline_of(events, attempts, failures).spent
     return {cause: round(seconds, 3) for cause, seconds in found.items() if seconds}
 
 
@@ -245,10 +245,14 @@ def test_whatever_the_order_of_the_records_no_time_is_negative_and_all_adds_up()
         ]
         attempts = attempts_of(events, executions)
         failures = [99 * generator.random() for _ in range(3)]
-        found = goodput.seconds_by_cause(events, attempts, failures)
+        timeline = goodput.timeline_of(events, attempts, failures)
+        found, parts = timeline.spent, [part for row in timeline.rows for part in row]
         begin, end = goodput.bounds(events, attempts)
         assert min(found.values()) >= 0, seed
         assert sum(found.values()) == pytest.approx(end - begin), seed
+        moments = [begin, *(moment for _, *moments in parts for moment in moments), end]
+        assert moments == pytest.approx(sorted(moments)), seed
+        assert moments[::2] == pytest.approx(moments[1::2]), f"{seed}: a gap"
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +260,7 @@ def job(home, tmp_path_factory) -> RunFolder:
     """A job of submit.sh --local one of whose ranks was killed."""
     shared = tmp_path_factory.mktemp("goodput")
     checkout = shared / "checkout"
-    tiny.make_checkout(checkout, shared, log__logging_steps=10)
+    tiny.make_checkout(checkout, shared, log__logging_steps=10, log__report_to=["html"])
     for name in ("models", "datasets", "tokens"):
         (shared / "trainstack" / name).symlink_to(home / name)
     fault = "kill:rank=1,step=13"
@@ -269,6 +273,7 @@ def job(home, tmp_path_factory) -> RunFolder:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+    assert f"train.slurm: report: {shared}/trainstack/runs/timed/report.html\n" in done.stdout
     return RunFolder(shared / "trainstack/runs/timed")
 
 
@@ -276,6 +281,11 @@ def table(output: str) -> dict[str, tuple[float, float]]:
     """Seconds and percent by cause."""
     rows = [line.split() for line in output.splitlines()[3:-1]]
     return {row[0]: (float(row[1].replace(",", "")), float(row[2])) for row in rows}
+
+
+def test_a_job_leaves_a_report_that_knows_its_end(job):
+    page = (job.path / "report.html").read_text()
+    assert '"state": "DONE"' in page and "repeated = 0, skipped = 0" in page
 
 
 def test_the_table_of_a_real_job_that_was_interrupted_adds_up(job):
@@ -301,8 +311,8 @@ def test_steps_that_the_job_lost_without_a_record_are_redone_not_down(job):
     attempts = attempts_of(events, executions)
     assert max(e.step for e in attempts[0].executions) == 10
     failures = goodput.failure_times(job, attempts)
-    reported = goodput.seconds_by_cause(events, attempts, failures)
-    unreported = goodput.seconds_by_cause(events, attempts, [])
+    reported = goodput.timeline_of(events, attempts, failures).spent
+    unreported = goodput.timeline_of(events, attempts, []).spent
     assert reported["redone"] > unreported["redone"]
     assert sum(reported.values()) == pytest.approx(sum(unreported.values()))
 

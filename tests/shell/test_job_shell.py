@@ -607,3 +607,23 @@ def test_a_job_script_that_was_started_by_hand_points_to_submit(site, script):
     for arguments in ([], ["/nowhere"]):
         line = complaint(site.run(script, *arguments), 2, "train.slurm")
         assert "bash submit.sh" in line
+
+
+@pytest.mark.parametrize(("state", "ended"), [("DONE", 0), ("DIVERGED", 79), ("PAUSED", 75)])
+def test_a_report_that_breaks_changes_nothing_of_the_end(job, state, ended):
+    (job.run_dir / "config.yaml").write_text("log:\n  report_to: [html]\n")
+    page = job.run_dir / "code/trainstack/report/page.py"
+    page.write_text("raise RuntimeError('a page that breaks')\n")
+    job.ranks(job.status(state))
+    code, errors = job.wait()
+    assert code == ended, errors
+    assert "train.slurm: no report was written (RuntimeError: a page that breaks, code 1)" in errors
+    assert requeues(job) == ([["requeue", "77"]] if state == "PAUSED" else [])
+
+
+def test_a_job_writes_the_report_that_its_settings_ask_for(job):
+    (job.run_dir / "config.yaml").write_text("log:\n  report_to: [html]\n")
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert f"train.slurm: report: {job.run_dir}/report.html\n" in errors
+    assert (job.run_dir / "report.html").exists()

@@ -18,7 +18,7 @@ import tiny
 from trainstack.checkpoint.names import checkpoints
 from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
-from trainstack.data import order
+from trainstack.data import feed, order
 from trainstack.errors import ConfigError
 from trainstack.prepare.held_out import is_held_out
 from trainstack.run.folder import RunFolder
@@ -149,7 +149,7 @@ def test_transformers_loads_the_checkpoint_and_its_tokenizer(home, reference):
 def test_the_logged_hashes_are_those_of_the_samples_that_the_step_had_to_consume(home, reference):
     store = next((home / "tokens").glob("*/meta.json"))
     tokens = json.loads(store.read_bytes())["counts"]["train_tokens"]
-    sampler = order.StepSampler((tokens - 1) // tiny.SEQ_LEN, 8, 0, 1, 1234)
+    sampler = feed.StepSampler((tokens - 1) // tiny.SEQ_LEN, 8, 0, 1, 1234)
     lines = (home / "runs/reference/samples.jsonl").read_text().splitlines()
     logged = {r["step"]: r["samples_hash"] for r in map(json.loads, lines)}
     wanted = {s: f"{order.samples_hash(sampler.samples_at(s - 1)):013x}" for s in range(1, 21)}

@@ -214,7 +214,7 @@ class GuardSection(Section):
 
 class LogSection(Section):
     logging_steps: PositiveInt
-    report_to: list[Literal["tensorboard"]]
+    report_to: list[Literal["tensorboard", "html"]]
 
 
 class Config(Section):

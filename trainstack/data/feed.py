@@ -1,15 +1,17 @@
 """Feed: what a step consumes, from its number alone."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import DistributedSampler
 
 from trainstack.config.batch import BatchPlan
 from trainstack.config.schema import Config
 from trainstack.data.corpus import Corpus, Joined
-from trainstack.data.order import StepSampler, mixture_of, samples_hash
+from trainstack.data.order import Mixture, StepOrder, mixture_of, samples_hash
 from trainstack.data.packing import document_bounds
 from trainstack.data.split import Split
 from trainstack.distributed import World
@@ -29,6 +31,30 @@ class StepData:
     samples_hash: int  # of this rank's samples; hashes of ranks add up, see order.samples_hash
 
 
+class StepSampler(StepOrder, DistributedSampler):
+    """A DistributedSampler whose samples are a function of the step, at any world size."""
+
+    def __init__(
+        self, num_samples: int, global_batch_size: int, rank: int, world_size: int, seed: int,
+        first_step: int = 0, left_out: Sequence[dict[str, int]] = (),
+        mixture: Mixture | None = None,
+    ):  # fmt: skip
+        DistributedSampler.__init__(
+            self, range(num_samples), num_replicas=world_size, rank=rank, seed=seed, drop_last=True
+        )
+        StepOrder.__init__(self, num_samples, global_batch_size, seed, left_out, mixture)
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[int]:
+        """This rank's samples, step by step from ``first_step`` on, without end."""
+        for step in itertools.count(self.first_step):
+            yield from self.samples_at(step).tolist()
+
+    def samples_at(self, step: int) -> np.ndarray:
+        """This rank's samples of one step (from 0), int64 [global_batch_size / world_size]."""
+        return self.all_samples_at(step)[self.rank :: self.num_replicas]
+
+
 class Feed:
     """Gives every step its samples. Nothing is stored: any step is reached at once, by any rank."""
 
@@ -36,7 +62,7 @@ class Feed:
         self, config: Config, corpus: Corpus, plan: BatchPlan, world: World,
         left_out: list[dict[str, int]],
     ):  # fmt: skip
-        """``left_out``: windows of data that rollbacks left out, see StepSampler."""
+        """``left_out``: windows of data that rollbacks left out, see StepOrder."""
         weights = [section.weight for section in config.data.sources]
         mixture = mixture_of(corpus.sizes, weights, config.run.seed)
         self.corpus, self.plan, self.world = corpus, plan, world

@@ -8,12 +8,10 @@ stored, so any step is reached at once, at any world size.
 """
 
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from torch.utils.data import DistributedSampler
 
 ROUNDS = 12
 BLOCK = 1024  # positions of a mixture in which each data set has its share
@@ -147,8 +145,8 @@ def stream(positions: np.ndarray, size: int, seed: int, name: str = "") -> np.nd
     return samples
 
 
-class StepSampler(DistributedSampler):
-    """A DistributedSampler whose samples are a function of the step, at any world size.
+class StepOrder:
+    """The samples of every step, of all ranks, at any world size.
 
     ``left_out``: windows that rollbacks left out, each ``{"after": step, "steps": n}``: beyond that
     step the data runs n steps ahead. ``mixture``: of several data sets by weight; without it, all
@@ -156,27 +154,15 @@ class StepSampler(DistributedSampler):
     """
 
     def __init__(
-        self, num_samples: int, global_batch_size: int, rank: int, world_size: int, seed: int,
-        first_step: int = 0, left_out: Sequence[dict[str, int]] = (),
-        mixture: Mixture | None = None,
+        self, total_samples: int, global_batch_size: int, seed: int,
+        left_out: Sequence[dict[str, int]] = (), mixture: Mixture | None = None,
     ):  # fmt: skip
-        dataset = range(num_samples)
-        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed, drop_last=True)
-        self.total_samples = num_samples
+        self.total_samples = total_samples
         self.global_batch_size = global_batch_size
-        self.first_step = first_step
+        self.seed = seed
         self.left_out = left_out
         self.mixture = mixture
         self._known = (0, np.zeros(0, np.int64))  # position, and samples from there on
-
-    def __iter__(self) -> Iterator[int]:
-        """This rank's samples, step by step from ``first_step`` on, without end."""
-        for step in itertools.count(self.first_step):
-            yield from self.samples_at(step).tolist()
-
-    def samples_at(self, step: int) -> np.ndarray:
-        """This rank's samples of one step (from 0), int64 [global_batch_size / world_size]."""
-        return self.all_samples_at(step)[self.rank :: self.num_replicas]
 
     def all_samples_at(self, step: int) -> np.ndarray:
         """The samples of one step (from 0) of all ranks, int64 [global_batch_size]."""
@@ -199,7 +185,12 @@ def samples_hash(samples: np.ndarray) -> int:
 
     The hash of several arrays together is the sum of theirs modulo 2**HASH_BITS.
     """
+    return int(hashes_of_rows(np.reshape(samples, (1, -1)))[0])
+
+
+def hashes_of_rows(samples: np.ndarray) -> np.ndarray:
+    """The same of each row, uint64 [rows]."""
     mixed = np.asarray(samples).astype(np.uint64)
     _mix(mixed, np.empty_like(mixed))
     mixed >>= np.uint64(64 - HASH_BITS)
-    return int(mixed.sum(dtype=np.uint64)) % 2**HASH_BITS
+    return mixed.sum(axis=1, dtype=np.uint64) % np.uint64(2**HASH_BITS)

@@ -50,18 +50,13 @@ def main(arguments: list[str]) -> int:
 
 def show(run: RunFolder) -> None:
     """Print the table of one run."""
-    events, status = run.events(), run.status()
+    events, state = run.events(), run.status().get("state", "no status")
     attempts = attempts_of(events, read_executions(run.path / "samples.jsonl"))
-    state = status.get("state", "no status")
-    if state != RUNNING:  # the steps beyond the newest checkpoint are lost
-        durable = last_durable_step(status, run.checkpoints)
-        for attempt in attempts:
-            attempt.redone_above = min(attempt.redone_above, durable)
     if not events and not attempts:
         print(f"run {run.path.name}: {state}; nothing is on record yet")
         return
     begin, end = bounds(events, attempts)
-    spent = seconds_by_cause(events, attempts, failure_times(run, attempts))
+    spent = timeline_of_run(run, events, attempts).spent
     wall = sum(spent.values())
     print(f"run {run.path.name}: {state}, attempts: {len(attempts)}")
     print(f"  wall time {wall:,.1f} s = {duration(wall)}, {clock(begin)} to {clock(end)}")
@@ -74,6 +69,21 @@ def show(run: RunFolder) -> None:
         outside = percent(spent["training"], wall - spent["queue"])
         goodput += f", {outside:.1f} % of that outside the queue"
     print(f"  {goodput}")
+
+
+def timeline_of_run(
+    run: RunFolder, events: Sequence[Event], attempts: Sequence[Attempt]
+) -> "Timeline":
+    """The timeline of a run as it is now; ``events`` and ``attempts``, not both empty, are its own.
+
+    Unless it runs, the steps beyond its newest checkpoint are lost: the attempts are told so.
+    """
+    status = run.status()
+    if status.get("state") != RUNNING:
+        durable = last_durable_step(status, run.checkpoints)
+        for attempt in attempts:
+            attempt.redone_above = min(attempt.redone_above, durable)
+    return timeline_of(events, attempts, failure_times(run, attempts))
 
 
 def percent(part: float, whole: float) -> float:
@@ -111,24 +121,38 @@ class Timeline:
     def __init__(self, begin: float):
         self.now, self.limit = begin, begin
         self.spent = dict.fromkeys(CAUSES, 0.0)
+        self.rows: list[list[tuple[str, float, float]]] = []  # of each attempt: cause, begin, end
         self.owed = dict.fromkeys(INTERRUPTIONS, 0.0)  # seconds on record, not given to them yet
 
     def until(self, moment: float, cause: str) -> None:
         """Give the time up to ``moment`` to a cause, less what is owed to interruptions."""
         left = max(0.0, min(moment, self.limit) - self.now)
-        self.now += left
+        parts = dict.fromkeys(INTERRUPTIONS, 0.0)
         for interruption in INTERRUPTIONS:
-            part = min(left, self.owed[interruption])
-            self.spent[interruption] += part
-            self.owed[interruption] -= part
-            left -= part
-        self.spent[cause] += left
+            parts[interruption] = min(left, self.owed[interruption])
+            self.owed[interruption] -= parts[interruption]
+            left -= parts[interruption]
+        # A save held up what came after it; an evaluation has just ended.
+        self._add("save", parts["save"])
+        self._add(cause, left)
+        self._add("evaluation", parts["evaluation"])
+
+    def _add(self, cause: str, seconds: float) -> None:
+        if seconds:
+            begin, self.now, row = self.now, self.now + seconds, self.rows[-1]
+            self.spent[cause] += seconds
+            if row and row[-1][0] == cause:
+                begin = row.pop()[1]
+            row.append((cause, begin, self.now))
 
 
-def seconds_by_cause(
+def timeline_of(
     events: Sequence[Event], attempts: Sequence[Attempt], failures: Sequence[float]
-) -> dict[str, float]:
-    """Seconds by cause; ``failures``: when ranks reported that they failed, seconds since 1970."""
+) -> Timeline:
+    """Time by cause; ``failures``: when ranks reported that they failed, seconds since 1970.
+
+    The wait for an attempt is in its row; that after the last one is in a row of its own.
+    """
     begin, end = bounds(events, attempts)
     timeline = Timeline(begin)
     submitted = [seconds_of(e["at"]) for e in events if e["event"] == "submitted"]
@@ -136,6 +160,7 @@ def seconds_by_cause(
     next_begins = [*(attempt.begins_at for attempt in attempts), math.inf][1:]
     for attempt, next_begin in zip(attempts, next_begins, strict=True):
         timeline.limit = end
+        timeline.rows.append([])
         # An attempt on this machine, or by hand instead of by a job's shell, waits in no queue.
         began = [event["job"] for event in attempt.events if event["event"] == "attempt"]
         is_requeued = is_paused and bool(began) and not is_local_job(began[0])
@@ -145,8 +170,9 @@ def seconds_by_cause(
         is_paused = add_attempt(timeline, attempt, min(failed, default=timeline.now))
         ended_at, timeline.owed = timeline.now, dict.fromkeys(INTERRUPTIONS, 0.0)
     timeline.limit = end
+    timeline.rows.append([])
     add_wait(timeline, end, submitted, ended_at, is_requeued=False)
-    return timeline.spent
+    return timeline
 
 
 def add_wait(

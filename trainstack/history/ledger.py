@@ -18,7 +18,7 @@ import numpy as np
 
 from trainstack.checkpoint import names
 from trainstack.config.load import load
-from trainstack.data import corpus, store
+from trainstack.data import corpus, order, store
 from trainstack.errors import ConfigError
 from trainstack.history.attempts import (
     Attempt,
@@ -100,8 +100,6 @@ def identity_keys(run: RunFolder, home: Path) -> dict[str, Any]:
 
 def sampler_of(keys: dict[str, Any], home: Path, left_out: Sequence[dict[str, int]]):
     """A sampler of all ranks' samples, as the run had it."""
-    from trainstack.data import order  # imports torch, which takes a second: only when it is needed
-
     sizes = []
     for key in keys["tokens"].split("+"):
         folder = home / "tokens" / key
@@ -116,7 +114,7 @@ def sampler_of(keys: dict[str, Any], home: Path, left_out: Sequence[dict[str, in
     weights = [keys.get("data.weight")]
     weights += [source["weight"] for source in keys.get("data.mixture", ())]
     mixture = order.mixture_of(sizes, weights, seed)
-    return order.StepSampler(sum(sizes), batch, 0, 1, seed, left_out=left_out, mixture=mixture)
+    return order.StepOrder(sum(sizes), batch, seed, left_out, mixture)
 
 
 def compare(attempts: Sequence[Attempt], sampler, last: int) -> Findings:
@@ -147,18 +145,16 @@ def compare(attempts: Sequence[Attempt], sampler, last: int) -> Findings:
 
 def expected_hashes(sampler, last: int) -> Iterator[str]:
     """The hash of what each step from 1 to ``last`` has to consume."""
-    from trainstack.data.order import samples_hash
-
     batch = sampler.global_batch_size
     steps_per_chunk = max(1, CHUNK_SAMPLES // batch)
     for first in range(0, last, steps_per_chunk):
         steps = np.arange(first, min(last, first + steps_per_chunk))
-        ahead = np.zeros_like(steps)  # as in StepSampler.all_samples_at, for many steps at once
+        ahead = np.zeros_like(steps)  # as in StepOrder.all_samples_at, for many steps at once
         for window in sampler.left_out:
             ahead += window["steps"] * (steps >= window["after"])
         positions = ((steps + ahead) * batch)[:, None] + np.arange(batch)
         samples = sampler.at(positions.reshape(-1)).reshape(positions.shape)
-        yield from (f"{samples_hash(row):013x}" for row in samples)
+        yield from (f"{found:013x}" for found in order.hashes_of_rows(samples).tolist())
 
 
 def result(

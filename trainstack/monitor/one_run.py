@@ -137,8 +137,7 @@ def time_spent(view: View) -> str:
     with contextlib.suppress(OSError):
         if path.stat().st_size < GOODPUT_BYTES:
             attempts = attempts_of(view.events, read_executions(path))
-            failures = goodput.failure_times(view.run, attempts)
-            spent = goodput.seconds_by_cause(view.events, attempts, failures)
+            spent = goodput.timeline_of_run(view.run, view.events, attempts).spent
             wall = sum(spent.values())
             parts = sorted(spent.items(), key=lambda item: -item[1])
             shares = [f"{cause} {s / wall:.0%}" for cause, s in parts if s > 0.005 * wall]

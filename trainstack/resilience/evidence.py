@@ -4,7 +4,6 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 from trainstack import processes
 
@@ -24,47 +23,25 @@ REASONS = {  # bits of that, by NVML's nvmlClocksEventReasons; what is in order 
 }
 
 
-def find_evidence(gpu: str | None, data_seconds: float) -> dict[str, Any]:
-    """Facts by name, and ``text``, the same for people.
-
-    ``gpu``: the UUID of this rank's, if any. ``data_seconds``: for which a step waits for data.
-    """
+def find_evidence(data_seconds: float, gpu: str | None) -> str:
+    """A line for people; ``data_seconds``: for which a step waits for data; ``gpu``: its UUID."""
     began, before, busy_before = time.monotonic(), own_seconds(), cpu_seconds()
     time.sleep(SAMPLE_SECONDS)
     seconds = time.monotonic() - began
     ran, waited, held = ((b - a) / seconds for a, b in zip(before, own_seconds(), strict=True))
-    busy = {
-        f"{name} (pid {pid})": round((after - busy_before[pid, name]) / seconds, 2)
-        for (pid, name), after in cpu_seconds().items()
-        if after - busy_before.get((pid, name), after) > BUSY * seconds
-    }
-    facts = {
-        "data_seconds": data_seconds,
-        "cores": len(os.sched_getaffinity(0)),
-        "cores_of_host": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "ran": round(ran, 2),
-        "waited_for_core": round(waited, 2),
-        "held_by_quota": round(held, 2),
-        "busy": dict(sorted(busy.items(), key=lambda item: -item[1])[:MOST_NAMED]),
-        "gpu": gpu_state(gpu) if gpu else "",
-    }
-    return {**facts, "text": describe(**facts)}
-
-
-def describe(
-    data_seconds: float, cores: int, cores_of_host: int, load: float, ran: float,
-    waited_for_core: float, held_by_quota: float, busy: dict[str, float], gpu: str,
-) -> str:  # fmt: skip
-    """The facts in a line."""
-    text = f"{data_seconds:.4f} s of a step wait for data; it may use {cores} of {cores_of_host} "
-    text += f"cores, load {load}; its main thread ran {ran:.0%} of the time and waited "
-    text += f"{waited_for_core:.0%} for a core"
-    if held_by_quota > 0:
-        text += f"; the quota of its cgroup held it back {held_by_quota:.0%}"
+    shares = {of: (now - busy_before.get(of, now)) / seconds for of, now in cpu_seconds().items()}
+    busy = sorted((of for of in shares if shares[of] > BUSY), key=lambda of: -shares[of])
+    text = f"{data_seconds:.4f} s of a step wait for data; it may use "
+    text += (
+        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    text += f"; its main thread ran {ran:.0%} of the time and waited {waited:.0%} for a core"
+    if held > 0:
+        text += f"; the quota of its cgroup held it back {held:.0%}"
     if busy:
-        text += f"; beside it: {', '.join(f'{name} {share:.0%}' for name, share in busy.items())}"
-    return f"{text}; {gpu}" if gpu else text
+        named = (f"{name} (pid {pid}) {shares[pid, name]:.0%}" for pid, name in busy[:MOST_NAMED])
+        text += f"; beside it: {', '.join(named)}"
+    return f"{text}; {state}" if gpu and (state := gpu_state(gpu)) else text
 
 
 def own_seconds() -> tuple[float, float, float]:

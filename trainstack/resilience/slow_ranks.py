@@ -4,6 +4,7 @@ All ranks wait for the slowest in each step, so one on a bad node slows the whol
 fails. The same numbers on all ranks give the same answer on all.
 """
 
+import statistics
 from collections import Counter
 from typing import NamedTuple
 
@@ -57,14 +58,14 @@ class SlowRanks:
         self._sums, self._steps, self._block_at = np.zeros_like(self._sums), 0, clock
         if clock - self._window_at < self.window_seconds or len(self._blocks) < FEWEST:
             return []
-        usual = np.median(self._blocks, axis=0)
+        usual = np.median(self._blocks, axis=0).tolist()
         self._blocks, self._window_at = [], clock
         return self._changes(usual)
 
-    def _changes(self, usual: np.ndarray) -> list[Change]:
+    def _changes(self, usual: list[float]) -> list[Change]:
         """What follows from a window, by the usual own time of each rank in it."""
         changes = []
-        for rank, seconds in enumerate(usual.tolist()):
+        for rank, seconds in enumerate(usual):
             others = median_of_others(usual, rank)
             is_slow, was_slow = seconds >= FACTOR * others, rank in self.slow
             self._contrary[rank] = (self._contrary[rank] + 1) * (is_slow != was_slow)
@@ -75,5 +76,5 @@ class SlowRanks:
         return changes
 
 
-def median_of_others(seconds: np.ndarray, rank: int) -> float:
-    return float(np.median(np.delete(seconds, rank)))
+def median_of_others(seconds: list[float], rank: int) -> float:
+    return statistics.median(seconds[:rank] + seconds[rank + 1 :])

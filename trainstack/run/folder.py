@@ -212,19 +212,20 @@ class RunFolder:
             return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
         return ""
 
-    def add_evidence(self, job: str | None, attempt: int, rank: int, facts: dict[str, Any]) -> None:
+    def add_evidence(self, job: str, attempt: int, rank: int, step: int, text: str) -> None:
         """Leave what a slow rank found on its host."""
-        record = {"at": now(), "rank": rank, "host": socket.gethostname(), **facts}
+        record = {"at": now(), "rank": rank, "host": socket.gethostname(), "step": step}
+        record["text"] = text
         with contextlib.suppress(OSError):
             files.replace_file(self._evidence(job, attempt, rank), json.dumps(record).encode())
 
-    def evidence(self, job: str | None, attempt: int, rank: int) -> dict[str, Any]:
-        """That, in words as ``text``; empty if the rank was never slow."""
+    def evidence(self, job: str, attempt: int, rank: int) -> str:
+        """That, in a line; empty if the rank was never slow."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._evidence(job, attempt, rank).read_bytes())
-        return {}
+            return json.loads(self._evidence(job, attempt, rank).read_bytes())["text"]
+        return ""
 
-    def _evidence(self, job: str | None, attempt: int, rank: int) -> Path:
+    def _evidence(self, job: str, attempt: int, rank: int) -> Path:
         return self._log(job, attempt, f"rank{rank}.slow.json")
 
     def meeting(self, job: str, attempt: int) -> Path:

@@ -78,7 +78,7 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
     if not attempt.world.is_main or section.sample_prompt is None:
         return
     try:
-        _, newest = newest_checkpoint(run.checkpoints)
+        step, newest = newest_checkpoint(run.checkpoints)
         tokenizer = load_tokenizer(newest)
         ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
         seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
@@ -88,5 +88,6 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         log.info("sample  %s", text.replace("\n", "\n        "))
         log.info("        %s", end)
         (run.path / "sample.txt").write_text(text + "\n")
+        run.add_event("sample", step=step, text=text)
     except Exception as error:  # the run is complete all the same
         log.warning("sample  could not be made: %s: %s", type(error).__name__, error)

@@ -49,18 +49,17 @@ class Ranks:
                     own_seconds=change.seconds, others_seconds=change.others_seconds,
                 )  # fmt: skip
             if change.is_slow and change.rank == self.attempt.world.rank:
-                known = {"step": result.step, "cause": text}, pace.data_seconds
+                known = result.step, pace.data_seconds
                 threading.Thread(target=self._leave_evidence, args=known, daemon=True).start()
 
-    def _leave_evidence(self, known: dict, data_seconds: float) -> None:
+    def _leave_evidence(self, step: int, data_seconds: float) -> None:
         """What this host says of it, in the log of this rank and beside it; takes seconds."""
-        device, owner = self.attempt.world.device, self.attempt.owner
-        is_gpu = device.type == "cuda"
-        gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if is_gpu else None
-        found = find_evidence(gpu, data_seconds)
-        log.warning("slow    %s: %s", socket.gethostname(), found["text"])
-        rank = self.attempt.world.rank
-        self.attempt.run.add_evidence(owner.job, owner.attempt, rank, {**known, **found})
+        world, owner = self.attempt.world, self.attempt.owner
+        is_gpu = world.device.type == "cuda"
+        gpu = f"GPU-{torch.cuda.get_device_properties(world.device).uuid}" if is_gpu else None
+        text = find_evidence(data_seconds, gpu)
+        log.warning("slow    %s: %s", self.hosts[world.rank], text)
+        self.attempt.run.add_evidence(owner.job, owner.attempt, world.rank, step, text)
 
     def read(self, step: int) -> dict[str, float]:
         """Which rank took longest since the last call, and how many times the median of the others.
@@ -69,14 +68,14 @@ class Ranks:
         """
         if not self._steps:
             return {}
-        means = self._sums / self._steps
+        means = (self._sums / self._steps).tolist()
         if self.attempt.world.is_main and time.monotonic() - self._shown_at > SHOWN_SECONDS:
             self._shown_at = time.monotonic()
             self.attempt.run.show_ranks(
-                step=step, hosts=self.hosts, seconds=means.tolist(), slow=sorted(self.judge.slow),
+                step=step, hosts=self.hosts, seconds=means, slow=sorted(self.judge.slow),
                 step_seconds=self._step_seconds / self._steps,
             )  # fmt: skip
-        self._sums, self._steps, self._step_seconds = np.zeros_like(means), 0, 0.0
-        slowest = int(means.argmax())
-        ratio = float(means[slowest]) / median_of_others(means, slowest)
+        self._sums, self._steps, self._step_seconds = np.zeros(len(means)), 0, 0.0
+        slowest = max(range(len(means)), key=means.__getitem__)
+        ratio = means[slowest] / median_of_others(means, slowest)
         return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}

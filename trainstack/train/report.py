@@ -182,7 +182,7 @@ class Report:
         self.attempt.run.set_status(RUNNING, checkpoint=saved.path.name, checkpoint_at=time.time())
         self.attempt.run.add_event(
             "checkpoint", step=saved.step, save_seconds=round(saved.seconds, 3),
-            stall_seconds=stall, train_hours=round(hours, 6),
+            stall_seconds=stall, train_hours=round(hours, 6), bytes=saved.size,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -1,0 +1,202 @@
+"""All that the page says of one run, as JSON holds it; moments are in seconds since 1970."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainstack.checkpoint import names
+from trainstack.config.strict_yaml import read_yaml
+from trainstack.errors import ConfigError
+from trainstack.history import goodput
+from trainstack.history.attempts import Attempt, Event, attempts_of, last_durable_step
+from trainstack.history.goodput import Timeline
+from trainstack.monitor.view import View
+from trainstack.report.series import BY_SOURCE, Executed, curves_of
+from trainstack.units import seconds_of
+
+STATES = {  # what a state means, in words
+    "DONE": "the last step is on disk",
+    "PAUSED": "saved and stopped in order; it can be resumed",
+    "FAILED": "something broke",
+    "NO_PROGRESS": "three attempts brought no newer checkpoint",
+    "REFUSED": "the run belongs to another job or to another experiment",
+    "DIVERGED": "the loss or the gradient norm was not finite, or a spike",
+    "HANG": "nothing moved for too long",
+    "RUNNING": "it trains",
+    "STARTING": "its processes start",
+    "RESTARTING": "an attempt broke, and the next one begins",
+    "QUEUED": "its job waits for Slurm",
+    "HELD": "its job is held",
+    "BLOCKED": "its job never starts",
+    "SUSPENDED": "Slurm has stopped its processes for a while",
+    "NOT_SUBMITTED": "Slurm refused its job",
+    "KILLED": "its processes are gone",
+    "LOST": "Slurm no longer has its job",
+}
+ENDS = ("failed", "hang", "diverged", "no_progress", "refused", "node_lost", "paused", "done")
+NOTABLE = {*ENDS, "preempted", "rollback", "skip", "save_failed", "slow_rank", "slow_rank_over",
+           "not_submitted"}  # fmt: skip
+MOST_NOTES = 200  # the newest are shown
+FINEST = 2000  # parts of the timeline: what is shorter is not seen
+TOLD = ("event", "at", "host", "step", "cause", "job", "attempt")  # elsewhere on the page
+
+
+def facts_of(view: View) -> dict[str, Any]:
+    """What is known of a run from its folder."""
+    run, events, status = view.run, view.events, view.status
+    executed = Executed.read(run.path / "samples.jsonl")
+    durable = last_durable_step(status, run.checkpoints)
+    told = [e["step"] for e in events if e["event"] in ("checkpoint", "training")]
+    attempts = attempts_of(events, executed.telling([*told, durable]))
+    measured, evaluated = view.measured, view.evaluated
+    return {
+        "name": run.path.name,
+        "folder": str(run.path),
+        "state": view.state,
+        "meaning": "; ".join(STATES.get(state, "") for state in view.state.split(", ")),
+        "cause": view.cause,
+        "next": view.next_action,
+        "step": view.step,
+        "max_steps": view.max_steps,
+        "seconds_left": view.seconds_left,
+        "measured": measured,
+        "evaluated": evaluated,
+        "tokens_per_step": measured.get("tokens_seen", 0) // measured.get("step", 1),
+        "redone_steps": executed.redone,
+        **times_of(view, attempts),
+        "curves": curves_of(
+            run.path / "metrics.jsonl", [*evaluated.get(BY_SOURCE, ())], executed
+        ),
+        "restarts": restarts_of(attempts),
+        "notes": notes_of(events),
+        "checkpoints": checkpoints_of(view),
+        "settings": settings_of(run.path / "config.yaml"),
+        "shipped": shipped_settings(run.path),
+        "environment": environment_of(view),
+        "samples": samples_of(view),
+    }  # fmt: skip
+
+
+def times_of(view: View, attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Where the time went: ``spent`` by cause, and a row of the timeline for each attempt."""
+    if not view.events and not attempts:
+        return {"begin": None, "spent": {}, "rows": []}
+    timeline = goodput.timeline_of_run(view.run, view.events, attempts)
+    begin, end = goodput.bounds(view.events, attempts)
+    return {
+        "begin": begin,
+        "end": end,
+        "spent": {cause: round(seconds, 3) for cause, seconds in timeline.spent.items()},
+        "rows": rows_of(timeline, attempts, (end - begin) / FINEST),
+    }
+
+
+def rows_of(timeline: Timeline, attempts: Sequence[Attempt], least: float) -> list[dict[str, Any]]:
+    """The rows of the timeline: ``parts`` are [cause, begin, end], none shorter than ``least``."""
+    rows = []
+    for attempt, parts in zip([*attempts, None], timeline.rows, strict=True):
+        seen = [list(parts[0])] if parts else []
+        for cause, begin, end in parts[1:]:
+            if end - begin < least or cause == seen[-1][0]:
+                seen[-1][2] = end
+            else:
+                seen.append([cause, begin, end])
+        if attempt:
+            steps = [execution.step for execution in attempt.executions]
+            executed = [min(steps), max(steps)] if steps else None
+            end = how_ended(attempt)
+            rows.append({"name": attempt.name, "steps": executed, "end": end, "parts": seen})
+        elif seen:  # since the last attempt ended
+            rows.append({"name": None, "steps": None, "end": "", "parts": seen})
+    return rows
+
+
+def how_ended(attempt: Attempt) -> str:
+    """Its end in words; empty if it is not on record."""
+    ends = [event for event in attempt.events if event["event"] in ENDS]
+    return words_of(ends[-1]) if ends else ""
+
+
+def words_of(event: Event) -> str:
+    """What an event says beside its time and step."""
+    rest = [
+        f"{k} {v}" for k, v in event.items() if k not in TOLD and not isinstance(v, dict | list)
+    ]
+    told = event.get("cause") or ", ".join(rest)
+    return f"{event['event'].replace('_', ' ')}: {told}" if told else event["event"]
+
+
+def restarts_of(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
+    """Where the curve of one attempt ends and that of the next begins."""
+    found = []
+    for before, attempt in zip(attempts, attempts[1:], strict=False):
+        for event in attempt.events:
+            if event["event"] == "training":
+                why = how_ended(before) or "its end is not on record"
+                found.append({"step": event["step"], "at": seconds_of(event["at"]), "why": why})
+    return found
+
+
+def notes_of(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Events that a person should know of, the newest MOST_NOTES of them."""
+    kept = [event for event in events if event["event"] in NOTABLE]
+    return [
+        {"kind": event["event"], "at": seconds_of(event["at"]), "step": event.get("step"),
+         "text": words_of(event)}
+        for event in kept[-MOST_NOTES:]
+    ]  # fmt: skip
+
+
+def checkpoints_of(view: View) -> list[dict[str, Any]]:
+    """Every checkpoint that was published, and whether it is still there."""
+    kept = {step for step, _ in names.checkpoints(view.run.checkpoints)}
+    return [
+        {"step": event["step"], "at": seconds_of(event["at"]), "bytes": event.get("bytes"),
+         "seconds": event.get("save_seconds"), "stall": event.get("stall_seconds"),
+         "is_kept": event["step"] in kept}
+        for event in view.events if event["event"] == "checkpoint"
+    ]  # fmt: skip
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings of a file by their dotted keys; empty if it is not there or cannot be read."""
+    with contextlib.suppress(ConfigError):
+        sections, _ = read_yaml(path)
+        return {f"{s}.{key}": v for s, keys in sections.items() for key, v in keys.items()}
+    return {}
+
+
+def shipped_settings(folder: Path) -> dict[str, Any]:
+    """Those of the config.yaml beside the code that a run uses; by hand, beside this code."""
+    here = Path(__file__).resolve().parents[2]
+    return settings_of(folder / "code" / "config.yaml") or settings_of(here / "config.yaml")
+
+
+def environment_of(view: View) -> dict[str, Any]:
+    """Versions, hosts and ranks. Of uncommitted changes only how many lines: they may be secret."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((view.run.path / "environment.json").read_bytes())
+    difference = found.pop("git_difference", None)
+    changed = sum(line[:1] in "+-" for line in (difference or "").splitlines())
+    starts = [event for event in view.events if event["event"] == "start"]
+    return {
+        **found,
+        "uncommitted_lines": changed,
+        "nodes": view.status.get("nodes", []),
+        "ranks": starts[-1].get("ranks", [])[:64] if starts else [],
+    }
+
+
+def samples_of(view: View) -> list[dict[str, Any]]:
+    """What the model said, at which step; of an older run only the last."""
+    found = [
+        {"step": event["step"], "text": event["text"]}
+        for event in view.events if event["event"] == "sample"
+    ]  # fmt: skip
+    path = view.run.path / "sample.txt"
+    if not found and path.exists():
+        found = [{"step": view.step, "text": path.read_text(errors="replace").rstrip()}]
+    return found

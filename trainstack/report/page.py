@@ -1,0 +1,109 @@
+"""Writes the report of a run, or the comparison of several, as one HTML file.
+
+Command line: ``python -m trainstack report RUN [RUN ...] [--home HOME]``; prints the file's path.
+
+The page needs no network and asks for nothing: styles, scripts, uPlot and the data are inside. The
+data is JSON, in ``<script id="data">``, for other programs as well.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from trainstack.history.attempts import find_run
+from trainstack.history.goodput import CAUSES
+from trainstack.monitor.view import view_of
+from trainstack.report.facts import facts_of, settings_of
+from trainstack.run.folder import RunFolder
+from trainstack.run.queue import read_queue
+from trainstack.storage import files
+
+FORMAT = 1  # of the data
+LEDGER_SECONDS = 7  # from the beginning: of a million steps it takes longer, and is left out
+HERE = Path(__file__).parent
+MOST_NAMED = 3  # runs in the name of the file of a comparison
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack report", description=__doc__)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="name or folder of a run")
+    parser.add_argument(
+        "--home", type=Path, default=os.environ.get("TRAINSTACK_HOME"),
+        help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
+    )
+    parser.add_argument("--if-asked", action="store_true", help="only if log.report_to has html")
+    options = parser.parse_args(arguments)
+    if options.if_asked:
+        asked = settings_of(Path(options.runs[0]) / "config.yaml").get("log.report_to") or []
+        if "html" not in asked:
+            return 0
+    jobs = read_queue(sys.stdin.read()) if options.queue else None
+    runs = [RunFolder(find_run(run, options.home)) for run in dict.fromkeys(options.runs)]
+    target = runs[0].path / "report.html" if len(runs) == 1 else comparison(runs, options.home)
+    files.make_folder(target.parent)
+    files.replace_file(target, page_of(runs, jobs, options.home).encode())
+    print(target)
+    return 0
+
+
+def comparison(runs: Sequence[RunFolder], home: Path | None) -> Path:
+    """Where the comparison of several runs is written."""
+    named = [run.path.name for run in runs[:MOST_NAMED]]
+    more = [f"{len(runs) - MOST_NAMED}-more"] if len(runs) > MOST_NAMED else []
+    home = home or runs[0].path.parent.parent
+    return home / "reports" / f"{'-'.join([*named, *more])}.html"
+
+
+def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> str:
+    """The page about some runs; a comparison leaves out what is of one run alone."""
+    began = time.monotonic()
+    ledger = start_ledger(runs[0], home) if len(runs) == 1 else None
+    data: dict[str, Any] = {"format": FORMAT, "made_at": time.time(), "causes": CAUSES}
+    data["runs"] = [facts_of(view_of(run, jobs)) for run in runs]
+    if ledger:
+        seconds = max(0.0, LEDGER_SECONDS - (time.monotonic() - began))
+        data["runs"][0]["ledger"] = said_by(ledger, runs[0].path.name, seconds)
+    parts = {
+        "style": "page.css", "curves": "curves.js", "page": "page.js",
+        "uplot": "uplot/uPlot.iife.min.js", "uplot_style": "uplot/uPlot.min.css",
+        "uplot_license": "uplot/LICENSE",
+    }  # fmt: skip
+    return Template((HERE / "page.html").read_text()).substitute(
+        {name: (HERE / path).read_text() for name, path in parts.items()},
+        title=" and ".join(run.path.name for run in runs[:MOST_NAMED]),
+        data=as_json(data).replace("<", "\\u003c"),  # no tag ends the script
+    )
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """The data as every reader of JSON takes it; a number that is not finite becomes null."""
+    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
+
+
+def start_ledger(run: RunFolder, home: Path | None) -> subprocess.Popen:
+    """The ledger in a process of its own, beside this one: it imports torch, and may take long."""
+    command = [sys.executable, "-m", "trainstack", "ledger", str(run.path)]
+    command += ["--home", str(home)] if home else []
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def said_by(ledger: subprocess.Popen, name: str, seconds: float) -> dict[str, Any]:
+    """Its lines and exit code: 0 if each sample was used once, 1 if not, 2 if it cannot be told."""
+    try:
+        text, _ = ledger.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        ledger.kill()
+        ledger.wait()
+        text = f"This takes longer than a report may; to see it: bash monitor.sh {name} --ledger"
+        return {"code": 2, "lines": [text]}
+    return {"code": ledger.returncode, "lines": text.splitlines()}
