@@ -173,16 +173,13 @@ def told_of(view: View, it: Interruption) -> Told:
     if state == "NODE_LOST" and following:
         later = hosts_of(view.run, following["job"], following["attempt"])
         gone = ", ".join(sorted(hosts_of(view.run, it.job, it.attempt) - later)) if later else ""
-        cause, host = (
-            f"{cause}; not among its nodes since: {gone}" if gone else cause,
-            gone or "NODE",
-        )
+        cause += f"; not among its nodes since: {gone}" if gone else ""
+        host = gone or "NODE"
     if state == "DIVERGED":  # of all ranks alike; one of them told
         cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
     cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
-    return Told(
-        it, state, cause.replace(f"{view.run.path.parents[1]}/", ""), at, step, host, report
-    )
+    cause = cause.replace(f"{view.run.path.parents[1]}/", "")
+    return Told(it, state, cause, at, step, host, report)
 
 
 def end_without_record(view: View, it: Interruption, report: dict[str, Any]) -> tuple[str, str]:
@@ -260,13 +257,14 @@ def after_rows(view: View, told: Told) -> Rows:
     is_said = "--exclude" in told.cause or is_local_job(told.it.job)  # which has no other node
     if is_said and "--exclude" in kind.advice:
         kind = kind._replace(advice="")
-    is_over = told.is_passed or bool(told.it.next("training")) or not is_bad(view)
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
-    helps = "nothing failed" if told.state == "PAUSED" else kind.helps
-    helps = NO if has_repeated and kind.whose == WORKLOAD else helps
+    helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
+    helps = "nothing failed" if told.state == "PAUSED" else helps
+    helps = helps if is_bad(view) else "is tried now"
+    is_past = told.is_passed or bool(told.it.next("training")) or view.state == "DONE"
     lies = f"the run got past it; it lay with {kind.whose}"
-    yield "again", lies if is_over else f"{helps}; it lies with {kind.whose}"
-    yield "do", action_of(view, kind, told.host, is_over)
+    yield "again", lies if is_past else f"{helps}; it lies with {kind.whose}"
+    yield "do", action_of(view, kind, told.host, is_over=is_past or not is_bad(view))
 
 
 def cost_of(view: View, told: Told) -> str:
@@ -320,7 +318,7 @@ def first_answer(view: View, told: Told) -> str:
         return "refused it; nothing was changed"
     if view.state == "RESTARTING":
         return "restarts in place"
-    return "ended the job: another attempt would end alike"
+    return "ended the job, and did not restart it"
 
 
 def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
@@ -333,8 +331,5 @@ def action_of(view: View, kind: Kind, host: str, is_over: bool) -> str:
         return f"if it was you: scontrol resume {view.job_id}; else Slurm does it"
     if is_over or not action:
         return f"nothing now; {advice}" if advice else "nothing"
-    advice, then = (
-        advice.removeprefix("if it comes again, "),
-        action.removeprefix("fix the cause, "),
-    )
-    return f"{advice}; {then}" if advice else action
+    then = action.removeprefix("fix the cause, ")
+    return f"{advice.removeprefix('if it comes again, ')}; {then}" if advice else action
