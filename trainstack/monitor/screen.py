@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
     if options.run and not layout.run_folder(options.home, options.run).is_dir():
-        if refused := why.lines_without_run(layout.run_folder(options.home, options.run)):
+        refused = why.lines_without_run(layout.run_folder(options.home, options.run))
+        if refused and not options.json:
             print(*refused, sep="\n")
             return 1
         have = ", ".join(folder.name for folder in run_folders(options.home)) or "none yet"
