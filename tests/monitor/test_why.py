@@ -129,6 +129,21 @@ def test_a_job_that_slurm_ended_without_a_word_of_the_run(runs, word, whose, rem
         assert words in said
 
 
+def test_of_a_chain_the_end_of_the_job_before_is_told_by_slurm(runs):
+    run = runs.make("chain", "RUNNING", 20, job="9", attempt=1, step=21, max_steps=60)
+    happened(
+        run,
+        *attempt(1, "8"),
+        {"event": "training", "step": 0},
+        *attempt(1, "9", newest=20, reached=25),
+        {"event": "training", "step": 20},
+    )
+    said = why(runs, "chain", "8|TIMEOUT|0:00|None\n9|RUNNING|1:00|None")
+    for words in ("KILLED at step 25", "Slurm says TIMEOUT", "5 steps made again", "--time",
+                  "job 9 continued it", "it lay with Slurm or whoever asked"):  # fmt: skip
+        assert words in said
+
+
 def test_a_rank_that_failed_is_named_with_its_line_and_what_its_log_says(runs):
     run = runs.make(
         "bad",

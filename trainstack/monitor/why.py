@@ -81,7 +81,7 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
         return [*lines, *laid_out(*(refused or alone(view)))][:MOST_LINES]
     last, *former = [told_of(view, one) for one in found[: -SHOWN - 1 : -1]]
     job = (jobs or {}).get(last.it.job) or (view.job if view.job_id == last.it.job else NO_JOB)
-    above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last))
+    above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last, job))
     room = max(0, MOST_LINES - len(lines) - len(above) - len(below))
     logged = [("log", cut(text)) for text in log_lines(view.run, last)[:room]]
     lines += [*above, *laid_out(*logged), *below]
@@ -248,12 +248,13 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
 # --- What followed
 
 
-def after_rows(view: View, told: Told) -> Rows:
+def after_rows(view: View, told: Told, job: Job) -> Rows:
     """What it cost, what was done about it, whether trying again can help, what a person does."""
     yield "lost", cost_of(view, told)
     yield "then", answer_to(view, told)
     is_usage = view.status.get("exit_code") == USAGE_ERROR
-    kind = kind_of(f"{told.state} {told.cause}", MISTAKE if is_usage else UNKNOWN)
+    word = job.state if told.state == "KILLED" else ""  # a later job has continued it
+    kind = kind_of(f"{told.state} {told.cause} {word}", MISTAKE if is_usage else UNKNOWN)
     is_said = "--exclude" in told.cause or is_local_job(told.it.job)  # which has no other node
     if is_said and "--exclude" in kind.advice:
         kind = kind._replace(advice="")
