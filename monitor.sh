@@ -116,6 +116,7 @@ show() {
   if has_jobs; then
     if queue="$(list_jobs)"; then
       is_heard=(--queue)
+      if ((${#RUNS[@]})); then queue+="$(forgotten_job "$queue")"; fi
     else
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
@@ -128,6 +129,18 @@ show() {
 
 write_report() {
   run_module trainstack report --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
+}
+
+# A line for the last job of the run, if squeue no longer shows it and it did not tell its own end.
+forgotten_job() {
+  local folder="$TRAINSTACK_HOME/runs/${RUNS[0]}" job
+  job="$(sed -nE 's/.*"submitted".*"job": "([0-9]+)".*/\1/p' "$folder/events.jsonl" 2>/dev/null |
+    tail -n 1)"
+  if [[ -z "$job" || "$1" == *"job|$job|"* ]] ||
+    grep -qs '"exit_code": [0-9]' "$folder/status.json"; then
+    return
+  fi
+  printf '\n' && recall_job "$job"
 }
 
 ask_screen() {

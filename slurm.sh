@@ -49,6 +49,20 @@ list_jobs() {
   grep '^job|' <<<"$said" || true
 }
 
+# A job that squeue has forgotten, as accounting knows it, in the same form; nothing without that.
+recall_job() {
+  local said id state code reason nodes
+  command -v sacct >/dev/null || return 0
+  said="$(ask sacct --allocations --noheader --parsable2 --jobs="$1" \
+    --format=JobID,State,ExitCode,Reason,NodeList)" || return 0
+  while IFS='|' read -r id state code reason nodes; do
+    if [[ "$id" == "$1" ]]; then
+      reason="${reason/#None/}"
+      printf 'job|%s||%s|%s\n' "$id|${state%% *}" "${reason:+$reason, }exit code $code" "$nodes"
+    fi
+  done <<<"$said"
+}
+
 # What the nodes of each partition have, a line for each kind of node; see job/resources.py.
 list_nodes() {
   local said

@@ -48,7 +48,24 @@ usage() { sed -n '3,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" || true; } # nobody
 log() { printf 'submit.sh: %s\n' "$*" >&2; }
 die() {
   log "error: $1"
+  keep_refusal "submit.sh: error: $1" || true
   exit "${2:-1}"
+}
+
+# For monitor.sh RUN --why, without what may be a token; job/submit.py keeps its own there.
+# Sets: TRAINSTACK_HOME
+keep_refusal() {
+  local setting name="${RESUME:-}" folder
+  # shellcheck source=/dev/null
+  if [[ -z "${TRAINSTACK_HOME:-}" && -f "$HERE/env.sh" ]]; then source "$HERE/env.sh"; fi
+  [[ -d "${TRAINSTACK_HOME:-}" ]] || return
+  folder="$TRAINSTACK_HOME/cache/refused"
+  for setting in ${SETTINGS[@]+"${SETTINGS[@]}"}; do
+    if [[ "$setting" == run.name=* ]]; then name="${setting#*=}"; fi
+  done
+  [[ "$name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || name=.unnamed
+  mkdir -p "$folder" && sed -E "s/hf_[A-Za-z0-9]{8,}/.../g; s/(($SECRET)[A-Z_]*=)[^ ]*/\1.../g" \
+    <<<"${1:0:2000}" >"$folder/$name"
 }
 
 # Sets: RUN_DIR

@@ -59,6 +59,14 @@ class Lab:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
+    def why(self, run: str, row: str, *words: str) -> str:
+        """What ``monitor.sh RUN --why`` says; it must be readable, and hold all ``words``."""
+        command = ["bash", str(self.checkout / "monitor.sh"), run, "--why"]
+        done = subprocess.run(
+            command, env=self.environment(), capture_output=True, text=True, timeout=60
+        )
+        return check_why(row, done, *words)
+
     def trace(self, run: str, output: str = "") -> "Trace":
         return Trace(RunFolder(layout.run_folder(self.home, run)), output)
 
@@ -124,6 +132,20 @@ def write_row(row: str, **facts) -> None:
     if path:
         with open(path, "a") as file:
             file.write(json.dumps({"row": row, **facts}) + "\n")
+
+
+def check_why(row: str, done: subprocess.CompletedProcess, *words: str) -> str:
+    """A post-mortem holds all ``words`` and fits a screen; FAULT_WHY names a file that keeps it."""
+    text = done.stdout
+    if path := os.environ.get("FAULT_WHY"):
+        with open(path, "a") as file:
+            file.write(f"{row}\n{text}\n")
+    assert not done.stderr, done.stderr
+    lines = text.splitlines()
+    assert 1 <= len(lines) <= 15 and max(map(len, lines)) <= 110, text
+    said = " ".join(text.split())
+    assert not [word for word in words if word not in said], f"{row}: {words}\n{text}"
+    return said
 
 
 def wait_until(condition, what: str, seconds: float = 60) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import Trace
+from lab import Trace, check_why
 from slurm_cluster import SlurmCluster
 from trainstack.run.folder import RunFolder
 
@@ -38,6 +38,10 @@ class Site:
             ["bash", str(self.checkout / script), *arguments], env={**self.environment, **changes},
             capture_output=True, text=True, timeout=120, cwd="/",
         )  # fmt: skip
+
+    def why(self, run: str, row: str, *words: str) -> str:
+        """What ``monitor.sh RUN --why`` says; it must be readable, and hold all ``words``."""
+        return check_why(row, self.run("monitor.sh", run, "--why"), *words)
 
     def folder(self, run: str) -> RunFolder:
         return RunFolder(self.shared / "trainstack" / "runs" / run)

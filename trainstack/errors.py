@@ -1,8 +1,10 @@
 """What a person is told when they asked for something that cannot be: one line, with its fix."""
 
+import re
 from typing import Any
 
 USAGE_ERROR = 2
+SECRET = re.compile(r"\bhf_\w{8,}|((?:TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL)[A-Z_]*=)\S+")
 
 
 class ConfigError(Exception):
@@ -60,3 +62,8 @@ def shown(value: Any) -> str:
     if not text.isprintable():
         text = repr(text)
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def without_secrets(text: str) -> str:
+    """A text of a log or a command line without the tokens that somebody wrote there."""
+    return SECRET.sub(lambda found: f"{found[1] or ''}...", text)

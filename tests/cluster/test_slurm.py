@@ -58,6 +58,8 @@ def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
     page = user.folder("broken").path / "report.html"
     assert f"report: {page}\n" in log
     assert '"state": "NO_PROGRESS"' in page.read_text()
+    user.why("broken", "F27 on Slurm", "NO_PROGRESS at step", "rank 0 on node1: killed by SIGKILL",
+             "torchrun saw it end", "ended the job", "bash submit.sh --resume broken")  # fmt: skip
 
 
 def test_the_run_of_a_job_that_failed_continues_in_the_next_job(user):
@@ -76,6 +78,7 @@ def test_a_run_that_diverges_fails_with_its_own_code_and_cause(user):
     status = user.folder("bad").status()
     assert (status["state"], status["exit_code"]) == ("DIVERGED", 79)
     assert user.cluster.job(job)["ExitCode"] == "79:0"
+    user.why("bad", "diverged", "DIVERGED", "not finite", "ends in the same way; it lies with")
 
 
 def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
@@ -90,6 +93,8 @@ def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
     assert rows["live"]["JOB"] == running
     assert int(rows["live"]["STEP"].split("/")[0].replace(",", "")) >= 3
     assert (rows["waits"]["STATE"], rows["waits"]["HEALTH"]) == ("QUEUED", "queued")
+    user.why("live", "a run that trains", "live: RUNNING at step", "nothing is wrong")
+    user.why("waits", "waits", f"waits: QUEUED; job {waiting} waits, BeginTime: it asked for")
     screen = user.run("monitor.sh", "bad").stdout
     assert "DIVERGED" in screen
     assert "cause" in screen
@@ -102,6 +107,8 @@ def test_the_monitor_tells_the_truth_of_runs_in_every_state(user):
     rows = table(user.run("monitor.sh").stdout)
     assert rows["live"]["STATE"] in ("PAUSED", "LOST")
     assert rows["waits"]["STATE"] == "LOST"
+    user.why("waits", "cancelled in the queue", "Slurm says CANCELLED", "somebody cancelled it",
+             "bash submit.sh --resume waits")  # fmt: skip
 
 
 def table(text: str) -> dict[str, dict[str, str]]:
@@ -130,6 +137,9 @@ def test_slurm_refuses_and_the_person_reads_one_line_with_a_hint(user):
     assert len(errors) == 1
     assert "sinfo -s lists the partitions" in errors[0]
     assert user.folder("nowhere").status() == {}
+    told = user.run("monitor.sh", "nowhere", "--why")
+    assert told.returncode == 1 and told.stdout.startswith("nowhere: there is no such run")
+    assert "sinfo -s lists the partitions" in " ".join(told.stdout.split())
 
 
 def test_editing_the_checkout_while_the_job_waits_changes_nothing(user):
@@ -137,6 +147,7 @@ def test_editing_the_checkout_while_the_job_waits_changes_nothing(user):
     job = user.submit("run.name=kept", "train.max_steps=2", "--", "--hold", *ONE[1:])
     original = (site / "train.py").read_text()
     (site / "train.py").write_text("raise SystemExit('edited after submission')\n")
+    user.why("kept", "held", "kept: HELD", f"scontrol release {job}")
     try:
         user.cluster.run("scontrol", "release", job)
         state = user.cluster.wait(job, timeout=120)

@@ -69,6 +69,8 @@ def warned_stop(user: Site, run: str, row: str, reference) -> None:
     trace = user.trace(run)
     assert trace.redone() == 0, "a warned stop costs no step"
     assert user.cluster.job(job)["Restarts"] == "1"
+    user.why(run, row, "DONE", "PAUSED", "Slurm warned of the end of the job", "no step;",
+             "saved; the job went back into the queue", "Slurm or whoever asked")  # fmt: skip
     trace.record(row, "scancel -b -s USR1", reference, trace.events("paused")[0]["cause"])
 
 
@@ -98,6 +100,8 @@ def killed_agent(user: Site, run: str, row: str, reference) -> None:
     assert re.match(
         r"rank 1 on c?node2: disappeared without a report, and the others lost it", cause
     )
+    user.why(run, row, cause, "restarted in place", "made again", "the infrastructure",
+             f"--exclude={cause.split()[3].rstrip(':')}")  # fmt: skip
     trace.record(row, "kill -9 of the torchrun of rank 1", reference, cause)
 
 
@@ -131,6 +135,8 @@ def test_a_second_job_on_a_run_is_refused_within_seconds_and_the_first_continues
     assert trace.redone() == 0
     assert trace.equals(reference)
     trace.ledger()
+    user.why("f16", "F16", "DONE", "REFUSED: rank 0 on node", f"job {job} (attempt 1) on node",
+             f"job {second}, attempt 1", "lost no step", "refused it")  # fmt: skip
     write_row("F16", fault="a second job on the same run", redone=0, repeated=0, skipped=0,
               identical=True, seconds=seconds, code=78, message=log.splitlines()[-1])  # fmt: skip
 
@@ -150,18 +156,20 @@ def test_a_chain_continues_without_requeueing_and_its_rest_ends_at_once(user, re
     assert [e["job"] for e in trace.events("attempt")] == jobs[:2]
     assert "complete: DONE at step 120; nothing to do" in user.log("f33", jobs[2])
     assert {user.cluster.job(job)["Restarts"] for job in jobs} == {"0"}
+    user.why("f33", "F33", "Slurm warned of the end", "saved", f"job {jobs[1]} continued it")
     trace.record("F33", "chain of 3, USR1", reference, trace.events("paused")[0]["cause"])
 
 
 @pytest.mark.matrix
 def test_a_job_ends_itself_before_its_time_limit_without_any_signal(user, long_reference):
-    options = (*PAIR[:-1], "--time=1", "--signal=B:URG@1")
+    options = (*PAIR[:-1], "--time=1", "--signal=B:USR1@1")
     job = user.submit("run.name=f01", *LONG, *options, fault=SLOW)
     ended(user, "f01", job, 240)
     trace = user.trace("f01")
     assert trace.redone() == 0
     cause = trace.events("paused")[0]["cause"]
     assert "to the end of the job, a step and a save take" in cause
+    user.why("f01", "F01", "PAUSED", "to the end of the job", "saved; the job went back")
     trace.record("F01", "time limit of a minute, no signal", long_reference, cause)
 
 
@@ -188,6 +196,8 @@ def test_preempted_jobs_lose_no_step_with_and_without_a_grace_time(user, referen
         row = {"f03": "F03", "f04": "F04"}[run]
         grace = {"f03": "20", "f04": "0"}[run]
         cause = trace.events("paused")[0]["cause"]
+        why = {"f03": "Slurm needed the nodes for another job", "f04": "DUE TO PREEMPTION"}[run]
+        user.why(run, row, "PAUSED", why, "no step;", "saved; the job went back into the queue")
         trace.record(row, f"preemption, GraceTime={grace}", reference, cause)
 
 
@@ -200,6 +210,7 @@ def test_requeued_and_cancelled_from_outside(user, reference):
     ended(user, "f05", job, 240)
     trace = user.trace("f05")
     assert trace.redone() == 0
+    user.why("f05", "F05 requeue", "PAUSED", "SIGTERM", "saved; the job went back into the queue")
     trace.record("F05 requeue", "scontrol requeue", reference, trace.events("paused")[0]["cause"])
 
     job = user.submit("run.name=f05b", *RUN, *PAIR, fault=SLOW)
@@ -207,9 +218,12 @@ def test_requeued_and_cancelled_from_outside(user, reference):
     user.cluster.run("scancel", job)
     assert user.cluster.wait(job, timeout=60) == "CANCELLED"
     assert user.folder("f05b").status()["state"] == "PAUSED"
+    user.why("f05b", "F05 scancel, not resumed", "PAUSED", "Slurm says CANCELLED",
+             "nothing to redo", "ended the job in order", "--resume f05b")  # fmt: skip
     ended(user, "f05b", user.submit("run.name=f05b", *RUN, *PAIR))
     trace = user.trace("f05b")
     assert trace.redone() == 0
+    user.why("f05b", "F05 scancel", "DONE", "PAUSED", "Slurm says CANCELLED", "continued it")
     trace.record("F05 scancel", "scancel, submitted again", reference,
                  trace.events("paused")[0]["cause"])  # fmt: skip
 
@@ -240,6 +254,8 @@ def test_of_two_attempts_of_one_job_only_the_later_publishes(user, long_referenc
     assert "took over" in message
     assert trace.equals(long_reference)
     trace.ledger()
+    user.why("f15", "F15", "the job went back into the queue", f"--exclude={node}",
+             f"not among its nodes since: {node}", "the infrastructure")  # fmt: skip
     write_row("F15", fault="kill -9 of slurmd", redone=trace.redone(), repeated=0, skipped=0,
               identical=True, seconds=None, code=78, message=message)  # fmt: skip
 
@@ -262,6 +278,8 @@ def test_a_job_whose_head_node_dies_continues_elsewhere(user, reference):
     trace = user.trace("f23")
     assert head not in trace.run.status()["nodes"]
     assert trace.redone() <= 10
+    user.why("f23", "F23", "DONE", "NODE_LOST", f"not among its nodes since: {head}",
+             "the job went back into the queue", f"--exclude={head}")  # fmt: skip
     trace.record("F23", "power cut of the head node", reference, "NODE_FAIL, requeued by Slurm")
 
 
@@ -280,6 +298,10 @@ def test_a_network_that_is_cut_for_a_while_tears_nothing(user, reference):
             message = last[0].get("cause", "the node was lost")
         elif len(trace.events("attempt")) > 1:
             message = "NODE_FAIL, requeued by Slurm"
+        words = ["nothing is wrong"]
+        if len(trace.events("attempt")) > 1:
+            words = [node, "the infrastructure", "the job went back into the queue"]
+        user.why(run, row, *words)
         trace.record(row, f"network of a node cut for {seconds} s", reference, message)
 
 
@@ -292,6 +314,7 @@ def test_slurmctld_may_be_restarted_while_a_job_runs(user, reference):
     trace = user.trace("f32")
     assert trace.redone() == 0
     assert len(trace.events("attempt")) == 1
+    user.why("f32", "F32", "DONE at step 120/120; nothing is wrong")
     trace.record("F32", "slurmctld killed and started", reference, "undisturbed")
 
 
@@ -325,6 +348,7 @@ def test_a_port_that_is_taken_is_passed_over(user, reference):
     port = int(user.log("f25", job).partition("meeting at ")[2].split(":")[1].split()[0])
     assert port >= first + 1
     trace = user.trace("f25")
+    user.why("f25", "F25", "DONE at step 120/120; nothing is wrong")
     trace.record("F25", f"ports {first} to {first + 2} taken", reference, f"met at port {port}")
 
 
@@ -350,6 +374,8 @@ def test_a_node_that_cannot_find_the_meeting_point_is_named_at_once(user, kind, 
     assert status["exit_code"] == 2
     assert len(user.trace(f"f26-{kind}").events("attempt")) == 1, "it is not tried again"
     assert seconds < 60
+    user.why(f"f26-{kind}", f"F26 {kind}", words, "the infrastructure", "on other nodes only",
+             "--exclude=node2; then: bash", f"--resume f26-{kind}")  # fmt: skip
     write_row(f"F26 {kind}", fault=f"node1 {kind} in the hosts file of node2", redone=0, repeated=0,
               skipped=0, identical=None, seconds=None, code=2, message=status["cause"])  # fmt: skip
 
@@ -373,4 +399,6 @@ def test_a_straggler_is_named_and_is_no_reason_to_restart(user, long_reference):
     shown = trace.run.rank_seconds()
     assert (shown["hosts"], shown["slow"]) == (["node1", "node2"], [1])
     assert shown["seconds"][1] > SLOW_SECONDS > shown["seconds"][0]
+    user.why("f30", "F30", "SLOW at step", "rank 1 on node2", "named it, and trained on",
+             "--exclude=node2")  # fmt: skip
     trace.record("F30", "one rank 0.1 s slower from step 30", long_reference, named["cause"])

@@ -75,6 +75,8 @@ def test_a_node_that_does_not_see_the_shared_folder_is_named_and_left_out(user):
         user.cluster.run(*enter, "umount", "-n", user.shared / "trainstack")
     status = user.folder("blind").status()
     assert (status["state"], status["nodes"]) == ("DONE", ["node1", "node3"])
+    user.why("blind", "a node without the shared folder", cause, "the job went back into the queue",
+             "the run got past it; it lay with the infrastructure")  # fmt: skip
 
 
 @pytest.mark.matrix
@@ -91,6 +93,7 @@ def test_a_firewall_between_two_nodes_is_named_with_both_and_the_port(user):
     finally:
         user.cluster.run(*enter, "-D", *rule)
     cause = user.folder("wall").status()["cause"]
+    user.why("wall", "a firewall", "node2 cannot reach node1", "on other nodes only")
     assert re.match(r"node2 cannot reach node1 \([\d.]+\) at port \d{5}: no answer; it", cause)
 
 
@@ -109,6 +112,7 @@ def test_preemptions_while_a_job_starts_cost_it_no_attempt(user):
         assert user.cluster.job_state(job) in ("PENDING", "RUNNING", "COMPLETING")
     assert user.cluster.wait(job, timeout=240) == "COMPLETED", user.log("pushed", job)
     assert user.folder("pushed").status()["state"] == "DONE"
+    user.why("pushed", "preempted while it starts", "Slurm needed the nodes for another job")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +162,9 @@ def test_a_job_that_slurm_suspends_is_shown_so_and_has_not_hung(user):
     user.cluster.run("scontrol", "suspend", job)
     time.sleep(15)
     assert re.search(r"state +SUSPENDED\n", user.run("monitor.sh", "held").stdout)
+    user.why(
+        "held", "suspended", "SUSPENDED", "Slurm stopped its processes", f"scontrol resume {job}"
+    )
     user.cluster.run("scontrol", "resume", job)
     assert user.cluster.wait(job, timeout=180) == "COMPLETED", user.log("held", job)
     events = {event["event"] for event in user.folder("held").events()}

@@ -387,6 +387,37 @@ def test_monitor_works_without_slurm_and_with_one_that_does_not_answer(command, 
     assert cells(output)["a"]["STATE"] == "RUNNING"
 
 
+def test_a_job_that_squeue_forgot_is_asked_of_accounting_where_there_is_one(command):
+    run = command.runs.make("a", "RUNNING", job="5", attempt=1, step=9)
+    run.add_event("submitted", job="5")
+    run.add_event("attempt", job="5", attempt=1)
+    command.commands.add("squeue", "echo Welcome")
+    unknown = "LOST at step 9: Slurm no longer has its job"
+    for answer, words in (
+        (None, unknown),
+        ("echo accounting is disabled >&2; exit 1", unknown),
+        ("sleep 60", unknown),
+        (
+            "echo Welcome; echo '5|OUT_OF_MEMORY|0:125|None|gpu-07'",
+            "OUT_OF_MEMORY (exit code 0:125)",
+        ),
+        (
+            "echo '5|CANCELLED by 1000|0:15||gpu-07'",
+            "Slurm says CANCELLED (exit code 0:15) on gpu-07",
+        ),
+        ("echo '5|FAILED|1:0|NonZeroExitCode|gpu-07'", "FAILED (NonZeroExitCode, exit code 1:0)"),
+    ):
+        if answer:
+            command.commands.add("sacct", answer)
+        output, errors = command("a", "--why").communicate(timeout=30)
+        assert errors == "" and words in " ".join(output.split()), output
+    command.commands.add("squeue", "echo 'job|5|RUNNING|1:00|None|gpu-07|1:00|N/A'")
+    before = len(command.commands.calls("sacct"))
+    output, _ = command("a", "--why").communicate(timeout=30)
+    assert output.startswith("a: RUNNING at step 9; starting: ") and "LOST" not in output
+    assert len(command.commands.calls("sacct")) == before
+
+
 def test_monitor_follows_until_the_run_ends(command):
     run = command.runs.make("a", "RUNNING", job=f"local-{HERE}-7", host=HERE, pid=os.getpid())
     process = command("--follow", "a")
@@ -443,6 +474,7 @@ def test_monitor_passes_on_that_a_ledger_cannot_be_told(command):
 WRONG_USE = [
     (["a", "b"], "one run at a time, got a and b"),
     (["--ledger"], "--ledger is about one run; write: bash monitor.sh RUN --ledger"),
+    (["--why"], "--why is about one run; write: bash monitor.sh RUN --why"),
     (["--goodput"], "--goodput is about one run; write: bash monitor.sh RUN --goodput"),
     (["a", "--ledger", "--goodput"], "one question at a time, got --ledger and --goodput"),
     (["--follow", "a", "--ledger"], "one question at a time, got --follow and --ledger"),

@@ -53,6 +53,11 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
     assert "RuntimeError: a fault that TRAINSTACK_FAULT asked for" in trace.output
     # Steps of 10 ms are faster than saves of 80: the newest one is still being written.
     assert trace.redone() <= 2 * 10 * len(DEATHS)
+    lab.why(
+        "deaths", "F07, F08", f"rank 1 on {HOST}: killed by SIGABRT", "restarted in place, from",
+        "made again", "the run got past it", "nothing now",
+        *(blame.replace("HOST", HOST) for _, _, blame in DEATHS),
+    )  # fmt: skip
     trace.record("F07, F08", "; ".join(f for _, f, _ in DEATHS), reference, failed[0]["cause"])
 
 
@@ -84,6 +89,12 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     assert re.search(r"in \w*gradients\b", stacks[1, 0]), "the one that waited"
     assert "faults.py" in stacks[1, 1], "the one that held the lock of the interpreter"
     assert "faults.py" in stacks[2, 0], "the one that slept"
+    lab.why(
+        "hangs", "F10, F11", f"rank 1 on {HOST}: stopped answering", "rank 1: torchrun saw",
+        "rank 0: its watchdog told", "restarted in place",
+        f"rank 0 on {HOST}: no progress for", "at step 25, samples", "ddp.py:",
+        "rank 0 waited at step 35, gradients",
+    )  # fmt: skip
     trace.record("F10, F11", "; ".join(f for _, f, _ in HANGS), reference, hung[0]["cause"])
 
 
@@ -94,6 +105,9 @@ def test_an_error_that_comes_again_and_again_ends_as_no_progress(lab):
     assert (status["state"], status["exit_code"]) == ("NO_PROGRESS", 76)
     assert status["cause"].startswith("3 attempts without a newer checkpoint; the last one: rank 0")
     assert len(trace.events("attempt")) == 3
+    lab.why("stuck", "F27", "NO_PROGRESS at step", f"rank 0 on {HOST}: RuntimeError: a fault that",
+            "resilience/faults.py:", "ends in the same way; it lies with the workload",
+            "ended the job", "bash submit.sh --resume stuck --local")  # fmt: skip
     write_row("F27", fault="raise:rank=0,step=5,attempt=all", redone=trace.redone(), repeated=0,
               skipped=0, identical=None, seconds=None, code=76,
               message=status["cause"])  # fmt: skip
@@ -106,6 +120,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(lab):
     assert "step 25: not finite: loss nan" in status["cause"]
     assert "optim.learning_rate" in status["cause"]
     assert max(step for step, _ in names.checkpoints(trace.run.checkpoints)) == 20
+    lab.why("nan-stop", "F28 stop", "DIVERGED: step 25: not finite", "lower",
+            "ends in the same way; it lies with the workload", "resumes from checkpoint-20",
+            "bash submit.sh --resume nan-stop --local")  # fmt: skip
     write_row("F28 stop", fault="nan:rank=1,step=25", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=79, message=status["cause"])  # fmt: skip
 
@@ -121,6 +138,9 @@ def test_a_skipped_update_leaves_the_weights_as_they_were_also_after_a_restart(l
                       fault="nan:rank=1,step=25,attempt=all;kill:rank=0,step=28")  # fmt: skip
     assert again.equals(once)
     again.ledger()
+    skipped = ("SKIPPED: step 25: not finite", "left that update out", "look at the data")
+    lab.why("nan-skip", "F28 skip", *skipped, "nothing is wrong")
+    lab.why("nan-skip-died", "F28 skip, killed", *skipped, f"rank 0 on {HOST}: killed by SIGKILL")
     write_row("F28 skip", fault="nan:rank=1,step=25,attempt=all;kill:rank=0,step=28",
               redone=again.redone(), repeated=0, skipped=0, identical=True,
               seconds=max(again.recovery_seconds()), code=0,
@@ -153,6 +173,8 @@ def test_a_rollback_leaves_the_window_out_and_a_replay_agrees(lab):
     plain = {record["step"]: record["samples_hash"] for record in lab.trace("reference").steps()}
     assert all(sampler_steps[s] == plain[s] for s in range(1, after + 1))
     assert all(sampler_steps[s] == plain[s + steps] for s in range(after + 1, 61 - steps))
+    lab.why("nan-back", "F28 rollback", f"rank 1 on {HOST}: killed by SIGKILL", "made again",
+            f"the data of steps {after + 1} to 25 is left out", "restarted in place")  # fmt: skip
     write_row("F28 rollback", fault="nan:rank=1,step=25; kill:rank=1,step=33,attempt=2",
               redone=trace.redone(), repeated=0, skipped=0, identical=None,
               seconds=max(trace.recovery_seconds()), code=0,
@@ -167,6 +189,8 @@ def test_a_kill_in_the_middle_of_a_save_costs_no_more_than_that_save(lab, refere
         "SIGKILL", "SIGKILL"
     ]  # fmt: skip
     assert not list(trace.run.checkpoints.glob(".*")), "what was torn is cleaned up"
+    lab.why("torn", "F17", f"rank 1 on {HOST}: killed by SIGKILL", "restarted in place",
+            f"rank 0 on {HOST}: killed by SIGKILL", "the run got past it")  # fmt: skip
     trace.record("F17", faults, reference, trace.events("failed")[0]["cause"])
 
 
@@ -178,6 +202,8 @@ def test_a_full_quota_and_a_broken_disk_cost_a_save_but_no_step(lab, reference):
     assert os.strerror(122) in failed[0]["cause"]
     assert "GB free" in failed[0]["cause"]
     assert "needed by rank 1" in failed[0]["cause"]
+    lab.why("disk", "F18 EDQUOT, EIO", "SAVE_FAILED at step 10", os.strerror(122), "make space",
+            f"needed by rank 1 on {HOST}", "left that save out", "the infrastructure")  # fmt: skip
     trace.record("F18 EDQUOT, EIO", faults, reference, failed[0]["cause"])
 
 
@@ -200,6 +226,8 @@ def test_a_disk_that_is_really_full_costs_saves_until_there_is_space_again(lab, 
         assert all("No space left on device (0.00 GB free)" in cause for cause in causes)
         assert len(trace.events("attempt")) == 1, "it continues"
         trace.output = output
+        lab.why("full", "F18 ENOSPC", "SAVE_FAILED", "No space left on device", "make space",
+                "left that save out", f"on {HOST}")  # fmt: skip
         trace.record("F18 ENOSPC", "a disk of 2 MiB, filled", reference, causes[0])
     finally:
         subprocess.run(["umount", run / "checkpoints"], check=True)
@@ -222,6 +250,7 @@ def test_a_stop_in_the_first_second_and_one_in_the_last_save_lose_nothing(lab, r
     if process.returncode == 75:
         assert trace.run.status()["state"] == "PAUSED"
         lab.train("early")
+    lab.why("early", "F31", "PAUSED", "nothing is wrong", "continued it")
     trace.record("F31", "SIGTERM at start, SIGTERM in the last save", reference, "PAUSED")
 
 
@@ -251,6 +280,8 @@ def test_a_rank_that_the_kernel_kills_for_its_memory_is_named_with_the_limit(lab
     assert cause == (
         f"rank 1 on {HOST}: killed by the kernel: out of memory (host memory, limit 3,072 MiB)"
     )
+    lab.why("oom", "F12", cause, "the kernel counted a kill for memory", "restarted in place",
+            "--mem")  # fmt: skip
     trace.record("F12", "memory taken beyond a cgroup's limit", reference, cause)
 
 
@@ -267,6 +298,14 @@ def test_a_run_moves_from_two_to_four_to_one_process_and_uses_every_sample_once(
     assert furthest < 1e-4
     changes = [event["changes"] for event in trace.events("resume")]
     assert changes == [["processes: 2 -> 4"], ["processes: 4 -> 1"]]
+    lab.why(
+        "moved",
+        "F13",
+        "PAUSED at step 40: asked to end by SIGTERM",
+        "saved",
+        "processes: 4 -> 1",
+        "no step;",
+    )
     write_row("F13", fault="2 -> 4 -> 1 processes", redone=0, repeated=0, skipped=0,
               identical=None, seconds=max(trace.recovery_seconds()), code=0,
               message=f"losses differ by at most {furthest:.1e}, relative")  # fmt: skip
@@ -284,6 +323,7 @@ def test_a_clock_that_is_a_minute_off_is_named_before_anything_begins(lab):
     cause = trace.run.status()["cause"]
     assert cause == f"the clock of {HOST} is +60 s off that of the file system; fix its NTP"
     assert not trace.steps()
+    lab.why("skewed", "F29", cause, "the infrastructure", "on other nodes only", "--resume skewed")
     write_row("F29", fault="clock of the node 60 s ahead (faketime)", redone=0, repeated=0,
               skipped=0, identical=None, seconds=None, code=2, message=cause)  # fmt: skip
 
@@ -320,6 +360,8 @@ def test_data_that_is_refreshed_while_a_job_trains_reaches_only_new_runs(home, t
     )  # fmt: skip
     assert refused.returncode == 78, refused.stderr
     assert "run f34 cannot continue with tokens=" in refused.stderr
+    lab.why("f34", "F34", "DONE at step 60", "cannot continue with tokens=", "before the queue",
+            "ends in the same way; it lies with", "choose another run.name")  # fmt: skip
     lab.train("f34-new", "train.max_steps=5").ledger()
     write_row("F34", fault="FORCE_REFRESH while a job trains", redone=0, repeated=0, skipped=0,
               identical=None, seconds=None, code=78, message=refused.stderr.strip())  # fmt: skip
@@ -360,6 +402,8 @@ def test_random_kills_and_stops_change_no_loss_no_weight_and_no_second(lab, kill
     assert total == pytest.approx(wall_seconds, rel=0.01, abs=1.0)
     share = goodput.splitlines()[-1].strip().partition(",")[0]
     message = f"{share}; its causes add up to {total:.1f} s of {wall_seconds:.1f} s on the clock"
+    said = lab.why(run, f"F14 {kills}, {stops}", f"{kills + stops} incidents before")
+    assert ("PAUSED" if kinds[-1] == signal.SIGTERM else "KILLED") in said
     trace.record("F14", f"{kills} kills, {stops} stops, {steps} steps", alone, message)
     print(goodput)
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from fake_site import complaint
+from fake_site import SECRET, complaint
 
 TINY = "run: {name: first}\nmodel: {name: tiny}\ndata: {name: tiny}\n"
 
@@ -66,10 +66,14 @@ MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("prepare", "typed", "code", "what", "fix"), MISTAKES, ids=lambda value: " ".join(value)[:40]
-    if isinstance(value, list) else ""
-)  # fmt: skip
+def each(mistakes: list) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("prepare", "typed", "code", "what", "fix"), mistakes,
+        ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+    )  # fmt: skip
+
+
+@each(MISTAKES)
 def test_a_mistake_is_one_line_with_a_fix_that_works(site, prepare, typed, code, what, fix):
     prepare(site)
     site.sbatch(
@@ -86,3 +90,34 @@ def test_a_mistake_is_one_line_with_a_fix_that_works(site, prepare, typed, code,
     if fix:
         fixed = site.submit("--dry-run", *fix)
         assert fixed.returncode == 0, fixed.stderr
+
+
+@each([*MISTAKES[15:16], *MISTAKES[-10:]])
+def test_the_monitor_tells_a_refusal_until_a_submission_is_accepted(
+    site, prepare, typed, code, what, fix
+):
+    prepare(site)
+    assert site.run("setup.sh", "--is-ready").returncode == 0  # env.sh, as after setup.sh
+    refused = "sbatch: unrecognized option '--gpus-per-nodes=2'"
+    trial = f'if [[ "$*" == *--gpus-per-nodes* ]]; then echo "{refused}" >&2; exit 1; fi'
+    site.sbatch("echo 4711", trial)
+    line = complaint(site.submit(*typed, HF_TOKEN=SECRET), code)
+    run = "nobody" if "--resume=nobody" in typed else "first"
+    told = site.run("monitor.sh", run, "--why")
+    assert (told.returncode, told.stderr) == (1, "")
+    said = " ".join(told.stdout.split())
+    assert said.startswith(f"{run}: there is no such run") and "before the queue" in said
+    assert " ".join(line.split())[:200] in said
+    assert "ends in the same way; it lies with" in said
+    if run == "first":
+        assert site.submit().returncode == 0
+        assert "refused" not in site.run("monitor.sh", run, "--why").stdout
+
+
+def test_a_token_in_a_wrong_command_is_not_kept(site):
+    assert site.run("setup.sh", "--is-ready").returncode == 0
+    other = "--export=AWS_SECRET_ACCESS_KEY=aThingOfMine"
+    for typed in (["--", f"--export=A={SECRET}"], [f"model.name={SECRET}", "lr=1"], ["--", other]):
+        complaint(site.submit(*typed), 2)
+    kept = [path.read_text() for path in (site.home / "cache" / "refused").iterdir()]
+    assert kept and "aThingOfMine" not in "".join(kept)  # the site looks for SECRET

@@ -5,6 +5,7 @@ temporary name; the manifest comes last; the lease is read again; then the renam
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,8 @@ class Publisher:
 
         problem = problem_of(write, temporary)
         if problem is not None:
-            problem += f", {need / 1e9:.2f} GB needed by rank {self.world.rank}"
+            who = f"rank {self.world.rank} on {os.uname().nodename}"
+            problem += f", {need / 1e9:.2f} GB needed by {who}"
         return entries, problem
 
     def _seal(self, temporary: Path, final: Path, entries: Entries, step: int) -> None:

@@ -3,13 +3,16 @@
 An attempt begins with an ``attempt`` event of the job's shell (by hand: with a ``start`` event of
 the ranks). It resumes from a checkpoint and executes again what earlier attempts had executed
 beyond it. The effective history is what no later attempt executed again.
+
+What ended an attempt before the run was done is an interruption; so is what one trained on after.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +24,9 @@ from trainstack.units import seconds_of
 
 Event = dict[str, Any]
 RECORD = b'{"step"'  # how each line of samples.jsonl begins
+ENDS = ("failed", "hang", "diverged", "refused", "no_progress", "paused", "preempted", "node_lost",
+        "done", "not_submitted")  # fmt: skip
+PASSED = ("skip", "save_failed", "slow_rank")  # after which an attempt trained on
 
 
 class Execution(NamedTuple):
@@ -153,3 +159,59 @@ def last_durable_step(status: dict[str, Any], checkpoints: Path) -> int:
     """The step up to which nothing can be lost: of the newest checkpoint, or of the run's end."""
     newest, _ = names.newest_checkpoint(checkpoints)
     return max(newest, status.get("step", 0)) if status.get("state") == "DONE" else newest
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What ended an attempt, or what it trained on after."""
+
+    job: str
+    attempt: int
+    begin: Event  # of the attempt; empty if none had begun
+    event: Event  # that tells it; empty if the end is not on record
+    events: Sequence[Event]  # of the run
+    index: int  # of the last event that is not after it
+    times: int  # in this attempt
+
+    def next(self, name: str) -> Event:
+        """The first event of a name after it; empty if there is none."""
+        later = itertools.islice(self.events, self.index + 1, None)
+        return next((event for event in later if event["event"] == name), {})
+
+    @property
+    def is_requeued(self) -> bool:
+        """Whether Slurm started the same job again."""
+        following = self.next("attempt")
+        is_same = following.get("job") == self.job
+        return is_same and following.get("restarts", 0) > self.begin.get("restarts", 0)
+
+
+def interruptions(events: Sequence[Event], running: tuple[Any, Any]) -> list[Interruption]:
+    """All, in the order of events; ``running``: job and attempt of what did not end yet."""
+    begun: dict[tuple[Any, Any], int] = {}  # job and attempt -> index of its first event
+    found: dict[Any, tuple[int, int]] = {}  # job, attempt, kind -> index of its event, how often
+    for index, event in enumerate(events):
+        name, key = event["event"], (event.get("job"), event.get("attempt"))
+        if name in ("attempt", "start"):
+            begun.setdefault(key, index)
+        elif name in (*ENDS, *PASSED):
+            if key not in begun:  # it names its job alone, or nothing
+                key = next((k for k in reversed(begun) if key[0] in (None, k[0])), key)
+            is_end = name in ENDS and name != "not_submitted"
+            what = (*key, "end" if is_end else name)
+            found[what] = index, 1 if is_end else found.get(what, (0, 0))[1] + 1
+    for key, index in begun.items():
+        if (*key, "end") not in found and key != running:
+            following = (i for i in begun.values() if i > index)
+            found[*key, ""] = min(following, default=len(events)) - 1, 1
+
+    def order(item: Any) -> tuple[int, bool]:  # what ended without a record, after what it passed
+        return item[1][0], not item[0][-1]
+
+    told = []
+    for (job, attempt, kind), (index, times) in sorted(found.items(), key=order):
+        begin = events[begun[job, attempt]] if (job, attempt) in begun else {}
+        event = events[index] if kind else {}
+        if event.get("event") != "done":
+            told.append(Interruption(job or "", attempt or 1, begin, event, events, index, times))
+    return told

@@ -120,7 +120,8 @@ def begin(run: RunFolder, job: str, restarts: int, is_in_chain: bool) -> int:
         facts = dict.fromkeys(("cause", "exit_code", "next_action"))
         run.set_status(STARTING, job=job, attempt=attempt, **facts, **place(job))
     run.add_event("attempt", job=job, attempt=attempt, restarts=restarts,
-                  newest=names.newest_checkpoint(run.checkpoints)[0])  # fmt: skip
+                  newest=names.newest_checkpoint(run.checkpoints)[0],
+                  reached=verdict.last_step(run))  # fmt: skip
     print(attempt)
     return 0
 
@@ -184,7 +185,8 @@ def conclude(run: RunFolder, owner: Owner, ending: verdict.Ending) -> None:
         ending.state, job=owner.job, attempt=owner.attempt, cause=ending.cause, next_action=fix,
         exit_code=ending.code,
     )  # fmt: skip
-    run.add_event(ending.state.lower(), job=owner.job, step=ending.step, cause=ending.cause)
+    facts = {"job": owner.job, "attempt": owner.attempt, "step": ending.step}
+    run.add_event(ending.state.lower(), **facts, cause=ending.cause)
     _, newest = names.newest_checkpoint(run.checkpoints)
     kept, begins = "no checkpoint yet", "begins again at step 1"
     if newest:

@@ -4,10 +4,26 @@ Reports come from a rank itself (failure.py, watchdog.py), or at second hand fro
 ranks that could not write one: those that were killed, or crashed.
 """
 
+import re
 from typing import Any
 
-from trainstack.run.folder import RunFolder
-from trainstack.run.states import Phase
+from trainstack.run.folder import RunFolder, tail_of
+from trainstack.run.states import EXIT_CODES, Phase
+
+TAIL_BYTES = 1 << 16  # of a log, and of stacks
+# A line of ours in a traceback, or in the stacks of faulthandler.
+OURS = re.compile(
+    r'File "(?![^"]*site-packages)[^"]*/((?:trainstack/[^"]+|train)\.py)", line (\d+),? in (\w+)'
+)
+TELLING = re.compile(
+    r"^[\w.]+(Error|Exception)\b|\berror:|CANCELLED|oom.kill|[Oo]ut of memory|is damaged"
+    r"|No space|quota|NCCL WARN|Xid"
+)
+# What events say too, or what follows from it.
+REPEATED = re.compile(
+    r"launch: |srun: .*Exited|train\.slurm: |\S+: [A-Z_]+ at step |HANG |\*\*\* STEP"
+)
+STAMP = re.compile(r"^\S+ \S+ rank \d+ |^\[rank \d+\] |^slurmstepd\S* error: ")
 
 
 def blame(run: RunFolder, job: str, attempt: int) -> dict[str, Any] | None:
@@ -86,3 +102,57 @@ def ranks_of(run: RunFolder, job: str, attempt: int) -> list[str]:
 
 def host_of(line: str) -> str:
     return line.partition(" on ")[2].partition(":")[0]
+
+
+def witness(report: dict[str, Any]) -> str:
+    """By whom, or by what, a failure report comes."""
+    if isinstance(report["rank"], str):
+        return f"{report['host']}: the report of its launcher"
+    how = "its own report"
+    if "by the kernel" in report["cause"]:
+        how = "the kernel counted a kill for memory"
+    elif report.get("is_second_hand"):
+        how = "torchrun saw it end"
+    elif report["state"] == "HANG":
+        how = "its watchdog told"
+    elif report["is_victim"]:
+        how = "lost its peer" if report["exit_code"] == EXIT_CODES["FAILED"] else "says the same"
+    return f"rank {report['rank']}: {how}"
+
+
+def place_of(run: RunFolder, job: str, attempt: int, blamed: dict[str, Any]) -> str:
+    """Where the blamed rank stood: the phase of a hang, and the innermost line of ours.
+
+    Of a rank that could not report: where the first of the others waited for it.
+    """
+    frames, place = OURS.findall("\n".join(blamed.get("traceback") or []))[::-1], []
+    if blamed.get("position"):
+        reports = [report for report in run.failures(job, attempt) if "position" in report]
+        own = [report for report in reports if report["rank"] == blamed["rank"]]
+        for report in (own or reports)[:1]:
+            (step, phase), waited = report["position"], f"rank {report['rank']} waited at "
+            place.append(f"{'' if own else waited}step {step:,}, {list(Phase)[phase].value}")
+            if report.get("collective"):
+                place.append(f"{report['collective']:,} collectives begun (flight recorder)")
+        for rank in (blamed["rank"], *(report["rank"] for report in reports[:1])):
+            stacks = tail_of(run.stacks_file(job, attempt, rank), TAIL_BYTES)
+            frames = frames or OURS.findall(stacks.rpartition("hread 0x")[2])  # the main thread
+    return "; ".join([*place, *("{}:{} in {}".format(*frame) for frame in frames[:1])])
+
+
+def telling_lines(run: RunFolder, job: str, attempt: int, rank: int | str | None) -> list[str]:
+    """Lines that tell something of an end, in the log of its rank, else in that of its job.
+
+    Each begins with the name of the log.
+    """
+    paths = [run.rank_log(job, attempt, rank)] if isinstance(rank, int) else []
+    for path in (*paths, run.logs / f"{job}.out"):
+        text = tail_of(path, TAIL_BYTES)
+        if path.suffix == ".out":  # it has all attempts of the job
+            text = text.rpartition(f"job {job}, attempt {attempt} on ")[2]
+            text = text.partition(f"job {job}, attempt {attempt + 1} on ")[0]
+        lines = dict.fromkeys(STAMP.sub("", line).strip() for line in text.splitlines())
+        found = [line for line in lines if TELLING.search(line) and not REPEATED.match(line)]
+        if found:
+            return [f"{path.name}: {line}" for line in found]
+    return []

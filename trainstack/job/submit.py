@@ -35,6 +35,7 @@ from trainstack.plan.line import Job, plan_lines
 from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
 from trainstack.resilience import faults
+from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.nodes import gpu_types, read_nodes
 from trainstack.run.owner import check_owner, claim
@@ -77,14 +78,15 @@ def main(arguments: list[str]) -> int:
     try:
         config = load(request.config_file, request.overrides)
         state, run = check(request, config)
+        refusal.forget(run)
     except ConfigError as error:
-        print(error.report(SPEAKER, ", nothing was submitted"), file=sys.stderr)
+        said = error.report(SPEAKER, ", nothing was submitted")
+        refusal.tell(said, request.home, request.config_file, request.overrides)
         return error.code
     except OSError as error:
         print(f"{SPEAKER}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    print(state)
-    print(run.path)
+    print(state, run.path, sep="\n")
     return 0
 
 
@@ -95,15 +97,14 @@ def parse(arguments: list[str]) -> Request:
     parser.add_argument("--config", type=Path, required=True, dest="config_file")
     parser.add_argument("--local", action="store_true", dest="is_local")
     parser.add_argument("--dry-run", action="store_true", dest="is_dry_run")
-    parser.add_argument("--queue", action="store_true", help="stdin has what Slurm says")
+    parser.add_argument("--queue", action="store_true", dest="said", help="Slurm's words on stdin")
     parser.add_argument("--job-script", type=Path)
     parser.add_argument("--shell", type=int, default=0, metavar="PID")
     parser.add_argument("--asked-at", type=float, default=0.0, metavar="SECONDS")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options, overrides = parser.parse_known_args(arguments[:split])
-    options.said = sys.stdin.read() if options.queue else ""
+    options.said = sys.stdin.read() if options.said else ""
     options.job_script = options.job_script or options.repository / "train.slurm"
-    del options.queue
     return Request(**vars(options), overrides=overrides, sbatch_options=arguments[split + 1 :])
 
 
@@ -276,8 +277,7 @@ def check_trial(code: str, text: str) -> list[str]:
 
 def local_gpus() -> int | None:
     """GPUs of this machine that a job would use, as job.sh counts them; None: only it can know."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         each = visible.split(",")  # what follows -1 is not there
         return len(list(itertools.takewhile(lambda name: name and name[0] != "-", each)))
     return None if shutil.which("nvidia-smi") else 0
@@ -297,7 +297,7 @@ def check_folder(path: Path) -> None:
 
 
 def say_complete(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
-    _, newest = names.newest_checkpoint(run.checkpoints)
+    newest = names.newest_checkpoint(run.checkpoints)[1]
     key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
     further = f"to go further raise train.{key}"
     if step > max_steps:

@@ -18,6 +18,7 @@ from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
 from trainstack.monitor.table import newest_checkpoint, steps
 from trainstack.monitor.view import View
+from trainstack.run import refusal
 from trainstack.run.queue import meaning
 from trainstack.run.states import RUNNING
 from trainstack.units import bytes_text, counted, duration, rounded
@@ -61,6 +62,8 @@ def rows_of(view: View, console: Console) -> Iterator[tuple[str, str]]:
         yield "cause", view.cause
     if view.next_action:
         yield "next", view.next_action
+    if refused := refusal.last(view.run):
+        yield "refused", refused
     if view.job_id:
         yield "job", job_text(view)
     if view.job.is_started:

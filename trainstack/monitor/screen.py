@@ -17,7 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from trainstack.monitor import one_run, table
+from trainstack.monitor import one_run, table, why
 from trainstack.monitor.drawing import stdout_console
 from trainstack.monitor.view import View, view_of
 from trainstack.processes import run_command
@@ -34,9 +34,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--queue", action="store_true", help="stdin has squeue's lines")
     parser.add_argument("--follow", action="store_true", help="stdin says when to look")
     parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.add_argument("--why", action="store_true", help="what happened, and what to do")
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(arguments)
     if options.run and not layout.run_folder(options.home, options.run).is_dir():
+        refused = why.lines_without_run(layout.run_folder(options.home, options.run))
+        if refused and not options.json:
+            print(*refused, sep="\n")
+            return 1
         have = ", ".join(folder.name for folder in run_folders(options.home)) or "none yet"
         print(f"monitor.sh: error: no run {options.run}; there are: {have}", file=sys.stderr)
         return 1
@@ -48,6 +53,8 @@ def main(arguments: list[str]) -> int:
     if options.json:
         facts = [table.facts_of(view) for view in views]
         print(json.dumps(facts[0] if options.run else facts, indent=1))
+    elif options.why:
+        print(*why.lines_of(views[0], jobs), sep="\n")
     elif not views:
         print("monitor.sh: no runs yet; start one: bash submit.sh", file=sys.stderr)
     else:
@@ -108,8 +115,8 @@ def looks() -> Iterator[tuple[dict[str, Job] | None, str]]:
         if not line.startswith("look|"):
             said.append(line)
             continue
-        _, kind, why = line.strip().split("|", 2)
-        yield read_queue("".join(said)) if kind == "heard" else None, why
+        _, kind, trouble = line.strip().split("|", 2)
+        yield read_queue("".join(said)) if kind == "heard" else None, trouble
         said.clear()
 
 

@@ -288,3 +288,11 @@ def record_in(line: bytes) -> dict[str, Any]:
         if isinstance(record, dict):
             return record
     return {}
+
+
+def tail_of(path: Path, size: int) -> str:
+    """The text in the last so many bytes of a file; empty if it cannot be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - size))
+        return file.read().decode(errors="replace")
+    return ""
