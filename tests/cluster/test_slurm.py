@@ -41,7 +41,7 @@ def test_a_complete_run_is_not_submitted_again(user):
 
 def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
     fault = "kill:rank=0,step=12,attempt=all"
-    job = user.submit("run.name=broken", *ONE, fault=fault)
+    job = user.submit("run.name=broken", "log.report_to=[html]", *ONE, fault=fault)
     state = user.cluster.wait(job, timeout=180)
     log = user.log("broken", job)
     assert state == "FAILED", log
@@ -55,6 +55,9 @@ def test_a_rank_that_fails_every_time_makes_the_job_failed_and_is_named(user):
     screen = user.run("monitor.sh", "broken").stdout
     assert "NO_PROGRESS" in screen
     assert "cause" in screen
+    page = user.folder("broken").path / "report.html"
+    assert f"report: {page}\n" in log
+    assert '"state": "NO_PROGRESS"' in page.read_text()
     user.why("broken", "F27 on Slurm", "NO_PROGRESS at step", "rank 0 on node1: killed by SIGKILL",
              "torchrun saw it end", "ended the job", "bash submit.sh --resume broken")  # fmt: skip
 

@@ -13,6 +13,7 @@ import tiny
 from trainstack.__main__ import main
 from trainstack.history import goodput
 from trainstack.history.attempts import attempts_of, read_executions
+from trainstack.report import page as page_file
 from trainstack.run.folder import RunFolder
 
 STEPS = 40
@@ -229,7 +230,7 @@ def test_all_that_a_run_may_have_is_shown(tmp_path, page):
     run = make(tmp_path, "whole", "".join(f"{json.dumps(line)}\n" for line in lines))
     for kind in ("skip", "rollback", "save_failed"):
         run.add_event(kind, step=2, cause="because")
-    run.add_event("slow_rank", step=2, rank=5, host="n7", factor=2.1)
+    run.add_event("slow_rank", step=2, cause="rank 5 on n7: twice as long")
     run.add_event("sample", step=1, text="first words")
     run.add_event("sample", step=2, text="better words")
     assert main(["report", str(run.path)]) == 0
@@ -237,7 +238,7 @@ def test_all_that_a_run_may_have_is_shown(tmp_path, page):
     page.open(run.path / "report.html")
     text = page.run("document.body.innerText")
     for words in (
-        "FAILED", "something broke", "save failed: because", "rank 5, factor 2.1", "books",
+        "FAILED", "something broke", "save failed: because", "slow rank: rank 5 on n7", "books",
         "75.0 %", "first words", "better words", "held-out of code", "MFU", "Slowest rank",
     ):  # fmt: skip
         assert words in text
@@ -262,6 +263,16 @@ def test_several_runs_are_compared_in_one_page_beside_the_runs(tmp_path, capsys,
     assert "optim.learning_rate\t0.1\t0.2" in differ and "adam_beta1" not in differ
     assert page.run("report.charts[0].chart.data.length") == 3
     assert page.complaints()[before:] == []
+
+
+def test_a_ledger_that_would_take_too_long_is_left_to_the_monitor(tmp_path, monkeypatch):
+    run = make(tmp_path, "long", LINE)
+    (run.path / "samples.jsonl").write_text('{"step": 1, "attempt": "7.1", "at": 9.5}\n' * 9)
+    monkeypatch.setattr(page_file, "LEDGER_BYTES", 100)
+    assert main(["report", str(run.path)]) == 0
+    (found,) = data_of(run.path / "report.html")["runs"]
+    assert found["ledger"]["code"] == 2
+    assert found["ledger"]["lines"][0].endswith("to see it: bash monitor.sh long --ledger")
 
 
 @pytest.mark.parametrize(("asked", "is_written"), [("[html]", True), ("[tensorboard]", False)])

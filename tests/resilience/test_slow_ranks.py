@@ -27,9 +27,9 @@ def judged(
     own_seconds: Callable[[int], list[float]], seconds: float, step_seconds: float = 0.1
 ) -> Told:
     """What is told within so many seconds; ``own_seconds``: of each rank in a step, from 0."""
-    ranks, told = SlowRanks(len(own_seconds(0))), []
+    ranks, told = SlowRanks(), []
     for step in range(round(seconds / step_seconds)):
-        changes = ranks.note(np.array(own_seconds(step)), 1000 + step * step_seconds)
+        changes = ranks.note(own_seconds(step), 1000 + step * step_seconds)
         told += [(round(step * step_seconds), c.rank, c.is_slow) for c in changes]
     return told
 
@@ -93,13 +93,13 @@ def steps(rank: int, folder: Path) -> tuple[list[list[float]], list[Change]]:
     """Some steps of two ranks: rank 1 sleeps in its own time, rank 0 after it; evaluations too."""
     where = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    numbers, ranks = StepNumbers(torch.device("cpu")), SlowRanks(2, window_seconds=0.2)
+    numbers, ranks = StepNumbers(torch.device("cpu")), SlowRanks(window_seconds=0.2)
     seconds, told = [], []
 
     def read() -> None:
         if result := numbers.read():
-            seconds.append(result.rank_seconds.tolist())
-            if result.rank_seconds.size:
+            seconds.append(result.rank_seconds)
+            if result.rank_seconds:
                 told.extend(ranks.note(result.rank_seconds, result.clock))
 
     for step in range(1, STEPS + 1):
@@ -132,7 +132,7 @@ def test_a_process_alone_measures_nothing(tmp_path):
         numbers = StepNumbers(torch.device("cpu"))
         numbers.before_waiting()
         send(numbers, 1)
-        assert numbers.read().rank_seconds.size == 0
+        assert numbers.read().rank_seconds == []
     finally:
         dist.destroy_process_group()
 

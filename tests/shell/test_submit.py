@@ -1042,7 +1042,8 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     code = site.run_dir / "code"
     kept = {path.relative_to(code) for path in code.rglob("*") if path.is_file()}
     package = site.checkout / "trainstack"
-    modules = {path.relative_to(site.checkout) for path in package.rglob("*.py")}
+    own = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    modules = {path.relative_to(site.checkout) for path in own}
     others = (
         "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh",
         "setup.sh", "monitor.sh", "config.yaml", "env.sh", "job.slurm",

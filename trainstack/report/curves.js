@@ -37,9 +37,8 @@ function linesOf(key, title) {
     const isHeldOut = key === "loss" && name.startsWith("eval_loss");
     if (name !== key && !isHeldOut) return;
     const said = isHeldOut ? name.replace("eval_loss", "held-out") : title.toLowerCase();
-    found.push({ run, curve, isHeldOut,
-      ink: `ink${(IS_ALONE ? found.length : number) % 6}`,
-      dash: isHeldOut ? [6, 4] : IS_ALONE ? [] : DASHES[number % 6],
+    const look = (IS_ALONE ? found.length : number) % 6;
+    found.push({ run, curve, isHeldOut, ink: `ink${look}`, dash: DASHES[look],
       label: IS_ALONE ? said : key === "loss" ? `${run.name}, ${said}` : run.name });
   }));
   return found;

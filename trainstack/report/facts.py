@@ -40,7 +40,6 @@ NOTABLE = {*ENDS, "preempted", "rollback", "skip", "save_failed", "slow_rank", "
            "not_submitted"}  # fmt: skip
 MOST_NOTES = 200  # the newest are shown
 FINEST = 2000  # parts of the timeline: what is shorter is not seen
-TOLD = ("event", "at", "host", "step", "cause", "job", "attempt")  # elsewhere on the page
 
 
 def facts_of(view: View) -> dict[str, Any]:
@@ -121,11 +120,8 @@ def how_ended(attempt: Attempt) -> str:
 
 def words_of(event: Event) -> str:
     """What an event says beside its time and step."""
-    rest = [
-        f"{k} {v}" for k, v in event.items() if k not in TOLD and not isinstance(v, dict | list)
-    ]
-    told = event.get("cause") or ", ".join(rest)
-    return f"{event['event'].replace('_', ' ')}: {told}" if told else event["event"]
+    kind, cause = event["event"].replace("_", " "), event.get("cause")
+    return f"{kind}: {cause}" if cause else kind
 
 
 def restarts_of(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:

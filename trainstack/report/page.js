@@ -154,7 +154,7 @@ function settings() {
     ...columns.map(([, values]) => cell(values, key))]);
   const names = ["setting", ...columns.map(([name]) => name)];
   const title = IS_ALONE ? "What differs from the config.yaml of its code" : "Settings that differ";
-  if (!keys.length) return null;
+  if (columns.some(([, values]) => !Object.keys(values).length)) return null;
   return section(title, differ.length ? table(names, rows(differ)) : el("p", null, "Nothing."),
     folded(`all ${keys.length} settings`, table(names, rows(keys))));
 }

@@ -26,7 +26,8 @@ from trainstack.run.queue import read_queue
 from trainstack.storage import files
 
 FORMAT = 1  # of the data
-LEDGER_SECONDS = 7  # from the beginning: of a million steps it takes longer, and is left out
+LEDGER_BYTES = 64 << 20  # of samples.jsonl, some 700,000 steps: beyond it the ledger takes too long
+LEDGER_SECONDS = 7  # from the beginning, for a slow machine
 HERE = Path(__file__).parent
 MOST_NAMED = 3  # runs in the name of the file of a comparison
 
@@ -67,10 +68,11 @@ def comparison(runs: Sequence[RunFolder], home: Path | None) -> Path:
 def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> str:
     """The page about some runs; a comparison leaves out what is of one run alone."""
     began = time.monotonic()
-    ledger = start_ledger(runs[0], home) if len(runs) == 1 else None
+    is_alone = len(runs) == 1
+    ledger = start_ledger(runs[0], home) if is_alone else None
     data: dict[str, Any] = {"format": FORMAT, "made_at": time.time(), "causes": CAUSES}
     data["runs"] = [facts_of(view_of(run, jobs)) for run in runs]
-    if ledger:
+    if is_alone:
         seconds = max(0.0, LEDGER_SECONDS - (time.monotonic() - began))
         data["runs"][0]["ledger"] = said_by(ledger, runs[0].path.name, seconds)
     parts = {
@@ -90,20 +92,24 @@ def as_json(data: dict[str, Any]) -> str:
     return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
 
 
-def start_ledger(run: RunFolder, home: Path | None) -> subprocess.Popen:
-    """The ledger in a process of its own, beside this one: it imports torch, and may take long."""
+def start_ledger(run: RunFolder, home: Path | None) -> subprocess.Popen | None:
+    """The ledger in a process of its own, beside this one; None if it would take too long."""
+    samples = run.path / "samples.jsonl"
+    if samples.exists() and samples.stat().st_size > LEDGER_BYTES:
+        return None
     command = [sys.executable, "-m", "trainstack", "ledger", str(run.path)]
     command += ["--home", str(home)] if home else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def said_by(ledger: subprocess.Popen, name: str, seconds: float) -> dict[str, Any]:
+def said_by(ledger: subprocess.Popen | None, name: str, seconds: float) -> dict[str, Any]:
     """Its lines and exit code: 0 if each sample was used once, 1 if not, 2 if it cannot be told."""
-    try:
-        text, _ = ledger.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        ledger.kill()
-        ledger.wait()
-        text = f"This takes longer than a report may; to see it: bash monitor.sh {name} --ledger"
-        return {"code": 2, "lines": [text]}
-    return {"code": ledger.returncode, "lines": text.splitlines()}
+    if ledger:
+        try:
+            text, _ = ledger.communicate(timeout=seconds)
+            return {"code": ledger.returncode, "lines": text.splitlines()}
+        except subprocess.TimeoutExpired:
+            ledger.kill()
+            ledger.wait()
+    text = f"This takes longer than a report may; to see it: bash monitor.sh {name} --ledger"
+    return {"code": 2, "lines": [text]}

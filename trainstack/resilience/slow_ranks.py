@@ -38,24 +38,26 @@ class SlowRanks:
     blocks leaves out bursts.
     """
 
-    def __init__(self, ranks: int, window_seconds: float = WINDOW_SECONDS):
+    def __init__(self, window_seconds: float = WINDOW_SECONDS):
         self.window_seconds = window_seconds
         self.slow: set[int] = set()
         self._contrary: Counter[int] = Counter()  # windows in a row that say otherwise
-        self._sums, self._steps = np.zeros(ranks), 0
+        self._steps: list[list[float]] = []  # of this block
         self._blocks: list[np.ndarray] = []
         self._block_at = self._window_at = None  # when they began, on the clock of rank 0
 
-    def note(self, rank_seconds: np.ndarray, clock: float) -> list[Change]:
-        """Count a step, by the own time of each rank, and rank 0's clock; what has changed."""
+    def note(self, rank_seconds: list[float], clock: float) -> list[Change]:
+        """Count a step, by the own time of each rank, and rank 0's clock; what has changed.
+
+        Nearly all steps are only kept: they cost the loop least.
+        """
         if self._block_at is None:
             self._block_at = self._window_at = clock
-        self._sums += rank_seconds
-        self._steps += 1
+        self._steps.append(rank_seconds)
         if clock - self._block_at < self.window_seconds / BLOCKS:
             return []
-        self._blocks.append(self._sums / self._steps)
-        self._sums, self._steps, self._block_at = np.zeros_like(self._sums), 0, clock
+        self._blocks.append(np.mean(self._steps, axis=0))
+        self._steps, self._block_at = [], clock
         if clock - self._window_at < self.window_seconds or len(self._blocks) < FEWEST:
             return []
         usual = np.median(self._blocks, axis=0).tolist()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,7 +32,7 @@ class StepResult:
     is_withheld: bool  # the update was bad and did not happen
     requested: Requested  # by any rank
     samples_hash: str
-    rank_seconds: np.ndarray  # own time of each rank, one step earlier; empty: alone, or unknown
+    rank_seconds: list[float]  # own time of each rank, one step earlier; empty: alone, or unknown
     clock: float  # of rank 0 when it sent them, in seconds
     sent_at: float  # seconds on the clock of time.perf_counter
     at: float  # the same moment in seconds since 1970
@@ -127,7 +126,7 @@ class StepNumbers:
         return StepResult(
             step=step, loss=loss_sum / target_tokens, grad_norm=norm, is_withheld=bad > 0,
             requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}",
-            rank_seconds=np.array([] if 0.0 in of_ranks else of_ranks[1:]),
+            rank_seconds=[] if 0.0 in of_ranks else of_ranks[1:],
             clock=sum(of_ranks[:1]), sent_at=sent_at, at=at,
         )  # fmt: skip
 

@@ -5,7 +5,6 @@ import socket
 import threading
 import time
 
-import numpy as np
 import torch
 
 from trainstack import distributed
@@ -27,17 +26,17 @@ class Ranks:
     def __init__(self, attempt: Attempt):
         self.attempt, size = attempt, attempt.world.world_size
         self.hosts = distributed.gather(socket.gethostname()) if size > 1 else []
-        self.judge = SlowRanks(size)
-        self._sums, self._steps, self._step_seconds = np.zeros(size), 0, 0.0
+        self.judge = SlowRanks()
+        self._steps: list[list[float]] = []  # own times since the last log line
+        self._step_seconds = 0.0  # of all these
         self._shown_at = 0.0
 
     def note(self, result: StepResult, pace: Pace) -> None:
         """Count a step; name who has become slow, or is no longer."""
         seconds = result.rank_seconds
-        if not seconds.size:
+        if not seconds:
             return
-        self._sums += seconds
-        self._steps += 1
+        self._steps.append(seconds)
         self._step_seconds += pace.step_seconds
         for change in self.judge.note(seconds, result.clock):
             text = f"rank {change.rank} on {self.hosts[change.rank]}: {change}"
@@ -68,14 +67,15 @@ class Ranks:
         """
         if not self._steps:
             return {}
-        means = (self._sums / self._steps).tolist()
+        steps = len(self._steps)
+        means = [sum(column) / steps for column in zip(*self._steps, strict=True)]
         if self.attempt.world.is_main and time.monotonic() - self._shown_at > SHOWN_SECONDS:
             self._shown_at = time.monotonic()
             self.attempt.run.show_ranks(
                 step=step, hosts=self.hosts, seconds=means, slow=sorted(self.judge.slow),
-                step_seconds=self._step_seconds / self._steps,
+                step_seconds=self._step_seconds / steps,
             )  # fmt: skip
-        self._sums, self._steps, self._step_seconds = np.zeros(len(means)), 0, 0.0
-        slowest = max(range(len(means)), key=means.__getitem__)
+        self._steps, self._step_seconds = [], 0.0
+        slowest = means.index(max(means))
         ratio = means[slowest] / median_of_others(means, slowest)
         return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}
