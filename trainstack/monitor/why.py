@@ -256,8 +256,9 @@ def after_rows(view: View, told: Told, job: Job) -> Rows:
     word = job.state if told.state == "KILLED" else ""  # a later job has continued it
     kind = kind_of(f"{told.state} {told.cause} {word}", MISTAKE if is_usage else UNKNOWN)
     is_said = "--exclude" in told.cause or is_local_job(told.it.job)  # which has no other node
-    if is_said and "--exclude" in kind.advice:
-        kind = kind._replace(advice="")
+    if is_said:
+        parts = [part for part in kind.advice.split("; ") if "--exclude" not in part]
+        kind = kind._replace(advice="; ".join(parts))
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
     helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
     helps = "nothing failed" if told.state == "PAUSED" else helps

@@ -63,7 +63,7 @@ KINDS = (  # the first that fits
     Kind("^SLOW", EITHER, YES, EXCLUDE),
     # Signals, and words of Slurm.
     Kind("killed by SIGKILL", EITHER, YES, f"if it comes again, look at memory: {MEMORY}"),
-    Kind("killed by SIG", EITHER, YES, f"{EXCLUDE}; on any node, a library crashes: see its log"),
+    Kind("killed by SIG", EITHER, YES, f"{EXCLUDE}; a library may crash: see its log"),
     Kind("TIMEOUT", SITE, YES, "ask for more: #SBATCH --time in train.slurm"),
     Kind("needed the nodes|PREEMPTED|end of the job|SIG(TERM|INT|HUP|USR1)|asked to|CANCELLED",
          SITE, YES),
