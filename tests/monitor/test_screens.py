@@ -194,6 +194,19 @@ def test_health_is_a_word_and_its_reason(runs, records, events, word, reason):
     assert found.word == word and reason in found.reason
 
 
+def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
+    run, found = training(runs), "it may use 2 of 8 cores, load 9.1"
+    log(run, *lines())
+    run.add_event(SLOW[0], **SLOW[1], step=70, cause="rank 3 on gpu-07: twice the others'")
+    hosts, seconds = [f"gpu-0{n}" for n in (1, 3, 5, 7)], [0.5, 0.5, 0.5, 0.9]
+    run.show_ranks(step=80, hosts=hosts, seconds=seconds, slow=[3], step_seconds=1.2)
+    assert "gpu-07" in runs.monitor("a").stdout, "without evidence too"
+    assert "gpu-07" in runs.monitor("a", "--why").stdout
+    run.add_evidence(f"local-{HERE}-7", 1, 3, 70, found)
+    assert found in runs.monitor("a").stdout
+    assert found in runs.monitor("a", "--why").stdout
+
+
 def test_a_run_that_writes_nothing_is_silent(runs):
     run = training(runs)
     log(run, *lines())

@@ -116,7 +116,7 @@ def time_and_space(view: View) -> Iterator[tuple[str, str]]:
         yield "ranks", ranks
     for event in view.slow_ranks if view.state == RUNNING else ():
         job, attempt = view.job_id, view.status.get("attempt", 1)
-        if text := view.run.evidence(job, attempt, event["rank"]).get("text"):
+        if text := view.run.evidence(job, attempt, event["rank"]):
             yield f"rank {event['rank']}", text
     if memory := view.measured.get("peak_memory_gb"):
         yield "memory", f"{memory:.2f} GB at most, of rank 0"

@@ -229,7 +229,7 @@ def signs(run: RunFolder, told: Told, job: Job) -> Iterator[str]:
         yield f"Slurm says {job.state}{reason}"
     if told.state == "SLOW":
         found = run.evidence(told.it.job, told.it.attempt, told.it.event["rank"])
-        yield found.get("text", "by the time of its own work in each step")
+        yield found or "by the time of its own work in each step"
     silence = run.silence(told.it.job)
     if told.state in LOST_CAUSES and silence is not None and not told.it.next("attempt"):
         yield f"last heartbeat {time_of(time.time() - silence)[:19]}Z"
