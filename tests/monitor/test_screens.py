@@ -207,6 +207,16 @@ def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
     assert found in runs.monitor("a", "--why").stdout
 
 
+def test_the_ranks_are_shown_beside_each_other_and_the_slowest_by_its_host(runs):
+    run = training(runs)
+    seconds = [0.2, 0.21, 0.19, 0.3]
+    run.show_ranks(step=9, step_seconds=0.4, hosts=["a", "a", "b", "b"], seconds=seconds, slow=[])
+    told = "0.200, 0.210, 0.190, 0.300 s of a step by itself; slowest: rank 3 on b, 1.50 times"
+    assert runs.screen("a")["ranks"] == f"{told} the others"
+    run.show_ranks(step=9, step_seconds=0.4, hosts=["a"] * 64, seconds=seconds * 16, slow=[])
+    assert runs.screen("a")["ranks"].startswith("64 ranks, 0.190 to 0.300 s of a step by itself;")
+
+
 def test_a_run_that_writes_nothing_is_silent(runs):
     run = training(runs)
     log(run, *lines())

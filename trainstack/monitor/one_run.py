@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
@@ -18,6 +17,7 @@ from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
 from trainstack.monitor.table import newest_checkpoint, steps
 from trainstack.monitor.view import View
+from trainstack.resilience.slow_ranks import median_of_others
 from trainstack.run import refusal
 from trainstack.run.queue import meaning
 from trainstack.run.states import RUNNING
@@ -29,6 +29,7 @@ CURVES = {"loss": 9, "tokens_per_second": 5}  # key -> lines, of which a low win
 LEAST_LINES = 4  # of a curve
 GOODPUT_BYTES = 1 << 24  # of samples.jsonl, up to which it is read for a screen
 LESS_NEEDED = ("folder", "log", "nodes", "disk", "seen", "sample", "memory", "job")  # in a window
+MOST_RANKS = 8  # whose times are shown one by one
 MOST_MARKS = 20  # of evaluations on a curve
 
 
@@ -151,12 +152,13 @@ def ranks_text(view: View) -> str:
     if view.state != RUNNING or not told or len(told["seconds"]) < 2:
         return ""
     seconds, hosts = told["seconds"], told["hosts"]
-    median, slowest = statistics.median(seconds), max(range(len(seconds)), key=seconds.__getitem__)
-    ratio = seconds[slowest] / median if median else math.nan
-    return (
-        f"{len(seconds)}, each {median:.3f} s of a step by itself; the slowest: rank {slowest} on "
-        f"{hosts[slowest]}, {seconds[slowest]:.3f} s ({ratio:.2f} times)"
-    )
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = median_of_others(seconds, slowest)
+    each = ", ".join(f"{own:.3f}" for own in seconds)
+    if len(seconds) > MOST_RANKS:
+        each = f"{len(seconds)} ranks, {min(seconds):.3f} to {max(seconds):.3f}"
+    ratio = f", {seconds[slowest] / others:.2f} times the others" if others else ""
+    return f"{each} s of a step by itself; slowest: rank {slowest} on {hosts[slowest]}{ratio}"
 
 
 def curves_of(view: View, console: Console, room: int) -> list[Text]:
