@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_monitor import Runs, lines_of_squeue
+from test_monitor import MEASURED, Runs, lines_of_squeue, log
 
 import tiny
 from trainstack.errors import without_secrets
@@ -231,6 +231,36 @@ def test_a_hang_names_the_rank_and_where_it_stood(runs):
         "5 steps made again; 4 min",
     ):
         assert words in said
+
+
+def test_what_comes_at_one_step_three_times_will_come_again(runs):
+    facts = {"job": JOB, "step": 160, "cause": "rank 1 on gpu-08: killed by SIGKILL"}
+    for name, steps, told in (
+        ("stuck", (160, 160, 160), NO),
+        ("moves", (90, 120, 160), "may help"),
+    ):
+        runs.make(name, "NO_PROGRESS", job=JOB, attempt=3, exit_code=76, step=160)
+        events = [
+            each
+            for number, step in enumerate(steps, 1)
+            for each in (*attempt(number), {"event": "failed", **facts, "step": step})
+        ]
+        happened(RunFolder(runs.home / "runs" / name), *events)
+        said = why(runs, name)
+        assert f"again {told}" in said
+        assert ("as three times at step 160" in said) == (name == "stuck")
+
+
+@pytest.mark.parametrize(("loss", "is_spoiled"), [(112.0, True), (2.6, False)])
+def test_a_run_that_diverged_before_its_checkpoint_is_not_to_be_resumed(runs, loss, is_spoiled):
+    resume = "fix the cause, then: bash submit.sh --resume hot"
+    cause = "step 227: not finite: loss nan; lower optim.learning_rate (now 3)"
+    run = runs.make("hot", "DIVERGED", 200, job=JOB, step=225, cause=cause, next_action=resume)
+    happened(run, *attempt(), {"event": "diverged", "job": JOB, "step": 225, "cause": cause})
+    log(run, *({**MEASURED, "step": s, "loss": x} for s, x in ((25, 2.5), (200, loss), (225, 9))))
+    said = why(runs, "hot")
+    spoiled = "checkpoint-200 has diverged too (loss 112, once 2.5): begin again under another"
+    assert (spoiled in said, resume in said) == (is_spoiled, not is_spoiled)
 
 
 def test_a_fallback_to_an_older_checkpoint_and_a_lost_node_are_told(runs):

@@ -3,17 +3,21 @@
 import itertools
 import math
 from collections.abc import Sequence
+from textwrap import shorten, wrap
 from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from trainstack.errors import without_secrets
 from trainstack.units import NOTHING
 
 GAP = "  "  # between columns
 FILE_COLUMNS = 10_000  # what is no terminal has no width: nothing is left out
 DRAWN_COLUMNS = 100  # of a curve there
+ROWS_COLUMNS, ROW_LABEL = 110, 12  # of rows of text, and of their labels
+MOST_TEXT = 300  # characters of a row: three lines
 LEAST_CUT = 8  # columns of a text that may be cut
 # Each character of Unicode's braille patterns is two by four dots; their bits, by column and row.
 BRAILLE, DOTS = 0x2800, ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -180,3 +184,19 @@ def plain(console: Console) -> bool:
 def columns_of(console: Console) -> int:
     """The width of a drawing."""
     return console.width if console.width < FILE_COLUMNS else DRAWN_COLUMNS
+
+
+def cut(text: str) -> str:
+    """What of it fits one line."""
+    return shorten(without_secrets(text), ROWS_COLUMNS - ROW_LABEL, placeholder=" ...")
+
+
+def laid_out(*rows: tuple[str, str]) -> list[str]:
+    """Rows of a label and a text in lines of ROWS_COLUMNS; without a label it is a title."""
+    lines = []
+    for label, text in rows:
+        text = without_secrets(shorten(text, MOST_TEXT, placeholder=" ..."))
+        parts = wrap(text, ROWS_COLUMNS - ROW_LABEL, break_on_hyphens=False) or [""]
+        lines.append(f"  {label:<10}{parts[0]}" if label else parts[0])
+        lines += [" " * 12 + part for part in parts[1:]]
+    return lines

@@ -29,6 +29,7 @@ LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "LOST": "Slurm no longer has its job, which did not report why",
 }
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
+SPOILED = 1.5  # times the least loss, from which a checkpoint is no good start
 BEGINS_SECONDS = 60  # from the checks of submit.sh --local to its job
 
 
@@ -154,6 +155,15 @@ class View:
         return f"the job wrote nothing: is {self.run.path} visible there?"
 
     @property
+    def spoiled_loss(self) -> tuple[float, float] | None:
+        """The loss at the newest checkpoint, and the least one, if the first is far above it."""
+        known = {r["step"]: r["loss"] for r in self.run.overview() if math.isfinite(r["loss"])}
+        saved = [step for step in known if self.checkpoint and step <= self.checkpoint[0]]
+        if not saved or known[max(saved)] < SPOILED * min(known.values()):
+            return None
+        return known[max(saved)], min(known.values())
+
+    @property
     def next_action(self) -> str | None:
         """What a person does now."""
         if self.job.never_starts:
@@ -162,6 +172,12 @@ class View:
             return None
         if self.state in LOST_CAUSES:
             return f"to resume: {resume_command(self.run.path.name, self.status.get('job'))}"
+        if self.state == "DIVERGED" and (loss := self.spoiled_loss):
+            name = self.checkpoint[1].name
+            return (
+                f"{name} has diverged too (loss {loss[0]:.3g}, once {loss[1]:.3g}): begin "
+                "again under another run.name"
+            )
         if self.state == "DONE" and self.checkpoint is None:
             return "its checkpoints are gone"
         return self.status.get("next_action")

@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten, wrap
 from typing import Any
 
-from trainstack.errors import USAGE_ERROR, without_secrets
+from trainstack.errors import USAGE_ERROR
 from trainstack.history import attempts as history
 from trainstack.history.attempts import Interruption
 from trainstack.job.blame import blame, host_of, place_of, ranks_of, telling_lines, witness
 from trainstack.job.verdict import next_start, titled
+from trainstack.monitor.drawing import cut, laid_out
 from trainstack.monitor.health import health_of
 from trainstack.monitor.view import LOST_CAUSES, View
 from trainstack.resilience.kinds import MISTAKE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
@@ -26,8 +26,7 @@ from trainstack.run.queue import NO_JOB, Job, meaning
 from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED
 from trainstack.units import age, counted, seconds_of, time_of
 
-MOST_LINES, WIDTH = 15, 110
-MOST_TEXT = 300  # characters of a row: three lines
+MOST_LINES = 15
 SHOWN = 5  # interruptions: the last is explained, the others named
 LOG_LINES = 3
 CAUSES = {  # of events that have none
@@ -81,7 +80,9 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
         return [*lines, *laid_out(*(refused or alone(view)))][:MOST_LINES]
     last, *former = [told_of(view, one) for one in found[: -SHOWN - 1 : -1]]
     job = (jobs or {}).get(last.it.job) or (view.job if view.job_id == last.it.job else NO_JOB)
-    above, below = laid_out(*what_rows(view, last, job)), laid_out(*after_rows(view, last, job))
+    is_stuck = bool(last.step) and [one.step for one in former[:2]] == [last.step] * 2
+    above = laid_out(*what_rows(view, last, job))
+    below = laid_out(*after_rows(view, last, job, is_stuck))
     room = max(0, MOST_LINES - len(lines) - len(above) - len(below))
     logged = [("log", cut(text)) for text in log_lines(view.run, last)[:room]]
     lines += [*above, *laid_out(*logged), *below]
@@ -89,22 +90,6 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
     if len(lines) + len(before) > MOST_LINES:
         before = laid_out(*(("before", cut(f"{one.at[:19]}Z {one.title}")) for one in former))
     return [*lines, *before][:MOST_LINES]
-
-
-def cut(text: str) -> str:
-    """What of it fits one line."""
-    return shorten(without_secrets(text), WIDTH - 12, placeholder=" ...")
-
-
-def laid_out(*rows: tuple[str, str]) -> list[str]:
-    """Rows of a label and a text in lines of at most WIDTH; without a label it is a title."""
-    lines = []
-    for label, text in rows:
-        text = without_secrets(shorten(text, MOST_TEXT, placeholder=" ..."))
-        parts = wrap(text, WIDTH - 12, break_on_hyphens=False) or [""]
-        lines.append(f"  {label:<10}{parts[0]}" if label else parts[0])
-        lines += [" " * 12 + part for part in parts[1:]]
-    return lines
 
 
 def head_of(view: View, count: int) -> str:
@@ -248,8 +233,11 @@ def log_lines(run: RunFolder, told: Told) -> list[str]:
 # --- What followed
 
 
-def after_rows(view: View, told: Told, job: Job) -> Rows:
-    """What it cost, what was done about it, whether trying again can help, what a person does."""
+def after_rows(view: View, told: Told, job: Job, is_stuck: bool) -> Rows:
+    """What it cost, what was done about it, whether trying again can help, what a person does.
+
+    ``is_stuck``: the two interruptions before came at the same step.
+    """
     yield "lost", cost_of(view, told)
     yield "then", answer_to(view, told)
     is_usage = view.status.get("exit_code") == USAGE_ERROR
@@ -260,7 +248,8 @@ def after_rows(view: View, told: Told, job: Job) -> Rows:
         parts = [part for part in kind.advice.split("; ") if "--exclude" not in part]
         kind = kind._replace(advice="; ".join(parts))
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
-    helps = NO if has_repeated and kind.whose == WORKLOAD else kind.helps
+    helps = NO if is_stuck or (has_repeated and kind.whose == WORKLOAD) else kind.helps
+    helps += f", as three times at step {told.step:,}" if is_stuck else ""
     helps = "nothing failed" if told.state == "PAUSED" else helps
     helps = helps if is_bad(view) else "is tried now"
     is_past = told.is_passed or bool(told.it.next("training")) or view.state == "DONE"
