@@ -100,7 +100,7 @@ def killed_agent(user: Site, run: str, row: str, reference) -> None:
     assert re.match(
         r"rank 1 on c?node2: disappeared without a report, and the others lost it", cause
     )
-    user.why(run, row, cause, "restarted in place", "made again", "the infrastructure",
+    user.why(run, row, cause, "restarted in place", "redone", "the infrastructure",
              f"--exclude={cause.split()[3].rstrip(':')}")  # fmt: skip
     trace.record(row, "kill -9 of the torchrun of rank 1", reference, cause)
 

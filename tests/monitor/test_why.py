@@ -139,7 +139,7 @@ def test_of_a_chain_the_end_of_the_job_before_is_told_by_slurm(runs):
         {"event": "training", "step": 20},
     )
     said = why(runs, "chain", "8|TIMEOUT|0:00|None\n9|RUNNING|1:00|None")
-    for words in ("KILLED at step 25", "Slurm says TIMEOUT", "5 steps made again", "--time",
+    for words in ("KILLED at step 25", "Slurm says TIMEOUT", "5 steps redone", "--time",
                   "job 9 continued it", "it lay with Slurm or whoever asked"):  # fmt: skip
         assert words in said
 
@@ -225,10 +225,10 @@ def test_a_hang_names_the_rank_and_where_it_stood(runs):
         "stuck: RUNNING at step 22/60; nothing is wrong; 1 incident before, the last:",
         "where step 25, samples; 57 collectives begun (flight recorder); "
         "trainstack/data/feed.py:7 in rows",
-        "its watchdog told",
+        "its watchdog saw no progress",
         "file system is slow",
         "restarted in place, from checkpoint-20",
-        "5 steps made again; 4 min",
+        "5 steps redone; 4 min",
     ):
         assert words in said
 
@@ -247,7 +247,7 @@ def test_what_comes_at_one_step_three_times_will_come_again(runs):
         ]
         happened(RunFolder(runs.home / "runs" / name), *events)
         said = why(runs, name)
-        assert f"again {told}" in said
+        assert f"retry {told}" in said
         assert ("as three times at step 160" in said) == (name == "stuck")
 
 
@@ -280,7 +280,7 @@ def test_a_fallback_to_an_older_checkpoint_and_a_lost_node_are_told(runs):
         "nodes since: gpu-08",
         "the job went back into the queue, from checkpoint-10",
         "for checkpoint-20 is damaged and was set aside",
-        "15 steps made again",
+        "15 steps redone",
     ):
         assert words in said
 

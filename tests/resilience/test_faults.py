@@ -55,7 +55,7 @@ def test_a_rank_that_dies_in_any_way_is_named_and_the_job_continues_in_place(lab
     assert trace.redone() <= 2 * 10 * len(DEATHS)
     lab.why(
         "deaths", "F07, F08", f"rank 1 on {HOST}: killed by SIGABRT", "restarted in place, from",
-        "made again", "the run got past it", "a library may crash",
+        "redone", "the run got past it", "a library may crash",
         *(blame.replace("HOST", HOST) for _, _, blame in DEATHS),
     )  # fmt: skip
     trace.record("F07, F08", "; ".join(f for _, f, _ in DEATHS), reference, failed[0]["cause"])
@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_is_found_and_named_and_the_job_continues_in_place(lab
     assert "faults.py" in stacks[2, 0], "the one that slept"
     lab.why(
         "hangs", "F10, F11", f"rank 1 on {HOST}: stopped answering", "rank 1: torchrun saw",
-        "rank 0: its watchdog told", "restarted in place",
+        "rank 0: its watchdog saw no progress", "restarted in place",
         f"rank 0 on {HOST}: no progress for", "at step 25, samples", "ddp.py:",
         "rank 0 waited at step 35, gradients", "raise guard.hang_seconds",
     )  # fmt: skip
@@ -173,7 +173,7 @@ def test_a_rollback_leaves_the_window_out_and_a_replay_agrees(lab):
     plain = {record["step"]: record["samples_hash"] for record in lab.trace("reference").steps()}
     assert all(sampler_steps[s] == plain[s] for s in range(1, after + 1))
     assert all(sampler_steps[s] == plain[s + steps] for s in range(after + 1, 61 - steps))
-    lab.why("nan-back", "F28 rollback", f"rank 1 on {HOST}: killed by SIGKILL", "made again",
+    lab.why("nan-back", "F28 rollback", f"rank 1 on {HOST}: killed by SIGKILL", "redone",
             f"the data of steps {after + 1} to 25 is left out", "restarted in place")  # fmt: skip
     write_row("F28 rollback", fault="nan:rank=1,step=25; kill:rank=1,step=33,attempt=2",
               redone=trace.redone(), repeated=0, skipped=0, identical=None,

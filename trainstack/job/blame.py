@@ -114,7 +114,7 @@ def witness(report: dict[str, Any]) -> str:
     elif report.get("is_second_hand"):
         how = "torchrun saw it end"
     elif report["state"] == "HANG":
-        how = "its watchdog told"
+        how = "its watchdog saw no progress"
     elif report["is_victim"]:
         how = "lost its peer" if report["exit_code"] == EXIT_CODES["FAILED"] else "says the same"
     return f"rank {report['rank']}: {how}"

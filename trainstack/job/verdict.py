@@ -101,13 +101,13 @@ def decide_failed(
     run: RunFolder, owner: Owner, failure: dict[str, Any], is_ours: bool, told: Told
 ) -> Ending:
     """What follows a failure, by the report of the rank that is to blame."""
-    is_of_rank = not isinstance(failure["rank"], str)
-    who = f"rank {failure['rank']} on {failure['host']}: " if is_of_rank else ""
-    state, code, cause = failure["state"], failure["exit_code"], who + failure["cause"]
+    state, code, cause = failure["state"], failure["exit_code"], failure["cause"]
+    if isinstance(failure["rank"], int) and state != "DIVERGED":  # that is of all ranks alike
+        cause = f"rank {failure['rank']} on {failure['host']}: {cause}"
     # Another job holds the run, and its status is that job's.
     if not is_ours and code == EXIT_CODES["REFUSED"] and Lease(run.path).holder()[1]:
         return Ending(END, code, lines=(f"REFUSED: {cause}",))
-    named = re.search(r"\bat step ([\d,]+)", cause)  # the log may not have come so far
+    named = re.search(r"(?:^|\bat )step ([\d,]+)", cause)  # the log may not have come so far
     step = max(last_step(run), int(named[1].replace(",", "")) if named else 0)
     # A wrong setting fails again; a divergence too, unless a rollback leaves out its data.
     may_pass = (state in RESTARTING and code != USAGE_ERROR) or failure.get("is_rollback")

@@ -137,9 +137,14 @@ def curve(
 
 
 def bounds(values: Sequence[float], marked: Sequence[float]) -> tuple[float, float]:
-    """The least and the greatest value to draw: without the first steps' great losses."""
-    later = [*values[len(values) // 20 :], *marked]  # of which the rest would be a flat line
-    return min(later), max(later)
+    """The least and the greatest value to draw.
+
+    Without the first ones, if all others would be a flat line beside them.
+    """
+    later, whole = [*values[len(values) // 20 :], *marked], [*values, *marked]
+    is_flat = max(whole) - min(whole) > 4 * (max(later) - min(later)) > 0
+    shown = later if is_flat else whole
+    return min(shown), max(shown)
 
 
 def draw_dots(grid: list[list[str]], dots: Sequence[tuple[int, int]]) -> None:

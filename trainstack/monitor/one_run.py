@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trainstack.history import goodput
-from trainstack.history.attempts import attempts_of, read_executions
+from trainstack.history.attempts import attempts_of, interruptions, read_executions
 from trainstack.monitor import drawing
 from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
@@ -63,6 +63,10 @@ def rows_of(view: View, console: Console) -> Iterator[tuple[str, str]]:
         yield "cause", view.cause
     if view.next_action:
         yield "next", view.next_action
+    if found := interruptions(view.events, (view.status.get("job"), view.status.get("attempt"))):
+        ask, last = f"bash monitor.sh {view.run.path.name} --why", found[-1].event.get("cause", "")
+        told = "" if view.cause else shorten(last, 70, placeholder=" ...")
+        yield "incidents", f"{len(found)}{told and ', the last: '}{told}; {ask}"
     if refused := refusal.last(view.run):
         yield "refused", refused
     if view.job_id:
@@ -170,8 +174,9 @@ def curves_of(view: View, console: Console, room: int) -> list[Text]:
     evaluations = list(view.run.evaluations())[::-1]
     evaluations = evaluations[:: len(evaluations) // MOST_MARKS + 1]
     marks = [Point(r["step"], r["eval_loss"]) for r in evaluations]
-    starts = [e["step"] for e in view.events if e["event"] == "training" and e["step"] > 0]
-    names = {"loss": "loss    o held out    ^ an attempt resumed", "tokens_per_second": "tokens/s"}
+    starts = [e["step"] for e in view.events if e["event"] == "training"][1:]
+    legend = "    o held out" * bool(marks) + "    ^ an attempt began" * bool(starts)
+    names = {"loss": f"loss{legend}", "tokens_per_second": "tokens/s"}
     share = min(1.0, max(0, room - 2) / sum(CURVES.values()))
     lines: list[Text] = []
     for key, most in CURVES.items():

@@ -3,6 +3,7 @@
 By the run's own records, and by Slurm's words of its jobs while it still has them.
 """
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,13 @@ from typing import Any
 from trainstack.errors import USAGE_ERROR
 from trainstack.history import attempts as history
 from trainstack.history.attempts import Interruption
+from trainstack.history.settings import changed_settings
 from trainstack.job.blame import blame, host_of, place_of, ranks_of, telling_lines, witness
 from trainstack.job.verdict import next_start, titled
 from trainstack.monitor.drawing import cut, laid_out
 from trainstack.monitor.health import health_of
 from trainstack.monitor.view import LOST_CAUSES, View
-from trainstack.resilience.kinds import MISTAKE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
+from trainstack.resilience.kinds import MISTAKE, MORE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
 from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
@@ -117,7 +119,7 @@ def alone(view: View) -> Rows:
     kind = kind_of(view.cause or "")
     if view.cause and is_bad(view):
         yield "what", view.cause
-        yield "again", f"{kind.helps}; it lies with {kind.whose}"
+        yield "retry", f"{kind.helps}; it lies with {kind.whose}"
     if is_bad(view) or view.job.is_waiting or view.state == "SUSPENDED":
         yield "do", action_of(view, kind, "NODE", is_over=not is_bad(view))
 
@@ -127,7 +129,7 @@ def refusal_rows(run: RunFolder) -> Rows:
     if text := refusal.last(run):
         kind = kind_of(text, MISTAKE)
         yield "refused", text
-        yield "again", f"{kind.helps}; it lies with {kind.whose}"
+        yield "retry", f"{kind.helps}; it lies with {kind.whose}"
         yield "do", kind.advice or "change what that line says, then submit again"
 
 
@@ -160,8 +162,6 @@ def told_of(view: View, it: Interruption) -> Told:
         gone = ", ".join(sorted(hosts_of(view.run, it.job, it.attempt) - later)) if later else ""
         cause += f"; not among its nodes since: {gone}" if gone else ""
         host = gone or "NODE"
-    if state == "DIVERGED":  # of all ranks alike; one of them told
-        cause = re.sub(r"^rank \d+ on \S+: ", "", cause)
     cause = re.sub(r"^(torchrun got )?(SIG[A-Z0-9]+)$", r"asked to end by \2", cause)
     cause = cause.replace(f"{view.run.path.parents[1]}/", "")
     return Told(it, state, cause, at, step, host, report)
@@ -246,15 +246,21 @@ def after_rows(view: View, told: Told, job: Job, is_stuck: bool) -> Rows:
     is_said = "--exclude" in told.cause or is_local_job(told.it.job)  # which has no other node
     if is_said:
         parts = [part for part in kind.advice.split("; ") if "--exclude" not in part]
-        kind = kind._replace(advice="; ".join(parts))
+        kind = kind._replace(advice="; ".join(parts).replace(MORE, ""))
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
     helps = NO if is_stuck or (has_repeated and kind.whose == WORKLOAD) else kind.helps
     helps += f", as three times at step {told.step:,}" if is_stuck else ""
     helps = "nothing failed" if told.state == "PAUSED" else helps
     helps = helps if is_bad(view) else "is tried now"
+    if is_bad(view) and (
+        changed := changed_settings(view.run.path, "optim", "guard", "checkpoint")
+    ):
+        values = {key: map(json.dumps, pair) for key, pair in changed.items()}
+        texts = [f"{key}={own} (shipped: {was})" for key, (own, was) in values.items()]
+        yield "settings", cut(", ".join(texts))
     is_past = told.is_passed or bool(told.it.next("training")) or view.state == "DONE"
     lies = f"the run got past it; it lay with {kind.whose}"
-    yield "again", lies if is_past else f"{helps}; it lies with {kind.whose}"
+    yield "retry", lies if is_past else f"{helps}; it lies with {kind.whose}"
     yield "do", action_of(view, kind, told.host, is_over=is_past or not is_bad(view))
 
 
@@ -274,7 +280,7 @@ def cost_of(view: View, told: Told) -> str:
     seconds = age(seconds_of(resumed["at"]) - seconds_of(told.at))
     reached = it.next("attempt").get("reached") if told.step is None else told.step
     redone = None if reached is None else reached - resumed["step"]
-    steps = f"{counted(redone, 'step')} made again" if redone and redone > 0 else "no step"
+    steps = f"{counted(redone, 'step')} redone" if redone and redone > 0 else "no step"
     if redone is None or redone < 0:
         steps = f"what was beyond step {resumed['step']:,}"
     return f"{steps}; {seconds} until it trained again"

@@ -76,14 +76,16 @@ function drawMarks(u, isLoss) {
     ctx.strokeStyle = ctx.fillStyle = color(IS_ALONE ? "soft" : `ink${number % 6}`);
     ctx.font = `${11 * size}px sans-serif`;
     ctx.textAlign = "left";
+    let labelled = -Infinity;
     run.restarts.forEach((restart, i) => {
       const left = leftOf(run, restart);
       ctx.beginPath();
       ctx.moveTo(left, bbox.top);
       ctx.lineTo(left, bottom);
       ctx.stroke();
-      if (isLoss && IS_ALONE && run.restarts.length < FEW) {
+      if (isLoss && IS_ALONE && left - labelled > 64 * size) {
         ctx.fillText(`restart ${i + 1}`, left + 4 * size, bbox.top + 12 * size);
+        labelled = left;
       }
     });
     ctx.fillStyle = color("ink1");
@@ -173,7 +175,7 @@ function curves() {
       el("span", { cls: "hint" },
         "Drag to zoom, double click for all; a click on a name hides its curve. "),
       every > 2 ? `Of each ${figure(every)} logged values the extremes are drawn. ` : "",
-      RUNS.some((run) => run.restarts.length) ? "Dashed lines: a restart from a checkpoint. " : "",
+      RUNS.some((run) => run.restarts.length) ? "Dashed lines: a restart. " : "",
       [...marked].map((each) => `${MARKS[each].join(" ")} `)),
     el("div", { cls: "plots" }, there.map(([key, title, unit]) =>
       el("div", { cls: key === "loss" ? "plot wide" : "plot" },

@@ -3,15 +3,13 @@
 import contextlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint import names
-from trainstack.config.strict_yaml import read_yaml
-from trainstack.errors import ConfigError
 from trainstack.history import goodput
 from trainstack.history.attempts import Attempt, Event, attempts_of, last_durable_step
 from trainstack.history.goodput import Timeline
+from trainstack.history.settings import settings_of, shipped_settings
 from trainstack.monitor.view import View
 from trainstack.report.series import BY_SOURCE, Executed, curves_of
 from trainstack.units import seconds_of
@@ -154,20 +152,6 @@ def checkpoints_of(view: View) -> list[dict[str, Any]]:
          "is_kept": event["step"] in kept}
         for event in view.events if event["event"] == "checkpoint"
     ]  # fmt: skip
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings of a file by their dotted keys; empty if it is not there or cannot be read."""
-    with contextlib.suppress(ConfigError):
-        sections, _ = read_yaml(path)
-        return {f"{s}.{key}": v for s, keys in sections.items() for key, v in keys.items()}
-    return {}
-
-
-def shipped_settings(folder: Path) -> dict[str, Any]:
-    """Those of the config.yaml beside the code that a run uses; by hand, beside this code."""
-    here = Path(__file__).resolve().parents[2]
-    return settings_of(folder / "code" / "config.yaml") or settings_of(here / "config.yaml")
 
 
 def environment_of(view: View) -> dict[str, Any]:

@@ -175,7 +175,8 @@ function notes() {
 }
 
 function checkpoints() {
-  const size = (bytes) => bytes ? `${figure(bytes / 1e9)} GB` : "-";
+  const size = (bytes) => !bytes ? "-" : bytes < 1e9 ? `${figure(bytes / 1e6)} MB`
+    : `${figure(bytes / 1e9)} GB`;
   return RUN.checkpoints.length ? section("Checkpoints", el("div", { cls: "facts" },
     table(["step", "when", "size", "written in", "training waited", ""],
       RUN.checkpoints.map((c) => [figure(c.step), when(c.at), size(c.bytes), duration(c.seconds),

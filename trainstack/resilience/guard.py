@@ -105,6 +105,9 @@ class Policy:
 
 
 def describe_bad(step: int, loss: float, grad_norm: float) -> str:
-    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    what = "a spike of" if is_finite else "not finite:"
-    return f"step {step}: {what} loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+    numbers = {f"loss {loss:.4g}": loss, f"gradient norm {grad_norm:.4g}": grad_norm}
+    bad = [text for text, number in numbers.items() if not math.isfinite(number)]
+    if not bad:
+        return f"step {step}: a spike of {', '.join(numbers)}"
+    others = f" ({', '.join(numbers.keys() - bad)})" if len(bad) < len(numbers) else ""
+    return f"step {step}: not finite: {', '.join(bad)}{others}"

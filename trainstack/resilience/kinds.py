@@ -6,12 +6,14 @@ The two questions are those of the taxonomy of NVIDIA's nvidia-resiliency-ext.
 import re
 from typing import NamedTuple
 
-WORKLOAD, INFRASTRUCTURE = "the workload", "the infrastructure"
-EITHER = "the workload or the infrastructure, which is not certain"
+WORKLOAD = "the workload (model, data, settings)"
+INFRASTRUCTURE = "the infrastructure (nodes, network, disks)"
+EITHER = "the workload or the infrastructure; the records do not tell which"
 SITE, SETTING = "Slurm or whoever asked", "a setting or a command of yours"
 YES, NO, ELSEWHERE = "may help", "ends in the same way", "helps on other nodes only"  # another try
 EXCLUDE = "if it comes again on the same node, leave it out: -- --exclude=NODE"
-MEMORY = "lower train.micro_batch_size, or ask for more: #SBATCH --mem in train.slurm"
+MORE = ", or ask for more: #SBATCH --mem in train.slurm"
+MEMORY = f"lower train.micro_batch_size{MORE}"
 
 
 class Kind(NamedTuple):
