@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import tiny
 from trainstack import processes
 from trainstack.data.feed import StepData
 from trainstack.resilience import evidence
-from trainstack.resilience.slow_ranks import Change, SlowRanks
+from trainstack.resilience.slow_ranks import Change, SlowRanks, median_of_others
 from trainstack.train.numbers import Requested, StepNumbers
 
 Told = list[tuple[int, int, bool]]  # at which second, which rank, whether it is slow
@@ -72,6 +73,22 @@ def test_pauses_that_hit_one_step_of_many_count():
     own = lambda step: [0.01 + 0.5 * (step % 25 == 7), 0.01]  # noqa: E731  # a second each
     ((at, rank, is_slow),) = judged(own, 130, 0.04)
     assert (rank, is_slow) == (0, True) and at <= 105
+
+
+def test_a_rank_is_compared_with_all_others_and_not_with_itself():
+    for size in range(2, 10):
+        seconds = np.random.default_rng(size).integers(1, 5, size).tolist()  # some alike
+        for rank in range(size):
+            others = [*seconds[:rank], *seconds[rank + 1 :]]
+            assert median_of_others(seconds, rank) == statistics.median(others)
+
+
+def test_thousands_of_ranks_are_judged_in_little_time():
+    ranks, own = SlowRanks(), np.random.default_rng(1).random(4096).tolist()
+    began = time.process_time()
+    for step in range(9):  # two windows
+        ranks.note(own, 6.0 * step)
+    assert time.process_time() - began < 0.3, "1 s or more if each rank sorts the others"
 
 
 def test_it_is_told_in_one_line_with_both_times():
@@ -151,6 +168,15 @@ def test_evidence_names_a_busy_process_and_how_much_of_the_time_this_one_ran(mon
     assert int(ran[1]) < 50, "it slept"
 
 
+def test_a_process_with_any_name_is_counted():
+    code = r"open('/proc/self/comm', 'wb').write(b'\xff\xfe'); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        assert str(other.pid) in [pid for pid, name in evidence.cpu_seconds()]
+        other.communicate(b"\n")
+
+
 def test_a_quota_of_cpu_time_is_read_from_the_cgroup_and_those_above_it(tmp_path, monkeypatch):
     group = tmp_path / "job" / "step"
     group.mkdir(parents=True)
@@ -172,5 +198,7 @@ def test_a_gpu_that_is_held_back_is_told_with_the_reason(tmp_path, monkeypatch):
         "its temperature"
     )
     assert "--id=GPU-1234" in (tmp_path / "asked").read_text()
+    smi.write_text("#!/bin/sh\necho No devices were found\n")
+    assert evidence.gpu_state("GPU-1234") == "nvidia-smi says: No devices were found"
     smi.write_text("#!/bin/sh\nexit 6\n")
     assert evidence.gpu_state("GPU-1234") == ""
