@@ -199,10 +199,10 @@ def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
     log(run, *lines())
     run.add_event(SLOW[0], **SLOW[1], step=70, cause="rank 3 on gpu-07: twice the others'")
     hosts, seconds = [f"gpu-0{n}" for n in (1, 3, 5, 7)], [0.5, 0.5, 0.5, 0.9]
-    run.show_ranks(step=80, hosts=hosts, seconds=seconds, slow=[3], step_seconds=1.2)
+    run.show_ranks(step=80, hosts=hosts, seconds=seconds)
     assert "gpu-07" in runs.monitor("a").stdout, "without evidence too"
     assert "gpu-07" in runs.monitor("a", "--why").stdout
-    run.add_evidence(f"local-{HERE}-7", 1, 3, 70, found)
+    run.add_evidence(f"local-{HERE}-7", 1, 3, found)
     assert found in runs.monitor("a").stdout
     assert found in runs.monitor("a", "--why").stdout
 
@@ -210,10 +210,10 @@ def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
 def test_the_ranks_are_shown_beside_each_other_and_the_slowest_by_its_host(runs):
     run = training(runs)
     seconds = [0.2, 0.21, 0.19, 0.3]
-    run.show_ranks(step=9, step_seconds=0.4, hosts=["a", "a", "b", "b"], seconds=seconds, slow=[])
+    run.show_ranks(step=9, hosts=["a", "a", "b", "b"], seconds=seconds)
     told = "0.200, 0.210, 0.190, 0.300 s of a step by itself; slowest: rank 3 on b, 1.50 times"
     assert runs.screen("a")["ranks"] == f"{told} the others"
-    run.show_ranks(step=9, step_seconds=0.4, hosts=["a"] * 64, seconds=seconds * 16, slow=[])
+    run.show_ranks(step=9, hosts=["a"] * 64, seconds=seconds * 16)
     assert runs.screen("a")["ranks"].startswith("64 ranks, 0.190 to 0.300 s of a step by itself;")
 
 

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,13 @@ import torch.distributed as dist
 import tiny
 from trainstack import processes
 from trainstack.data.feed import StepData
+from trainstack.distributed import World
 from trainstack.resilience import evidence
 from trainstack.resilience.slow_ranks import Change, SlowRanks, median_of_others
-from trainstack.train.numbers import Requested, StepNumbers
+from trainstack.run.folder import RunFolder
+from trainstack.train.attempt import Attempt
+from trainstack.train.numbers import Requested, StepNumbers, StepResult
+from trainstack.train.ranks import Ranks
 
 Told = list[tuple[int, int, bool]]  # at which second, which rank, whether it is slow
 
@@ -89,6 +94,25 @@ def test_thousands_of_ranks_are_judged_in_little_time():
     for step in range(9):  # two windows
         ranks.note(own, 6.0 * step)
     assert time.process_time() - began < 0.3, "1 s or more if each rank sorts the others"
+
+
+def test_what_is_kept_until_a_log_line_does_not_grow_and_the_line_has_all_of_it(tmp_path):
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    ranks = Ranks(Attempt(None, world, None, RunFolder(tmp_path), None, None, 9))
+    tracemalloc.start()
+    try:
+        for step in range(10_000):
+            own = [0.1 + step / 1e6, 0.2, *[0.3] * 62]
+            ranks.note(StepResult(step, 1, 1, False, None, "", own, step / 10, 0, 0))
+        assert tracemalloc.get_traced_memory()[0] < 1e6, "5 MB if all are kept"
+    finally:
+        tracemalloc.stop()
+    ranks.note(StepResult(step, 1, 1, False, None, "", [9000.0, 0.2, *[0.3] * 62], 1000, 0, 0))
+    assert ranks.read(step, 0.1) == {"slowest_rank": 0, "slowest_ratio": 3.35}
+    shown = RunFolder(tmp_path).rank_seconds()
+    assert set(shown) == {"at", "step", "hosts", "seconds"}
+    assert shown["seconds"][:3] == pytest.approx([1.004900, 0.2, 0.3], rel=1e-3)
+    assert ranks.read(step, 0.1) == {}, "since the line before"
 
 
 def test_it_is_told_in_one_line_with_both_times():

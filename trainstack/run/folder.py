@@ -143,11 +143,7 @@ class RunFolder:
             files.rename(temporary, self.path / "ranks.json")
 
     def rank_seconds(self) -> dict[str, Any]:
-        """Means of a step, as rank 0 last showed them; empty if it never did.
-
-        ``step``, ``at``, ``step_seconds``; by rank: ``hosts``, ``seconds`` (each rank's own);
-        ``slow``: the ranks that were named.
-        """
+        """What rank 0 showed last: ``step``, ``at``; by rank ``hosts``, ``seconds``; or empty."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.path / "ranks.json").read_bytes())
         return {}
@@ -212,21 +208,16 @@ class RunFolder:
             return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
         return ""
 
-    def add_evidence(self, job: str, attempt: int, rank: int, step: int, text: str) -> None:
-        """Leave what a slow rank found on its host."""
-        record = {"at": now(), "rank": rank, "host": socket.gethostname(), "step": step}
-        record["text"] = text
+    def add_evidence(self, job: str, attempt: int, rank: int, text: str) -> None:
+        """Leave what a slow rank found on its host, a line."""
         with contextlib.suppress(OSError):
-            files.replace_file(self._evidence(job, attempt, rank), json.dumps(record).encode())
+            files.replace_file(self._log(job, attempt, f"rank{rank}.slow"), text.encode())
 
     def evidence(self, job: str, attempt: int, rank: int) -> str:
-        """That, in a line; empty if the rank was never slow."""
+        """That; empty if the rank was never slow."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._evidence(job, attempt, rank).read_bytes())["text"]
+            return self._log(job, attempt, f"rank{rank}.slow").read_text()
         return ""
-
-    def _evidence(self, job: str, attempt: int, rank: int) -> Path:
-        return self._log(job, attempt, f"rank{rank}.slow.json")
 
     def meeting(self, job: str, attempt: int) -> Path:
         """The folder where the nodes of an attempt tell each other their addresses."""
