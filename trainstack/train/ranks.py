@@ -19,10 +19,7 @@ SHOWN_SECONDS = 2  # between two writes of ranks.json
 
 
 class Ranks:
-    """Every rank judges; rank 0 tells, and a slow one leaves its evidence. Alone it does nothing.
-
-    Its creation is collective.
-    """
+    """Every rank judges, rank 0 tells, and a slow one leaves its evidence. Collective to create."""
 
     def __init__(self, attempt: Attempt):
         self.attempt, size = attempt, attempt.world.world_size
@@ -34,8 +31,7 @@ class Ranks:
 
     def note(self, result: StepResult) -> None:
         """Count a step; name who has become slow, or is no longer."""
-        seconds = result.rank_seconds
-        if not seconds:
+        if not (seconds := result.rank_seconds):  # alone, for one
             return
         self._kept.append(seconds)
         self._steps += 1
