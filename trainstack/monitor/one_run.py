@@ -17,7 +17,7 @@ from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
 from trainstack.monitor.table import newest_checkpoint, steps
 from trainstack.monitor.view import View
-from trainstack.resilience.slow_ranks import median_of_others
+from trainstack.resilience.slow_ranks import median_without
 from trainstack.run import refusal
 from trainstack.run.queue import meaning
 from trainstack.run.states import RUNNING
@@ -158,7 +158,7 @@ def ranks_text(view: View) -> str:
         return ""
     seconds, hosts = told["seconds"], told["hosts"]
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
-    others = median_of_others(seconds, slowest)
+    others = median_without(sorted(seconds), seconds[slowest])
     each = ", ".join(f"{own:.3f}" for own in seconds)
     if len(seconds) > MOST_RANKS:
         each = f"{len(seconds)} ranks, {min(seconds):.3f} to {max(seconds):.3f}"

@@ -77,10 +77,6 @@ class SlowRanks:
         return changes
 
 
-def median_of_others(seconds: list[float], rank: int) -> float:
-    return median_without(sorted(seconds), seconds[rank])
-
-
 def median_without(ordered: list[float], one: float) -> float:
     """The median of what is left of two or more, in their order, without one of them."""
     low, high = (len(ordered) - 2) // 2, (len(ordered) - 1) // 2  # in the middle of the others

@@ -9,7 +9,7 @@ import torch
 
 from trainstack import distributed
 from trainstack.resilience.evidence import find_evidence
-from trainstack.resilience.slow_ranks import SlowRanks, median_of_others
+from trainstack.resilience.slow_ranks import SlowRanks, median_without
 from trainstack.train.attempt import Attempt
 from trainstack.train.numbers import StepResult
 
@@ -72,5 +72,5 @@ class Ranks:
             self._shown_at = time.monotonic()
             self.attempt.run.show_ranks(step=step, hosts=self.hosts, seconds=means)
         slowest = means.index(max(means))
-        ratio = means[slowest] / median_of_others(means, slowest)
+        ratio = means[slowest] / median_without(sorted(means), means[slowest])
         return {"slowest_rank": slowest, "slowest_ratio": round(ratio, 3)}
