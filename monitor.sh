@@ -92,7 +92,7 @@ run_module() { PYTHONPATH="$HERE" "$TRAINSTACK_PYTHON" -m "$@"; }
 follow() {
   local code=0
   ask_screen --follow < <(tell_jobs_forever 2>/dev/null) || code=$?
-  kill "$!" 2>/dev/null || true # else it would end at its next line
+  kill "${!:-}" 2>/dev/null || true # else it would end at its next line
   return "$code"
 }
 
@@ -112,18 +112,18 @@ tell_jobs_forever() {
 }
 
 show() {
-  local queue="" is_heard=()
+  local queue="" is_heard=""
   if has_jobs; then
     if queue="$(list_jobs)"; then
-      is_heard=(--queue)
+      is_heard=--queue
       if ((${#RUNS[@]})); then queue+="$(forgotten_job "$queue")"; fi
     else
       log "Slurm does not answer: $queue; states are as the runs wrote them"
     fi
   fi
   case "$QUESTION" in
-    --report | --compare) write_report "${is_heard[@]}" <<<"$queue" ;;
-    *) ask_screen ${QUESTION:+"$QUESTION"} "${is_heard[@]}" <<<"$queue" ;;
+    --report | --compare) write_report ${is_heard:+"$is_heard"} <<<"$queue" ;;
+    *) ask_screen ${QUESTION:+"$QUESTION"} ${is_heard:+"$is_heard"} <<<"$queue" ;;
   esac
 }
 
@@ -134,8 +134,11 @@ write_report() {
 # A line for the last job of the run, if squeue no longer shows it and it did not tell its own end.
 forgotten_job() {
   local folder="$TRAINSTACK_HOME/runs/${RUNS[0]}" job
-  job="$(sed -nE 's/.*"submitted".*"job": "([0-9]+)".*/\1/p' "$folder/events.jsonl" 2>/dev/null |
-    tail -n 1)"
+  job="$(sed -nE 's/.*"job": "([0-9]+)".*/\1/p' "$folder/status.json" 2>/dev/null)"
+  if [[ -z "$job" ]]; then # it has not begun
+    job="$(sed -nE 's/.*"submitted".*"job": "([0-9]+)".*/\1/p' "$folder/events.jsonl" 2>/dev/null |
+      tail -n 1)"
+  fi
   if [[ -z "$job" || "$1" == *"job|$job|"* ]] ||
     grep -qs '"exit_code": [0-9]' "$folder/status.json"; then
     return
@@ -144,7 +147,7 @@ forgotten_job() {
 }
 
 ask_screen() {
-  run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME" "$@" -- "${RUNS[@]}"
+  run_module trainstack.monitor.screen --home "$TRAINSTACK_HOME" "$@" -- ${RUNS[@]+"${RUNS[@]}"}
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -64,8 +64,10 @@ keep_refusal() {
     if [[ "$setting" == run.name=* ]]; then name="${setting#*=}"; fi
   done
   [[ "$name" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || name=.unnamed
-  mkdir -p "$folder" && sed -E "s/hf_[A-Za-z0-9]{8,}/.../g; s/(($SECRET)[A-Z_]*=)[^ ]*/\1.../g" \
-    <<<"${1:0:2000}" >"$folder/$name"
+  {
+    mkdir -p "$folder" && sed -E "s/hf_[A-Za-z0-9]{8,}/.../g; s/(($SECRET)[A-Z_]*=)[^ ]*/\1.../g" \
+      <<<"${1:0:2000}" >"$folder/$name"
+  } 2>/dev/null # a colleague's file
 }
 
 # Sets: RUN_DIR

@@ -48,7 +48,6 @@ from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import evaluate_all
 from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
-from trainstack.train.ranks import Ranks
 from trainstack.train.report import Report
 from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
@@ -92,7 +91,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
         small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
-        watch=watch, faults=faults, ranks=Ranks(attempt),
+        watch=watch, faults=faults,
         report=Report(attempt, rate_at, feed.sampler.total_samples, state.step,
                       startup.ideal_seconds(attempt, strategy.loss_model)),
     )  # fmt: skip
@@ -133,8 +132,7 @@ class Loop:
     small_files: dict[str, bytes]  # of a checkpoint, beside the weights
     watch: Watch  # ends a loop that does not move
     faults: Faults  # breaks on purpose: TRAINSTACK_FAULT
-    ranks: Ranks  # which of them is slow?
-    report: Report  # log lines, files, status
+    report: Report  # log lines, files, status; which rank is slow?
 
     def __post_init__(self):
         attempt = self.attempt
@@ -255,7 +253,6 @@ class Loop:
             return Requested(False, False)
         self.pace.note(result.sent_at)
         self.watch.note_step(self.pace.step_seconds)
-        self.ranks.note(result, self.pace)
         skips = self.policy.skips_after(
             result.step, result.loss, result.grad_norm, result.is_withheld,
             self.state.skips_in_a_row,
@@ -268,7 +265,7 @@ class Loop:
             result.step, self.attempt.config.log.logging_steps, self.attempt.max_steps
         ):
             source_tokens = self.feed.tokens_of(self.state.drawn)
-            self.report.step(result, *self.pace.read(), source_tokens, self.ranks.read(result.step))
+            self.report.step(result, *self.pace.read(), source_tokens)
         return result.requested
 
     def evaluate(self) -> None:

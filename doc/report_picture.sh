@@ -18,8 +18,8 @@ main() {
     exit 2
   fi
   page="$(bash "$HERE/../monitor.sh" "$1" --report)"
-  chromium-headless-shell --no-sandbox --hide-scrollbars --window-size=1200,860 --screenshot="$2" "file://$page" 2>&1 |
-    tail -n 1 >&2
+  chromium-headless-shell --no-sandbox --hide-scrollbars --window-size=1200,860 \
+    --screenshot="$2" "file://$page" 2>&1 | tail -n 1 >&2
 }
 
 if [[ "${BASH_SOURCE[0]}" == "$0" ]]; then main "$@"; fi

@@ -1,7 +1,9 @@
 """Sizes, durations and moments, as people read them."""
 
+import json
 import time
 from datetime import datetime
+from typing import Any
 
 NOTHING = "-"  # in place of what is not known
 
@@ -61,3 +63,9 @@ def rounded(perplexity: float) -> str:
     if perplexity > 1e300:  # e to a loss beyond 700 is kept there
         return "beyond 1e300"
     return f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.2e}"
+
+
+def as_json(data: Any, indent: int | None = None) -> str:
+    """Data as every reader of JSON takes it; a number that is not finite becomes null."""
+    plain = json.loads(json.dumps(data), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)

@@ -397,7 +397,7 @@ def test_a_straggler_is_named_and_is_no_reason_to_restart(user, long_reference):
     assert f"slow    step {named['step']:,}: {named['cause']}" in log
     assert f"[rank 1] slow    node2: {evidence}" in log
     shown = trace.run.rank_seconds()
-    assert (shown["hosts"], shown["slow"]) == (["node1", "node2"], [1])
+    assert shown["hosts"] == ["node1", "node2"]
     assert shown["seconds"][1] > SLOW_SECONDS > shown["seconds"][0]
     user.why("f30", "F30", "SLOW at step", "rank 1 on node2", "named it, and trained on",
              "--exclude=node2")  # fmt: skip

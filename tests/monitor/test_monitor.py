@@ -142,7 +142,7 @@ def test_a_run_in_the_queue_is_queued_with_the_reason(runs):
     run.add_event("submitted", job="7")
     queue = "7|PENDING|1-00:00:00|Priority\n"
     assert runs.table(queue)["a"] == {
-        "RUN": "a", "JOB": "7", "STATE": "QUEUED", "STEP": "-", "HEALTH": "queued",
+        "RUN": "a", "JOB": "7", "STATE": "QUEUED", "HEALTH": "queued",
         "WHY": "jobs of higher priority wait before it",
     }  # fmt: skip
     why = "(Priority: jobs of higher priority wait before it)"

@@ -20,6 +20,7 @@ from trainstack.monitor.health import health_of
 from trainstack.monitor.view import view_of
 from trainstack.run.folder import RunFolder
 from trainstack.run.queue import read_queue
+from trainstack.units import time_of
 
 MFU = {**MEASURED, "mfu": 0.41, "data_seconds": 0.01, "peak_memory_gb": 1.5}
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -199,10 +200,10 @@ def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
     log(run, *lines())
     run.add_event(SLOW[0], **SLOW[1], step=70, cause="rank 3 on gpu-07: twice the others'")
     hosts, seconds = [f"gpu-0{n}" for n in (1, 3, 5, 7)], [0.5, 0.5, 0.5, 0.9]
-    run.show_ranks(step=80, hosts=hosts, seconds=seconds, slow=[3], step_seconds=1.2)
+    run.show_ranks(step=80, hosts=hosts, seconds=seconds)
     assert "gpu-07" in runs.monitor("a").stdout, "without evidence too"
     assert "gpu-07" in runs.monitor("a", "--why").stdout
-    run.add_evidence(f"local-{HERE}-7", 1, 3, 70, found)
+    run.add_evidence(f"local-{HERE}-7", 1, 3, found)
     assert found in runs.monitor("a").stdout
     assert found in runs.monitor("a", "--why").stdout
 
@@ -210,10 +211,10 @@ def test_a_slow_rank_is_shown_with_what_it_found_on_its_host(runs):
 def test_the_ranks_are_shown_beside_each_other_and_the_slowest_by_its_host(runs):
     run = training(runs)
     seconds = [0.2, 0.21, 0.19, 0.3]
-    run.show_ranks(step=9, step_seconds=0.4, hosts=["a", "a", "b", "b"], seconds=seconds, slow=[])
+    run.show_ranks(step=9, hosts=["a", "a", "b", "b"], seconds=seconds)
     told = "0.200, 0.210, 0.190, 0.300 s of a step by itself; slowest: rank 3 on b, 1.50 times"
     assert runs.screen("a")["ranks"] == f"{told} the others"
-    run.show_ranks(step=9, step_seconds=0.4, hosts=["a"] * 64, seconds=seconds * 16, slow=[])
+    run.show_ranks(step=9, hosts=["a"] * 64, seconds=seconds * 16)
     assert runs.screen("a")["ranks"].startswith("64 ranks, 0.190 to 0.300 s of a step by itself;")
 
 
@@ -254,6 +255,77 @@ def test_a_file_that_is_being_written_and_a_broken_one_hide_nothing(runs):
     (runs.home / "runs" / "empty" / "status.json").write_text("")
     assert "good" in runs.monitor("a").stdout
     assert len(runs.monitor().stdout.splitlines()) == 3
+
+
+def test_a_private_or_broken_run_hides_no_other(runs, monkeypatch):
+    training(runs, "mine")
+    for name, text in (("list", "[]"), ("null", "null")):
+        runs.make(name)
+        (runs.home / "runs" / name / "status.json").write_text(text)
+    private = runs.make("private", "RUNNING", job="7")
+    events = private.path / "events.jsonl"
+    events.mkdir()  # as unreadable to root as a file of mode 600 is to others
+    odd = training(runs, "odd")
+    with (odd.path / "events.jsonl").open("a") as file:
+        file.write('{"at": 3}\n[]\n')
+    table = runs.table("")
+    states = {name: (row["STATE"], row["HEALTH"]) for name, row in table.items()}
+    assert states == {
+        "mine": ("RUNNING", "good"), "odd": ("RUNNING", "good"),
+        "list": ("UNKNOWN", "unknown"), "null": ("UNKNOWN", "unknown"),
+        "private": ("UNKNOWN", "unknown"),
+    }  # fmt: skip
+    assert "Is a directory" in table["private"]["WHY"]
+    for name in states:
+        assert runs.monitor(name).returncode == 0
+
+
+def test_a_terminal_obeys_nothing_that_a_run_wrote(runs):
+    run = training(runs)
+    run.set_status("FAILED", cause="bad \x1b]52;c;ZWNobw==\x07 \x1b[2J cause")
+    run.add_event("failed", cause="\x9b31mred", job="7", attempt=1)
+    (run.path / "sample.txt").write_text("def \x1b[2Jf")
+    for arguments in ((), ("a",), ("a", "--why")):
+        told = runs.monitor(*arguments).stdout
+        assert "]52;c" in told or "31mred" in told
+        assert not set(told) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_a_number_that_is_not_finite_is_null_for_scripts(runs):
+    log(training(runs), {**MFU, "loss": math.nan, "grad_norm": math.inf})
+    told = runs.monitor("a", "--json").stdout
+    assert json.loads(told, parse_constant=lambda name: 1 / 0)["measured"]["loss"] is None
+
+
+def test_a_job_that_waited_or_was_paused_for_long_begins_when_it_starts(runs):
+    run = runs.make("a", "QUEUED", job="7")
+    hours_ago = time_of(time.time() - 18000)
+    for event in ("submitted", "attempt", "start", "loaded", "training", "paused"):
+        run.add_event(event, job="7", attempt=1)
+    text = (run.path / "events.jsonl").read_text()
+    (run.path / "events.jsonl").write_text(re.sub(r'"at": "[^"]*"', f'"at": "{hours_ago}"', text))
+    os.utime(run.path / "status.json", (time.time() - 18000,) * 2)
+    starts = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 5))
+    queue = f"job|7|RUNNING|1:00|None|gpu-07|2:00|{starts}\n"
+    found = health_of(view_of(run, read_queue(queue)))
+    assert found.word == "starting" and re.fullmatch(r"beginning for \d s", found.reason)
+
+
+def test_a_long_evaluation_is_not_silence(runs):
+    run = training(runs)
+    log(run, *lines())
+    run.add_event("evaluation", step=40, seconds=400.0)
+    long_ago = time.time() - 300
+    for name in ("status.json", "events.jsonl", "metrics.jsonl"):
+        os.utime(run.path / name, (long_ago, long_ago))
+    assert health_of(view_of(run, None)).word == "good"
+
+
+def test_the_last_evaluation_is_found_far_behind_the_last_lines(runs):
+    run = training(runs)
+    log(run, EVALUATED, *lines(2000))
+    assert (run.path / "metrics.jsonl").stat().st_size > 1 << 18
+    assert view_of(run, None).evaluated == EVALUATED
 
 
 def test_of_a_million_steps_a_screen_reads_a_few(runs):

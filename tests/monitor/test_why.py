@@ -251,13 +251,51 @@ def test_what_comes_at_one_step_three_times_will_come_again(runs):
         assert ("as three times at step 160" in said) == (name == "stuck")
 
 
+def test_with_many_nodes_and_a_long_cause_what_to_do_is_still_there(runs):
+    cause = "rank 1 on node0001: stopped answering while " + "the others waited for it " * 12
+    run = runs.make("wide", "HANG", job=JOB, attempt=1, exit_code=81, step=160, cause=cause)
+    run.set_status("HANG", next_action="fix the cause, then: bash submit.sh --resume wide")
+    ranks = [f"rank {n} on node{n:04}: pid 1" for n in range(64)]
+    happened(run, *attempt(ranks=ranks), {"event": "hang", "job": JOB, "step": 160, "cause": cause})
+    said = why(runs, "wide")
+    assert "on node0000, node0001, node0002 and 61 more" in said
+    assert said.endswith("bash submit.sh --resume wide")
+
+
+def test_a_rank_that_is_slow_now_was_not_got_past_and_each_rank_counts_for_itself(runs):
+    run = runs.make("live", "RUNNING", job=JOB, attempt=1, step=25, max_steps=60)
+    slow = {"event": "slow_rank", "cause": "rank 1 on n2: slow", "rank": 1, "step": 20}
+    slow |= {"own_seconds": 2.0, "others_seconds": 1.0, "host": "n2"}
+    trains = {"event": "training", "step": 0}
+    happened(run, *attempt(), trains, {**slow, "rank": 5}, slow)
+    said = why(runs, "live", f"{JOB}|RUNNING|1:00|None")
+    assert "got past" not in said and "2 times" not in said
+    over = [{**slow, "event": "slow_rank_over", "rank": rank} for rank in (5, 1)]
+    happened(run, *attempt(), trains, {**slow, "rank": 5}, slow, *over)
+    assert "the run got past it" in why(runs, "live", f"{JOB}|RUNNING|1:00|None")
+
+
+def test_what_was_refused_without_a_name_hides_no_run_and_any_bytes_may_be_in_it(runs):
+    run = runs.make("a", "FAILED", job=JOB, attempt=1, exit_code=1, step=5, cause="ValueError: 3")
+    happened(run, *attempt(), {"event": "failed", "job": JOB, "step": 5, "cause": "ValueError: 3"})
+    folder = runs.home / "cache" / "refused"
+    folder.mkdir(parents=True)
+    (folder / ".unnamed").write_text("submit.sh: error: foo is not a setting")
+    assert "foo" not in why(runs, "a") and "ValueError" in why(runs, "a")
+    (folder / "a").write_bytes(b"submit.sh: error: caf\xc3 is not a setting")
+    said = why(runs, "a")
+    assert "is not a setting" in said and "ValueError: 3" in said
+
+
 @pytest.mark.parametrize(("loss", "is_spoiled"), [(112.0, True), (2.6, False)])
 def test_a_run_that_diverged_before_its_checkpoint_is_not_to_be_resumed(runs, loss, is_spoiled):
     resume = "fix the cause, then: bash submit.sh --resume hot"
     cause = "step 227: not finite: loss nan; lower optim.learning_rate (now 3)"
     run = runs.make("hot", "DIVERGED", 200, job=JOB, step=225, cause=cause, next_action=resume)
     happened(run, *attempt(), {"event": "diverged", "job": JOB, "step": 225, "cause": cause})
-    log(run, *({**MEASURED, "step": s, "loss": x} for s, x in ((25, 2.5), (200, loss), (225, 9))))
+    usual = [2.5 * 1.4 ** ((7 * n % 5) - 2) for n in range(10)]  # a batch differs from another
+    losses = usual + [loss] * 10 + [9.0]
+    log(run, *({**MEASURED, "step": 10 * i, "loss": x} for i, x in enumerate(losses, 1)))
     said = why(runs, "hot")
     spoiled = "checkpoint-200 has diverged too (loss 112, once 2.5): begin again under another"
     assert (spoiled in said, resume in said) == (is_spoiled, not is_spoiled)

@@ -2,9 +2,11 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,13 @@ import torch.distributed as dist
 import tiny
 from trainstack import processes
 from trainstack.data.feed import StepData
+from trainstack.distributed import World
 from trainstack.resilience import evidence
-from trainstack.resilience.slow_ranks import Change, SlowRanks
-from trainstack.train.numbers import Requested, StepNumbers
+from trainstack.resilience.slow_ranks import Change, SlowRanks, median_of_others
+from trainstack.run.folder import RunFolder
+from trainstack.train.attempt import Attempt
+from trainstack.train.numbers import Requested, StepNumbers, StepResult
+from trainstack.train.ranks import Ranks
 
 Told = list[tuple[int, int, bool]]  # at which second, which rank, whether it is slow
 
@@ -72,6 +78,41 @@ def test_pauses_that_hit_one_step_of_many_count():
     own = lambda step: [0.01 + 0.5 * (step % 25 == 7), 0.01]  # noqa: E731  # a second each
     ((at, rank, is_slow),) = judged(own, 130, 0.04)
     assert (rank, is_slow) == (0, True) and at <= 105
+
+
+def test_a_rank_is_compared_with_all_others_and_not_with_itself():
+    for size in range(2, 10):
+        seconds = np.random.default_rng(size).integers(1, 5, size).tolist()  # some alike
+        for rank in range(size):
+            others = [*seconds[:rank], *seconds[rank + 1 :]]
+            assert median_of_others(seconds, rank) == statistics.median(others)
+
+
+def test_thousands_of_ranks_are_judged_in_little_time():
+    ranks, own = SlowRanks(), np.random.default_rng(1).random(4096).tolist()
+    began = time.process_time()
+    for step in range(9):  # two windows
+        ranks.note(own, 6.0 * step)
+    assert time.process_time() - began < 0.3, "1 s or more if each rank sorts the others"
+
+
+def test_what_is_kept_until_a_log_line_does_not_grow_and_the_line_has_all_of_it(tmp_path):
+    world = World(0, 0, 1, 1, torch.device("cpu"))
+    ranks = Ranks(Attempt(None, world, None, RunFolder(tmp_path), None, None, 9))
+    tracemalloc.start()
+    try:
+        for step in range(10_000):
+            own = [0.1 + step / 1e6, 0.2, *[0.3] * 62]
+            ranks.note(StepResult(step, 1, 1, False, None, "", own, step / 10, 0, 0))
+        assert tracemalloc.get_traced_memory()[0] < 1e6, "5 MB if all are kept"
+    finally:
+        tracemalloc.stop()
+    ranks.note(StepResult(step, 1, 1, False, None, "", [9000.0, 0.2, *[0.3] * 62], 1000, 0, 0))
+    assert ranks.read(step, 0.1) == {"slowest_rank": 0, "slowest_ratio": 3.35}
+    shown = RunFolder(tmp_path).rank_seconds()
+    assert set(shown) == {"at", "step", "hosts", "seconds"}
+    assert shown["seconds"][:3] == pytest.approx([1.004900, 0.2, 0.3], rel=1e-3)
+    assert ranks.read(step, 0.1) == {}, "since the line before"
 
 
 def test_it_is_told_in_one_line_with_both_times():
@@ -151,6 +192,15 @@ def test_evidence_names_a_busy_process_and_how_much_of_the_time_this_one_ran(mon
     assert int(ran[1]) < 50, "it slept"
 
 
+def test_a_process_with_any_name_is_counted():
+    code = r"open('/proc/self/comm', 'wb').write(b'\xff\xfe'); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        other.stdout.readline()
+        assert str(other.pid) in [pid for pid, name in evidence.cpu_seconds()]
+        other.communicate(b"\n")
+
+
 def test_a_quota_of_cpu_time_is_read_from_the_cgroup_and_those_above_it(tmp_path, monkeypatch):
     group = tmp_path / "job" / "step"
     group.mkdir(parents=True)
@@ -172,5 +222,7 @@ def test_a_gpu_that_is_held_back_is_told_with_the_reason(tmp_path, monkeypatch):
         "its temperature"
     )
     assert "--id=GPU-1234" in (tmp_path / "asked").read_text()
+    smi.write_text("#!/bin/sh\necho No devices were found\n")
+    assert evidence.gpu_state("GPU-1234") == "nvidia-smi says: No devices were found"
     smi.write_text("#!/bin/sh\nexit 6\n")
     assert evidence.gpu_state("GPU-1234") == ""

@@ -198,7 +198,7 @@ def interruptions(events: Sequence[Event], running: tuple[Any, Any]) -> list[Int
             if key not in begun:  # it names its job alone, or nothing
                 key = next((k for k in reversed(begun) if key[0] in (None, k[0])), key)
             is_end = name in ENDS and name != "not_submitted"
-            what = (*key, "end" if is_end else name)
+            what = (*key, "end" if is_end else f"{name} {event.get('rank', '')}")
             found[what] = index, 1 if is_end else found.get(what, (0, 0))[1] + 1
     for key, index in begun.items():
         if (*key, "end") not in found and key != running:

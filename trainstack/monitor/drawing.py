@@ -53,9 +53,10 @@ def table(
     """Rows of cells by their titles, of which each row has the same.
 
     A column that says nothing anywhere is left out; so are those that ``width`` cannot hold, in the
-    order of ``dropped_first``. The column ``cut`` is the last one, and gets what is left. If
-    nothing may be left out, the first column is cut.
+    order of ``dropped_first``. The column ``cut`` is the last one, and gets what is left. The
+    first column is cut before the last of those goes.
     """
+    rows = [{title: printable(text) for title, text in row.items()} for row in rows]
     said = [t for t in rows[0] if t not in dropped_first or any(r[t] != NOTHING for r in rows)]
     wide = {t: max(cell_len(t), *(cell_len(row[t]) for row in rows)) for t in said}
 
@@ -63,10 +64,13 @@ def table(
         least = {**wide, cut: min(wide.get(cut, 0), LEAST_CUT)}
         return sum(least[t] + len(GAP) for t in said) - len(GAP)
 
-    for title in dropped_first:
+    *less_needed, last = dropped_first
+    for title in less_needed:
         if title in said and needed() > width:
             said.remove(title)
     wide[said[0]] -= max(0, min(needed() - width, wide[said[0]] - LEAST_CUT))
+    if last in said and needed() > width:
+        said.remove(last)
     if cut in said:
         wide[cut] = min(wide[cut], width - sum(wide[t] + len(GAP) for t in said if t != cut))
     lines = [{title: title for title in said}, *rows]
@@ -86,6 +90,11 @@ def line_of(
         line.append(set_cell_size(text, wide[title]), style).append(GAP)
     line.rstrip()
     return line
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: a sample or a message may hold anything."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def bar(share: float, width: int, is_plain: bool) -> str:
@@ -200,7 +209,8 @@ def laid_out(*rows: tuple[str, str]) -> list[str]:
     """Rows of a label and a text in lines of ROWS_COLUMNS; without a label it is a title."""
     lines = []
     for label, text in rows:
-        text = without_secrets(shorten(text, MOST_TEXT, placeholder=" ..."))
+        text = without_secrets(printable(text))
+        text = shorten(text, MOST_TEXT, placeholder=" ...")
         parts = wrap(text, ROWS_COLUMNS - ROW_LABEL, break_on_hyphens=False) or [""]
         lines.append(f"  {label:<10}{parts[0]}" if label else parts[0])
         lines += [" " * 12 + part for part in parts[1:]]

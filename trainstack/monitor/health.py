@@ -4,22 +4,21 @@ import itertools
 import math
 import statistics
 import time
-from datetime import datetime
 from typing import NamedTuple
 
-from trainstack.monitor.view import LOST_CAUSES, View
+from trainstack.monitor.view import LOST_CAUSES, UNKNOWN, View
 from trainstack.run.queue import meaning
-from trainstack.run.states import QUEUED, RUNNING, STARTING
-from trainstack.units import age, counted, seconds_of
+from trainstack.run.states import QUEUED, RESTARTING, RUNNING, STARTING
+from trainstack.units import age, counted, seconds_of, time_of
 
 SILENT_SECONDS = 180  # without a sign of a run that trains; at least
 SILENT_LINES = 5  # as many times as it takes from one line of its log to the next
+PAUSES = 20  # events, among which the longest evaluation and save are looked for
 LOADING_SECONDS = 900  # within which a job begins to train
 DATA_SHARE = 0.2  # of a step, spent waiting for data
 LINES = 20  # of the log, from which the present is told
 RISE = 0.02  # of the loss, above what it was
 EVALUATIONS = 3  # in a row, each with a greater loss
-RESTARTING = "RESTARTING"
 
 
 class Health(NamedTuple):
@@ -42,6 +41,8 @@ def health_of(view: View) -> Health:
         return Health("lost", view.cause or "")
     if view.state == "PAUSED":
         return Health("paused", view.cause or "")
+    if view.state == UNKNOWN:
+        return Health("unknown", view.cause or "its status cannot be read")
     if view.state == QUEUED:
         return Health("queued", "Slurm does not show its job, and may hide it")
     if view.state in (STARTING, RESTARTING) or (view.state == RUNNING and not view.has_trained):
@@ -55,22 +56,16 @@ def waiting_for(view: View) -> str:
     """Slurm's reason in words, with the start that it expects."""
     text = meaning(view.job.reason, view.job_id or "").partition(": ")
     told = text[2] or text[0]
-    if view.job.starts:
-        try:
-            left = datetime.fromisoformat(view.job.starts).timestamp() - time.time()
-        except ValueError:  # N/A
-            return told
-        told += f"; Slurm expects to start it in {age(left)}" if left > 0 else ""
-    return told
+    left = view.job.starts_at - time.time()
+    return f"{told}; Slurm expects to start it in {age(left)}" if left > 0 else told
 
 
 def start_of(view: View) -> Health:
     """A job that does not train yet: what it does, and for how long."""
-    begun = [e for e in view.events if e["event"] in ("attempt", "start", "loaded")]
-    last = (begun or view.events)[-1:]
+    last = view.events[-1] if view.events else {"event": "", "at": time_of(0)}
     phases = {"start": "loading", "loaded": "warming up, or compiling"}
-    what = phases.get(last[0]["event"], "beginning") if last else "beginning"
-    seconds = time.time() - seconds_of(last[0]["at"]) if last else 0.0
+    what = phases.get(last["event"], "beginning")
+    seconds = time.time() - max(seconds_of(last["at"]), view.job.starts_at, view.status_at)
     word = "silent" if seconds > LOADING_SECONDS else "starting"
     return Health(word, f"{what} for {age(seconds)}")
 
@@ -78,8 +73,9 @@ def start_of(view: View) -> Health:
 def silent(view: View) -> Health | None:
     """Nothing new in the log, nor in its history."""
     between = view.measured.get("step_seconds", 0.0) * view.steps_between_lines
+    pauses = (e.get("seconds", e.get("save_seconds", 0.0)) for e in view.events[-PAUSES:])
     seconds = time.time() - view.last_sign_at
-    if seconds > max(SILENT_SECONDS, SILENT_LINES * between):
+    if seconds > max(SILENT_SECONDS, SILENT_LINES * between) + max(pauses, default=0.0):
         return Health("silent", f"nothing new for {age(seconds)}")
     return None
 

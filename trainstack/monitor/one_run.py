@@ -28,6 +28,7 @@ LABEL = 11  # columns
 CURVES = {"loss": 9, "tokens_per_second": 5}  # key -> lines, of which a low window has less
 LEAST_LINES = 4  # of a curve
 GOODPUT_BYTES = 1 << 24  # of samples.jsonl, up to which it is read for a screen
+FOLLOWED_BYTES = 1 << 20  # the same, every five seconds
 LESS_NEEDED = ("folder", "log", "nodes", "disk", "seen", "sample", "memory", "job")  # in a window
 MOST_RANKS = 8  # whose times are shown one by one
 MOST_MARKS = 20  # of evaluations on a curve
@@ -36,24 +37,24 @@ MOST_MARKS = 20  # of evaluations on a curve
 def lines_of(view: View, console: Console, height: int | None = None) -> list[Text]:
     """The screen; ``height``: of the window, which it then fits."""
     head = Text(f"run {view.run.path.name}", "bold")
-    told = dict(rows_of(view, console))
+    told = dict(rows_of(view, console, GOODPUT_BYTES if height is None else FOLLOWED_BYTES))
     for label in LESS_NEEDED if height is not None else ():
         if 1 + len(told) + sum(CURVES.values()) > height:
             told.pop(label, None)
     rows = [row_of(view, label, text) for label, text in told.items()]
     room = 10_000 if height is None else height - 1 - len(rows)
-    curves = curves_of(view, console, room)
+    curves = curves_of(view, console, room, is_whole=height is None)
     most = min(SHOWN_EVENTS, room - len(curves) - 1)
     return [head, *rows, *curves, *history_of(view, most, console.width)]
 
 
 def row_of(view: View, label: str, text: str) -> Text:
     style = drawing.color_of(health_of(view).word) if label == "health" else ""
-    return Text.assemble((f"  {label:<{LABEL}} ", "dim"), (text, style))
+    return Text.assemble((f"  {label:<{LABEL}} ", "dim"), (drawing.printable(text), style))
 
 
-def rows_of(view: View, console: Console) -> Iterator[tuple[str, str]]:
-    """Each row of the screen: a label and a text."""
+def rows_of(view: View, console: Console, most_bytes: int) -> Iterator[tuple[str, str]]:
+    """Each row of the screen: a label and a text; ``most_bytes``: see ``time_spent``."""
     health = health_of(view)
     yield "state", view.state
     if health.reason != view.cause and health.word.upper() != view.state:
@@ -76,7 +77,7 @@ def rows_of(view: View, console: Console) -> Iterator[tuple[str, str]]:
     if view.status.get("nodes"):
         yield "nodes", ", ".join(view.status["nodes"])
     yield from learning(view, drawing.columns_of(console) - LABEL - 3)
-    yield from time_and_space(view)
+    yield from time_and_space(view, most_bytes)
     yield "folder", str(view.run.path)
     logs = sorted(view.run.logs.glob("*.out")) or sorted(view.run.logs.glob("*.rank0.log"))
     if logs:
@@ -106,16 +107,16 @@ def learning(view: View, width: int) -> Iterator[tuple[str, str]]:
         yield "held out", f"{loss}, perplexity {perplexity}{exact} at {at_step}"
     with contextlib.suppress(OSError, UnicodeError):
         if sample := " ".join((view.run.path / "sample.txt").read_text().split()):
-            yield "sample", shorten(sample, width, placeholder="...")
+            yield "sample", shorten(sample, max(width, 3), placeholder="...")
 
 
-def time_and_space(view: View) -> Iterator[tuple[str, str]]:
+def time_and_space(view: View, most_bytes: int) -> Iterator[tuple[str, str]]:
     """What is left, where time went, who is slow, memory, what is on the disk."""
     if view.seconds_left is not None:
         jobs = view.jobs_left
         more = f", in this job and {counted(jobs, 'more job')}" if jobs else ""
         yield "run ETA", duration(view.seconds_left) + more
-    if spent := time_spent(view):
+    if spent := time_spent(view, most_bytes):
         yield "time", spent
     if ranks := ranks_text(view):
         yield "ranks", ranks
@@ -136,11 +137,11 @@ def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def time_spent(view: View) -> str:
-    """Where the run's time went, the largest parts first; empty if that takes long to know."""
+def time_spent(view: View, most_bytes: int) -> str:
+    """Where the run's time went, the largest parts first; empty of more than that to read."""
     path = view.run.path / "samples.jsonl"
     with contextlib.suppress(OSError):
-        if path.stat().st_size < GOODPUT_BYTES:
+        if path.stat().st_size < most_bytes:
             attempts = attempts_of(view.events, read_executions(path))
             spent = goodput.timeline_of_run(view.run, view.events, attempts).spent
             wall = sum(spent.values())
@@ -165,13 +166,16 @@ def ranks_text(view: View) -> str:
     return f"{each} s of a step by itself; slowest: rank {slowest} on {hosts[slowest]}{ratio}"
 
 
-def curves_of(view: View, console: Console, room: int) -> list[Text]:
-    """The curves of loss and throughput against steps, as far as ``room`` lines hold them."""
+def curves_of(view: View, console: Console, room: int, is_whole: bool) -> list[Text]:
+    """The curves of loss and throughput against steps, as far as ``room`` lines hold them.
+
+    ``is_whole``: all evaluations are looked for, not the last ones alone.
+    """
     records = [*view.run.overview(), *view.logged[:1]]
     if len(records) < 2:
         return []
     width, is_plain = drawing.columns_of(console), drawing.plain(console)
-    evaluations = list(view.run.evaluations())[::-1]
+    evaluations = list(view.run.evaluations())[::-1] if is_whole else view.evaluations
     evaluations = evaluations[:: len(evaluations) // MOST_MARKS + 1]
     marks = [Point(r["step"], r["eval_loss"]) for r in evaluations]
     starts = [e["step"] for e in view.events if e["event"] == "training"][1:]
@@ -203,6 +207,7 @@ def history_of(view: View, most: int, width: int) -> list[Text]:
         step = f" step {event['step']:,}" if event.get("step") is not None else ""
         cause = f": {event['cause']}" if event.get("cause") else ""
         lines.append(f"    {event['at'][:19]}Z  {event['event']}{step}{cause}")
+    lines = [drawing.printable(line) for line in lines]
     return [Text(line if len(line) <= width else f"{line[: width - 1]}…") for line in lines]
 
 

@@ -7,7 +7,6 @@ and again, each time ended by a line ``look|heard|``; ``look|none|``: there is n
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ from rich.text import Text
 
 from trainstack.monitor import one_run, table, why
 from trainstack.monitor.drawing import stdout_console
-from trainstack.monitor.view import View, view_of
+from trainstack.monitor.view import View, unreadable, view_of
 from trainstack.processes import run_command
 from trainstack.run.folder import RunFolder
 from trainstack.run.queue import Job, read_queue
 from trainstack.storage import layout
+from trainstack.units import as_json
 
 
 def main(arguments: list[str]) -> int:
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     views = look(options.home, options.run, jobs)
     if options.json:
         facts = [table.facts_of(view) for view in views]
-        print(json.dumps(facts[0] if options.run else facts, indent=1))
+        print(as_json(facts[0] if options.run else facts, indent=1))
     elif options.why:
         print(*why.lines_of(views[0], jobs), sep="\n")
     elif not views:
@@ -70,12 +70,20 @@ def run_folders(home: Path) -> list[Path]:
 def look(home: Path, run: str | None, jobs: dict[str, Job] | None) -> list[View]:
     """The view of a run, or those of all; ``jobs``: None without Slurm."""
     folders = [layout.run_folder(home, run)] if run else run_folders(home)
-    return [view_of(RunFolder(path), jobs) for path in folders]
+    views = []
+    for folder in folders:
+        try:
+            views.append(view_of(RunFolder(folder), jobs))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            views.append(unreadable(RunFolder(folder), error))  # it hides no other run
+    return views
 
 
 def screen_of(
     views: list[View], run: str | None, console: Console, height: int | None = None
 ) -> list[Text]:
+    if not views:
+        return [Text("no runs yet; start one: bash submit.sh")]
     if run:
         return one_run.lines_of(views[0], console, height)
     return table.lines_of(views, console.width)
@@ -97,7 +105,7 @@ def follow(home: Path, run: str | None) -> None:
         for jobs, trouble in looks():
             views = look(home, run, jobs)
             lines = screen_of(views, run, console, console.height - 2)
-            if run and not views[0].is_live:
+            if run and not views[0].is_live and not trouble:
                 lines = screen_of(views, run, console)
                 break
             if window:

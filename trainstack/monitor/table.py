@@ -8,7 +8,7 @@ from rich.text import Text
 
 from trainstack.monitor import drawing
 from trainstack.monitor.health import health_of
-from trainstack.monitor.view import View
+from trainstack.monitor.view import View, written_at
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import RUNNING
 from trainstack.units import NOTHING, age, duration
@@ -16,7 +16,7 @@ from trainstack.units import NOTHING, age, duration
 # The columns that may go, first those that a narrow terminal misses least.
 LESS_NEEDED = (
     "CHECKPOINT", "ATTEMPTS", "MFU", "WHY", "JOB", "EVAL", "TOK/S", "DONE", "JOB LEFT", "RUN ETA",
-    "LOSS",
+    "LOSS", "STEP",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def newest_checkpoint(view: View) -> str:
     if view.checkpoint is None:
         return NOTHING
     step, path = view.checkpoint
-    return f"step {step:,}, {age(time.time() - path.stat().st_mtime)} old"
+    return f"step {step:,}, {age(time.time() - written_at(path))} old"
 
 
 def facts_of(view: View) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import socket
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,21 @@ from trainstack.run.states import (
     EXIT_CODES,
     NOT_SUBMITTED,
     QUEUED,
+    RESTARTING,
     RUNNING,
     STARTING,
     resume_command,
 )
 
+UNKNOWN = "UNKNOWN"
 LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
     "KILLED": "its processes are gone and did not report why",
     "LOST": "Slurm no longer has its job, which did not report why",
 }
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: some 200 lines
-SPOILED = 1.5  # times the least loss, from which a checkpoint is no good start
+TAIL_BYTES = 1 << 18  # of metrics.jsonl: some 800 lines
+EVALUATION_BYTES = 1 << 20  # of it, in which evaluations are looked for
+SPOILED = 2  # times the least usual loss, from which a checkpoint is no good start
+SPAN = 10  # logged steps, whose median is the usual loss
 BEGINS_SECONDS = 60  # from the checks of submit.sh --local to its job
 
 
@@ -91,11 +96,13 @@ class View:
     @property
     def last_sign_at(self) -> float:
         """When it wrote something, in seconds since 1970."""
-        found = [0.0]
-        for name in ("status.json", "events.jsonl", "metrics.jsonl"):
-            with contextlib.suppress(OSError):
-                found.append((self.run.path / name).stat().st_mtime)
-        return max(found)
+        names = ("status.json", "events.jsonl", "metrics.jsonl")
+        return max(written_at(self.run.path / name) for name in names)
+
+    @property
+    def status_at(self) -> float:
+        """When its status was written, in seconds since 1970."""
+        return written_at(self.run.path / "status.json")
 
     @property
     def step(self) -> int:
@@ -113,7 +120,7 @@ class View:
     @property
     def is_live(self) -> bool:
         """Whether something works on it, or will without anybody's doing."""
-        return self.job.is_live or self.state in (QUEUED, STARTING, RUNNING, "RESTARTING")
+        return self.job.is_live or self.state in (QUEUED, STARTING, RUNNING, RESTARTING)
 
     @property
     def jobs_left(self) -> int | None:
@@ -156,12 +163,14 @@ class View:
 
     @property
     def spoiled_loss(self) -> tuple[float, float] | None:
-        """The loss at the newest checkpoint, and the least one, if the first is far above it."""
-        known = {r["step"]: r["loss"] for r in self.run.overview() if math.isfinite(r["loss"])}
-        saved = [step for step in known if self.checkpoint and step <= self.checkpoint[0]]
-        if not saved or known[max(saved)] < SPOILED * min(known.values()):
-            return None
-        return known[max(saved)], min(known.values())
+        """The usual loss before the newest checkpoint and the least one, if they are far apart."""
+        step = self.checkpoint[0] if self.checkpoint else 0
+        logged = (r for r in self.run.overview() if r["step"] <= step)
+        losses = [r["loss"] for r in logged if math.isfinite(r["loss"])]
+        parts = [losses[i : i + SPAN] for i in range(0, len(losses), SPAN)]
+        usual = [statistics.median(part) for part in parts]
+        is_spoiled = bool(usual) and usual[-1] > SPOILED * min(usual)
+        return (usual[-1], min(usual)) if is_spoiled else None
 
     @property
     def next_action(self) -> str | None:
@@ -183,6 +192,12 @@ class View:
         return self.status.get("next_action")
 
 
+def unreadable(run: RunFolder, why: Exception) -> View:
+    """A run of which nothing can be told, such as the private one of a colleague."""
+    status = {"cause": f"{type(why).__name__}: {why}"}
+    return View(run, status, [], UNKNOWN, None, NO_JOB, [], [], None)
+
+
 def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
     """Read one run's folder; ``jobs``: those that Slurm has, None without Slurm."""
     status, newest = run.status(), names.checkpoints(run.checkpoints)
@@ -194,7 +209,7 @@ def view_of(run: RunFolder, jobs: dict[str, Job] | None) -> View:
         run=run, status=status, events=events, job_id=job_id, job=job,
         state=true_state(run, status, events, job, is_slurm_heard=jobs is not None),
         logged=[r for r in logged if "loss" in r],
-        evaluations=[r for r in logged if "eval_loss" in r],
+        evaluations=list(run.evaluations(EVALUATION_BYTES))[::-1],
         checkpoint=newest[0] if newest else None,
     )  # fmt: skip
 
@@ -217,7 +232,9 @@ def true_state(
     is_slurm_heard: bool,
 ) -> str:  # fmt: skip
     """The state that holds now: a job that waits, starts or was killed could not write it."""
-    state = status.get("state", "UNKNOWN")
+    state = status.get("state", UNKNOWN)
+    if state == UNKNOWN:  # it cannot be read, or is torn
+        return state
     if job.is_waiting:
         waits = "HELD" if job.is_held else "BLOCKED" if job.never_starts else QUEUED
         return f"{state}, {waits}" if state in EXIT_CODES else waits
@@ -228,7 +245,11 @@ def true_state(
     if state in EXIT_CODES or state == NOT_SUBMITTED:
         return state
     if state == STARTING and not status.get("job"):  # of this machine, and it has not begun
-        return state if age_of(run.path / "status.json") < BEGINS_SECONDS else "KILLED"
+        return (
+            state
+            if time.time() - written_at(run.path / "status.json") < BEGINS_SECONDS
+            else "KILLED"
+        )
     if state != QUEUED and is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
@@ -238,9 +259,11 @@ def true_state(
     return "LOST"
 
 
-def age_of(path: Path) -> float:
-    """Seconds since a file was written."""
-    return time.time() - path.stat().st_mtime
+def written_at(path: Path) -> float:
+    """When a file was, in seconds since 1970; 0 if that cannot be told."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def may_be_hidden(run: RunFolder, status: dict[str, Any], events: list[dict[str, Any]]) -> bool:

@@ -25,10 +25,11 @@ from trainstack.run import refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.queue import NO_JOB, Job, meaning
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, RESTARTING
 from trainstack.units import age, counted, seconds_of, time_of
 
 MOST_LINES = 15
+MOST_HOSTS = 3  # that are named
 SHOWN = 5  # interruptions: the last is explained, the others named
 LOG_LINES = 3
 CAUSES = {  # of events that have none
@@ -78,14 +79,16 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
     found = history.interruptions(view.events, (None, None) if is_lost else running)
     lines = laid_out(("", head_of(view, len(found))))
     refused = [*refusal_rows(view.run)]
-    if refused or not found:
+    if not found:
         return [*lines, *laid_out(*(refused or alone(view)))][:MOST_LINES]
+    lines += laid_out(*((label, cut(text)) for label, text in refused[:1]))
     last, *former = [told_of(view, one) for one in found[: -SHOWN - 1 : -1]]
     job = (jobs or {}).get(last.it.job) or (view.job if view.job_id == last.it.job else NO_JOB)
     is_stuck = bool(last.step) and [one.step for one in former[:2]] == [last.step] * 2
     above = laid_out(*what_rows(view, last, job))
     below = laid_out(*after_rows(view, last, job, is_stuck))
-    room = max(0, MOST_LINES - len(lines) - len(above) - len(below))
+    above = above[: MOST_LINES - len(lines) - len(below)]  # what to do is never cut off
+    room = MOST_LINES - len(lines) - len(above) - len(below)
     logged = [("log", cut(text)) for text in log_lines(view.run, last)[:room]]
     lines += [*above, *laid_out(*logged), *below]
     before = laid_out(*(("before", f"{one.at[:19]}Z {one.title}") for one in former))
@@ -186,7 +189,9 @@ def hosts_of(run: RunFolder, job: str, attempt: int) -> set[str]:
 def what_rows(view: View, told: Told, job: Job) -> Rows:
     """What happened to whom, when, and how that is known."""
     yield "what", told.title
-    it, nodes = told.it, ", ".join(sorted(hosts_of(view.run, told.it.job, told.it.attempt)))
+    it, hosts = told.it, sorted(hosts_of(view.run, told.it.job, told.it.attempt))
+    more = f" and {len(hosts) - MOST_HOSTS} more" if len(hosts) > MOST_HOSTS else ""
+    nodes = ", ".join(hosts[:MOST_HOSTS]) + more
     where = f"; job {it.job}, attempt {it.attempt}" * bool(it.job) + f" on {nodes}" * bool(nodes)
     yield "when", f"{told.at[:19]}Z, {age(time.time() - seconds_of(told.at))} ago{where}"
     if evidence := "; ".join([*reporters(view.run, told), *signs(view.run, told, job)]):
@@ -258,7 +263,8 @@ def after_rows(view: View, told: Told, job: Job, is_stuck: bool) -> Rows:
         values = {key: map(json.dumps, pair) for key, pair in changed.items()}
         texts = [f"{key}={own} (shipped: {was})" for key, (own, was) in values.items()]
         yield "settings", cut(", ".join(texts))
-    is_past = told.is_passed or bool(told.it.next("training")) or view.state == "DONE"
+    is_past = told.is_passed and told.it.event not in view.slow_ranks  # which are slow now
+    is_past |= bool(told.it.next("training")) or view.state == "DONE"
     lies = f"the run got past it; it lay with {kind.whose}"
     yield "retry", lies if is_past else f"{helps}; it lies with {kind.whose}"
     yield "do", action_of(view, kind, told.host, is_over=is_past or not is_bad(view))
@@ -313,7 +319,7 @@ def first_answer(view: View, told: Told) -> str:
         return "the job is in the queue again" if view.job.is_live else "ended the job in order"
     if told.state in ("REFUSED", NOT_SUBMITTED):
         return "refused it; nothing was changed"
-    if view.state == "RESTARTING":
+    if view.state == RESTARTING:
         return "restarts in place"
     return "ended the job, and did not restart it"
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 from trainstack import processes
@@ -30,17 +31,14 @@ def find_evidence(data_seconds: float, gpu: str | None) -> str:
     seconds = time.monotonic() - began
     ran, waited, held = ((b - a) / seconds for a, b in zip(before, own_seconds(), strict=True))
     shares = {of: (now - busy_before.get(of, now)) / seconds for of, now in cpu_seconds().items()}
-    busy = sorted((of for of in shares if shares[of] > BUSY), key=lambda of: -shares[of])
-    text = f"{data_seconds:.4f} s of a step wait for data; it may use "
-    text += (
-        f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
-    text += f"; its main thread ran {ran:.0%} of the time and waited {waited:.0%} for a core"
-    if held > 0:
-        text += f"; the quota of its cgroup held it back {held:.0%}"
-    if busy:
-        named = (f"{name} (pid {pid}) {shares[pid, name]:.0%}" for pid, name in busy[:MOST_NAMED])
-        text += f"; beside it: {', '.join(named)}"
+    busiest = Counter(shares).most_common(MOST_NAMED)
+    busy = [f"{name} (pid {pid}) {share:.0%}" for (pid, name), share in busiest if share > BUSY]
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
+    text = f"{data_seconds:.4f} s of a step wait for data; it may use {cores}, "
+    text += f"load {os.getloadavg()[0]:.1f}; its main thread ran {ran:.0%} of the time"
+    text += f" and waited {waited:.0%} for a core"
+    text += f"; the quota of its cgroup held it back {held:.0%}" if held > 0 else ""
+    text += f"; beside it: {', '.join(busy)}" if busy else ""
     return f"{text}; {state}" if gpu and (state := gpu_state(gpu)) else text
 
 
@@ -64,7 +62,7 @@ def cpu_seconds() -> dict[tuple[str, str], float]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            head, _, rest = path.read_text().rpartition(")")
+            head, _, rest = path.read_text(errors="replace").rpartition(")")  # a name is any bytes
             pid, _, name = head.partition(" (")
             fields = rest.split()
             if int(pid) != os.getpid() and int(fields[1]) != os.getppid():
@@ -75,8 +73,9 @@ def cpu_seconds() -> dict[tuple[str, str], float]:
 def gpu_state(uuid: str) -> str:
     """Clock, temperature and power of a GPU, and what holds its clock back; empty if unknown."""
     answers = (processes.first_gpu(f"{COLUMNS},{name}", uuid) for name in HELD)
-    if not (told := next(filter(None, answers), "")):
-        return ""
+    told = next(filter(None, answers), "")
+    if told.count(", ") != COLUMNS.count(",") + 1:
+        return told and f"nvidia-smi says: {told}"
     clock, most, heat, power, limit, bits = told.split(", ")
     text = f"GPU at {clock} of {most}, {heat} C, {power} of {limit}"
     with contextlib.suppress(ValueError):

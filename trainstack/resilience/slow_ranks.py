@@ -4,7 +4,6 @@ All ranks wait for the slowest in each step, so one on a bad node slows the whol
 fails. The same numbers on all ranks give the same answer on all.
 """
 
-import statistics
 from collections import Counter
 from typing import NamedTuple
 
@@ -66,9 +65,9 @@ class SlowRanks:
 
     def _changes(self, usual: list[float]) -> list[Change]:
         """What follows from a window, by the usual own time of each rank in it."""
-        changes = []
+        changes, ordered = [], sorted(usual)  # once: there may be thousands
         for rank, seconds in enumerate(usual):
-            others = median_of_others(usual, rank)
+            others = median_without(ordered, seconds)
             is_slow, was_slow = seconds >= FACTOR * others, rank in self.slow
             self._contrary[rank] = (self._contrary[rank] + 1) * (is_slow != was_slow)
             if self._contrary[rank] == WINDOWS:
@@ -79,4 +78,10 @@ class SlowRanks:
 
 
 def median_of_others(seconds: list[float], rank: int) -> float:
-    return statistics.median(seconds[:rank] + seconds[rank + 1 :])
+    return median_without(sorted(seconds), seconds[rank])
+
+
+def median_without(ordered: list[float], one: float) -> float:
+    """The median of what is left of two or more, in their order, without one of them."""
+    low, high = (len(ordered) - 2) // 2, (len(ordered) - 1) // 2  # in the middle of the others
+    return (ordered[low + (one <= ordered[low])] + ordered[high + (one <= ordered[high])]) / 2

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import mmap
 import socket
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
 # How a stop file begins that launch.py wrote, on a signal to torchrun. One by the job's shell says
 # that the job shall end; this one may only say that srun ended the other nodes, since one failed.
+TORCHRUN_GOT = "torchrun got"
 OVERVIEW_BYTES = 1 << 21  # of metrics.jsonl, up to which an overview has all of it
 OVERVIEW_PARTS, OVERVIEW_PART_BYTES = 400, 1 << 12  # else so many parts, which hold a few lines
-TORCHRUN_GOT = "torchrun got"
 
 
 class RunFolder:
@@ -41,10 +40,9 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """The last status; empty if none was written or it cannot be read."""
-        try:
-            return json.loads((self.path / "status.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
+        with contextlib.suppress(OSError):
+            return record_in((self.path / "status.json").read_bytes())
+        return {}
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Write the state; ``facts`` replace those of before, the others stay."""
@@ -69,7 +67,7 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """The history, oldest first."""
-        return list(self._records("events.jsonl"))
+        return [r for r in self._records("events.jsonl") if "event" in r and "at" in r]
 
     def last_time(self, since: str, until: str) -> str:
         """`` (9 s last time)``: how long it was from one event to another; empty at first."""
@@ -91,16 +89,12 @@ class RunFolder:
         """Steps and evaluations, oldest first; ``size``: within the last so many bytes."""
         return (r for r in self._records("metrics.jsonl", size) if "step" in r)
 
-    def evaluations(self) -> Iterator[dict[str, Any]]:
-        """The evaluations, oldest first; a million steps between them are not looked at."""
-        with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: it is empty
-            with (self.path / "metrics.jsonl").open("rb") as file:
-                whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            end = 0
-            while (found := whole.find(b'"eval_loss"', end)) >= 0:
-                begin, end = whole.rfind(b"\n", 0, found) + 1, whole.find(b"\n", found)
-                end = end if end >= 0 else len(whole)
-                if "eval_loss" in (record := record_in(whole[begin:end])):
+    def evaluations(self, size: int | None = None) -> Iterator[dict[str, Any]]:
+        """The evaluations, oldest first; ``size``: within the last so many bytes."""
+        with contextlib.suppress(OSError), (self.path / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - (size or 1 << 60)))
+            for line in file:  # of a million, few are parsed
+                if b'"eval_loss"' in line and "eval_loss" in (record := record_in(line)):
                     yield record
 
     def eval_losses(self) -> dict[int, float]:
@@ -110,17 +104,16 @@ class RunFolder:
     def overview(self) -> Iterator[dict[str, Any]]:
         """Logged steps, oldest first: of a long file some hundred that are spread over it."""
         path = self.path / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size <= OVERVIEW_BYTES:
-            yield from (r for r in self.measurements() if "loss" in r)
-            return
-        with path.open("rb") as file:
-            for part in range(OVERVIEW_PARTS):
-                file.seek(part * size // OVERVIEW_PARTS)
-                records = map(record_in, file.read(OVERVIEW_PART_BYTES).splitlines())
-                record = next((r for r in records if "loss" in r), {})
-                if record:
-                    yield record
+        with contextlib.suppress(OSError):
+            if (size := path.stat().st_size) <= OVERVIEW_BYTES:
+                yield from (r for r in self.measurements() if "loss" in r)
+                return
+            with path.open("rb") as file:
+                for part in range(OVERVIEW_PARTS):
+                    file.seek(part * size // OVERVIEW_PARTS)
+                    records = map(record_in, file.read(OVERVIEW_PART_BYTES).splitlines())
+                    if record := next((r for r in records if "loss" in r), {}):
+                        yield record
 
     def _records(self, name: str, size: int | None = None) -> Iterator[dict[str, Any]]:
         """The objects of a file, one a line; not what is torn, or cut by ``size``."""
@@ -143,11 +136,7 @@ class RunFolder:
             files.rename(temporary, self.path / "ranks.json")
 
     def rank_seconds(self) -> dict[str, Any]:
-        """Means of a step, as rank 0 last showed them; empty if it never did.
-
-        ``step``, ``at``, ``step_seconds``; by rank: ``hosts``, ``seconds`` (each rank's own);
-        ``slow``: the ranks that were named.
-        """
+        """What rank 0 showed last: ``step``, ``at``; by rank ``hosts``, ``seconds``; or empty."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self.path / "ranks.json").read_bytes())
         return {}
@@ -212,21 +201,16 @@ class RunFolder:
             return time_of(self.stopped_mark(job, attempt, rank).stat().st_mtime)
         return ""
 
-    def add_evidence(self, job: str, attempt: int, rank: int, step: int, text: str) -> None:
-        """Leave what a slow rank found on its host."""
-        record = {"at": now(), "rank": rank, "host": socket.gethostname(), "step": step}
-        record["text"] = text
+    def add_evidence(self, job: str, attempt: int, rank: int, text: str) -> None:
+        """Leave what a slow rank found on its host, a line."""
         with contextlib.suppress(OSError):
-            files.replace_file(self._evidence(job, attempt, rank), json.dumps(record).encode())
+            files.replace_file(self._log(job, attempt, f"rank{rank}.slow"), text.encode())
 
     def evidence(self, job: str, attempt: int, rank: int) -> str:
-        """That, in a line; empty if the rank was never slow."""
+        """That; empty if the rank was never slow."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._evidence(job, attempt, rank).read_bytes())["text"]
+            return self._log(job, attempt, f"rank{rank}.slow").read_text()
         return ""
-
-    def _evidence(self, job: str, attempt: int, rank: int) -> Path:
-        return self._log(job, attempt, f"rank{rank}.slow.json")
 
     def meeting(self, job: str, attempt: int) -> Path:
         """The folder where the nodes of an attempt tell each other their addresses."""

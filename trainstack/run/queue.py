@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 STARTED = {"RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "STOPPED", "STAGE_OUT", "RESIZING",
@@ -54,6 +55,14 @@ class Job:
     nodes: str = ""
     limit: str = ""
     starts: str = ""
+
+    @property
+    def starts_at(self) -> float:
+        """When it did or is expected to start, in seconds since 1970; 0 if that is not known."""
+        try:
+            return datetime.fromisoformat(self.starts).timestamp()
+        except ValueError:  # N/A
+            return 0.0
 
     @property
     def is_waiting(self) -> bool:

@@ -51,12 +51,16 @@ def forget(run: RunFolder) -> None:
 
 
 def last(run: RunFolder) -> str:
-    """What was said last, and how long ago; empty if something happened in the run since."""
-    since = max((seconds_of(event["at"]) for event in run.events()), default=0.0)
-    for path in files_for(run):
-        with contextlib.suppress(OSError):
-            at, text = path.stat().st_mtime, " | ".join(path.read_text().split("\n")).strip(" |")
-            whose = ", for a run whose name is not known" if path.name == UNKNOWN else ""
-            if at > since:
+    """What was said last, and how long ago; empty if something happened in the run since.
+
+    What was said of a run without a name is told only of one that is not there.
+    """
+    with contextlib.suppress(OSError):
+        since = max((seconds_of(event["at"]) for event in run.events()), default=0.0)
+        own, unnamed = files_for(run)
+        for path in (own,) if run.path.is_dir() else (own, unnamed):
+            if path.exists() and (at := path.stat().st_mtime) > since:
+                text = " | ".join(path.read_text(errors="replace").split("\n")).strip(" |")
+                whose = ", for a run whose name is not known" if path is unnamed else ""
                 return f"{age(time.time() - at)} ago, before the queue{whose}: {text}"
     return ""

@@ -13,6 +13,7 @@ EXIT_CODES = {
     "HANG": 81,
 }
 QUEUED, STARTING, RUNNING = "QUEUED", "STARTING", "RUNNING"
+RESTARTING = "RESTARTING"  # in place: the job's shell begins another attempt
 NOT_SUBMITTED = "NOT_SUBMITTED"  # sbatch refused its first job
 
 

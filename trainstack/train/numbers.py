@@ -146,7 +146,6 @@ class Pace:
 
     def __init__(self):
         self.step_seconds = 0.0  # of the last step, to plan ahead with
-        self.data_seconds = 0.0  # of a step, before the last log line
         self.restart()
 
     @contextlib.contextmanager
@@ -165,10 +164,9 @@ class Pace:
     def read(self) -> tuple[float, float]:
         """Mean step_seconds and data_seconds of the steps noted since the last call."""
         steps = max(1, self._steps)
-        step_seconds = (self._last_sent_at - self._since) / steps
-        self.data_seconds = self._data_seconds / steps
+        means = (self._last_sent_at - self._since) / steps, self._data_seconds / steps
         self._steps, self._since, self._data_seconds = 0, self._last_sent_at, 0.0
-        return step_seconds, self.data_seconds
+        return means
 
     def restart(self) -> None:
         """Leave out what was not training: an evaluation, a save. No step may be unread."""

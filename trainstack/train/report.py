@@ -17,6 +17,7 @@ from trainstack.storage import files
 from trainstack.train.attempt import Attempt
 from trainstack.train.evaluate import Evaluation, bits_per_byte
 from trainstack.train.numbers import StepResult, peak_memory_gb
+from trainstack.train.ranks import Ranks
 from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
@@ -26,7 +27,7 @@ STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
 
 class Report:
-    """Rank 0 writes; on the other ranks every method does nothing.
+    """Rank 0 writes; the other ranks only leave evidence if they are slow. Collective to create.
 
     Before it writes it makes sure that this attempt still owns the run (Refused if not).
     """
@@ -41,7 +42,7 @@ class Report:
         it is dropped, since those steps come again.
         """
         self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
-        self.ideal_seconds = ideal_seconds
+        self.ideal_seconds, self.ranks = ideal_seconds, Ranks(attempt)
         self.is_main, self.metrics = attempt.world.is_main, attempt.run.path / "metrics.jsonl"
         self._status_at, self._saved_at = 0.0, time.monotonic()
         self._hashes: list[str] = []  # lines for samples.jsonl
@@ -70,7 +71,8 @@ class Report:
             self.attempt.run.add_event("training", step=step)
 
     def consumed(self, result: StepResult) -> None:
-        """A step's samples were used, for the ledger; written with the next line or save."""
+        """A step was made: its ranks are judged, its samples kept for the ledger's next write."""
+        self.ranks.note(result)
         if self.is_main:
             # By hand, as json would write it, for it is written in each step; "at": since 1970.
             self._hashes.append(
@@ -92,9 +94,10 @@ class Report:
 
     def step(
         self, result: StepResult, step_seconds: float, data_seconds: float,
-        source_tokens: dict[str, int] | None, slowest: dict[str, float],
+        source_tokens: dict[str, int] | None,
     ) -> None:  # fmt: skip
-        """A line of a step; ``source_tokens``: of a mixture's data sets; ``slowest``: of ranks."""
+        """A line of a step; ``source_tokens``: of a mixture's data sets."""
+        slowest = self.ranks.read(result.step, data_seconds)
         if not self.is_main:
             return
         self.attempt.lease.check_often()
