@@ -101,7 +101,7 @@ run_attempt() {
   ATTEMPT="$(job begin)" || code=$?
   [[ -n "$ATTEMPT" ]] || {
     trap - EXIT # complete, or another attempt would be of no use: it has said so
-    write_report 60
+    write_report
     exit "$code"
   }
   count_processes
@@ -336,7 +336,7 @@ give_up() {
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
   remove_scratch
-  write_report 60
+  write_report
   exit "$CODE"
 }
 
@@ -345,26 +345,29 @@ leave() {
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
   # Before a requeue: at that, Slurm ends this shell. Soon, for the time of the job may be up.
   remove_scratch
-  if [[ "$VERDICT" == requeue ]]; then write_report 5; else write_report 60; fi
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
       leave_to_chain
     elif [[ -z "${IS_ENDING:-}" ]]; then
       log "back to the queue${AVOID:+, for other nodes than $AVOID}"
-      requeue || log "this site does not requeue; to resume: bash submit.sh" \
+      if requeue; then exit "$CODE"; fi # the report is left to the end of the next start
+      log "this site does not requeue; to resume: bash submit.sh" \
         "--resume ${RUN_DIR##*/}; to queue the jobs that follow in advance, too: --chain N"
     fi
   fi
+  write_report
   exit "$CODE"
 }
 
-# A page about the run, if log.report_to has html, within so many seconds. Nothing depends on it.
+# A page about the run, if log.report_to has html. Nothing depends on it, so nothing waits for it
+# long. (page.py's LEDGER_SECONDS are fewer.)
 # shellcheck disable=SC2329 # the trap calls it, too
 write_report() {
   local said code=0
-  said="$(timeout "$1" "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)" || code=$?
+  said="$(timeout --kill-after=1 10 "$PYTHON" -m trainstack report "$RUN_DIR" --if-asked 2>&1)" ||
+    code=$?
   if ((code)); then
-    log "no report was written (${said##*$'\n'}, code $code); to write it:" \
+    log "no report was written (${said:+${said##*$'\n'}, }code $code); to write it:" \
       "bash monitor.sh ${RUN_DIR##*/} --report"
   elif [[ -n "$said" ]]; then
     log "report: $said"

@@ -177,7 +177,7 @@ def test_what_is_beyond_the_newest_checkpoint_is_not_checked_yet(copy, tell):
     assert (output[2], code) == (GOOD, 0)
     assert output[1].startswith(f"  checked     {newest} steps")
     ahead = STEPS - newest - 2
-    assert output[-1] == f"  not yet     {ahead} steps beyond step {newest} wait for a checkpoint"
+    assert output[-1] == f"  not saved   {ahead} steps beyond step {newest}"
 
 
 def test_a_run_that_ended_is_checked_by_its_config_when_its_checkpoints_are_gone(copy, tell):

@@ -425,6 +425,40 @@ def test_tokens_are_left_out_and_hashes_of_data_are_not():
     )
 
 
+SECRETS = [
+    ("token=abc&x", "token=..."),
+    ("--api-key=abc more", "--api-key=... more"),
+    ("Authorization: Bearer abc.def", "Authorization: Bearer ..."),
+    ("sent 'bearer abc-def/gh'", "sent 'bearer ...'"),
+    ("from https://user:p@w@host/x", "from https://...@host/x"),
+    ("WANDB_API_KEY: 0123456789", "WANDB_API_KEY: ..."),
+    ("{'HF_TOKEN': 'a b', 'x': 1}", "{'HF_TOKEN': ..., 'x': 1}"),
+    (r"{\"password\": \"abc\"} x", r"{\"password\": ... x"),
+    ("AWS_ACCESS_KEY_ID=AKIA x", "AWS_ACCESS_KEY_ID=... x"),
+    ("MY_TOKENS=a,b", "MY_TOKENS=..."),
+]
+NO_SECRETS = [
+    "tokens=995e1928423b4e0f, not tokens=0f",
+    "samples_hash: 0123456789abc",
+    "max_new_tokens=12 tokens_per_second: 12345",
+    "/home/token/secrets/passwords/a.txt: no such file",
+    "https://host/a@b and s3://bucket/key",
+    "KeyError: 'token'",
+]
+
+
+@pytest.mark.parametrize(("text", "left"), [*SECRETS, *((text, text) for text in NO_SECRETS)])
+def test_secrets_are_left_out_however_they_are_written(text, left):
+    assert without_secrets(text) == left
+
+
+@pytest.mark.parametrize("part", ["token", "secret_", "://", "://a:", "token='", "bearer a", "hf_"])
+def test_secrets_are_found_in_a_time_that_is_linear(part):
+    begun = time.monotonic()
+    without_secrets(part * 100_000)
+    assert time.monotonic() - begun < 3
+
+
 def test_what_is_kept_of_a_refusal_is_bounded(tmp_path: Path):
     refusal.tell("x" * 10000, tmp_path, tmp_path / "none.yaml", ["run.name=a"])
     assert (tmp_path / "cache/refused/a").stat().st_size < 3000

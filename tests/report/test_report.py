@@ -1,5 +1,6 @@
 """The report of a real run with three restarts, and of runs made by hand."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from trainstack.history import goodput
 from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.report import page as page_file
 from trainstack.run.folder import RunFolder
+from trainstack.storage import files
 
 STEPS = 40
 SECRET = "hf_thisIsATokenThatNobodyMaySee0123456"
@@ -177,7 +179,7 @@ def test_the_curves_can_be_drawn_against_tokens_time_and_on_a_log_scale(page, fa
 
 def test_the_page_says_what_happened_in_words(page):
     text = page.run("document.body.innerText")
-    for words in ("reported", "DONE", "the last step is on disk", "Where the time went", "training",
+    for words in ("reported", "DONE", "steps redone", "Where the time went", "training",
                   "redone", "attempt 4", "repeated = 0, skipped = 0", "What it says"):  # fmt: skip
         assert words in text
     assert "used exactly once?\n\nYes." in text.replace("\n\n\n", "\n\n")
@@ -238,7 +240,7 @@ def test_all_that_a_run_may_have_is_shown(tmp_path, page):
     page.open(run.path / "report.html")
     text = page.run("document.body.innerText")
     for words in (
-        "FAILED", "something broke", "save failed: because", "slow rank: rank 5 on n7", "books",
+        "FAILED", "</script> broke", "save failed: because", "slow rank: rank 5 on n7", "books",
         "75.0 %", "first words", "better words", "held-out of code", "MFU", "Slowest rank",
     ):  # fmt: skip
         assert words in text
@@ -252,7 +254,7 @@ def test_several_runs_are_compared_in_one_page_beside_the_runs(tmp_path, capsys,
     for name, rate in (("a", 0.1), ("b", 0.2)):
         make(tmp_path, name, LINE, learning_rate=rate, adam_beta1=0.9)
     assert main(["report", "a", "b", "--home", str(tmp_path)]) == 0
-    written = tmp_path / "reports" / "a-b.html"
+    written = tmp_path / "reports" / "a+b.html"
     assert capsys.readouterr().out == f"{written}\n"
     rates = [run["settings"]["optim.learning_rate"] for run in data_of(written)["runs"]]
     assert rates == [0.1, 0.2]
@@ -263,6 +265,115 @@ def test_several_runs_are_compared_in_one_page_beside_the_runs(tmp_path, capsys,
     assert "optim.learning_rate\t0.1\t0.2" in differ and "adam_beta1" not in differ
     assert page.run("report.charts[0].chart.data.length") == 3
     assert page.complaints()[before:] == []
+
+
+def test_each_of_many_runs_of_a_comparison_has_a_look_of_its_own(tmp_path, page):
+    names = [f"run-{number}" for number in range(12)]
+    for name in names:
+        make(tmp_path, name, LINE)
+    assert main(["report", *names, "--home", str(tmp_path)]) == 0
+    assert main(["report", *names[:5], "--home", str(tmp_path)]) == 0
+    assert main(["report", *names[:3], names[9], names[10], "--home", str(tmp_path)]) == 0
+    written = sorted((tmp_path / "reports").iterdir())
+    assert [path.name.rpartition("-")[0] for path in written] == [
+        "run-0+run-1+run-2+2-more", "run-0+run-1+run-2+2-more", "run-0+run-1+run-2+9-more"
+    ]  # fmt: skip
+    page.open(written[-1])
+    looks = page.run("RUNS.map((_, i) => lookOf(i).ink + lookOf(i).kind)")
+    assert len({*looks}) == 12
+
+
+def test_other_runs_have_a_page_of_another_name(tmp_path):
+    for name in ("a", "b-c", "a-b", "c"):
+        make(tmp_path, name, LINE)
+    assert main(["report", "a", "b-c", "--home", str(tmp_path)]) == 0
+    assert main(["report", "a-b", "c", "--home", str(tmp_path)]) == 0
+    written = sorted(path.name for path in (tmp_path / "reports").iterdir())
+    assert written == ["a+b-c.html", "a-b+c.html"]
+
+
+def test_no_secret_of_an_error_gets_into_the_page(tmp_path):
+    run = make(tmp_path, "told", LINE)
+    said = f"it broke with HF_TOKEN={SECRET}1 and https://me:{SECRET}2@host"
+    run.set_status("FAILED", step=3, cause=said, next_action=said)
+    run.add_event("attempt", job="7", attempt=2)
+    run.add_event("training", job="7", attempt=2, step=3)
+    run.add_event("hang", job="7", attempt=2, step=3, cause=said)
+    assert main(["report", str(run.path)]) == 0
+    text = (run.path / "report.html").read_text()
+    assert text.count("it broke with HF_TOKEN=... and https://...@host") == 4
+    assert SECRET not in text
+
+
+def test_a_run_of_an_unknown_host_and_a_hostile_name_is_shown(tmp_path, page):
+    run = make(tmp_path, "<i>a</i> &amp;".replace("/", ""), LINE)
+    run.set_status("RUNNING", step=3, nodes=None)
+    run.add_event("training", job="7", attempt=1, step=0)
+    assert main(["report", str(run.path)]) == 0
+    (found,) = data_of(run.path / "report.html")["runs"]
+    assert found["environment"]["nodes"] == [] and found["restarts"] == []
+    page.open(run.path / "report.html")
+    assert page.run("document.title") == run.path.name
+    assert "Environment" in page.run("document.body.innerText")
+    assert "redone" not in page.run("document.querySelector('.tiles').innerText")
+
+
+def test_the_health_of_a_run_is_said_beside_its_state(tmp_path):
+    run = make(tmp_path, "unsaved", LINE)
+    run.set_status("RUNNING", step=3)
+    run.add_event("training", job="7", attempt=1, step=0)
+    run.add_event("save_failed", job="7", attempt=1, step=2, cause="disk full, token=abc")
+    assert main(["report", str(run.path)]) == 0
+    (found,) = data_of(run.path / "report.html")["runs"]
+    assert found["meaning"] == "the last save failed: disk full, token=..."
+    run.set_status("FAILED", step=3, cause="it broke")
+    assert main(["report", str(run.path)]) == 0
+    (found,) = data_of(run.path / "report.html")["runs"]
+    assert (found["meaning"], found["cause"]) == ("", "it broke")
+
+
+def test_what_a_writer_that_was_ended_left_is_removed(tmp_path):
+    run = make(tmp_path, "r", LINE)
+    old, new = (run.path / f".report.html.{name}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    assert main(["report", str(run.path)]) == 0
+    assert not old.exists() and new.exists()  # the new one is perhaps being written
+
+
+def forbid(folder: Path):
+    """As the file system answers whoever may not write in a folder."""
+
+    def watch(operation, path, _):
+        if path.parent == folder and operation == "create":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    return files.watched_by(watch)
+
+
+def test_the_page_of_a_run_of_somebody_else_is_written_beside_the_runs(tmp_path, capsys):
+    run = make(tmp_path, "theirs", LINE)
+    with forbid(run.path):
+        assert main(["report", "theirs", "--home", str(tmp_path)]) == 0
+        said = capsys.readouterr()
+        written = tmp_path / "reports" / "theirs.html"
+        assert said.out == f"{written}\n" and written.exists()
+        assert said.err == f"report: {run.path} is not yours to write in\n"
+        with forbid(written.parent):
+            assert main(["report", "theirs", "--home", str(tmp_path)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"report: error: {written.parent}/.theirs.html.")
+    assert last.endswith(".tmp: Permission denied; ask its owner")
+
+
+def test_a_run_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    run = make(tmp_path, "r", LINE)
+    (run.path / "metrics.jsonl").unlink()
+    (run.path / "metrics.jsonl").mkdir()
+    assert main(["report", "r", "--home", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"report: error: {run.path}/metrics.jsonl: Is a directory; ask its owner"
 
 
 def test_a_ledger_that_would_take_too_long_is_left_to_the_monitor(tmp_path, monkeypatch):

@@ -609,20 +609,51 @@ def test_a_job_script_that_was_started_by_hand_points_to_submit(site, script):
         assert "bash submit.sh" in line
 
 
-@pytest.mark.parametrize(("state", "ended"), [("DONE", 0), ("DIVERGED", 79), ("PAUSED", 75)])
-def test_a_report_that_breaks_changes_nothing_of_the_end(job, state, ended):
+# --- The report
+
+
+def ask_for_a_report(job: Job) -> None:
     (job.run_dir / "config.yaml").write_text("log:\n  report_to: [html]\n")
+
+
+@pytest.mark.parametrize(("state", "ended"), [("DONE", 0), ("DIVERGED", 79)])
+def test_a_report_that_breaks_changes_nothing_of_the_end(job, state, ended):
+    ask_for_a_report(job)
     page = job.run_dir / "code/trainstack/report/page.py"
     page.write_text("raise RuntimeError('a page that breaks')\n")
     job.ranks(job.status(state))
     code, errors = job.wait()
     assert code == ended, errors
     assert "train.slurm: no report was written (RuntimeError: a page that breaks, code 1)" in errors
-    assert requeues(job) == ([["requeue", "77"]] if state == "PAUSED" else [])
+
+
+def test_a_report_that_takes_long_is_given_up_and_changes_nothing_of_the_end(job):
+    ask_for_a_report(job)
+    page = job.run_dir / "code/trainstack/report/page.py"
+    page.write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(50)\n"
+    )
+    begun = time.monotonic()
+    code, errors = job.wait()
+    assert code == 0, errors
+    assert "train.slurm: no report was written (code 137)" in errors
+    assert time.monotonic() - begun < 40
+
+
+@pytest.mark.parametrize(("answer", "is_written"), [(0, False), (1, True)])
+def test_a_requeue_does_not_wait_for_the_report(job, answer, is_written):
+    ask_for_a_report(job)
+    job.commands.add("scontrol", f'echo gpu-07; [[ "$1" != requeue ]] || exit {answer}')
+    job.ranks(job.status("PAUSED"))
+    code, errors = job.wait()
+    assert code == 75, errors
+    assert requeues(job) == [["requeue", "77"]]
+    assert (job.run_dir / "report.html").exists() == is_written
+    assert ("report" in errors) == is_written, errors
 
 
 def test_a_job_writes_the_report_that_its_settings_ask_for(job):
-    (job.run_dir / "config.yaml").write_text("log:\n  report_to: [html]\n")
+    ask_for_a_report(job)
     code, errors = job.wait()
     assert code == 0, errors
     assert f"train.slurm: report: {job.run_dir}/report.html\n" in errors

@@ -175,7 +175,7 @@ def result(
     yield "redone", f"{counted(redone, 'step')} on record that interruptions undid{fraction}"
     ahead = len({step for step in kept if step > findings.steps})
     if ahead:
-        yield "not yet", f"{ahead:,} steps beyond step {findings.steps:,} wait for a checkpoint"
+        yield "not saved", f"{counted(ahead, 'step')} beyond step {findings.steps:,}"
     left_out = sum(window["steps"] for window in sampler.left_out)
     if left_out:
         samples = f"{left_out * batch:,} samples"

@@ -23,7 +23,7 @@ const AXES = {
 };
 const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600,
   43200, 86400, 172800, 432000, 864000, 2592000];
-const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [5, 2], [1, 2]];
+const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [1, 2], [5, 2]]; // neighbours differ in kind
 const FEW = 30; // points are drawn, restarts named
 const view = { axis: "step", isLog: false, charts: [] };
 window.report = view; // for whoever reads the plots by a program
@@ -31,14 +31,20 @@ window.report = view; // for whoever reads the plots by a program
 const xOf = (run, record) => AXES[view.axis].of(run, record);
 const marksOf = (run) => run.notes.filter((note) => MARKS[note.kind] && note.step !== null);
 
+// Colours come again after six; with another dash, up to 36.
+function lookOf(number) {
+  const dash = DASHES[(number + Math.floor(number / 6)) % 6];
+  const kind = !dash.length ? "solid" : dash[0] < 5 ? "dotted" : "dashed";
+  return { ink: `ink${number % 6}`, dash, kind };
+}
+
 function linesOf(key, title) {
   const found = [];
   RUNS.forEach((run, number) => Object.entries(run.curves).forEach(([name, curve]) => {
     const isHeldOut = key === "loss" && name.startsWith("eval_loss");
     if (name !== key && !isHeldOut) return;
     const said = isHeldOut ? name.replace("eval_loss", "held-out") : title.toLowerCase();
-    const look = (IS_ALONE ? found.length : number) % 6;
-    found.push({ run, curve, isHeldOut, ink: `ink${look}`, dash: DASHES[look],
+    found.push({ run, curve, isHeldOut, ...lookOf(IS_ALONE ? found.length : number),
       label: IS_ALONE ? said : key === "loss" ? `${run.name}, ${said}` : run.name });
   }));
   return found;
@@ -73,7 +79,7 @@ function drawMarks(u, isLoss) {
   ctx.setLineDash([3 * size, 3 * size]);
   RUNS.forEach((run, number) => {
     ctx.globalAlpha = IS_ALONE ? 1 : 0.45;
-    ctx.strokeStyle = ctx.fillStyle = color(IS_ALONE ? "soft" : `ink${number % 6}`);
+    ctx.strokeStyle = ctx.fillStyle = color(IS_ALONE ? "soft" : lookOf(number).ink);
     ctx.font = `${11 * size}px sans-serif`;
     ctx.textAlign = "left";
     let labelled = -Infinity;
@@ -140,7 +146,7 @@ function plot(place, [key, title, unit]) {
     },
     axes: axesOf(isLog),
     series: seriesOf(lines, unit),
-    legend: { markers: { dash: ofLine(({ dash }) => dash.length ? "dashed" : "solid") } },
+    legend: { markers: { dash: ofLine(({ kind }) => kind) } },
     hooks: { draw: [(u) => drawMarks(u, isLoss)] },
   }, dataOf(lines, unit === "%" ? 100 : 1), place);
 }

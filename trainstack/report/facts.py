@@ -6,33 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainstack.checkpoint import names
+from trainstack.errors import without_secrets
 from trainstack.history import goodput
 from trainstack.history.attempts import Attempt, Event, attempts_of, last_durable_step
 from trainstack.history.goodput import Timeline
 from trainstack.history.settings import settings_of, shipped_settings
+from trainstack.monitor.health import health_of
 from trainstack.monitor.view import View
 from trainstack.report.series import BY_SOURCE, Executed, curves_of
 from trainstack.units import seconds_of
 
-STATES = {  # what a state means, in words
-    "DONE": "the last step is on disk",
-    "PAUSED": "saved and stopped in order; it can be resumed",
-    "FAILED": "something broke",
-    "NO_PROGRESS": "three attempts brought no newer checkpoint",
-    "REFUSED": "the run belongs to another job or to another experiment",
-    "DIVERGED": "the loss or the gradient norm was not finite, or a spike",
-    "HANG": "nothing moved for too long",
-    "RUNNING": "it trains",
-    "STARTING": "its processes start",
-    "RESTARTING": "an attempt broke, and the next one begins",
-    "QUEUED": "its job waits for Slurm",
-    "HELD": "its job is held",
-    "BLOCKED": "its job never starts",
-    "SUSPENDED": "Slurm has stopped its processes for a while",
-    "NOT_SUBMITTED": "Slurm refused its job",
-    "KILLED": "its processes are gone",
-    "LOST": "Slurm no longer has its job",
-}
 ENDS = ("failed", "hang", "diverged", "no_progress", "refused", "node_lost", "paused", "done")
 NOTABLE = {*ENDS, "preempted", "rollback", "skip", "save_failed", "slow_rank", "slow_rank_over",
            "not_submitted"}  # fmt: skip
@@ -43,6 +26,7 @@ FINEST = 2000  # parts of the timeline: what is shorter is not seen
 def facts_of(view: View) -> dict[str, Any]:
     """What is known of a run from its folder."""
     run, events, status = view.run, view.events, view.status
+    reason = health_of(view).reason
     executed = Executed.read(run.path / "samples.jsonl")
     durable = last_durable_step(status, run.checkpoints)
     told = [e["step"] for e in events if e["event"] in ("checkpoint", "training")]
@@ -52,9 +36,9 @@ def facts_of(view: View) -> dict[str, Any]:
         "name": run.path.name,
         "folder": str(run.path),
         "state": view.state,
-        "meaning": "; ".join(STATES.get(state, "") for state in view.state.split(", ")),
-        "cause": view.cause,
-        "next": view.next_action,
+        "meaning": without_secrets(reason if reason != view.cause else ""),
+        "cause": without_secrets(view.cause or ""),
+        "next": without_secrets(view.next_action or ""),
         "step": view.step,
         "max_steps": view.max_steps,
         "seconds_left": view.seconds_left,
@@ -119,7 +103,7 @@ def how_ended(attempt: Attempt) -> str:
 def words_of(event: Event) -> str:
     """What an event says beside its time and step."""
     kind, cause = event["event"].replace("_", " "), event.get("cause")
-    return f"{kind}: {cause}" if cause else kind
+    return f"{kind}: {without_secrets(cause)}" if cause else kind
 
 
 def restarts_of(attempts: Sequence[Attempt]) -> list[dict[str, Any]]:
@@ -165,7 +149,7 @@ def environment_of(view: View) -> dict[str, Any]:
     return {
         **found,
         "uncommitted_lines": changed,
-        "nodes": view.status.get("nodes", []),
+        "nodes": view.status.get("nodes") or [],
         "ranks": starts[-1].get("ranks", [])[:64] if starts else [],
     }
 

@@ -86,7 +86,8 @@ function figures(run) {
     ["time left", duration(run.seconds_left), "to the last step"],
     ["duration", wall ? duration(wall) : "-",
       counted(run.rows.filter((row) => row.name).length, "attempt")],
-    ["goodput", percent(run.spent.training, wall), `${counted(run.redone_steps, "step")} redone`],
+    ["goodput", percent(run.spent.training, wall), run.restarts.length
+      ? `${counted(run.redone_steps, "step")} redone` : "of the time, in training"],
   ].filter(([, value]) => value !== "-");
 }
 
@@ -95,8 +96,9 @@ function head() {
   if (!IS_ALONE) {
     const names = [...new Set(RUNS.flatMap((run) => figures(run).map(([name]) => name)))];
     const rows = RUNS.map((run, i) => {
-      const found = Object.fromEntries(figures(run)), background = `var(--ink${i % 6})`;
-      const swatch = el("i", { cls: "swatch", style: { background } });
+      const found = Object.fromEntries(figures(run)), { ink, kind } = lookOf(i);
+      const style = { borderTop: `3px ${kind} var(--${ink})` };
+      const swatch = el("i", { cls: "swatch line", style });
       return [el("span", null, swatch, run.name), run.state,
         ...names.map((name) => found[name] ?? "-")];
     });

@@ -7,6 +7,10 @@ data is JSON, in ``<script id="data">``, for other programs as well.
 """
 
 import argparse
+import contextlib
+import errno
+import hashlib
+import html
 import json
 import os
 import subprocess
@@ -17,6 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from trainstack.errors import Failed, without_secrets
 from trainstack.history.attempts import find_run
 from trainstack.history.goodput import CAUSES
 from trainstack.history.settings import settings_of
@@ -28,9 +33,10 @@ from trainstack.storage import files
 
 FORMAT = 1  # of the data
 LEDGER_BYTES = 64 << 20  # of samples.jsonl, some 700,000 steps: beyond it the ledger takes too long
-LEDGER_SECONDS = 7  # from the beginning, for a slow machine
+LEDGER_SECONDS = 5  # from the beginning; the end of a job waits 10 for all of the page
 HERE = Path(__file__).parent
 MOST_NAMED = 3  # runs in the name of the file of a comparison
+LEFT_SECONDS = 60  # since when a file that is being written is nobody's
 
 
 def main(arguments: list[str]) -> int:
@@ -50,20 +56,46 @@ def main(arguments: list[str]) -> int:
         if "html" not in asked:
             return 0
     jobs = read_queue(sys.stdin.read()) if options.queue else None
-    runs = [RunFolder(find_run(run, options.home)) for run in dict.fromkeys(options.runs)]
-    target = runs[0].path / "report.html" if len(runs) == 1 else comparison(runs, options.home)
-    files.make_folder(target.parent)
-    files.replace_file(target, page_of(runs, jobs, options.home).encode())
+    try:
+        runs = [RunFolder(find_run(run, options.home)) for run in dict.fromkeys(options.runs)]
+        target = write(runs, page_of(runs, jobs, options.home).encode(), options.home)
+    except OSError as error:
+        raise Failed(f"{error.filename}: {error.strerror}; ask its owner") from None
     print(target)
     return 0
 
 
-def comparison(runs: Sequence[RunFolder], home: Path | None) -> Path:
-    """Where the comparison of several runs is written."""
-    named = [run.path.name for run in runs[:MOST_NAMED]]
-    more = [f"{len(runs) - MOST_NAMED}-more"] if len(runs) > MOST_NAMED else []
-    home = home or runs[0].path.parent.parent
-    return home / "reports" / f"{'-'.join([*named, *more])}.html"
+def write(runs: Sequence[RunFolder], page: bytes, home: Path | None) -> Path:
+    """Put the page in the folder of the run, else in reports/; where it is."""
+    name = file_name(runs)
+    if len(runs) == 1:
+        try:
+            return put(runs[0].path / "report.html", page)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            print(f"report: {runs[0].path} is not yours to write in", file=sys.stderr)
+    return put((home or runs[0].path.parent.parent) / "reports" / name, page)
+
+
+def file_name(runs: Sequence[RunFolder]) -> str:
+    """Of a page that lies beside the runs: no other runs have it; + is in no run's name."""
+    names = [run.path.name for run in runs]
+    if len(names) > MOST_NAMED:
+        more = hashlib.sha256("+".join(names).encode()).hexdigest()[:6]
+        names[MOST_NAMED:] = [f"{len(names) - MOST_NAMED}-more-{more}"]
+    return f"{'+'.join(names)}.html"
+
+
+def put(target: Path, page: bytes) -> Path:
+    """Write a page, and remove what a writer that was ended left of one."""
+    files.make_folder(target.parent)
+    for path in target.parent.glob(f".{target.name}.*.tmp"):
+        with contextlib.suppress(OSError):  # it is gone, or somebody else's
+            if time.time() - path.stat().st_mtime > LEFT_SECONDS:
+                files.unlink(path)
+    files.replace_file(target, page)
+    return target
 
 
 def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> str:
@@ -83,7 +115,7 @@ def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> 
     }  # fmt: skip
     return Template((HERE / "page.html").read_text()).substitute(
         {name: (HERE / path).read_text() for name, path in parts.items()},
-        title=" and ".join(run.path.name for run in runs[:MOST_NAMED]),
+        title=html.escape(" and ".join(run.path.name for run in runs[:MOST_NAMED])),
         data=as_json(data).replace("<", "\\u003c"),  # no tag ends the script
     )
 
@@ -108,7 +140,7 @@ def said_by(ledger: subprocess.Popen | None, name: str, seconds: float) -> dict[
     if ledger:
         try:
             text, _ = ledger.communicate(timeout=seconds)
-            return {"code": ledger.returncode, "lines": text.splitlines()}
+            return {"code": ledger.returncode, "lines": without_secrets(text).splitlines()}
         except subprocess.TimeoutExpired:
             ledger.kill()
             ledger.wait()
