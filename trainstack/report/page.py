@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import html
-import json
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from trainstack.report.facts import facts_of
 from trainstack.run.folder import RunFolder
 from trainstack.run.queue import read_queue
 from trainstack.storage import files
+from trainstack.units import as_json
 
 FORMAT = 1  # of the data
 LEDGER_BYTES = 64 << 20  # of samples.jsonl, some 700,000 steps: beyond it the ledger takes too long
@@ -118,11 +118,6 @@ def page_of(runs: Sequence[RunFolder], jobs: dict | None, home: Path | None) -> 
         title=html.escape(" and ".join(run.path.name for run in runs[:MOST_NAMED])),
         data=as_json(data).replace("<", "\\u003c"),  # no tag ends the script
     )
-
-
-def as_json(data: dict[str, Any]) -> str:
-    """The data as every reader of JSON takes it; a number that is not finite becomes null."""
-    return json.dumps(json.loads(json.dumps(data), parse_constant=lambda _: None))
 
 
 def start_ledger(run: RunFolder, home: Path | None) -> subprocess.Popen | None:
