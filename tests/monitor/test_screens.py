@@ -111,6 +111,8 @@ def test_where_only_ascii_can_be_shown_curves_and_bars_are_of_it(runs):
 def test_a_curve_keeps_its_scale_whatever_it_holds():
     nothing = drawing.curve([Point(1, math.nan), Point(2, 3.0)], (60, 6))
     assert nothing == []
+    again = drawing.curve([Point(s, 1 / (1 + s)) for s in range(100)], (60, 6), cuts=(0, 0, 50))
+    assert re.fullmatch(r" *0 \^2 +\^ +99", again[-1].plain)
     backwards = drawing.curve([Point(9, 1.0), Point(2, 3.0), Point(7, 2.0)], (60, 6))
     assert backwards[-1].plain.split() == ["2", "9"]
     flat = drawing.curve([Point(s, 2.0) for s in range(5)], (60, 6))

@@ -222,7 +222,7 @@ def test_a_hang_names_the_rank_and_where_it_stood(runs):
     )
     said = why(runs, "stuck", f"{JOB}|RUNNING|1:00|None")
     for words in (
-        "stuck: RUNNING at step 22/60; nothing is wrong; 1 incident before, the last:",
+        "stuck: RUNNING at step 22/60; nothing is wrong; it got past 1 incident, the last:",
         "where step 25, samples; 57 collectives begun (flight recorder); "
         "trainstack/data/feed.py:7 in rows",
         "its watchdog saw no progress",
@@ -297,7 +297,9 @@ def test_a_run_that_diverged_before_its_checkpoint_is_not_to_be_resumed(runs, lo
     losses = usual + [loss] * 10 + [9.0]
     log(run, *({**MEASURED, "step": 10 * i, "loss": x} for i, x in enumerate(losses, 1)))
     said = why(runs, "hot")
-    spoiled = "checkpoint-200 has diverged too (loss 112, once 2.5): begin again under another"
+    spoiled = (
+        "has diverged too (loss 112, once 2.5): fix the cause, then: bash submit.sh run.name=hot-2"
+    )
     assert (spoiled in said, resume in said) == (is_spoiled, not is_spoiled)
 
 
@@ -358,7 +360,7 @@ def test_saves_that_failed_are_one_interruption_of_an_attempt(runs):
     happened(run, *attempt(), *({"event": "save_failed", "step": s, **lost} for s in (10, 20)))
     said = why(runs, "disk", f"{JOB}|RUNNING|1:00|None")
     for words in (
-        "1 incident before",
+        "1 incident",
         "SAVE_FAILED at step 20: runs/disk/checkpoints/x: No space left",
         "(2 times in this attempt)",
         "no step, and no time",

@@ -402,7 +402,7 @@ def test_random_kills_and_stops_change_no_loss_no_weight_and_no_second(lab, kill
     assert total == pytest.approx(wall_seconds, rel=0.01, abs=1.0)
     share = goodput.splitlines()[-1].strip().partition(",")[0]
     message = f"{share}; its causes add up to {total:.1f} s of {wall_seconds:.1f} s on the clock"
-    said = lab.why(run, f"F14 {kills}, {stops}", f"{kills + stops} incidents before")
+    said = lab.why(run, f"F14 {kills}, {stops}", f"{kills + stops} incidents, the last")
     assert ("PAUSED" if kinds[-1] == signal.SIGTERM else "KILLED") in said
     trace.record("F14", f"{kills} kills, {stops} stops, {steps} steps", alone, message)
     print(goodput)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from textwrap import shorten, wrap
 from typing import NamedTuple
@@ -169,13 +170,16 @@ def draw_dots(grid: list[list[str]], dots: Sequence[tuple[int, int]]) -> None:
 
 
 def axis_of(first: float, last: float, left: int, columns: int, cuts: Sequence[float]) -> Text:
-    """The line below a curve: first and last x, and ``^`` where something began again."""
+    """The line below a curve: first and last x, and ``^``, or how often, where it began again."""
     begin, end = f"{first:,.0f}", f"{last:,.0f}"
     line = list(begin + " " * max(1, columns - len(begin) - len(end)) + end)
+    marks: Counter[int] = Counter()
     for x in cuts:
-        at = round((x - first) / ((last - first) or 1.0) * (columns - 1))
-        if 0 <= at < len(line) and line[at] == " ":
-            line[at] = "^"
+        at = max(0, round((x - first) / ((last - first) or 1.0) * (columns - 1)))
+        marks[min(max(at, len(begin) + 1), columns - len(end) - 3)] += 1  # beside the numbers
+    for at, times in marks.items():
+        mark = "^" if times == 1 else f"^{times}"
+        line[at : at + len(mark)] = mark
     return Text(" " * (left + 1) + "".join(line), "dim")
 
 

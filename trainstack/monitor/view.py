@@ -23,6 +23,7 @@ from trainstack.run.states import (
     RESTARTING,
     RUNNING,
     STARTING,
+    new_run_command,
     resume_command,
 )
 
@@ -182,10 +183,10 @@ class View:
         if self.state in LOST_CAUSES:
             return f"to resume: {resume_command(self.run.path.name, self.status.get('job'))}"
         if self.state == "DIVERGED" and (loss := self.spoiled_loss):
-            name = self.checkpoint[1].name
+            again = new_run_command(self.run.path.name, self.status.get("job"))
+            told = f"(loss {loss[0]:.3g}, once {loss[1]:.3g})"
             return (
-                f"{name} has diverged too (loss {loss[0]:.3g}, once {loss[1]:.3g}): begin "
-                "again under another run.name"
+                f"{self.checkpoint[1].name} has diverged too {told}: fix the cause, then: {again}"
             )
         if self.state == "DONE" and self.checkpoint is None:
             return "its checkpoints are gone"

@@ -24,6 +24,12 @@ def resume_command(run: str, job: str | None) -> str:
     )
 
 
+def new_run_command(run: str, job: str | None) -> str:
+    """What a person types to begin again what ``run``, whose last job was ``job``, was to do."""
+    is_local = (job or "").startswith("local")
+    return f"bash submit.sh{' --local' if is_local else ''} run.name={run}-2"
+
+
 class Phase(enum.Enum):
     """Where a rank is; within a step they follow in this order.
 
