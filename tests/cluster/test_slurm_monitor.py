@@ -91,6 +91,9 @@ def test_a_job_whose_node_dies_is_told_within_seconds(user):
     user.cluster.crash(head)
     try:
         user.wait_until(lambda: user.cluster.job(job)["Restarts"] == "1", "a requeue", 240)
+        if user.cluster.job_state(job) == "COMPLETING":
+            says(user, "lost", "RUNNING", "ending")
+        user.wait_until(lambda: user.cluster.job_state(job) == "PENDING", "the queue", 60)
         says(user, "lost", "QUEUED", "queued")
         training(user, "lost", 2)
     finally:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from trainstack.monitor.view import LOST_CAUSES, UNKNOWN, View
 from trainstack.run.queue import meaning
-from trainstack.run.states import QUEUED, RESTARTING, RUNNING, STARTING
+from trainstack.run.states import EXIT_CODES, QUEUED, RESTARTING, RUNNING, STARTING
 from trainstack.units import age, counted, seconds_of, time_of
 
 SILENT_SECONDS = 180  # without a sign of a run that trains; at least
@@ -33,6 +33,10 @@ def health_of(view: View) -> Health:
     if view.job.is_waiting:
         word = "blocked" if view.job.never_starts else "held" if view.job.is_held else "queued"
         return Health(word, waiting_for(view))
+    if view.job.state == "COMPLETING" and view.state not in EXIT_CODES:
+        return Health(
+            "ending", "Slurm takes its job from the nodes: one failed, or somebody ended it"
+        )
     if view.state == "SUSPENDED":
         return Health("suspended", "Slurm stopped its processes; it goes on when Slurm lets it")
     if view.state == "DONE":
