@@ -248,7 +248,7 @@ def test_what_comes_at_one_step_three_times_will_come_again(runs):
         happened(RunFolder(runs.home / "runs" / name), *events)
         said = why(runs, name)
         assert f"retry {told}" in said
-        assert ("as three times at step 160" in said) == (name == "stuck")
+        assert ("as three times near step 160" in said) == (name == "stuck")
 
 
 def test_with_many_nodes_and_a_long_cause_what_to_do_is_still_there(runs):

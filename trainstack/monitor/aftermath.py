@@ -72,13 +72,11 @@ def after_rows(view: View, told: Told, job: Job, is_stuck: bool) -> Rows:
         kind = kind._replace(advice="; ".join(parts).replace(MORE, ""))
     has_repeated = told.state == "NO_PROGRESS" or "; twice, " in told.cause
     helps = NO if is_stuck or (has_repeated and kind.whose == WORKLOAD) else kind.helps
-    helps += f", as three times at step {told.step:,}" if is_stuck else ""
+    helps += f", as three times near step {told.step:,}" if is_stuck else ""
     if is_stuck:
         who = f"rank {told.report['rank']}" if told.report else "the ranks"
-        advice = (
-            f"look at what step {told.step:,} does, and at the logs of {who}: {log_of(view, told)}"
-        )
-        kind = kind._replace(advice=advice)
+        advice = f"look at what comes near step {told.step:,}, and at the logs of {who}: "
+        kind = kind._replace(advice=advice + log_of(view, told))
     helps = "nothing failed" if told.state == "PAUSED" else helps
     helps = helps if is_bad(view) else "is tried now"
     if is_bad(view) and (
