@@ -326,6 +326,7 @@ def test_ctrl_c_says_what_to_do_and_holds_up_nobody(machine):
     machine.installs(f"touch {begun}; sleep 60")
     stopped = machine.start()
     wait_until(begun.exists, "the install", seconds=20)
+    time.sleep(0.5)  # the sleep has begun by now: bash would wait for one that missed the signal
     os.killpg(stopped.pid, signal.SIGINT)
     result = finish(stopped)
     assert result.returncode == 130
