@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from trainstack.history import goodput
-from trainstack.history.attempts import attempts_of, interruptions, read_executions
+from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.monitor import drawing
 from trainstack.monitor.drawing import Point
 from trainstack.monitor.health import health_of
@@ -64,7 +64,7 @@ def rows_of(view: View, console: Console, most_bytes: int) -> Iterator[tuple[str
         yield "cause", view.cause
     if view.next_action:
         yield "next", view.next_action
-    if found := interruptions(view.events, (view.status.get("job"), view.status.get("attempt"))):
+    if found := view.incidents:
         ask, last = f"bash monitor.sh {view.run.path.name} --why", found[-1].event.get("cause", "")
         told = "" if view.cause else shorten(last, 70, placeholder=" ...")
         yield "incidents", f"{len(found)}{told and ', the last: '}{told}; {ask}"

@@ -1,6 +1,7 @@
 """One run as it is now: what its folder says, and what Slurm says of its job."""
 
 import contextlib
+import functools
 import math
 import socket
 import statistics
@@ -11,9 +12,10 @@ from textwrap import shorten
 from typing import Any
 
 from trainstack.checkpoint import names
+from trainstack.history.attempts import Interruption, interruptions
 from trainstack.job.resources import minutes_in
 from trainstack.processes import process_start
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, tail_of
 from trainstack.run.lease import is_local_job, user
 from trainstack.run.queue import NO_JOB, Job
 from trainstack.run.states import (
@@ -34,6 +36,7 @@ LOST_CAUSES = {  # state that the run did not write itself -> why it is shown
 }
 TAIL_BYTES = 1 << 18  # of metrics.jsonl: some 800 lines
 EVALUATION_BYTES = 1 << 20  # of it, in which evaluations are looked for
+LOG_BYTES = 1 << 14  # of the log of a job, whose last line is told
 SPOILED = 2  # times the least usual loss, from which a checkpoint is no good start
 SPAN = 10  # logged steps, whose median is the usual loss
 BEGINS_SECONDS = 60  # from the checks of submit.sh --local to its job
@@ -88,6 +91,12 @@ class View:
             elif event["event"] == "slow_rank_over":
                 slow.pop(event["rank"], None)
         return list(slow.values())
+
+    @property
+    def incidents(self) -> list[Interruption]:
+        """What ended its attempts, or what they trained on after, oldest first."""
+        running = (self.status.get("job"), self.status.get("attempt"))  # it has not ended
+        return interruptions(self.events, (None, None) if self.state in LOST_CAUSES else running)
 
     @property
     def steps_between_lines(self) -> int:
@@ -156,13 +165,11 @@ class View:
             return "somebody cancelled it"
         if any(event["event"] == "attempt" for event in self.events):
             return "the job did not report why"
-        with contextlib.suppress(OSError):
-            written = (self.run.logs / f"{self.job_id}.out").read_text(errors="replace").split("\n")
-            if last := [line.strip() for line in written if line.strip()]:
-                return f"its log ends with: {shorten(last[-1], 200)}"
+        if written := tail_of(self.run.logs / f"{self.job_id}.out", LOG_BYTES).strip():
+            return f"its log ends with: {shorten(written.splitlines()[-1], 200)}"
         return f"the job wrote nothing: is {self.run.path} visible there?"
 
-    @property
+    @functools.cached_property
     def spoiled_loss(self) -> tuple[float, float] | None:
         """The usual loss before the newest checkpoint and the least one, if they are far apart."""
         step = self.checkpoint[0] if self.checkpoint else 0
@@ -246,11 +253,8 @@ def true_state(
     if state in EXIT_CODES or state == NOT_SUBMITTED:
         return state
     if state == STARTING and not status.get("job"):  # of this machine, and it has not begun
-        return (
-            state
-            if time.time() - written_at(run.path / "status.json") < BEGINS_SECONDS
-            else "KILLED"
-        )
+        began_at = written_at(run.path / "status.json")
+        return state if time.time() - began_at < BEGINS_SECONDS else "KILLED"
     if state != QUEUED and is_local_job(status.get("job") or ""):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell

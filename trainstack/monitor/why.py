@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainstack.history import attempts as history
 from trainstack.history.attempts import Interruption
 from trainstack.job.blame import blame, host_of, place_of, ranks_of, telling_lines, witness
 from trainstack.monitor.aftermath import Rows, Told, action_of, after_rows, is_bad
@@ -38,9 +37,7 @@ def lines_of(view: View, jobs: Mapping[str, Job] | None = None) -> list[str]:
 
     ``jobs``: all that Slurm shows, for those of earlier attempts.
     """
-    running = (view.status.get("job"), view.status.get("attempt"))
-    is_lost = view.state in LOST_CAUSES
-    found = history.interruptions(view.events, (None, None) if is_lost else running)
+    found = view.incidents
     lines = laid_out(("", head_of(view, len(found))))
     refused = [*refusal_rows(view.run)]
     if not found:

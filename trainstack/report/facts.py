@@ -8,7 +8,7 @@ from typing import Any
 from trainstack.checkpoint import names
 from trainstack.errors import without_secrets
 from trainstack.history import goodput
-from trainstack.history.attempts import Attempt, Event, attempts_of, last_durable_step
+from trainstack.history.attempts import ENDS, PASSED, Attempt, Event, attempts_of, last_durable_step
 from trainstack.history.goodput import Timeline
 from trainstack.history.settings import settings_of, shipped_settings
 from trainstack.monitor.health import health_of
@@ -16,9 +16,9 @@ from trainstack.monitor.view import View
 from trainstack.report.series import BY_SOURCE, Executed, curves_of
 from trainstack.units import seconds_of
 
-ENDS = ("failed", "hang", "diverged", "no_progress", "refused", "node_lost", "paused", "done")
-NOTABLE = {*ENDS, "preempted", "rollback", "skip", "save_failed", "slow_rank", "slow_rank_over",
-           "not_submitted"}  # fmt: skip
+# Events by which an attempt ends; a pause has told what preempted it.
+TOLD_ENDS = {*ENDS} - {"preempted", "not_submitted"}
+NOTABLE = {*ENDS, *PASSED, "rollback", "slow_rank_over"}
 MOST_NOTES = 200  # the newest are shown
 FINEST = 2000  # parts of the timeline: what is shorter is not seen
 
@@ -96,7 +96,7 @@ def rows_of(timeline: Timeline, attempts: Sequence[Attempt], least: float) -> li
 
 def how_ended(attempt: Attempt) -> str:
     """Its end in words; empty if it is not on record."""
-    ends = [event for event in attempt.events if event["event"] in ENDS]
+    ends = [event for event in attempt.events if event["event"] in TOLD_ENDS]
     return words_of(ends[-1]) if ends else ""
 
 

@@ -124,8 +124,8 @@ def curves_of(path: Path, sources: Sequence[str], executed: Executed) -> dict[st
         kept = extremes(values)
         steps, values = steps[kept], values[kept]
         found[name.replace(f"{BY_SOURCE}.", "eval_loss of ")] = {
-            "step": steps.tolist(), "at": rounded(executed.at_of(steps), 12),
-            "value": rounded(values, 6), "every": -(-int(is_there.sum()) // BINS),
+            "step": steps.tolist(), "at": significant(executed.at_of(steps), 12),
+            "value": significant(values, 6), "every": -(-int(is_there.sum()) // BINS),
         }  # fmt: skip
     return found
 
@@ -145,6 +145,6 @@ def extremes(values: np.ndarray) -> np.ndarray:
     return np.unique(np.minimum(np.concatenate(kept), number - 1))
 
 
-def rounded(values: np.ndarray, digits: int) -> list[float | None]:
+def significant(values: np.ndarray, digits: int) -> list[float | None]:
     """As JSON has them, with so many digits that count; None if unknown."""
     return [float(f"{value:.{digits}g}") if value == value else None for value in values.tolist()]
