@@ -29,6 +29,7 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
+from trainstack.evaluation.held_out import evaluate_all
 from trainstack.model.causal_lm import build_causal_lm, count_parameters
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
@@ -46,7 +47,6 @@ from trainstack.storage import layout
 from trainstack.train import ending, startup
 from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
-from trainstack.train.evaluate import evaluate_all
 from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
 from trainstack.train.report import Report
 from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS

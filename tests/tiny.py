@@ -50,7 +50,7 @@ SETTINGS = {
     "eval.eval_steps": 10,
     "eval.eval_samples": 16,
     "eval.sample_tokens": 4,
-    "eval.sample_prompt": "one",
+    "eval.prompts": ["one"],
     "log.logging_steps": 1,
     "log.report_to": [],
 }

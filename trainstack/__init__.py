@@ -20,11 +20,15 @@ prepare/     documents become tokens
 hub/         models and data sets arrive
 optim/       how weights change
 model/       the network, its loss, how it is spread
+adapter/     LoRA
+evaluation/  how good a model is
 resilience/  what keeps a run safe, or ends it
 train/       the parts of train.py's loop
 job/         from the command to the ranks
 monitor/     what runs do, and did
 report/      a page about a run
+trackers/    Weights & Biases, trackio
+export/      a model for others
 """
 
 import gc

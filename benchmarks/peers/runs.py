@@ -219,7 +219,7 @@ def settings(work: Work) -> list[str]:
         f"train.precision={work.precision}", f"optim.learning_rate={RATE}",
         "optim.weight_decay=0", f"optim.max_grad_norm={MOST_NORM}", "optim.warmup_steps=0",
         "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}",
-        "checkpoint.save_steps=100000", "eval.eval_steps=null", "eval.sample_prompt=null",
+        "checkpoint.save_steps=100000", "eval.eval_steps=null", "eval.prompts=[]",
         "log.report_to=[]", "log.logging_steps=5",
     ]  # fmt: skip
 

@@ -136,7 +136,7 @@ OVERRIDES = [
     ("optim.adam_beta1=1", "less than 1"),
     ("checkpoint.save_total_limit=1", "at least 2"),
     ("model.init=new", "not one of scratch or pretrained"),
-    ("log.report_to=[wandb]", "not one of tensorboard"),
+    ("log.report_to=[mlflow]", "not one of tensorboard"),
     ("run.name=a b", "not a plain name"),
     ("run.name=$(touch canary)", "not a plain name"),
     ("run.name=-rf", "not a plain name"),
@@ -407,7 +407,7 @@ def test_the_oddest_file_is_still_one_short_line(text, pattern, tmp_path):
 
 def test_a_tag_on_the_command_line_runs_nothing(tmp_path):
     canary = tmp_path / "canary"
-    tag = f'eval.sample_prompt=!!python/object/apply:os.system ["touch {canary}"]'
+    tag = f'model.revision=!!python/object/apply:os.system ["touch {canary}"]'
     assert "is not allowed; write a plain value" in complaint(check(tag))
     assert not canary.exists()
 
@@ -465,11 +465,9 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text)[:20])
 def test_any_text_reads_back_as_it_was(text, tmp_path):
     loaded = load(tiny.ROOT / "config.yaml", [])
-    asked = loaded.model_copy(
-        update={"eval": loaded.eval.model_copy(update={"sample_prompt": text})}
-    )
+    asked = loaded.model_copy(update={"eval": loaded.eval.model_copy(update={"prompts": [text]})})
     (tmp_path / "c.yaml").write_text(asked.to_yaml(), encoding="utf-8")
-    assert load(tmp_path / "c.yaml", []).eval.sample_prompt == text
+    assert load(tmp_path / "c.yaml", []).eval.prompts == [text]
 
 
 def test_the_resolved_configuration_that_is_printed_reads_back(tmp_path):

@@ -197,7 +197,7 @@ def test_a_real_pretrained_model_takes_two_steps_on_two_processes(checkout, hub,
     result = user(
         checkout, hub, "submit.sh", "--local", "run.name=smollm2", "train.max_steps=2",
         "train.global_batch_size=2", "train.micro_batch_size=1", "optim.learning_rate=1e-5",
-        "eval.eval_samples=2", "eval.sample_prompt=null",
+        "eval.eval_samples=2", "eval.prompts=[]",
         *settings,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -12,10 +12,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from trainstack.config.schema import ModelSection, TrainSection
 from trainstack.distributed import World
 from trainstack.errors import ConfigError
+from trainstack.evaluation.held_out import evaluate
 from trainstack.model.causal_lm import build_causal_lm, saved_weights
 from trainstack.model.ddp import wrap
 from trainstack.model.loss import CausalLMLoss
-from trainstack.train.evaluate import evaluate
 
 CPU = torch.device("cpu")
 TRAIN = {

@@ -27,7 +27,7 @@ MISTAKES = [
     (nothing, ["train.precision=fp8"], 2, "not one of fp32, tf32, bf16", ["train.precision=fp32"]),
     (nothing, ["train.max_steps=ten"], 2, "not a whole number", ["train.max_steps=10"]),
     (nothing, ["train.max_steps=none"], 2, "null", ["train.max_steps=null"]),
-    (nothing, ["eval.sample_prompt=none"], 2, "null", ["eval.sample_prompt=null"]),
+    (nothing, ["eval.prompts=[none]"], 2, "null", ["eval.prompts=[]"]),
     (nothing, ["train.torch_compile=yes"], 2, "write true", ["train.torch_compile=true"]),
     (nothing, ["train.global_batch_size=9", "train.micro_batch_size=2"], 2,
      "train.global_batch_size=", ["train.global_batch_size=8", "train.micro_batch_size=2"]),

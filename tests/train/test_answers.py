@@ -73,7 +73,7 @@ def test_a_chat_tuned_model_answers_what_it_learned_and_stops(tmp_path, family):
     names = {"model__name": "chat", "data__name": "chats", "data__packing": "best_fit"}
     tiny.write_config(
         tmp_path, **names, data__eval_fraction=0, eval__eval_steps=None,
-        eval__sample_prompt="one two", eval__sample_tokens=12,
+        eval__prompts=["one two"], eval__sample_tokens=12,
         train__max_steps=80, checkpoint__save_steps=80,
     )  # fmt: skip
     arguments = ["--home", str(tmp_path), "--config", str(tmp_path / "config.yaml")]

@@ -30,7 +30,7 @@ def home(tmp_path_factory):
     tiny.make_dataset(folder, documents=60)
     config = tiny.write_config(
         folder, train__max_steps=STEPS, checkpoint__save_steps=2, eval__eval_steps=None,
-        eval__sample_prompt=None, optim__learning_rate=0.03, optim__warmup_steps=1,
+        eval__prompts=[], optim__learning_rate=0.03, optim__warmup_steps=1,
         model__attn_implementation="eager",
     )  # fmt: skip
     tiny.run_command("prepare", "--home", folder, "--config", config)

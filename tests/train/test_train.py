@@ -20,11 +20,12 @@ from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.data import feed, order
 from trainstack.errors import ConfigError
+from trainstack.evaluation.held_out import Evaluation, bits_per_byte
+from trainstack.evaluation.samples import answer
 from trainstack.prepare.held_out import is_held_out
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
 from trainstack.train.ending import best_before
-from trainstack.train.evaluate import Evaluation, answer, bits_per_byte
 
 
 def weights_hash(home: Path, run: str, step: int = 20) -> str:
@@ -82,7 +83,7 @@ def test_a_sample_is_no_longer_than_the_model_has_positions(home, end):
     _, ended = answer(model, tokenizer, section, False, end, seed=0, seq_len=4)
     cut = "was cut after 7 tokens: with the prompt they are the 8 it can read"
     assert ended == f"{'stopped by itself, after 1 tokens' if end else cut} (eval.sample_tokens=48)"
-    long = section.model_copy(update={"sample_prompt": "one " * 8})
+    long = section.model_copy(update={"prompts": ["one " * 8]})
     with pytest.raises(ConfigError, match="has 8 of the 8 tokens that the model can read"):
         answer(model, tokenizer, long, False, end, seed=0, seq_len=4)
 
@@ -98,10 +99,10 @@ def test_a_sample_heeds_what_a_generation_config_asks_for(home):
     ask = (model, tokenizer, section, False, [], 0, 64)
     whole, ended = answer(*ask)
     assert "was cut" in ended
-    stop = whole.removeprefix(section.sample_prompt)[9]
+    stop = whole.removeprefix(section.prompts[0])[9]
     model.generation_config.update(stop_strings=[stop], return_dict_in_generate=True)
     text, ended = answer(*ask)
-    assert text == whole[: whole.index(stop, len(section.sample_prompt)) + 1]
+    assert text == whole[: whole.index(stop, len(section.prompts[0])) + 1]
     assert "stopped by itself" in ended
 
 

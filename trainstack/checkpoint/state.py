@@ -32,6 +32,11 @@ class TrainState:
     world_size: int
     torch: str  # its version
     undecayed: bool = False  # norms and other vectors in the shape of a matrix; once they decayed
+    loss_sum: float = 0.0  # of the steps since the last log line
+    loss_steps: int = 0  # how many they are
+    best_step: int = 0  # of the lowest held-out loss; 0: there was no evaluation yet
+    best_loss: float | None = None
+    evaluations_without_better: int = 0  # in a row, up to this step
 
     @classmethod
     def at_start(

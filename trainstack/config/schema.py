@@ -64,6 +64,7 @@ class Section(BaseModel):
 class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
+    branch_from: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}@\d+$")] | None
 
 
 class ModelSection(Section):
@@ -162,6 +163,16 @@ class DataSection(SourceSection):
         return self
 
 
+class AdapterSection(Section):
+    """Small matrices that learn in place of the model's own: LoRA (Hu et al., arXiv 2106.09685)."""
+
+    type: Literal["lora"] | None
+    r: PositiveInt
+    alpha: PositiveFloat
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | Annotated[list[Name], Field(min_length=1)]
+
+
 class TrainSection(Section):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt
@@ -183,6 +194,7 @@ class OptimSection(Section):
     lr_scheduler_type: Literal[*SCHEDULES]
     lr_scheduler_kwargs: dict[str, float | int | str | bool]
     warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None
 
     @field_validator("lr_scheduler_kwargs")
     @classmethod
@@ -193,15 +205,24 @@ class OptimSection(Section):
 
 
 class CheckpointSection(Section):
-    save_steps: PositiveInt | Literal["auto"]
+    save_steps: PositiveInt | Literal["auto", "epoch"]
     failure_hours: PositiveFloat | None
     save_total_limit: Annotated[int, Field(ge=2)]
 
 
+class MessageSection(Section):
+    """One message of a prompt."""
+
+    role: Name
+    content: Text
+
+
 class EvalSection(Section):
-    eval_steps: PositiveInt | None
+    eval_steps: PositiveInt | Literal["epoch"] | None
     eval_samples: PositiveInt | None
-    sample_prompt: Text | None
+    keep_best: bool
+    patience: PositiveInt | None
+    prompts: list[Text | Annotated[list[MessageSection], Field(min_length=1)]]
     sample_tokens: PositiveInt
 
 
@@ -214,7 +235,7 @@ class GuardSection(Section):
 
 class LogSection(Section):
     logging_steps: PositiveInt
-    report_to: list[Literal["tensorboard", "html"]]
+    report_to: list[Literal["tensorboard", "html", "wandb", "trackio"]]
 
 
 class Config(Section):
@@ -223,6 +244,7 @@ class Config(Section):
     run: RunSection
     model: ModelSection
     data: DataSection
+    adapter: AdapterSection
     train: TrainSection
     optim: OptimSection
     checkpoint: CheckpointSection

@@ -5,7 +5,6 @@ startup.py   before the first step: ownership, checkpoint, state
 announce.py  every number that decides the run, said first
 numbers.py   a step's numbers, read one step late
 ranks.py     their own times; a slow one is named
-evaluate.py  loss on held-out data; a sample of text
 report.py    log lines, files and status of the loop
 ending.py    how a run is left: paused or done
 """

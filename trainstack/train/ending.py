@@ -7,13 +7,13 @@ from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.names import newest_checkpoint
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.checkpoint.state import TrainState
+from trainstack.evaluation.samples import answer
 from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
-from trainstack.train.evaluate import answer
 from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
@@ -75,7 +75,7 @@ def best_before(run: RunFolder, newest: Path | None) -> str:
 def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
     """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
     section, run = attempt.config.eval, attempt.run
-    if not attempt.world.is_main or section.sample_prompt is None:
+    if not attempt.world.is_main or not section.prompts:
         return
     try:
         step, newest = newest_checkpoint(run.checkpoints)
@@ -84,7 +84,7 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
         with strategy.loss_model.autocast():  # flash attention knows no fp32
             text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
-        text = f"{section.sample_prompt} -> {text}" if is_chat else text
+        text = f"{section.prompts[0]} -> {text}" if is_chat else text
         log.info("sample  %s", text.replace("\n", "\n        "))
         log.info("        %s", end)
         (run.path / "sample.txt").write_text(text + "\n")

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
+from trainstack.evaluation.held_out import Evaluation, bits_per_byte
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
 from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
-from trainstack.train.evaluate import Evaluation, bits_per_byte
 from trainstack.train.numbers import StepResult, peak_memory_gb
 from trainstack.train.ranks import Ranks
 from trainstack.units import duration, rounded

@@ -1,0 +1,1 @@
+"""LoRA: small matrices beside the layers of a model that stays as it is."""

@@ -1,0 +1,1 @@
+"""A checkpoint as an ordinary folder of the Hugging Face Hub."""

@@ -1,0 +1,1 @@
+"""A run in Weights & Biases, trackio or TensorBoard, read from its files."""
