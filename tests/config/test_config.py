@@ -407,7 +407,7 @@ def test_the_oddest_file_is_still_one_short_line(text, pattern, tmp_path):
 
 def test_a_tag_on_the_command_line_runs_nothing(tmp_path):
     canary = tmp_path / "canary"
-    tag = f'model.revision=!!python/object/apply:os.system ["touch {canary}"]'
+    tag = f'data.subset=!!python/object/apply:os.system ["touch {canary}"]'
     assert "is not allowed; write a plain value" in complaint(check(tag))
     assert not canary.exists()
 
