@@ -97,7 +97,17 @@ def main() -> None:
 def new_model(options) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    if rank := options.settings["adapter_rank"]:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(options.settings["seed"])
+        alpha = options.settings["adapter_alpha"]
+        asked = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, asked)
+    return model
 
 
 def autocast(options):
