@@ -99,10 +99,7 @@ class Report:
         self, result: StepResult, mean_loss: float, step_seconds: float, data_seconds: float,
         by_source: dict[str, dict[str, float]],
     ) -> None:  # fmt: skip
-        """A line of a step; means are of the steps since the last line.
-
-        ``by_source``: more measurements, each of a mixture's data sets by their labels.
-        """
+        """A line, with means since the last one; ``by_source``: of a mixture's data sets."""
         slowest = self.ranks.read(result.step, data_seconds)
         if not self.is_main:
             return
