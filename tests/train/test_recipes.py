@@ -16,7 +16,8 @@ from trainstack.storage import layout, manifest
 RECIPES = sorted((tiny.ROOT / "recipes").glob("*.yaml"))
 SMALL = [
     "data.seq_len=32", "train.global_batch_size=4", "train.micro_batch_size=2",
-    "train.max_steps=2", "train.num_train_epochs=1", "train.precision=fp32", "train.torch_compile=false",
+    "train.max_steps=2", "train.num_train_epochs=1", "train.precision=fp32",
+    "train.torch_compile=false",
     "model.attn_implementation=auto", "eval.eval_samples=4", "eval.sample_tokens=4",
     "log.logging_steps=1", "log.report_to=[]",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from trainstack.train.ranks import Ranks
 from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
-HEADER = "%*s   epoch     loss     mean      lr    grad  tokens/s%s mem GB  left"
+HEADER = "%*s  epoch    loss    mean      lr   grad  tokens/s%s mem GB  left"
 CURVES = (  # of TensorBoard
     "loss", "mean_loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second",
 )  # fmt: skip
@@ -128,7 +128,7 @@ class Report:
             values["mfu"] = values["tokens_per_second"] * self.ideal_seconds
             mfu = f"  {values['mfu']:5.1%}"
         files.append_line(self.metrics, values)
-        log.info("%*s %7.3f %8.4f %8.4f %7.1e %7.2f %9s%s %6.2f  %s",
+        log.info("%*s %6.3f %7.4f %7.4f %7.1e %6.2f %9s%s %6.2f  %s",
                  self.width, f"{step:,}/{max_steps:,}", values["epoch"], result.loss, mean_loss,
                  values["learning_rate"], result.grad_norm,
                  f"{values['tokens_per_second']:,.0f}", mfu, values["peak_memory_gb"],
