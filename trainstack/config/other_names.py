@@ -51,7 +51,7 @@ THEIRS = {  # our key -> the names that other trainers have for it
     ),
     "train.global_batch_size": "total_batch_size train_batch_size",
     "train.num_train_epochs": "num_epochs epochs max_epochs",
-    "train.max_steps": "steps max_iters max_tokens max_steps_per_epoch",
+    "train.max_steps": "steps max_iters max_tokens max_samples max_steps_per_epoch",
     "train.precision": (
         "bf16 fp16 tf32 dtype torch_dtype compute_dtype pure_bf16 mixed_precision "
         "mixed_precision_param"
@@ -109,7 +109,7 @@ LACKING = {  # what there is in place of a setting -> the names that other train
     "dropout of a model is in its config.json; that of LoRA is adapter.dropout": (
         "dropout attention_dropout hidden_dropout resid_pdrop"
     ),
-    "write log.report_to: [wandb]; where to is set by WANDB_PROJECT and its like, in train.slurm": (
+    "write log.report_to: [wandb]; WANDB_PROJECT names the project, see doc/trackers.md": (
         "wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model "
         "wandb_mode"
     ),
@@ -127,9 +127,7 @@ LACKING = {  # what there is in place of a setting -> the names that other train
         "resume_from_checkpoint resume resume_from auto_resume_from_checkpoints ignore_data_skip "
         "ckpt_path"
     ),
-    "nothing is overwritten, for another run.name is a new run; remove it": (
-        "overwrite_output_dir overwrite_cache"
-    ),
+    "nothing is overwritten: another run.name is a new run; remove it": "overwrite_output_dir",
     "it trains, and evaluates if something is held out; remove it": (
         "do_train do_eval do_predict stage task_type"
     ),
@@ -152,9 +150,10 @@ LACKING = {  # what there is in place of a setting -> the names that other train
     "tokens are made once (bash download_data_model.sh) and read from a file; remove it": (
         "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor num_workers "
         "dataset_num_proc preprocessing_num_workers dataset_prepared_path streaming shuffle "
-        "tokenized_path pad_to_sequence_len group_by_length dataloader_drop_last"
+        "tokenized_path overwrite_cache pad_to_sequence_len group_by_length dataloader_drop_last"
     ),
     "no code of a model's repository runs here; remove it": "trust_remote_code",
+    "the kind of a model is in its config.json; remove it": "model_type architecture",
     "the tokenizer is the model's own; remove it": (
         "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_type use_fast_tokenizer "
         "eos_token pad_token"
