@@ -135,7 +135,7 @@ def epoch_lines(config: Config, corpus: Corpus) -> list[str]:
     }
     keys = " and ".join(key for key, every in intervals.items() if every == "epoch")
     steps = config.epoch_steps(corpus.train.num_samples)
-    is_saved = "checkpoint" in keys
+    is_saved = config.checkpoint.save_steps == "epoch"
     cost = ", which a kill without warning may cost" if is_saved else ""
     return [f"{keys}=epoch: every {counted(steps, 'step')}{cost}"] if keys else []
 
