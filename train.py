@@ -47,7 +47,7 @@ from trainstack.storage import layout
 from trainstack.train import ending, startup
 from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
-from trainstack.train.numbers import Pace, Requested, StepNumbers, is_due
+from trainstack.train.numbers import Pace, Requested, StepNumbers
 from trainstack.train.report import Report
 from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
@@ -63,8 +63,9 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     # Owned before anything slow: two jobs must never both train into one folder.
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
     lease = startup.own_run_folder(run, config, fixed, owner, options.gone, world)
-    max_steps = config.steps_for(enough_samples(config, corpus))
-    attempt = Attempt(config, world, plan, run, lease, owner, max_steps)
+    samples = enough_samples(config, corpus)
+    max_steps = config.steps_for(samples)
+    attempt = Attempt(config, world, plan, run, lease, owner, max_steps, samples)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
         return ending.pause(attempt, stop.reason)
@@ -92,7 +93,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
                     lease.check),
         small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
         watch=watch, faults=faults,
-        report=Report(attempt, rate_at, feed.sampler.total_samples, state.step,
+        report=Report(attempt, rate_at, state.step,
                       startup.ideal_seconds(attempt, strategy.loss_model)),
     )  # fmt: skip
     return loop.run()
@@ -166,7 +167,7 @@ class Loop:
 
     def train(self) -> None:
         """Step, evaluate, save, until max_steps or a stop."""
-        config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
+        attempt, state, max_steps = self.attempt, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.watch.at(state.step, Phase.WARM_UP, COMPILE_SECONDS)
         self.report.warms_up()
@@ -184,8 +185,8 @@ class Loop:
             state.step += 1
             # What any rank requested while the step before ran: its numbers have arrived now.
             is_stopping, is_saving = self.step(state.step)
-            is_saving |= is_due(state.step, config.checkpoint.save_steps, max_steps)
-            is_evaluating = is_due(state.step, config.eval.eval_steps, max_steps)
+            is_saving |= attempt.is_due(state.step, attempt.config.checkpoint.save_steps)
+            is_evaluating = attempt.is_due(state.step, attempt.config.eval.eval_steps)
             if is_evaluating or is_saving or is_stopping:
                 # Read this step's numbers at once, so that its log line comes first. A stop in them
                 # counts. A save request is dropped: either we save here anyway, or it comes again.
@@ -261,11 +262,11 @@ class Loop:
         if skips:
             self.report.skipped(result, skips)
         self.report.consumed(result)
-        if result.step == 1 or is_due(
-            result.step, self.attempt.config.log.logging_steps, self.attempt.max_steps
-        ):
-            source_tokens = self.feed.tokens_of(self.state.drawn)
-            self.report.step(result, *self.pace.read(), source_tokens)
+        self.state.add_loss(result.loss)
+        logging_steps = self.attempt.config.log.logging_steps
+        if result.step == 1 or self.attempt.is_due(result.step, logging_steps):
+            by_source = self.feed.by_source(self.state.drawn)
+            self.report.step(result, self.state.take_mean_loss(), *self.pace.read(), by_source)
         return result.requested
 
     def evaluate(self) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 import tiny
 from trainstack.config.load import load
-from trainstack.config.other_names import OTHER_NAMES
+from trainstack.config.other_names import LACKING, OTHER_NAMES, OTHER_VALUES, THEIRS
 from trainstack.config.problems import all_keys, suggestion
 from trainstack.config.schedules import SCHEDULES
 from trainstack.errors import ConfigError, Refused
@@ -176,8 +176,23 @@ OVERRIDES = [
     ("data.name=[./a.jsonl, ./b.jsonl]", "for several files name their folder, or"),
     ("data.name={train: ./a.jsonl}", "for several files name their folder, or"),
     ("data.name=~nobody-has-this-name/a", "the ~ is of nobody here; write the path itself"),
-    ("optim.warmup_steps=0.1", "not a whole number: it counts, and is no share; write"),
-    ("log.report_to=none", "not a list; write [tensorboard], or [] for metrics.jsonl alone"),
+    ("optim.warmup_steps=0.1", "it counts, and is no share; write optim.warmup_ratio=0.1"),
+    ("eval.eval_steps=0.1", "it counts, and is no share; write for example 8"),
+    ("checkpoint.save_steps=epochs", "not a whole number, auto or epoch; did you mean epoch?"),
+    ("checkpoint.save_steps=x", "not a whole number, auto or epoch; write for example 8"),
+    ("checkpoint.save_steps=no", "a run always saves"),
+    ("eval.eval_steps=steps", "not a whole number or epoch; write how many steps"),
+    ("eval.eval_steps=no", "write null if you mean none"),
+    ("log.report_to=wandb", "not a list; write [wandb]"),
+    ("log.report_to=none", "not a list; write [], and metrics.jsonl alone is written"),
+    ("log.report_to=all", "not a list; name them, as in [tensorboard, html]"),
+    ("log.report_to=[tensorboard, all]", "or trackio; name them, as in [tensorboard, html]"),
+    ("log.report_to=mlflow", "not a list; write [tensorboard], or [] for metrics.jsonl alone"),
+    ("adapter=lora", "adapter is a section: write adapter.type=lora"),
+    ("model=org/x", "model is a section: write model.name=org/x"),
+    ("optim=adamw_torch", "optim is a section; the optimizer is AdamW, and section optim has"),
+    ("adapter.type=qlora", "weights are not quantised here; write lora"),
+    ("adapter.target_modules=q_proj,v_proj", "write a list: [q_proj, v_proj]"),
     ("data.name=$DATA/a.jsonl", "$DATA is not replaced here; write what it stands for"),
     ("model.name=/data/${oc.env:USER}/m", "${oc.env:USER} is not replaced here"),
     ("data.chat_template='%HOME%/a.jinja'", "%HOME% is not replaced here"),
@@ -204,10 +219,113 @@ def test_a_mistake_on_the_command_line_is_one_line_that_repeats_it(override, fix
     assert not (tiny.ROOT / "canary").exists()
 
 
-@pytest.mark.parametrize("name", [n for n, ours in OTHER_NAMES.items() if ours])
-def test_the_names_of_other_trainers_lead_to_ours(name):
-    assert f"did you mean {OTHER_NAMES[name]}?" in suggestion(f"train.{name}")
-    assert OTHER_NAMES[name] in all_keys()
+FOREIGN = {  # as people know it -> what they read
+    "lora_r": "adapter.r?",
+    "lora_rank": "adapter.r?",
+    "lora_alpha": "adapter.alpha?",
+    "lora_dropout": "adapter.dropout?",
+    "lora_target_modules": "adapter.target_modules?",
+    "lora_target": "adapter.target_modules?",
+    "lora_target_linear": "adapter.target_modules?",
+    "use_peft": "adapter.type?",
+    "finetuning_type": "adapter.type?",
+    "peft_config": "write adapter: {type: lora}",
+    "use_dora": "of LoRA there is what section adapter has",
+    "load_in_4bit": "not quantised",
+    "qlora": "not quantised",
+    "bnb_4bit_quant_type": "not quantised",
+    "report_to": "log.report_to?",
+    "use_wandb": "log.report_to?",
+    "wandb_project": "write log.report_to: [wandb]",
+    "run_name": "run.name?",
+    "output_dir": "run.name?",
+    "load_best_model_at_end": "eval.keep_best?",
+    "metric_for_best_model": "eval.keep_best",
+    "greater_is_better": "eval.keep_best",
+    "early_stopping_patience": "eval.patience?",
+    "early_stopping_threshold": "eval.patience",
+    "num_train_epochs": "train.num_train_epochs?",
+    "max_epochs": "train.num_train_epochs?",
+    "save_strategy": "checkpoint.save_steps?",
+    "evaluation_strategy": "eval.eval_steps?",
+    "eval_strategy": "eval.eval_steps?",
+    "logging_strategy": "log.logging_steps?",
+    "save_only_model": "-m trainstack export RUN",
+    "push_to_hub": "-m trainstack export RUN --push",
+    "hub_model_id": "-m trainstack export RUN --push",
+    "hub_token": "-m trainstack export RUN --push",
+    "resume_from_checkpoint": "bash submit.sh --resume RUN",
+    "do_eval": "it trains, and evaluates",
+    "do_train": "it trains, and evaluates",
+    "predict_with_generate": "eval.prompts",
+    "warmup_ratio": "optim.warmup_ratio?",
+    "warmup_steps": "optim.warmup_steps?",
+    "num_warmup_steps": "optim.warmup_steps?",
+    "eval_on_start": "the first evaluation is after eval.eval_steps",
+    "per_device_train_batch_size": "train.micro_batch_size?",
+    "per_device_eval_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "derived",
+    "accumulate_grad_batches": "derived",
+    "include_num_input_tokens_seen": "logged in any case",
+    "neftune_noise_alpha": "no such thing",
+    "optim": "the optimizer is AdamW",
+    "optimizer": "the optimizer is AdamW",
+    "deepspeed": "DDP",
+    "fsdp": "DDP",
+    "devices": "train.slurm",
+    "num_nodes": "train.slurm",
+    "bf16": "train.precision?",
+    "torch_dtype": "train.precision?",
+    "gradient_checkpointing": "train.activation_checkpointing?",
+    "gradient_clip_val": "optim.max_grad_norm?",
+    "flash_attn": "model.attn_implementation?",
+    "dataset": "data.name?",
+    "dataset_text_field": "data.text_field?",
+    "val_set_size": "data.eval_fraction?",
+    "cutoff_len": "data.seq_len?",
+    "sample_packing": "data.packing?",
+    "train_on_inputs": "data.format?",
+    "template": "data.chat_template?",
+    "dataloader_num_workers": "bash download_data_model.sh",
+    "trust_remote_code": "no code of a model's repository runs here",
+    "tokenizer_name": "the tokenizer is the model's own",
+    "val_check_interval": "eval.eval_steps?",
+    "log_every_n_steps": "log.logging_steps?",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_who_knows_another_trainer_finds_each_setting_by_the_name_he_knows(name):
+    for written in (name, f"trainer.{name}", f"train.{name}"):
+        if written not in all_keys() and written != "optim":
+            assert FOREIGN[name] in suggestion(written), written
+
+
+def test_the_names_of_other_trainers_lead_to_settings_that_exist_and_none_to_two():
+    assert set(THEIRS) <= set(all_keys())
+    names = " ".join([*THEIRS.values(), *LACKING.values()]).split()
+    assert len(names) == len({*names}), {name for name in names if names.count(name) > 1}
+    keys = [f".{key.rpartition('.')[2]}" for key in all_keys()]
+    assert [name for name in names if f".{name}" in keys] == ["type", "dropout"]
+    sections = {key.partition(".")[0] for key in all_keys()}
+    for text in (*LACKING, *OTHER_VALUES):
+        for section, key in re.findall(r"\b([a-z]+)\.(?!slurm)([a-z_]+)", text):
+            assert section not in sections or f"{section}.{key}" in all_keys(), text
+
+
+SECTIONS_AS_VALUES = {
+    "adapter: lora": "adapter=lora: not a section; write adapter: {type: lora}",
+    "model: org/x": "model=org/x: not a section; write model: {name: org/x}",
+    "optim: adamw_torch": "optim=adamw_torch: not a section; the optimizer is AdamW",
+    "train: sft": "train=sft: not a section; put its keys below train:",
+}
+
+
+@pytest.mark.parametrize("text", SECTIONS_AS_VALUES)
+def test_a_value_for_a_section_is_told_where_it_goes(text, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{text}\n")
+    assert SECTIONS_AS_VALUES[text] in complaint(check("--config", path))
 
 
 def test_all_problems_are_told_at_once():
@@ -432,8 +550,7 @@ def test_the_names_of_other_trainers_are_told_all_at_once():
     assert told[0] == f"config: error: {len(names)} problems in the configuration"
     for name in names:
         (line,) = [line for line in told if f" train.{name}=1 (" in line]
-        fix = OTHER_NAMES[name]
-        assert f"did you mean {fix}?" in line if fix else "remove it" in line
+        assert OTHER_NAMES[name] in line
 
 
 def test_the_shipped_file_has_every_key_once_with_a_comment():

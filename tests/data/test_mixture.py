@@ -174,9 +174,11 @@ def test_killed_and_moved_from_1_to_4_to_2_processes_it_uses_every_sample_once(
         assert hashes[step] == f"{samples_hash(np.array(own)):013x}", step
     firsts = [0, sizes[0], sizes[0] + sizes[1], sum(sizes)]
     source_tokens = tiny.metrics(home, name, "source_tokens")
+    source_epochs = tiny.metrics(home, name, "source_epochs")
     for number, label in enumerate(SIZES):
         own = [sample for sample in due if firsts[number] <= sample < firsts[number + 1]]
         assert source_tokens[60][label] == len(own) * tiny.SEQ_LEN
+        assert source_epochs[60][label] == len(own) / sizes[number]
         assert len(own) > sizes[number], "at least one whole epoch of each"
         for epoch in range(len(own) // sizes[number]):
             used = own[epoch * sizes[number] : (epoch + 1) * sizes[number]]

@@ -12,6 +12,7 @@ from trainstack.optim.optimizer import OPTIMIZERS, build_optimizer, undecayed_ma
 SECTION = OptimSection(
     learning_rate=0.1, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
     max_grad_norm=1.0, lr_scheduler_type="constant", lr_scheduler_kwargs={}, warmup_steps=0,
+    warmup_ratio=None,
 )  # fmt: skip
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -5,18 +5,19 @@ import warnings
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from trainstack.config.schedules import SCHEDULES
 from trainstack.config.schema import OptimSection
 from trainstack.errors import ConfigError
-from trainstack.optim.schedule import build_schedule, describe_schedule
+from trainstack.optim.schedule import build_schedule, describe_schedule, warmup_of
 
 OPTIM = {
     "learning_rate": 1e-2, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.95,
     "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "lr_scheduler_type": "cosine_with_min_lr",
     "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 10,
+    "warmup_ratio": None,
 }  # fmt: skip
 SHAPES = ("linear", "cosine", "1-sqrt")
 TAKEN = {  # settings that each schedule takes
@@ -132,6 +133,27 @@ def test_warmup_that_is_not_used_or_does_not_end_is_a_line():
         )
     assert len(told("linear", {}, 11)) == 1
     assert len(told("linear", {}, 1, warmup_steps=1)) == 1  # nothing else is possible
+
+
+def test_a_warmup_ratio_is_a_share_of_all_steps_rounded_up_as_transformers_does():
+    trained = TrainingArguments(warmup_steps=0.03, report_to=[])
+    for steps in (1, 100, 333, 1000, 20_001):
+        asked = section("linear", {}, warmup_ratio=0.03)  # it decides, not the 10 warmup_steps
+        assert warmup_of(asked, steps) == trained.get_warmup_steps(steps)
+        equal = section("linear", {}, warmup_steps=warmup_of(asked, steps))
+        step = steps // 50 + 1
+        assert build_schedule(asked, steps)(step) == build_schedule(equal, steps)(step)
+    assert warmup_of(section("linear", {}, warmup_ratio=0.0), 100) == 0
+    assert "1.00e-02 at step 10 (its peak)" in told("linear", {}, 333, warmup_ratio=0.03)[0]
+
+
+def test_a_warmup_ratio_that_is_not_used_does_not_end_or_leaves_no_room_is_named():
+    assert told("constant", {}, 160, warmup_ratio=0.1)[1].startswith("optim.warmup_ratio=0.1 is no")
+    assert told("linear", {}, 10, warmup_ratio=0.95)[1].startswith(
+        "optim.warmup_ratio=0.95: all 10 steps of the run are warm-up"
+    )
+    with pytest.raises(ConfigError, match="80 warmup_steps, 0 num_stable_steps and 90 num_decay"):
+        told(WSD, {"num_decay_steps": 90}, 160, warmup_ratio=0.5)
 
 
 WSD = "warmup_stable_decay"

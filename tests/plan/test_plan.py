@@ -243,6 +243,10 @@ def test_goodput_falls_with_failures_and_with_the_time_between_saves():
     assert hours == 24 and 0.98 < share < 1
     rare = load(tiny.ROOT / "config.yaml", [words[1], "checkpoint.save_steps=36000"])
     assert estimate.goodput(rare, SYNTHETIC, 8, 1.0)[2] < share - 0.15
+    epoch = load(tiny.ROOT / "config.yaml", [words[1], "checkpoint.save_steps=epoch"])
+    of_rare = estimate.goodput(rare, SYNTHETIC, 8, 1.0)
+    assert estimate.goodput(epoch, SYNTHETIC, 8, 1.0, epoch_steps=36000) == of_rare
+    assert estimate.goodput(epoch, SYNTHETIC, 8, 1.0) == (interval, hours, share)
 
 
 @pytest.fixture

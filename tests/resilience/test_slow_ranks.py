@@ -99,7 +99,7 @@ def test_thousands_of_ranks_are_judged_in_little_time():
 
 def test_what_is_kept_until_a_log_line_does_not_grow_and_the_line_has_all_of_it(tmp_path):
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    ranks = Ranks(Attempt(None, world, None, RunFolder(tmp_path), None, None, 9))
+    ranks = Ranks(Attempt(None, world, None, RunFolder(tmp_path), None, None, 9, 9))
     tracemalloc.start()
     try:
         for step in range(10_000):

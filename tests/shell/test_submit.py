@@ -913,8 +913,9 @@ def test_a_schedule_that_cannot_be_is_refused_before_the_queue(site):
     # Without max_steps the data decide how many steps there are.
     epochs = ("train.max_steps=null", "train.num_train_epochs=1")
     assert "(its peak), " in site.submit("--dry-run", *epochs).stderr
-    told = site.submit("--dry-run", *epochs, "optim.warmup_steps=5000").stderr
-    assert "steps of the run are warm-up, which ends at" in told
+    told = site.submit("--dry-run", *epochs, "optim.warmup_steps=5000", "eval.eval_steps=epoch")
+    assert "steps of the run are warm-up, which ends at" in told.stderr
+    assert re.search(r"submit.sh: eval.eval_steps=epoch: every \d+ steps\n", told.stderr)
 
 
 def remove_model(home: Path) -> None:

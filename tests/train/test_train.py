@@ -127,7 +127,7 @@ def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
 
 def test_metrics_have_their_stable_keys(home, reference):
     first = json.loads((home / "runs/reference/metrics.jsonl").read_text().splitlines()[0])
-    keys = "step loss learning_rate grad_norm tokens_seen samples_seen epoch"
+    keys = "step loss mean_loss learning_rate grad_norm tokens_seen samples_seen epoch"
     keys += " tokens_per_second step_seconds data_seconds peak_memory_gb samples_hash"
     assert set(keys.split()) == set(first)
 

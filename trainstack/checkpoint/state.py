@@ -1,6 +1,7 @@
 """TrainState: what a checkpoint remembers beside tensors; the only one who knows state.json."""
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ class TrainState:
             drawn=[0] * data_sets if data_sets > 1 else None, left_out=left_out, identity=identity,
             settings=settings, scaler={}, guard={}, world_size=0, torch="", undecayed=True,
         )  # fmt: skip
+
+    def add_loss(self, loss: float) -> None:
+        """Count the loss of a step. One that is not finite has no mean with others."""
+        if math.isfinite(loss):
+            self.loss_sum += loss
+            self.loss_steps += 1
+
+    def take_mean_loss(self) -> float:
+        """Mean loss of the steps since this was called last; NaN if none was finite."""
+        mean = self.loss_sum / self.loss_steps if self.loss_steps else math.nan
+        self.loss_sum, self.loss_steps = 0.0, 0
+        return mean
 
     def to_json(self) -> bytes:
         """The content of state.json; floats come back to the last bit."""

@@ -69,7 +69,7 @@ def apply_overrides(values: dict, locations: dict[str, str], overrides: list[str
             locations.setdefault(above, location)
             target = target.setdefault(parent, {}) if isinstance(target, dict) else None
         if not isinstance(target, dict):
-            problems.append(f"{location}: no such key; {suggestion(dotted)}")
+            problems.append(f"{location}: no such key; {suggestion(dotted, text)}")
             continue
         node = whole_node(text)
         value = to_values(node, dotted, "command line", {}, problems) if node else text or None

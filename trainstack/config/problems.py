@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.config.names import SEVERAL, SEVERAL_SPLITS
-from trainstack.config.other_names import OTHER_NAMES, OTHER_VALUES
+from trainstack.config.other_names import FIRST_KEYS, OTHER_NAMES, OTHER_VALUES
 from trainstack.config.schedules import settings_of
 from trainstack.config.schema import NOTHING, Config
 from trainstack.errors import shown
@@ -85,30 +85,23 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind == "finite_number":
         return "not a finite number; write for example 2e-5"
     if kind.startswith(("int", "float")):
-        example, noun = ("8", "whole number") if kind.startswith("int") else ("2e-5", "number")
-        meant = number_meant(str(value), noun)
-        if kind.startswith("int") and isinstance(value, float) and 0 < value < 1:
-            return f"not a whole number: it counts, and is no share; write for example {example}"
-        if meant == value:
-            return f"in quotes it is a text; write {meant} without them"
-        return f"not a {noun}; write {meant or f'for example {example}'}"
+        return number_expected(kind[:3] == "int", value, dotted)
     if kind.startswith("bool"):
         word = str(value).strip().lower()
         meant = "true" if word in YES else "false" if word in NO else "one of the two"
         return f"neither true nor false; write {meant}"
-    if kind == "list_type" and dotted == "log.report_to":
-        return "not a list; write [tensorboard], or [] for metrics.jsonl alone"
     if kind == "list_type":
-        item = "" if value is None else shown(value)
-        item = f"{{name: {item}, weight: null}}" if dotted == "data.mixture" and item else item
-        return f"not a list; write [{item}]"
+        return f"not a list; {other_value(dotted, value) or f'write {list_meant(dotted, value)}'}"
     if kind == "dict_type":
         return "no keys with values; write {key: value, other: value}, or {} for none"
     if kind == "literal_error":
         options = limits["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), re.split(r", | or ", options), 1)
         hint = f"did you mean {near[0]}?" if near else "choose one"
-        return f"not one of {options}; {OTHER_VALUES.get(str(value), hint)}"
+        if dotted == "adapter.target_modules" and not near:
+            names = ", ".join(re.findall(r"[\w.]+", str(value)))
+            hint = f"write a list: [{names}]"
+        return f"not one of {options}; {other_value(dotted, value) or hint}"
     if kind == "string_pattern_mismatch":
         return "not a plain name; use letters, digits, dot, dash and underscore, at most 100"
     if kind == "nothing":
@@ -116,10 +109,49 @@ def expectation(kind: str, limits: dict, value: Any, dotted: str) -> str:
     if kind == "name":
         return limits["fix"]
     if kind in ("model_type", "model_attributes_type"):
-        if isinstance(value, str) and (pair := re.fullmatch(r"(\w+):(\S.*)", value)):
-            return f"not a section; a blank is missing, write {pair[1]}: {pair[2]}"
-        return f"not a section; put its keys below {dotted}:, indented by two spaces"
+        return f"not a section; {section_meant(dotted, value)}"
     return f"wrong type ({kind.replace('_', ' ')}); see the shipped config.yaml for an example"
+
+
+def other_value(dotted: str, value: Any) -> str | None:
+    """The fix for a value that other trainers take."""
+    return OTHER_VALUES.get(f"{dotted.partition('[')[0]}={value}")
+
+
+def number_expected(is_whole: bool, value: Any, dotted: str) -> str:
+    """What is wrong with what is no number, with the one that was meant or an example."""
+    example, noun = ("8", "whole number") if is_whole else ("2e-5", "number")
+    meant = number_meant(str(value), noun)
+    if is_whole and isinstance(value, float) and 0 < value < 1:
+        is_warmup = dotted == "optim.warmup_steps"
+        fix = f"optim.warmup_ratio={value:g}" if is_warmup else f"for example {example}"
+        return f"not a whole number: it counts, and is no share; write {fix}"
+    if meant == value:
+        return f"in quotes it is a text; write {meant} without them"
+    words = words_of(dotted)
+    near = difflib.get_close_matches(str(value), words, 1)
+    fix = f"did you mean {near[0]}?" if near else f"write {meant or f'for example {example}'}"
+    kinds = " or ".join([", ".join([noun, *words[:-1]]), *words[-1:]])
+    return f"not a {kinds}; {other_value(dotted, value) or fix}"
+
+
+def list_meant(dotted: str, value: Any) -> str:
+    """The list that was meant by what is none."""
+    if dotted == "log.report_to" and value not in words_of(dotted):
+        return "[tensorboard], or [] for metrics.jsonl alone"
+    item = "" if value is None else shown(value)
+    return f"[{{name: {item}, weight: null}}]" if dotted == "data.mixture" and item else f"[{item}]"
+
+
+def section_meant(dotted: str, value: Any) -> str:
+    """What was meant by a value where a section is wanted."""
+    if isinstance(value, str) and (pair := re.fullmatch(r"(\w+):(\S.*)", value)):
+        return f"a blank is missing, write {pair[1]}: {pair[2]}"
+    if isinstance(value, str) and dotted in FIRST_KEYS:
+        return f"write {dotted}: {{{FIRST_KEYS[dotted]}: {shown(value)}}}"
+    if isinstance(value, str) and dotted in OTHER_NAMES:
+        return OTHER_NAMES[dotted]
+    return f"put its keys below {dotted}:, indented by two spaces"
 
 
 def number_meant(text: str, noun: str) -> str:
@@ -148,11 +180,22 @@ def is_word_for_nothing(value: Any) -> bool:
     return value is False or str(value).strip().lower() in (*NOTHING, "off", "never", "no")
 
 
-def is_optional(dotted: str) -> bool:
-    """Whether a setting may be null."""
+def types_of(dotted: str) -> tuple:
+    """The types that a setting may have, if they are several."""
     section, _, key = dotted.partition(".")
     field = Config.model_fields[section].annotation.model_fields.get(key)
-    return field is not None and type(None) in typing.get_args(field.annotation)
+    return typing.get_args(field.annotation) if field else ()
+
+
+def is_optional(dotted: str) -> bool:
+    """Whether a setting may be null."""
+    return type(None) in types_of(dotted)
+
+
+def words_of(dotted: str) -> list[str]:
+    """The words that a setting takes beside other types."""
+    types = (each for each in types_of(dotted) if typing.get_origin(each) is typing.Literal)
+    return [word for each in types for word in typing.get_args(each)]
 
 
 def schedule_problem(optim: dict, key: str) -> str:
@@ -167,19 +210,26 @@ def schedule_problem(optim: dict, key: str) -> str:
     return f"{whole}: {name} takes {known}, and not {shown(key)}; write {whole}={{{kept}}}"
 
 
-def suggestion(dotted: str) -> str:
-    """The fix for an unknown key: the nearest of ours, also for the names of other trainers."""
+def suggestion(dotted: str, value: str = "") -> str:
+    """The fix for an unknown key: the nearest of ours, also for the names of other trainers.
+
+    ``value``: what was written for a section, where its keys are.
+    """
     dotted = re.sub(r"\.mixture\[\d+\]", "", dotted)
     name = dotted.rpartition(".")[2]
     if dotted in Config.model_fields:
-        return f"{dotted} is a section: write {dotted}.key=value"
+        is_value = value not in ("", "null")
+        if is_value and dotted in OTHER_NAMES:
+            return f"{dotted} is a section; {OTHER_NAMES[dotted]}"
+        pair = f"{FIRST_KEYS[dotted]}={shown(value)}" if is_value and dotted in FIRST_KEYS else ""
+        return f"{dotted} is a section: write {dotted}.{pair or 'key=value'}"
     keys = all_keys()
     section = difflib.get_close_matches(dotted, Config.model_fields, 1, 0.6)
     if section and "." not in dotted and dotted not in OTHER_NAMES:
         return f"did you mean {section[0]}?"
-    if name in OTHER_NAMES and OTHER_NAMES[name] is None:
-        return "it is derived from the batch sizes and the number of processes; remove it"
-    exact = OTHER_NAMES.get(name) or next((k for k in keys if k.endswith(f".{name}")), None)
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    exact = next((k for k in keys if k.endswith(f".{name}")), None)
     near = [exact] if exact else difflib.get_close_matches(dotted, keys, 1, 0.6)
     if not near:  # perhaps in a wrong section: by the last part alone
         by_name = {key.rpartition(".")[2]: key for key in keys}

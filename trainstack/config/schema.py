@@ -271,6 +271,10 @@ class Config(Section):
         samples = self.train.num_train_epochs * num_samples
         return math.ceil(samples / self.train.global_batch_size)
 
+    def epoch_steps(self, num_samples: int) -> int:
+        """Steps that an epoch of so many samples takes, the last one perhaps not for it alone."""
+        return math.ceil(num_samples / self.train.global_batch_size)
+
     def identity(self) -> dict[str, Any]:
         """The settings that may not change when a run is resumed, by their dotted keys.
 

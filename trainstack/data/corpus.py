@@ -11,8 +11,10 @@ from trainstack.config.schema import Config, DataSection
 from trainstack.data.split import Split
 from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
+from trainstack.units import counted
 
 EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
+WARMUP_AS_SHIPPED = 30  # optim.warmup_steps: likewise
 
 
 def open_corpus(home: Path, config: Config, checkpoints: Path | None = None) -> "Corpus":
@@ -125,16 +127,31 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
     return samples
 
 
+def epoch_lines(config: Config, corpus: Corpus) -> list[str]:
+    """How many steps an epoch is, if a checkpoint or an evaluation waits for its end."""
+    intervals = {
+        "checkpoint.save_steps": config.checkpoint.save_steps,
+        "eval.eval_steps": config.eval.eval_steps,
+    }
+    keys = " and ".join(key for key, every in intervals.items() if every == "epoch")
+    steps = config.epoch_steps(corpus.train.num_samples)
+    is_saved = config.checkpoint.save_steps == "epoch"
+    cost = ", which a kill without warning may cost" if is_saved else ""
+    return [f"{keys}=epoch: every {counted(steps, 'step')}{cost}"] if keys else []
+
+
 def not_used(config: Config, corpus: Corpus) -> list[str]:
     """Settings that have no effect in this run, each with the reason."""
     lines, train = [], config.train
     if train.max_steps is not None and train.num_train_epochs != EPOCHS_AS_SHIPPED:
         reason = "train.max_steps decides unless it is null"
         lines.append(f"train.num_train_epochs is not used: {reason}")
+    if config.optim.warmup_ratio is not None and config.optim.warmup_steps != WARMUP_AS_SHIPPED:
+        lines.append("optim.warmup_steps is not used: optim.warmup_ratio decides unless it is null")
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
     if config.guard.on_divergence != "stop" and train.precision == "fp16":
         lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
     if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":
-        lines.append("checkpoint.failure_hours is not used: save_steps is a number")
+        lines.append("checkpoint.failure_hours is not used: save_steps is not auto")
     return lines

@@ -91,12 +91,16 @@ class Feed:
         data_sets = self.corpus.train.data_sets_of(self.sampler.all_samples_at(step - 1))
         return (np.bincount(data_sets, minlength=len(drawn)) + drawn).tolist()
 
-    def tokens_of(self, drawn: list[int] | None) -> dict[str, int] | None:
-        """The same as tokens, by the data set's label."""
+    def by_source(self, drawn: list[int] | None) -> dict[str, dict[str, float]]:
+        """The same as tokens and as epochs, each by the data set's label; empty of a single one."""
         if drawn is None:
-            return None
-        tokens = (number * self.plan.seq_len for number in drawn)
-        return dict(zip(self.corpus.stores, tokens, strict=True))
+            return {}
+        labels, sizes, seq_len = self.corpus.stores, self.corpus.sizes, self.plan.seq_len
+        rows = list(zip(labels, drawn, sizes, strict=True))
+        return {
+            "source_tokens": {label: number * seq_len for label, number, _ in rows},
+            "source_epochs": {label: number / size for label, number, size in rows},
+        }
 
     def held_out(self, label: str, most: int | None) -> tuple[Iterator[Batch], int]:
         """This rank's held-out batches of a data set, and how many the rank with most has.

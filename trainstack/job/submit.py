@@ -18,7 +18,7 @@ from pathlib import Path
 from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config, OptimSection
-from trainstack.data.corpus import not_used
+from trainstack.data.corpus import epoch_lines, not_used
 from trainstack.errors import ConfigError, Failed
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
@@ -140,7 +140,7 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     say(f"{config_file.name} ok | {verified} | {space}")
     lines = [*inputs.not_needed(home, config, run.checkpoints), *rates, *high_rate(config)]
     lines += rate_jump(run, config.optim, step, max_steps)
-    lines += [*not_used(config, corpus), *remarks]
+    lines += [*epoch_lines(config, corpus), *not_used(config, corpus), *remarks]
     lines += [f"the tokens of {name} stay, which earlier rules made" for name in corpus.earlier]
     lines += planned(request, config, resources, model, max_steps - step)
     if changes:

@@ -1,5 +1,6 @@
 """The learning rate as a function of the step, and what is said of it before the first."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,6 +11,13 @@ from trainstack.errors import ConfigError
 SAMPLED = 1000  # steps at which a schedule is looked at, spread over the run
 
 
+def warmup_of(section: OptimSection, max_steps: int) -> int:
+    """Steps of warm-up: a share of all, rounded up as TrainingArguments does, or a number."""
+    if section.warmup_ratio is None:
+        return section.warmup_steps
+    return math.ceil(max_steps * section.warmup_ratio)
+
+
 def build_schedule(section: OptimSection, max_steps: int) -> Callable[[int], float]:
     """The learning rate at a step (from 1), by the schedule of that name.
 
@@ -17,7 +25,7 @@ def build_schedule(section: OptimSection, max_steps: int) -> Callable[[int], flo
     nor the last step is spent at rate zero.
     """
     name, settings = section.lr_scheduler_type, section.lr_scheduler_kwargs
-    warmup, peak = section.warmup_steps, section.learning_rate
+    warmup, peak = warmup_of(section, max_steps), section.learning_rate
 
     def rate_at(step: int) -> float:
         return peak * share_of_peak(name, settings, Place(step, warmup, max_steps + 1, peak))
@@ -32,7 +40,9 @@ def describe_schedule(section: OptimSection, max_steps: int) -> list[str]:
     is zero for several steps.
     """
     check_room(section, max_steps)
-    name, warmup, peak = section.lr_scheduler_type, section.warmup_steps, section.learning_rate
+    name, peak, ratio = section.lr_scheduler_type, section.learning_rate, section.warmup_ratio
+    warmup = warmup_of(section, max_steps)
+    given = f"optim.warmup_{f'steps={warmup}' if ratio is None else f'ratio={ratio:g}'}"
     rate_at = build_schedule(section, max_steps)
     steps = {1, warmup - 1, warmup, *range(1, max_steps, -(-max_steps // SAMPLED)), max_steps}
     rates = {step: rate_at(step) for step in sorted(steps) if 1 <= step <= max_steps}
@@ -56,21 +66,18 @@ def describe_schedule(section: OptimSection, max_steps: int) -> list[str]:
     ]
     lines = [f"learning rate {', '.join(told)}"]
     if name == "constant" and warmup:
-        lines.append(
-            f"optim.warmup_steps={warmup} is not used: constant has no warm-up, but "
-            "constant_with_warmup has"
-        )
+        lines.append(f"{given} is not used: constant has no warm-up, but constant_with_warmup has")
     elif warmup >= max(2, max_steps):
         lines.append(
-            f"optim.warmup_steps={warmup}: all {max_steps:,} steps of the run are warm-up, which "
-            f"ends at {rates[max_steps]:.2e}; optim.learning_rate={peak:g}"
+            f"{given}: all {max_steps:,} steps of the run are warm-up, which ends at "
+            f"{rates[max_steps]:.2e}; optim.learning_rate={peak:g}"
         )
     return lines
 
 
 def check_room(section: OptimSection, max_steps: int) -> None:
     """ConfigError if warm-up, stable steps and decay do not fit into the run."""
-    settings, warmup = section.lr_scheduler_kwargs, section.warmup_steps
+    settings, warmup = section.lr_scheduler_kwargs, warmup_of(section, max_steps)
     decay, stable = settings.get("num_decay_steps", 0), settings.get("num_stable_steps", 0)
     if decay and warmup + stable + decay > max_steps + 1:
         left = max_steps - warmup - stable

@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     where = facts.machines_of(options.home, options.nodes, per_node, gpu, options.network)
     cost = facts.known_cost(options.home, folder, config, where)
     cost = cost or facts.new_cost(options.home, folder, config, where)
-    print("\n".join(page(config, cost, where, steps_of(options.home, config))))
+    print("\n".join(page(config, cost, where, *steps_of(options.home, config))))
     return 0
 
 
@@ -65,17 +65,18 @@ def say(text: str) -> None:
     print(f"plan: {text}", file=sys.stderr)
 
 
-def steps_of(home: Path, config: Config) -> int | None:
-    """None if the number of steps follows from tokens that are not there."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
+def steps_of(home: Path, config: Config) -> tuple[int | None, int | None]:
+    """Of the run and of an epoch; None if that follows from tokens that are not there."""
     try:
-        return config.steps_for(open_corpus(home, config).train.num_samples)
+        samples = open_corpus(home, config).train.num_samples
     except (ConfigError, OSError):
-        return None
+        return config.train.max_steps, None
+    return config.steps_for(samples), config.epoch_steps(samples)
 
 
-def page(config: Config, cost: Cost, machines: Machines, steps: int | None) -> Iterator[str]:
+def page(
+    config: Config, cost: Cost, machines: Machines, steps: int | None, epoch_steps: int | None
+) -> Iterator[str]:
     """Lines for a person."""
     world, where = machines.world_size, "GPU" if machines.gpu else "process"
     name = machines.gpu.name if machines.gpu else f"processes on {machine.processor()}"
@@ -91,8 +92,8 @@ def page(config: Config, cost: Cost, machines: Machines, steps: int | None) -> I
         yield "step time: not known, since this processor was not measured; add --calibrate"
     else:
         yield from speed(config, cost, machines, pace)
-        yield from course(config, cost, machines, pace, steps)
-    if assumed := [*assumptions(config, cost, machines, pace)]:
+        yield from course(config, cost, machines, pace, steps, epoch_steps)
+    if assumed := [*assumptions(config, cost, machines, pace, epoch_steps)]:
         yield from ["assumed:", *(f"  {line}" for line in assumed)]
 
 
@@ -120,10 +121,11 @@ def speed(config: Config, cost: Cost, machines: Machines, pace: Pace) -> Iterato
 
 
 def course(
-    config: Config, cost: Cost, machines: Machines, pace: Pace, steps: int | None
-) -> Iterator[str]:
+    config: Config, cost: Cost, machines: Machines, pace: Pace, steps: int | None,
+    epoch_steps: int | None,
+) -> Iterator[str]:  # fmt: skip
     world = machines.world_size
-    interval, hours, share = estimate.goodput(config, cost, world, pace.step)
+    interval, hours, share = estimate.goodput(config, cost, world, pace.step, epoch_steps)
     size = bytes_text(estimate.checkpoint_bytes(cost))
     yield f"checkpoints: {size} each, one every {age(interval)}"
     yield f"goodput: {share:.1%}, with a failure in {hours:,.0f} hours"
@@ -135,7 +137,9 @@ def course(
         )
 
 
-def assumptions(config: Config, cost: Cost, machines: Machines, pace: Pace | None) -> Iterator[str]:
+def assumptions(
+    config: Config, cost: Cost, machines: Machines, pace: Pace | None, epoch_steps: int | None
+) -> Iterator[str]:
     if cost.note:
         yield f"operations and memory {cost.note}"
     if gpu := machines.gpu:
@@ -158,6 +162,8 @@ def assumptions(config: Config, cost: Cost, machines: Machines, pace: Pace | Non
         yield f"{8 * machines.network:,.0f} Gb/s for each {'GPU' if gpu else 'process'} (--network)"
     if config.data.packing != "concat":
         yield "attention as if each row were one document"
+    if config.checkpoint.save_steps == "epoch" and not epoch_steps:
+        yield "saves as by save_steps=auto, for the tokens of an epoch are not there"
     if pace:
         yield f"a save hides behind training, a restart takes {estimate.RESTART_SECONDS:.0f} s"
         yield "evaluations and the start are not in the hours"

@@ -190,11 +190,17 @@ def all_reduce(size: float, nodes: int, per_node: int, link: float, network: flo
     return inside + 2 * (nodes - 1) / nodes * size / per_node / network
 
 
-def goodput(config: Config, cost: Cost, world: int, step: float) -> tuple[float, float, float]:
-    """Seconds between saves, hours between failures, and the share of time that counts."""
+def goodput(
+    config: Config, cost: Cost, world: int, step: float, epoch_steps: int | None = None
+) -> tuple[float, float, float]:
+    """Seconds between saves, hours between failures, and the share of time that counts.
+
+    ``epoch_steps``: of an epoch; if that is not known, its saves come as if they were auto.
+    """
     save = first_save_seconds(cost.parameters)
     hours = config.checkpoint.failure_hours or FAILURE_GPU_HOURS / world
     every = config.checkpoint.save_steps
+    every = epoch_steps or "auto" if every == "epoch" else every
     interval = Interval(hours, [], save, 0.0).seconds if every == "auto" else every * step
     interval = max(interval, save)  # a save waits for the one before
     lost = OVERLAP_COST * save / interval + (interval / 2 + RESTART_SECONDS) / (3600 * hours)

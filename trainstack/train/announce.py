@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from trainstack.checkpoint.state import read_state
-from trainstack.data.corpus import not_used
+from trainstack.data.corpus import epoch_lines, not_used
 from trainstack.data.feed import Feed
 from trainstack.model.causal_lm import describe
 from trainstack.model.strategy import Strategy
@@ -39,12 +39,12 @@ def announce(attempt: Attempt, feed: Feed, strategy: Strategy, newest: Path | No
     is_older = world.device.type == "cpu" or torch.cuda.get_device_capability(world.device)[0] < 8
     if config.train.precision == "tf32" and is_older:
         log.info("%s  tf32 is what GPUs since 2020 know; here it is fp32", indent)
-    epochs = attempt.max_steps * plan.global_batch_size / feed.sampler.total_samples
+    epochs = attempt.max_steps * plan.global_batch_size / attempt.samples
     log.info("%s  %s", indent, plan)
     log.info("%s  %s = %.2f epochs", indent, counted(attempt.max_steps, "step"), epochs)
     if len(config.data.sources) > 1:
         announce_mixture(attempt, feed, indent)
-    for line in not_used(config, feed.corpus):
+    for line in (*epoch_lines(config, feed.corpus), *not_used(config, feed.corpus)):
         log.info("%s  %s", indent, line)
     for window in feed.sampler.left_out:
         log.info("%s  %s steps of data after step %s are left out, since a rollback", indent,

@@ -20,8 +20,19 @@ class Attempt:
     lease: Lease  # taken by rank 0
     owner: Owner  # job and number of the attempt
     max_steps: int
+    samples: int  # of an epoch
 
     @property
     def id(self) -> str:
         """JOB.N, as records and file names have it."""
         return f"{self.owner.job}.{self.owner.attempt}"
+
+    def is_due(self, step: int, every: int | str | None) -> bool:
+        """Whether what happens every so many steps, or once an epoch, happens after this step.
+
+        At the end of the run it always does. An epoch ends within a step; it is due after that one.
+        """
+        if every == "epoch":
+            size = self.plan.global_batch_size
+            return step == self.max_steps or step * size % self.samples < size
+        return step == self.max_steps or (isinstance(every, int) and step % every == 0)

@@ -183,8 +183,3 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 / 1e9 if found else 0.0  # not every kernel tells
-
-
-def is_due(step: int, every: int | str | None, max_steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
-    return step == max_steps or (isinstance(every, int) and step % every == 0)

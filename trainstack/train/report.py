@@ -21,8 +21,10 @@ from trainstack.train.ranks import Ranks
 from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
-HEADER = "           step    epoch     loss       lr    grad  tokens/s%s  mem GB  left"
-CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")  # of TensorBoard
+HEADER = "%*s  epoch    loss    mean      lr   grad  tokens/s%s mem GB  left"
+CURVES = (  # of TensorBoard
+    "loss", "mean_loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second",
+)  # fmt: skip
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
 
@@ -33,16 +35,17 @@ class Report:
     """
 
     def __init__(
-        self, attempt: Attempt, rate_at: Callable[[int], float], samples: int, first_step: int,
+        self, attempt: Attempt, rate_at: Callable[[int], float], first_step: int,
         ideal_seconds: float | None,
     ):  # fmt: skip
-        """``samples``: of an epoch. ``ideal_seconds``: of a token at the peak rate of all GPUs.
+        """``ideal_seconds``: of a token at the peak rate of all GPUs.
 
         ``first_step``: the step from which this attempt trains. What earlier attempts wrote beyond
         it is dropped, since those steps come again.
         """
-        self.attempt, self.rate_at, self.samples = attempt, rate_at, samples
+        self.attempt, self.rate_at = attempt, rate_at
         self.ideal_seconds, self.ranks = ideal_seconds, Ranks(attempt)
+        self.width = len(f"{attempt.max_steps:,}/{attempt.max_steps:,}")  # of a log line's step
         self.is_main, self.metrics = attempt.world.is_main, attempt.run.path / "metrics.jsonl"
         self._status_at, self._saved_at = 0.0, time.monotonic()
         self._hashes: list[str] = []  # lines for samples.jsonl
@@ -56,7 +59,7 @@ class Report:
             self._tensorboard = SummaryWriter(
                 attempt.run.path / "tensorboard", purge_step=first_step + 1, flush_secs=30
             )
-        log.info(HEADER, "    MFU" if ideal_seconds else "")
+        log.info(HEADER, self.width, "step", "    MFU" if ideal_seconds else "")
 
     def warms_up(self) -> None:
         """What was to be loaded is; compiling may follow."""
@@ -93,10 +96,10 @@ class Report:
             self.attempt.run.add_event("skip", step=result.step, cause=text)
 
     def step(
-        self, result: StepResult, step_seconds: float, data_seconds: float,
-        source_tokens: dict[str, int] | None,
+        self, result: StepResult, mean_loss: float, step_seconds: float, data_seconds: float,
+        by_source: dict[str, dict[str, float]],
     ) -> None:  # fmt: skip
-        """A line of a step; ``source_tokens``: of a mixture's data sets."""
+        """A line, with means since the last one; ``by_source``: of a mixture's data sets."""
         slowest = self.ranks.read(result.step, data_seconds)
         if not self.is_main:
             return
@@ -106,29 +109,29 @@ class Report:
         values = {
             "step": step,
             "loss": result.loss,
+            "mean_loss": mean_loss,
             "learning_rate": self.rate_at(step),
             "grad_norm": result.grad_norm,
             "tokens_seen": samples_seen * plan.seq_len,
             "samples_seen": samples_seen,
-            "epoch": samples_seen / self.samples,
+            "epoch": samples_seen / self.attempt.samples,
             "tokens_per_second": plan.tokens_per_step / step_seconds,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
             "peak_memory_gb": round(peak_memory_gb(self.attempt.world.device), 3),
             "samples_hash": result.samples_hash,
             **slowest,
+            **by_source,
         }
         mfu = ""
         if self.ideal_seconds:
             values["mfu"] = values["tokens_per_second"] * self.ideal_seconds
             mfu = f"  {values['mfu']:5.1%}"
-        if source_tokens is not None:
-            values["source_tokens"] = source_tokens
         files.append_line(self.metrics, values)
-        log.info("%15s  %7.3f %8.4f %8.1e %7.2f %9s%s %7.2f  %s",
-                 f"{step:,}/{max_steps:,}", values["epoch"], result.loss, values["learning_rate"],
-                 result.grad_norm, f"{values['tokens_per_second']:,.0f}", mfu,
-                 values["peak_memory_gb"],
+        log.info("%*s %6.3f %7.4f %7.4f %7.1e %6.2f %9s%s %6.2f  %s",
+                 self.width, f"{step:,}/{max_steps:,}", values["epoch"], result.loss, mean_loss,
+                 values["learning_rate"], result.grad_norm,
+                 f"{values['tokens_per_second']:,.0f}", mfu, values["peak_memory_gb"],
                  duration((max_steps - step) * step_seconds))  # fmt: skip
         for key in CURVES if self._tensorboard else ():
             self._tensorboard.add_scalar(f"train/{key}", values[key], step)
