@@ -25,3 +25,7 @@ class Attempt:
     def id(self) -> str:
         """JOB.N, as records and file names have it."""
         return f"{self.owner.job}.{self.owner.attempt}"
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a log line."""
+        return step in (1, self.max_steps) or step % self.config.log.logging_steps == 0
