@@ -13,7 +13,7 @@ from transformers import StoppingCriteriaList
 from trainstack import distributed
 from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import ENDS, GENERATION, ends_in
-from trainstack.config.schema import Config, MessageSection
+from trainstack.config.schema import Config
 from trainstack.distributed import World, any_rank
 from trainstack.errors import ConfigError, first_words
 from trainstack.evaluation.held_out import as_used
@@ -23,7 +23,7 @@ from trainstack.waits import ANSWER_SECONDS
 
 DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 50}
 ANSWERED = {"do_sample": False}
-Prompt = str | list[MessageSection]
+Prompt = str | list[dict[str, str]]  # messages
 
 
 class Said(NamedTuple):
@@ -138,9 +138,7 @@ class Prompts:
             ids = self.tokenizer(prompt)["input_ids"]
             # Behind an end another text would follow.
             return ids[:-1] if ids[-1:] == [self.tokenizer.eos_token_id] else ids
-        question = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, str):
-            question = [message.model_dump() for message in prompt]
+        question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 f"eval.prompts has messages ({shown(prompt)}), and the model has no chat template; "
@@ -152,7 +150,7 @@ class Prompts:
 
 def shown(prompt: Prompt) -> str:
     """A prompt as people read it: of a conversation what was said last, and before."""
-    return prompt if isinstance(prompt, str) else " | ".join(m.content for m in prompt)
+    return prompt if isinstance(prompt, str) else " | ".join(m["content"] for m in prompt)
 
 
 def stopping(ids: torch.Tensor, is_wanted: bool) -> torch.Tensor:
