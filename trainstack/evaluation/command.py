@@ -27,6 +27,8 @@ from trainstack.distributed import World
 from trainstack.errors import ConfigError, Failed
 from trainstack.evaluation.held_out import Evaluation, evaluate_all, overall
 from trainstack.evaluation.samples import Prompts, Said
+from trainstack.hub.asset import named_assets
+from trainstack.hub.fetch import provide
 from trainstack.model.causal_lm import build_causal_lm, check_kind, read_config, special_tokens
 from trainstack.model.loss import CausalLMLoss
 from trainstack.storage import layout, manifest
@@ -174,15 +176,20 @@ def make_ready(subject: Subject, config: Config, home: Path) -> None:
         return
     except ConfigError:
         pass
-    what = ["--home", str(home), "--config", str(subject.config_file), *subject.overrides]
+    what = ["--config", str(subject.config_file), *subject.overrides]
+    for asset in named_assets(config, home):
+        if asset.folder.exists() or asset.name == layout.DEMO:
+            continue
+        if not layout.is_local(asset.name):
+            fetch = " ".join(["bash download_data_model.sh", *what])
+            raise Failed(f"{asset} is not here; run: {fetch}")
+        provide(asset, is_forced=False, retry_delay=0)
     paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    for command in ("hub", "prepare"):  # apart: processes that tokenise cannot be forked from here
-        call = [sys.executable, "-m", "trainstack", command, *what]
-        if subprocess.run(call, env=variables, stdout=sys.stderr).returncode:
-            names = " and ".join(source.name for source in config.data.sources)
-            fix = " ".join(["bash download_data_model.sh", *what[2:]])
-            raise Failed(f"{names} could not be made ready; if it is on the Hub, run: {fix}")
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # Apart, since processes that tokenise cannot be forked from here.
+    call = [sys.executable, "-m", "trainstack", "prepare", "--home", str(home), *what]
+    if subprocess.run(call, env=variables, stdout=sys.stderr).returncode:
+        raise Failed("the tokens could not be made, as was just told; correct that first")
 
 
 def print_lines(subject: Subject, results: dict[str, Evaluation], said: list[Said]) -> None:
