@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before torch is missed
@@ -30,6 +31,7 @@ from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
 from trainstack.evaluation.held_out import evaluate_all
+from trainstack.evaluation.samples import Prompts
 from trainstack.model.causal_lm import build_causal_lm, count_parameters
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
@@ -49,7 +51,7 @@ from trainstack.train.announce import announce, announce_loading
 from trainstack.train.attempt import Attempt
 from trainstack.train.numbers import Pace, Requested, StepNumbers
 from trainstack.train.report import Report
-from trainstack.waits import COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
+from trainstack.waits import ANSWER_SECONDS, COMPILE_SECONDS, LOAD_SECONDS, SAVE_SECONDS
 
 
 def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
@@ -86,12 +88,13 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     rate_at = build_schedule(config.optim, max_steps)
     startup.tell_running(attempt, state.step, stop, count_parameters(strategy.causal_lm))
     announce(attempt, feed, strategy, newest)
+    small_files = startup.small_files(strategy.causal_lm, newest or model_folder, corpus)
     loop = Loop(
         attempt=attempt, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
         stop=stop, interval=startup.build_interval(attempt, stop.save_seconds),
         saver=Saver(attempt.run.checkpoints, world, config.checkpoint.save_total_limit, attempt.id,
                     lease.check),
-        small_files=startup.small_files(strategy.causal_lm, newest or model_folder, corpus),
+        small_files=small_files, prompts=Prompts(config, corpus.is_chat, small_files),
         watch=watch, faults=faults,
         report=Report(attempt, rate_at, state.step,
                       startup.ideal_seconds(attempt, strategy.loss_model)),
@@ -131,6 +134,7 @@ class Loop:
     interval: Interval | None  # on rank 0 if save_steps is auto: when to save
     saver: Saver  # checkpoints, written during training
     small_files: dict[str, bytes]  # of a checkpoint, beside the weights
+    prompts: Prompts  # what the model is asked at each evaluation
     watch: Watch  # ends a loop that does not move
     faults: Faults  # breaks on purpose: TRAINSTACK_FAULT
     report: Report  # log lines, files, status; which rank is slow?
@@ -154,7 +158,6 @@ class Loop:
             if state.step < attempt.max_steps or not state.is_evaluated:
                 return ending.pause(attempt, self.stop.reason, state.step)
             self.watch.at(state.step, Phase.END, LOAD_SECONDS)
-            ending.show_sample(attempt, self.strategy, self.feed.corpus.is_chat)
             return ending.complete(attempt, state, time.monotonic() - self.started)
         except Diverged as error:  # the save of good steps that is under way is finished
             self.watch.at(error.step, Phase.SAVE, SAVE_SECONDS)
@@ -213,6 +216,7 @@ class Loop:
         data = self.feed.at(step)
         # Forward and backward. On a GPU this only queues work: the host is far ahead from here on.
         batches, targets = self.watched(data, step), data.target_tokens
+        self.strategy.loss_model.count(self.attempt.is_logged(step))
         loss_sum, grad_norm = self.strategy.gradients(batches, targets, self.numbers.before_waiting)
         # The numbers of the step before have arrived meanwhile: log them, or raise Diverged.
         requested_before = self.read_numbers()
@@ -224,7 +228,8 @@ class Loop:
         is_save_due = self.interval is not None and self.interval.is_due(time.monotonic())
         requested = Requested(is_stop_due, is_save_due)
         # 1. One all-reduce: loss, norm, requests, hash. The verdict stays on the device.
-        is_bad = self.numbers.send(step, data, loss_sum, grad_norm, requested, self.guard.judge)
+        is_bad = self.numbers.send(step, data, loss_sum, grad_norm, requested, self.guard.judge,
+                                   self.strategy.loss_model.hits)  # fmt: skip
         self.watch.at(step, Phase.UPDATE)
         # 2. A snapshot that is being copied needs the weights as they were before this update.
         self.stall_seconds += self.saver.before_update()
@@ -263,30 +268,29 @@ class Loop:
             self.report.skipped(result, skips)
         self.report.consumed(result)
         self.state.add_loss(result.loss)
-        logging_steps = self.attempt.config.log.logging_steps
-        if result.step == 1 or self.attempt.is_due(result.step, logging_steps):
+        if self.attempt.is_logged(result.step):
             by_source = self.feed.by_source(self.state.drawn)
             self.report.step(result, self.state.take_mean_loss(), *self.pace.read(), by_source)
         return result.requested
 
     def evaluate(self) -> None:
-        """Loss and perplexity over what is held out; ``state.is_evaluated`` tells if it ended.
+        """The loss over what is held out; ``state.is_evaluated`` tells if that ended. Then prompts.
 
         It is cut short by a stop, and then made first thing when the run is resumed.
         """
         step, started = self.state.step, time.monotonic()
 
-        def wants_stop() -> bool:
-            self.watch.at(step, Phase.EVALUATION)
+        def wants_stop(phase: Phase = Phase.EVALUATION, seconds: float = 0) -> bool:
+            self.watch.at(step, phase, seconds)
             return self.stop.is_wanted(0, self.saver.saves_until_stop)
 
-        most = self.attempt.config.eval.eval_samples
-        results = evaluate_all(self.feed, most, self.strategy.loss_model, wants_stop)
+        config, loss_model, world = self.attempt.config, self.strategy.loss_model, self.feed.world
+        results = evaluate_all(self.feed.corpus, config, loss_model, world, wants_stop)
         self.state.is_evaluated = results is not None
-        if results:
-            self.report.evaluation(step, results, time.monotonic() - started)
-        if results != {}:  # without held-out data nothing was done
-            self.pace.restart()
+        wants_no_more = partial(wants_stop, Phase.PROMPTS, ANSWER_SECONDS)
+        said = self.prompts.ask(loss_model, world, wants_no_more)
+        self.report.evaluation(step, results, said, time.monotonic() - started)
+        self.pace.restart()
 
     def save(self) -> None:
         """Begin to publish checkpoint-<step>; it is written while the next steps run."""

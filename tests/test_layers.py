@@ -34,8 +34,8 @@ LIGHT = (  # what a login node runs
     "history.ledger", "monitor.screen", "plan.command", "report.page",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
-    "__main__.py", "distributed.py", "data/report.py", "hub/fetch.py", "job/launch.py",
-    "job/submit.py", "model/proof.py", "monitor/clean.py", "history/goodput.py",
+    "__main__.py", "distributed.py", "data/report.py", "evaluation/command.py", "hub/fetch.py",
+    "job/launch.py", "job/submit.py", "model/proof.py", "monitor/clean.py", "history/goodput.py",
     "history/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
     "prepare/tokenise.py", "report/page.py",
 }  # fmt: skip

@@ -51,6 +51,10 @@ def test_ranks_that_wait_for_rank_0_meet_long_before_a_collective_gives_up():
     assert 10 * waits.MEET_SECONDS < waits.COLLECTIVE_SECONDS
 
 
+def test_a_text_is_cut_before_the_ranks_that_wait_for_it_give_up():
+    assert waits.ANSWER_SECONDS < waits.COLLECTIVE_SECONDS
+
+
 def test_many_heartbeats_are_missed_before_a_job_is_taken_for_gone():
     assert 4 * waits.HEARTBEAT_SECONDS < waits.ALIVE_SECONDS
 

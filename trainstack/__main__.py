@@ -18,6 +18,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "prepare": (".prepare.prepare", "turn the data sets of a configuration into tokens"),
     "data_report": (".data.report", "show what would be learned: counts, lengths, rows"),
     "plan": (".plan.command", "estimate memory, step time and hours of a run"),
+    "eval": (".evaluation.command", "measure a checkpoint, or any model, on held-out data"),
     "ledger": (".history.ledger", "recompute whether a run used each sample once"),
     "goodput": (".history.goodput", "show where the time of a run went"),
     "report": (".report.page", "write a page about a run, or one that compares several"),

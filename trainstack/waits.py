@@ -31,6 +31,9 @@ REACH_SECONDS = 30.0  # a connection between two hosts comes about
 # A rank that hangs writes down its collectives; the report of who failed waits for that.
 RECORD_SECONDS = 1.0  # torch's flight recorder, which may wait for NCCL itself
 
+# A model says something to a prompt on one rank, and the others wait in a collective.
+ANSWER_SECONDS = 300  # then the text is cut
+
 # What a phase may take, beyond a step once there is one.
 CONNECT_SECONDS = 600  # all ranks have imported torch; NCCL itself would wait for ever
 LOAD_SECONDS = 900  # the model and the optimizer; of a verification, between two files

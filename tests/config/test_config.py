@@ -18,7 +18,8 @@ from trainstack.errors import ConfigError, Refused
 from trainstack.job.freeze import keep_templates
 from trainstack.run.identity import check_identity
 
-SHIPPED = (tiny.ROOT / "config.yaml").read_text()
+SHIPPED_FILE = tiny.ROOT / "config.yaml"
+SHIPPED = SHIPPED_FILE.read_text()
 
 
 def check(*arguments) -> subprocess.CompletedProcess:
@@ -97,6 +98,26 @@ def test_a_file_holds_only_what_differs_from_the_shipped_one(tmp_path):
     path.write_text("run: {name: mine}\noptim:\n  learning_rate: 1e-3\n")
     wanted = load(tiny.ROOT / "config.yaml", ["run.name=mine", "optim.learning_rate=1e-3"])
     assert load(path, []) == wanted
+
+
+@pytest.mark.parametrize(("written", "meant"), [("null", []), ("one two", ["one two"])])
+def test_the_prompt_of_an_earlier_version_is_the_only_one(tmp_path, written, meant):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"eval:\n  sample_prompt: {written}\n")
+    assert load(path, []).eval.prompts == meant
+    assert load(SHIPPED_FILE, [f"eval.sample_prompt={written}"]).eval.prompts == meant
+    assert load(path, ["eval.prompts=[three]"]).eval.prompts == ["three"]
+
+
+WRONG_PROMPTS = ("[3]", "[[]]", "[null]", "[[{role: user}]]", "[{role: user, content: hi}]")
+
+
+@pytest.mark.parametrize("prompts", WRONG_PROMPTS)
+def test_a_prompt_that_is_none_is_one_line_that_says_what_to_write(prompts):
+    with pytest.raises(ConfigError, match="no prompt; write a text, or messages as") as found:
+        load(SHIPPED_FILE, [f"eval.prompts={prompts}"])
+    assert len(found.value.problems) == 1
+    assert load(SHIPPED_FILE, ["eval.prompts=[none, [{role: user, content: hi}]]"]).eval.prompts
 
 
 def test_what_is_missing_from_the_shipped_file_is_an_error(tmp_path, monkeypatch):

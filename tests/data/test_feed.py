@@ -8,7 +8,7 @@ import tiny
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.load import load
 from trainstack.data.corpus import open_corpus
-from trainstack.data.feed import Feed
+from trainstack.data.feed import Feed, held_out_batches
 from trainstack.data.order import HASH_BITS
 from trainstack.distributed import World
 
@@ -53,16 +53,23 @@ def test_data_that_a_rollback_left_out_is_passed_over_from_that_step_on(own_home
     assert whole.at(5 + 3).samples_hash == left_out.at(5).samples_hash
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
-def test_ranks_together_evaluate_every_held_out_sample_once(own_home, world_size):
-    feeds = [feed(own_home, world_size, rank) for rank in range(world_size)]
-    ((label, store),) = feeds[0].corpus.stores.items()
-    batches = [list(f.held_out(label, None)[0]) for f in feeds]
-    rounds = {f.held_out(label, None)[1] for f in feeds}
-    assert rounds == {max(map(len, batches))}
-    targets = sum(int((b[1] != IGNORED_LABEL).sum()) for own in batches for b in own)
-    assert targets == len(store.eval.ids) - 1
-    assert sum(len(b[0]) for b in feeds[0].held_out(label, 4)[0]) == -(-4 // world_size)
+@pytest.mark.parametrize("most", [None, 7])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_ranks_together_evaluate_every_held_out_sample_once_in_batches_of_any_world(
+    own_home, world_size, most
+):
+    (store,) = feed(own_home).corpus.stores.values()
+    alone = list(held_out_batches(store.eval, most, 2, feed(own_home).world)[0])
+    worlds = [World(rank, 0, world_size, 1, torch.device("cpu")) for rank in range(world_size)]
+    found = [held_out_batches(store.eval, most, 2, world) for world in worlds]
+    batches = [list(own) for own, _ in found]
+    assert {rounds for _, rounds in found} == {max(map(len, batches))}
+    assert sum(map(len, batches)) == len(alone)
+    for number, (inputs, labels) in enumerate(alone):
+        own = batches[number % world_size][number // world_size]
+        assert torch.equal(own[0], inputs) and torch.equal(own[1], labels)
+    targets = sum(int((b[1] != IGNORED_LABEL).sum()) for b in alone)
+    assert targets == (7 * tiny.SEQ_LEN if most else len(store.eval.ids) - 1)
 
 
 def test_one_data_set_has_nothing_to_count(own_home):

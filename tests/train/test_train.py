@@ -20,8 +20,8 @@ from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.data import feed, order
 from trainstack.errors import ConfigError
-from trainstack.evaluation.held_out import Evaluation, bits_per_byte
-from trainstack.evaluation.samples import answer
+from trainstack.evaluation.held_out import Evaluation, overall
+from trainstack.evaluation.samples import Prompts
 from trainstack.prepare.held_out import is_held_out
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
@@ -68,9 +68,19 @@ def test_bits_per_byte_are_those_of_the_held_out_text(home, reference):
 
 
 def test_bits_per_byte_of_data_sets_are_joined_and_not_guessed():
-    one, other = Evaluation(1.0, 100, 200.0), Evaluation(2.0, 50, 400.0)
-    assert bits_per_byte([one, other]) == pytest.approx(200 / math.log(2) / 600)
-    assert bits_per_byte([one, other._replace(bytes=None)]) is None
+    one, other = Evaluation(1.0, 100, 200.0, 40), Evaluation(2.0, 50, 400.0, 5)
+    joined = overall([one, other])
+    assert joined.bits_per_byte == pytest.approx(200 / math.log(2) / 600)
+    assert (joined.loss, joined.targets, joined.token_accuracy) == (200 / 150, 150, 0.3)
+    unknown = overall([one, other._replace(bytes=None)])
+    assert unknown.bits_per_byte is None and unknown.loss == joined.loss
+
+
+def asking(home: Path, tokenizer, ends: list[int], *settings: str) -> Prompts:
+    config = load(home / "config.yaml", ["eval.sample_tokens=48", *settings])
+    prompts = Prompts(config, False, {})
+    prompts.tokenizer, prompts.ends = tokenizer, ends
+    return prompts
 
 
 @pytest.mark.parametrize("end", [[], [*range(1, 96)]])
@@ -79,13 +89,12 @@ def test_a_sample_is_no_longer_than_the_model_has_positions(home, end):
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=8, vocab_size=96)
     model = transformers.GPT2LMHeadModel(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "models/tiny")
-    section = load(home / "config.yaml", ["eval.sample_tokens=48"]).eval
-    _, ended = answer(model, tokenizer, section, False, end, seed=0, seq_len=4)
+    prompts = asking(home, tokenizer, end, "data.seq_len=4")
+    ended = prompts.answer(model.eval(), "one").end
     cut = "was cut after 7 tokens: with the prompt they are the 8 it can read"
     assert ended == f"{'stopped by itself, after 1 tokens' if end else cut} (eval.sample_tokens=48)"
-    long = section.model_copy(update={"prompts": ["one " * 8]})
     with pytest.raises(ConfigError, match="has 8 of the 8 tokens that the model can read"):
-        answer(model, tokenizer, long, False, end, seed=0, seq_len=4)
+        prompts.answer(model, "one " * 8)
 
 
 def test_a_sample_heeds_what_a_generation_config_asks_for(home):
@@ -95,14 +104,15 @@ def test_a_sample_heeds_what_a_generation_config_asks_for(home):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=len(tokenizer))
     model = transformers.GPT2LMHeadModel(config)
-    section = load(home / "config.yaml", ["eval.sample_tokens=48"]).eval
-    ask = (model, tokenizer, section, False, [], 0, 64)
-    whole, ended = answer(*ask)
+    prompts = asking(home, tokenizer, [], "data.seq_len=64")
+    torch.manual_seed(0)
+    _, whole, ended, _ = prompts.answer(model.eval(), "one")
     assert "was cut" in ended
-    stop = whole.removeprefix(section.prompts[0])[9]
+    stop = whole.removeprefix("one")[9]
     model.generation_config.update(stop_strings=[stop], return_dict_in_generate=True)
-    text, ended = answer(*ask)
-    assert text == whole[: whole.index(stop, len(section.prompts[0])) + 1]
+    torch.manual_seed(0)
+    _, text, ended, _ = prompts.answer(model, "one")
+    assert text == whole[: whole.index(stop, len("one")) + 1]
     assert "stopped by itself" in ended
 
 
@@ -127,7 +137,9 @@ def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
 
 def test_metrics_have_their_stable_keys(home, reference):
     first = json.loads((home / "runs/reference/metrics.jsonl").read_text().splitlines()[0])
-    keys = "step loss mean_loss learning_rate grad_norm tokens_seen samples_seen epoch"
+    keys = (
+        "step loss mean_loss token_accuracy learning_rate grad_norm tokens_seen samples_seen epoch"
+    )
     keys += " tokens_per_second step_seconds data_seconds peak_memory_gb samples_hash"
     assert set(keys.split()) == set(first)
 

@@ -14,13 +14,19 @@ from trainstack.errors import ConfigError, shown
 SHIPPED = Path(__file__).resolve().parents[2] / "config.yaml"
 OWN_OF_A_SOURCE = {"revision": "main", "subset": None}  # not as the first data set's
 
+RETIRED = {  # name of a setting in earlier versions -> its name now, and its value then as one now
+    "eval.sample_prompt": ("eval.prompts", lambda prompt: [] if prompt is None else [prompt]),
+}
+
 
 def load(path: Path, overrides: list[str]) -> Config:
     """Read a file, apply ``key=value`` overrides, validate; ConfigError lists every problem."""
     try:
         values, locations = read_yaml(path)
+        rename_retired(values, locations)
         add_shipped(values, locations, path)
         problems = apply_overrides(values, locations, overrides)
+        rename_retired(values, locations)
         complete_mixture(values)
     except RecursionError:  # an alias of itself, say
         raise ConfigError(f"{path}: nested without end; write sections with plain keys") from None
@@ -35,6 +41,16 @@ def load(path: Path, overrides: list[str]) -> Config:
     if problems:
         raise ConfigError(*problems)
     return config
+
+
+def rename_retired(values: dict, locations: dict[str, str]) -> None:
+    """Take settings by the names that earlier versions had for them, as a run of then has them."""
+    for old, (new, as_now) in RETIRED.items():
+        section, _, key = old.partition(".")
+        own = values.get(section)
+        if isinstance(own, dict) and key in own:
+            own[new.partition(".")[2]] = as_now(own.pop(key))
+            locations[new] = locations.pop(old)
 
 
 def add_shipped(values: dict, locations: dict[str, str], path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -48,6 +49,25 @@ def day(text: str) -> str:
     raise PydanticCustomError("name", "{fix}", {"fix": "no such day; write for example 2026-01-01"})
 
 
+def prompt(value: Any) -> Any:
+    """A text, or messages that each have a role and a content."""
+    is_messages = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in value
+        )
+    )
+    if not isinstance(value, str) and not is_messages:
+        fix = "no prompt; write a text, or messages as [{role: user, content: Hello}]"
+        raise PydanticCustomError("name", "{fix}", {"fix": fix})
+    return value
+
+
+Prompt = Annotated[str | list[dict[str, str]], BeforeValidator(prompt)]
 Text = Annotated[str, AfterValidator(said)]
 Name = Annotated[Text, Field(min_length=1)]
 AssetName = Annotated[Name, AfterValidator(asset_name)]  # of a model or a data set
@@ -210,19 +230,12 @@ class CheckpointSection(Section):
     save_total_limit: Annotated[int, Field(ge=2)]
 
 
-class MessageSection(Section):
-    """One message of a prompt."""
-
-    role: Name
-    content: Text
-
-
 class EvalSection(Section):
     eval_steps: PositiveInt | Literal["epoch"] | None
     eval_samples: PositiveInt | None
     keep_best: bool
     patience: PositiveInt | None
-    prompts: list[Text | Annotated[list[MessageSection], Field(min_length=1)]]
+    prompts: list[Prompt]
     sample_tokens: PositiveInt
 
 

@@ -102,19 +102,22 @@ class Feed:
             "source_epochs": {label: number / size for label, number, size in rows},
         }
 
-    def held_out(self, label: str, most: int | None) -> tuple[Iterator[Batch], int]:
-        """This rank's held-out batches of a data set, and how many the rank with most has.
-
-        ``most``: samples that are used over all ranks; None: all.
-        """
-        split = self.corpus.stores[label].eval
-        number = min(split.num_samples, most or split.num_samples)
-        own = np.arange(self.world.rank, number, self.world.world_size)
-        rounds = -(-number // (self.world.world_size * self.plan.micro_batch_size))
-        return self._batches(own, split), rounds
-
     def _batches(self, samples: np.ndarray, split: Split | Joined) -> Iterator[Batch]:
         return micro_batches(samples, self.plan.micro_batch_size, split, self.world.device)
+
+
+def held_out_batches(
+    split: Split, most: int | None, size: int, world: World
+) -> tuple[Iterator[Batch], int]:
+    """This rank's batches of ``size`` held-out samples, and how many the rank with most has.
+
+    Rank r of W takes every W-th batch, so that which samples share one is alike at any world size.
+    ``most``: samples that are used over all ranks; None: all.
+    """
+    samples = np.arange(min(split.num_samples, most or split.num_samples))
+    own = samples[samples // size % world.world_size == world.rank]
+    rounds = -(-len(samples) // (world.world_size * size))
+    return micro_batches(own, size, split, world.device), rounds
 
 
 def micro_batches(

@@ -28,8 +28,11 @@ class Split:
       cut every ``seq_len`` tokens
     """
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, seq_len: int):
-        self.seq_len, self.is_train = seq_len, name == TRAIN
+    def __init__(
+        self, folder: Path, name: str, dtype: np.dtype, seq_len: int, is_held_out: bool = False
+    ):
+        """``is_held_out``: used as the held-out ones are, whatever its name is."""
+        self.seq_len, self.is_train = seq_len, name == TRAIN and not is_held_out
         self._maps: list[mmap.mmap] = []
         self._read = 0  # samples since the maps were last forgotten
         self.ids = self._mapped(folder / f"{name}.bin", dtype)

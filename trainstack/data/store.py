@@ -69,10 +69,11 @@ class Counts:
     train_documents: int = 0
     train_tokens: int = 0
     train_target_tokens: int = 0  # those that carry loss
+    train_bytes: int = 0  # of text whose tokens all carry loss; 0 in stores from before
     eval_documents: int = 0
     eval_tokens: int = 0
     eval_target_tokens: int = 0
-    eval_bytes: int = 0  # of text whose tokens all carry loss; 0 in stores from before
+    eval_bytes: int = 0
     empty_documents: int = 0
     split_documents: int = 0  # longer than seq_len, if documents are packed whole
     dropped_documents: int = 0
@@ -216,8 +217,14 @@ class TokenStore:
         self.folder = folder
         self.meta = json.loads((folder / "meta.json").read_bytes())
         self.counts = Counts.of(self.meta["counts"])
-        dtype = np.dtype(self.meta["dtype"])
-        self.train, self.eval = (Split(folder, s, dtype, seq_len) for s in (TRAIN, EVAL))
+        self.dtype = np.dtype(self.meta["dtype"])
+        self.train, self.eval = (Split(folder, s, self.dtype, seq_len) for s in (TRAIN, EVAL))
+
+    def hold_out_all(self) -> None:
+        """What there is to train on is held out, also the last tokens, which fill no sample."""
+        self.eval = Split(self.folder, TRAIN, self.dtype, self.train.seq_len, is_held_out=True)
+        self.counts.eval_bytes = self.counts.train_bytes
+        self.counts.eval_target_tokens = self.counts.train_target_tokens
 
     def remarks(self, section: DataSection) -> Iterator[str]:
         """What a person has to decide on, a line for each."""

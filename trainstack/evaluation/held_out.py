@@ -1,96 +1,148 @@
-"""The loss on held-out data."""
+"""The loss on held-out data: the same to the last digit at any number of processes."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from trainstack.config.batch import IGNORED_LABEL
-from trainstack.data.feed import Batch, Feed
+from trainstack.config.schema import Config
+from trainstack.data.corpus import Corpus
+from trainstack.data.feed import Batch, held_out_batches
 from trainstack.distributed import World, any_rank
+from trainstack.model.loss import CausalLMLoss
+from trainstack.model.trial import TOKENS, some_tokens
+from trainstack.units import rounded
 
 
 class Evaluation(NamedTuple):
-    """What held-out samples of a data set gave."""
+    """What held-out samples gave."""
 
     loss: float  # mean over targets, in nats
     targets: int
     bytes: float | None  # of text that they are, as all held-out text has; None: not known
+    hits: int  # targets to which the model gave the largest logit
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss, kept finite."""
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The text's information under the model, which compares across tokenizers; None: unknown.
+
+        See Gao et al., "The Pile" (arXiv 2101.00027), section 3.1.
+        """
+        if self.bytes is None:
+            return None
+        return self.loss * self.targets / math.log(2) / max(1, self.bytes)
+
+    @property
+    def token_accuracy(self) -> float:
+        """The share of hits, from 0 to 1."""
+        return self.hits / max(1, self.targets)
+
+    def measures(self) -> Iterator[tuple[str, float]]:
+        """Name and value of each that is known."""
+        names = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+        return ((name, value) for name in names if (value := getattr(self, name)) is not None)
+
+    def __str__(self) -> str:
+        bits = f"   {self.bits_per_byte:.4f} bits per byte" if self.bytes else ""
+        measured = f"loss {self.loss:.4f}   perplexity {rounded(self.perplexity)}"
+        accuracy = f"token accuracy {self.token_accuracy:.1%}"
+        return f"{measured}   {accuracy}{bits}   ({self.targets:,} held-out tokens)"
 
 
-def bits_per_byte(parts: Iterable[Evaluation]) -> float | None:
-    """The information of the text under the model, which compares across tokenizers; None: unknown.
-
-    See Gao et al., "The Pile" (arXiv 2101.00027), section 3.1.
-    """
-    parts = list(parts)
-    if any(part.bytes is None for part in parts):
-        return None
-    nats = sum(part.loss * part.targets for part in parts)
-    return nats / math.log(2) / max(1, sum(part.bytes for part in parts))
+def overall(results: Iterable[Evaluation]) -> Evaluation:
+    """Several data sets as one: each target counts alike."""
+    results = list(results)
+    targets = sum(part.targets for part in results)
+    loss = sum(part.loss * part.targets for part in results) / max(1, targets)
+    sizes = [part.bytes for part in results]
+    size = None if None in sizes else sum(sizes)
+    return Evaluation(loss, targets, size, sum(part.hits for part in results))
 
 
 def evaluate_all(
-    feed: Feed, most: int | None, loss_model: nn.Module, wants_stop: Callable[[], bool]
+    corpus: Corpus,
+    config: Config,
+    loss_model: CausalLMLoss,
+    world: World,
+    wants_stop: Callable[[], bool],
 ) -> dict[str, Evaluation] | None:
     """Each data set that has held-out samples, by its label; None if cut short.
 
-    ``most``: samples that are used of each; None: all. Collective: every rank must call this.
+    Of each, ``eval.eval_samples`` are used. Collective: every rank must call this.
     """
+    # Of the configuration, not of this world: which samples share a batch may change last digits.
+    size = min(config.train.micro_batch_size, config.train.global_batch_size)
     results = {}
-    for label, store in feed.corpus.stores.items():
+    for label, store in corpus.stores.items():
         if store.eval.num_samples:
-            batches, rounds = feed.held_out(label, most)
-            found = evaluate(loss_model, batches, rounds, feed.world, wants_stop)
+            batches, rounds = held_out_batches(store.eval, config.eval.eval_samples, size, world)
+            found = evaluate(loss_model, batches, rounds, world, wants_stop)
             if found is None:
                 return None
-            loss, targets = found
             # In rows of whole documents, the first token of each is no target.
-            size = store.counts.eval_bytes if store.eval.rows is None else 0
-            share = size / max(1, store.counts.eval_target_tokens)
-            results[label] = Evaluation(loss, targets, share * targets or None)
+            size_of_text = store.counts.eval_bytes if store.eval.rows is None else 0
+            share = size_of_text / max(1, store.counts.eval_target_tokens)
+            results[label] = found._replace(bytes=share * found.targets or None)
     return results
 
 
 @torch.no_grad()
 def evaluate(
-    loss_model: nn.Module,
+    loss_model: CausalLMLoss,
     batches: Iterable[Batch],
     rounds: int,
     world: World,
     wants_stop: Callable[[], bool],
-) -> tuple[float, int] | None:
-    """Mean loss in nats over all held-out target tokens, and their number; None if cut short.
+) -> Evaluation | None:
+    """Over all held-out target tokens, whose bytes are not known here; None if cut short.
 
     ``batches`` are this rank's; ranks may have different numbers of them, none more than
     ``rounds``. ``wants_stop`` is asked in every round; if any rank's is true, all end there.
     Collective: every rank must call this.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches, is_cut, before = iter(batches), False, changes_of(loss_model)
+    # A column for each batch of any rank: zeros of others change no digit of a sum.
+    found = torch.zeros(3, rounds, world.world_size, dtype=torch.float64, device=world.device)
+    batches = iter(batches)
+    with as_used(loss_model):
+        for number in range(rounds):
+            if any_rank(wants_stop(), world):
+                return None
+            for batch in itertools.islice(batches, 1):
+                own = found[:, number, world.rank]
+                loss_model.count(True)
+                own[0] = loss_model(*batch)
+                own[1] = (batch[1] != IGNORED_LABEL).sum()
+                own[2] = loss_model.hits
+    dist.all_reduce(found)
+    losses, targets, hits = (math.fsum(row) for row in found.flatten(1).tolist())  # in any order
+    return Evaluation(losses / max(1, targets), int(targets), None, int(hits))
+
+
+@contextlib.contextmanager
+def as_used(loss_model: CausalLMLoss) -> Iterator[None]:
+    """Within it the model is as it is used, without dropout; then it is as it is trained again."""
+    before = changes_of(loss_model)
     loss_model.eval()
     try:
-        for _ in range(rounds):
-            if is_cut := any_rank(wants_stop(), world):
-                break
-            for batch in itertools.islice(batches, 1):
-                sums[0] += loss_model(*batch)
-                sums[1] += (batch[1] != IGNORED_LABEL).sum()
+        yield
     finally:
+        loss_model.count(False)
         loss_model.train()
-    if changes_of(loss_model) != before:  # RWKV scales its weights, and back when it is trained
-        loss_model(*batch)
-    if is_cut:
-        return None
-    dist.all_reduce(sums)
-    loss, tokens = sums.tolist()
-    return loss / max(1, tokens), int(tokens)
+        if changes_of(loss_model) != before:  # RWKV scales its weights, and back when it is trained
+            tokens = some_tokens(loss_model.causal_lm, TOKENS)
+            loss_model(tokens, tokens)
 
 
-def changes_of(loss_model: nn.Module) -> int:
+def changes_of(loss_model: CausalLMLoss) -> int:
     """How often its weights were changed in place."""
     return sum(parameter._version for parameter in loss_model.parameters())

@@ -66,6 +66,7 @@ class CausalLMLoss(nn.Module):
         self.device_type = device.type
         self.autocast_dtype = DTYPES[train.precision]
         self.is_autocast = train.precision in ("bf16", "fp16")
+        self.hits: torch.Tensor | None = None  # where to count targets with the largest logit
         self.is_compiled, self.is_fused = train.torch_compile, False  # not in the trials below
         self._body, self._sometimes, self._hidden = [causal_lm], [], []  # lists: no submodules
         self.balancing = trial.balancing_of(causal_lm)
@@ -132,6 +133,7 @@ class CausalLMLoss(nn.Module):
             if not self.is_chunked:
                 logits = output.logits.flatten(0, 1)
                 logits = logits if logits.dtype == torch.float64 else logits.float()
+                count_hits(logits, labels.flatten(), logits.shape[1], self.hits)
                 loss = nn.functional.cross_entropy(
                     logits, labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
                 )
@@ -142,12 +144,21 @@ class CausalLMLoss(nn.Module):
                 weight = self.causal_lm.get_output_embeddings().weight
                 weight = weight if torch.is_grad_enabled() else weight.detach()  # costs a third
                 targets = labels.flatten()
-                loss = ChunkedCrossEntropy.apply(hidden, weight, targets, compute, self.is_fused)
+                loss = ChunkedCrossEntropy.apply(
+                    hidden, weight, targets, compute, self.is_fused, self.hits
+                )
         if self.balancing and torch.is_grad_enabled():
             targets = (labels != IGNORED_LABEL).sum()
             balance = self.balancing * output.aux_loss * targets
             loss = loss + (balance - balance.detach())
         return WithZeros.apply(loss, *self._sometimes) if self._sometimes else loss
+
+    def count(self, is_wanted: bool) -> None:
+        """Whether the targets that get the largest logit are counted from now on, from 0."""
+        self.hits = None
+        if is_wanted:
+            device = next(self.parameters()).device
+            self.hits = torch.zeros((), dtype=torch.float64, device=device)
 
     def _keep_hidden(self, _body: nn.Module, _inputs: tuple, output: Any) -> None:
         self._hidden[:] = [output.last_hidden_state]
@@ -221,7 +232,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, compute, is_fused):
+    def forward(ctx, hidden, weight, labels, compute, is_fused, hits=None):
         needs_grad = any(ctx.needs_input_grad)
         losses = fused_losses() if is_fused and needs_grad else losses_of
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
@@ -236,7 +247,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             low_hidden = hidden[rows].to(compute)
-            part, grad = losses(low_hidden @ low_weight.T, labels[rows], vocab_size, needs_grad)
+            # Nothing else holds the logits: they go as soon as they are not needed.
+            part, grad = losses(
+                count_hits(low_hidden @ low_weight.T, labels[rows], vocab_size, hits),
+                labels[rows], vocab_size, needs_grad,
+            )  # fmt: skip
             loss += part
             if needs_grad:  # now, while the chunk is there
                 grad_hidden[rows] = grad @ low_weight
@@ -248,7 +263,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+
+
+def count_hits(
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, hits: torch.Tensor | None
+) -> torch.Tensor:
+    """The logits as they are; ``hits`` grows by the labels that have the largest one.
+
+    logits [tokens, vocab_size or more], labels int64 [tokens]. Not within ``losses_of``: compiled
+    with another pass, that could add up in another order.
+    """
+    if hits is not None:
+        hits += (logits.detach()[:, :vocab_size].argmax(1) == labels).sum()
+    return logits
 
 
 def losses_of(

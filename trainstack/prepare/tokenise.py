@@ -141,9 +141,9 @@ class Tokeniser:
                     first = f"{document.location}: {tokens.written[0]}"
                     found.first_written = found.first_written or first
                 made[last].append((tokens.ids, tokens.flags))
-                if last == EVAL and tokens.flags is None:  # all of it is learned
+                if tokens.flags is None:  # all of it is learned
                     size = len(document.text.encode("utf-8", "surrogatepass"))
-                    found.counts["eval_bytes"] += size
+                    found.counts[f"{last}_bytes"] += size
         found.batches = {n: token_batch(pairs, self.dtype) for n, pairs in made.items() if pairs}
         if chunk.part and chunk.part.is_continued:
             found.batches[last].is_open = True

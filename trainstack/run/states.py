@@ -44,6 +44,7 @@ class Phase(enum.Enum):
     GRADIENTS = "gradients"
     UPDATE = "update"
     EVALUATION = "evaluation"
+    PROMPTS = "prompts"
     SAVE = "save"
     END = "the end"
 

@@ -36,3 +36,7 @@ class Attempt:
             size = self.plan.global_batch_size
             return step == self.max_steps or step * size % self.samples < size
         return step == self.max_steps or (isinstance(every, int) and step % every == 0)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a log line."""
+        return step == 1 or self.is_due(step, self.config.log.logging_steps)

@@ -3,16 +3,11 @@
 import logging
 from pathlib import Path
 
-from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.names import newest_checkpoint
-from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.checkpoint.state import TrainState
-from trainstack.evaluation.samples import answer
-from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
-from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
 from trainstack.units import duration
 
@@ -70,24 +65,3 @@ def best_before(run: RunFolder, newest: Path | None) -> str:
     where = newest.with_name(f"checkpoint-{best}")
     kept = f"kept in {where}" if where.exists() else "not kept (checkpoint.save_total_limit)"
     return f"the held-out loss was lowest at step {best:,}, {found[best]:.4f}: {kept}"
-
-
-def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
-    """Print what the trained model says; rank 0 generates, the others have nothing left to do."""
-    section, run = attempt.config.eval, attempt.run
-    if not attempt.world.is_main or not section.prompts:
-        return
-    try:
-        step, newest = newest_checkpoint(run.checkpoints)
-        tokenizer = load_tokenizer(newest)
-        ends = ends_in(read_object(newest / GENERATION).get("eos_token_id"))
-        seed, seq_len = attempt.config.run.seed, attempt.config.data.seq_len
-        with strategy.loss_model.autocast():  # flash attention knows no fp32
-            text, end = answer(strategy.causal_lm, tokenizer, section, is_chat, ends, seed, seq_len)
-        text = f"{section.prompts[0]} -> {text}" if is_chat else text
-        log.info("sample  %s", text.replace("\n", "\n        "))
-        log.info("        %s", end)
-        (run.path / "sample.txt").write_text(text + "\n")
-        run.add_event("sample", step=step, text=text)
-    except Exception as error:  # the run is complete all the same
-        log.warning("sample  could not be made: %s: %s", type(error).__name__, error)

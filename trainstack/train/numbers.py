@@ -36,15 +36,16 @@ class StepResult:
     clock: float  # of rank 0 when it sent them, in seconds
     sent_at: float  # seconds on the clock of time.perf_counter
     at: float  # the same moment in seconds since 1970
+    token_accuracy: float = 0.0  # share of targets with the largest logit, if they were counted
 
 
 class StepNumbers:
     """Sends a step's numbers to the host, which reads them while the next step runs.
 
     Waiting for them at once would leave the GPU idle between two steps. One reduction and one copy
-    carry everything: loss, gradient norm, verdict, requests, the hash of the consumed samples, and
-    the own time of each rank, by which a slow one is found: from the return of a reduction until
-    the next begins. No other rank is waited for in it.
+    carry everything: loss, hits, gradient norm, verdict, requests, the hash of the consumed
+    samples, and the own time of each rank, by which a slow one is found: from the return of a
+    reduction until the next begins. No other rank is waited for in it.
     """
 
     def __init__(self, device: torch.device):
@@ -76,22 +77,25 @@ class StepNumbers:
         grad_norm: torch.Tensor,
         requested: Requested,
         judge: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        hits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Reduce over ranks, judge, start the copy; returns the verdict, a scalar on the device.
 
-        ``loss_sum``: this rank's; ``grad_norm``: of all ranks. ``judge`` gets the mean loss over
-        all ranks and the norm, and gives 1.0 if the update must not happen. Collective: every rank
-        must call this.
+        ``loss_sum``, and ``hits`` if they were counted: this rank's; ``grad_norm``: of all ranks.
+        ``judge`` gets the mean loss over all ranks and the norm, and gives 1.0 if the update must
+        not happen. Collective: every rank must call this.
         """
         # float64 holds whole numbers up to 2**53 exactly; halves of the hash leave room for sums.
         high, low = divmod(data.samples_hash, 1 << HASH_BITS // 2)
-        own = [*map(float, requested), high, low]
+        own = [0.0, *map(float, requested), high, low]
         if not self.is_alone:
             seconds = [0.0] * self.ranks
             seconds[self.rank] = self._own_seconds
             own += [0.0 if self.rank else time.perf_counter(), *seconds]
         own = torch.tensor(own, dtype=torch.float64)
         numbers = torch.cat((loss_sum.reshape(1), own.to(self.device, non_blocking=True)))
+        if hits is not None:
+            numbers[1] = hits
         between = self._began, self._ended
         if not self.is_alone:
             dist.all_reduce(numbers)
@@ -118,7 +122,7 @@ class StepNumbers:
         if event is not None:  # the copy from a GPU may still be under way
             event.synchronize()
         values = [value for each in sent for value in each.reshape(-1).tolist()]
-        loss_sum, stop, save, high, low, *of_ranks, norm, bad = values
+        loss_sum, hits, stop, save, high, low, *of_ranks, norm, bad = values
         self._own_seconds = seconds_between(*between)
         if self._ended is None:  # read at once: what comes before the next step is not of it
             self._began = None
@@ -128,6 +132,7 @@ class StepNumbers:
             requested=Requested(stop > 0, save > 0), samples_hash=f"{total:013x}",
             rank_seconds=[] if 0.0 in of_ranks else of_ranks[1:],
             clock=sum(of_ranks[:1]), sent_at=sent_at, at=at,
+            token_accuracy=hits / target_tokens,
         )  # fmt: skip
 
 

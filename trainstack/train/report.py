@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
-from trainstack.evaluation.held_out import Evaluation, bits_per_byte
+from trainstack.evaluation.held_out import Evaluation, overall
+from trainstack.evaluation.samples import Said
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
 from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
@@ -18,12 +19,13 @@ from trainstack.storage import files
 from trainstack.train.attempt import Attempt
 from trainstack.train.numbers import StepResult, peak_memory_gb
 from trainstack.train.ranks import Ranks
-from trainstack.units import duration, rounded
+from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 HEADER = "%*s  epoch    loss    mean      lr   grad  tokens/s%s mem GB  left"
 CURVES = (  # of TensorBoard
-    "loss", "mean_loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second",
+    "loss", "mean_loss", "token_accuracy", "learning_rate", "grad_norm", "epoch",
+    "tokens_per_second",
 )  # fmt: skip
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
@@ -110,6 +112,7 @@ class Report:
             "step": step,
             "loss": result.loss,
             "mean_loss": mean_loss,
+            "token_accuracy": result.token_accuracy,
             "learning_rate": self.rate_at(step),
             "grad_norm": result.grad_norm,
             "tokens_seen": samples_seen * plan.seq_len,
@@ -140,28 +143,43 @@ class Report:
             self._status_at = time.monotonic()
             self.attempt.run.set_status(RUNNING, step=step)
 
-    def evaluation(self, step: int, results: dict[str, Evaluation], seconds: float) -> None:
-        """``results``: of each data set."""
-        if not self.is_main:
+    def evaluation(
+        self, step: int, results: dict[str, Evaluation] | None, said: list[Said], seconds: float
+    ) -> None:
+        """``results``: of each data set; ``said``: to each prompt; ``seconds``: for both."""
+        if not self.is_main or not (results or said):
             return
         self.attempt.lease.check_often()
+        if results:
+            self._held_out(step, results)
+        if said:
+            self._said(step, said)
+        self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
+
+    def _held_out(self, step: int, results: dict[str, Evaluation]) -> None:
         sources = results if len(self.attempt.config.data.sources) > 1 else {}
-        tokens = sum(part.targets for part in results.values())
-        loss = sum(part.loss * part.targets for part in results.values()) / max(1, tokens)
-        measures = {"eval_loss": loss, "eval_perplexity": perplexity_of(loss)}
-        if bits := bits_per_byte(results.values()):
-            measures["eval_bits_per_byte"] = bits
-        values = {"step": step, **measures, "eval_tokens": tokens}
-        if sources:
-            values["source_eval_loss"] = {label: part.loss for label, part in sources.items()}
+        measures = {f"eval_{name}": value for name, value in overall(results.values()).measures()}
+        values = {"step": step, **measures, "eval_tokens": overall(results.values()).targets}
+        for name in ("loss", "token_accuracy") if sources else ():
+            values[f"source_eval_{name}"] = {s: getattr(part, name) for s, part in sources.items()}
         files.append_line(self.metrics, values)
-        log.info("eval    step %s   %s held-out tokens)", f"{step:,}", told(loss, bits, tokens))
+        log.info("eval    step %s   %s", f"{step:,}", overall(results.values()))
         for label, part in sources.items():
-            told_of = told(part.loss, bits_per_byte([part]), part.targets)
-            log.info("        %s: %s tokens)", label, told_of)
+            log.info("        %s: %s", label, part)
         for name, value in measures.items() if self._tensorboard else ():
             self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
-        self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
+
+    def _said(self, step: int, said: list[Said]) -> None:
+        """The lines of a sample, its event, and sample.txt, which has the last ones."""
+        for one in said:
+            if one.problem:
+                log.warning("sample  %s: could not be made: %s", one.prompt, one.problem)
+                continue
+            log.info("sample  %s", one.text.replace("\n", "\n        "))
+            log.info("        %s", one.end)
+            self.attempt.run.add_event("sample", step=step, prompt=one.prompt, text=one.text)
+        texts = "\n\n".join(one.text for one in said if not one.problem)
+        files.replace_file(self.attempt.run.path / "sample.txt", f"{texts}\n".encode())
 
     def save_begins(self) -> None:
         """The hashes of the steps it will contain reach the disk before it."""
@@ -214,14 +232,3 @@ def drop_beyond(step: int, run: RunFolder) -> None:
     kept = [line for line in lines if record_in(line).get("step", math.inf) <= step]
     if len(kept) < len(lines):
         files.replace_file(path, b"".join(kept))
-
-
-def told(loss: float, bits: float | None, tokens: int) -> str:
-    """The measures of an evaluation in a line, up to its number of tokens."""
-    exact = f"   {bits:.4f} bits per byte" if bits else ""
-    return f"loss {loss:.4f}   perplexity {rounded(perplexity_of(loss))}{exact}   ({tokens:,}"
-
-
-def perplexity_of(loss: float) -> float:
-    """e to the loss in nats, kept finite."""
-    return math.exp(min(loss, 700))

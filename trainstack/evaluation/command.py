@@ -1,0 +1,213 @@
+"""``python -m trainstack eval``: how good a checkpoint of a run is, or any model in a folder.
+
+A run's checkpoint is evaluated as in the run: with its settings, on its held-out data; a folder of
+a Hugging Face model on the held-out data of --config. data.name, data.subset or data.split on the
+command line name other data: then all of that split is evaluated. Tokens that are not there are
+made first. On several processes: torchrun --nproc-per-node=N -m trainstack eval ...
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainstack import distributed
+from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.snapshot import small_files
+from trainstack.config.load import load
+from trainstack.config.schema import Config
+from trainstack.data.corpus import Corpus, open_corpus
+from trainstack.distributed import World
+from trainstack.errors import ConfigError, Failed
+from trainstack.evaluation.held_out import Evaluation, evaluate_all, overall
+from trainstack.evaluation.samples import Prompts, Said
+from trainstack.hub.asset import named_assets
+from trainstack.hub.fetch import provide
+from trainstack.model.causal_lm import build_causal_lm, check_kind, read_config, special_tokens
+from trainstack.model.loss import CausalLMLoss
+from trainstack.storage import layout, manifest
+
+NAMES_DATA = {"data.name", "data.subset", "data.split"}
+HOLDS_OUT = {"data.eval_split", "data.eval_fraction"}
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, and by which settings."""
+
+    folder: Path  # of the model
+    config_file: Path
+    overrides: list[str]
+    checkpoints: Path | None  # of the run whose own data it is evaluated on
+    is_whole: bool  # all of a split is held out
+
+    @property
+    def config(self) -> Config:
+        return load(self.config_file, self.overrides)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        if options.home is None:
+            raise ConfigError("the project's folder is not known; write: source env.sh")
+        subject = find_subject(options.model, options.home, options.config, options.overrides)
+        config = subject.config
+        distributed.set_numerics(config.train.precision, config.train.deterministic)
+        world = distributed.start(None)
+        results, said = measure(subject, config, options.home, world)
+    except ConfigError:
+        if distributed.rank():  # rank 0 tells
+            return ConfigError.code
+        raise
+    if world.is_main:
+        show = print_json if options.json else print_lines
+        show(subject, results, said)
+    distributed.gather(None)  # all leave together
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m trainstack eval", description=__doc__)
+    home = os.environ.get("TRAINSTACK_HOME")
+    parser.add_argument("model", metavar="RUN[@STEP|@best] | FOLDER")
+    parser.add_argument("--home", type=Path, default=home, help="env.sh sets it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: the run's")
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(arguments)
+
+
+def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]) -> Subject:
+    """By a run's name or folder, or by a model's folder. ConfigError if it is neither."""
+    name, _, which = model.partition("@")
+    given = Path(model).expanduser()
+    if given.parent.name == "checkpoints":  # as a run names its model at the end
+        name, which = str(given.parent.parent), given.name.removeprefix("checkpoint-")
+    run = Path(name).expanduser() if "/" in name else layout.run_folder(home, name)
+    named = {override.partition("=")[0] for override in overrides}
+    is_other, is_whole = (
+        bool(named & NAMES_DATA),
+        bool(named & NAMES_DATA) and not named & HOLDS_OUT,
+    )
+    settings = []
+    if is_other:
+        settings += ["data.mixture=[]", "data.weight=null", "eval.eval_samples=null"]
+    if "data.name" in named:  # the others are of the data set before
+        settings += ["data.revision=main", "data.subset=null"]
+    if is_whole:
+        settings += ["data.eval_split=null", "data.eval_fraction=0"]
+    if (run / "checkpoints").is_dir():
+        folder, own = find_checkpoint(run, which), run / "config.yaml"
+        kept = None if is_other else run / "checkpoints"
+        return Subject(folder, file or own, [*settings, *overrides], kept, is_whole)
+    if not given.is_dir():
+        have = ", ".join(sorted(path.parent.name for path in home.glob("runs/*/checkpoints")))
+        raise ConfigError(
+            f"{model} is neither a run in {home / 'runs'} (there are: {have or 'none yet'}) nor a "
+            "folder of a model"
+        )
+    settings += [f"model.name={given.resolve()}", "model.revision=main", "model.init=pretrained"]
+    file = file or PACKAGE / "config.yaml"
+    return Subject(given.resolve(), file, [*settings, *overrides], None, is_whole)
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """A run's checkpoint: of a step, ``best``, or the newest; ConfigError if it is not whole."""
+    found = {str(step): path for step, path in checkpoints(run / "checkpoints")}
+    if which == "best" and (best := run / "checkpoints" / "best").exists():
+        found["best"] = best.resolve()
+    path = found.get(which or next(iter(found), ""))
+    if path is None:
+        there = ", ".join(reversed(found)) or "none yet"
+        wanted = f"checkpoint {which}" if which else "checkpoint"
+        raise ConfigError(f"run {run.name} has no {wanted}; there are: {there}")
+    if problem := next(manifest.damage(path, manifest.TRUSTED_BY_SIZE), None):
+        raise ConfigError(f"{path} is damaged ({problem}); name another step, as {run.name}@STEP")
+    return path
+
+
+def measure(
+    subject: Subject, config: Config, home: Path, world: World
+) -> tuple[dict[str, Evaluation], list[Said]]:
+    """Each data set, by its label, and what the model says to the prompts. Collective."""
+    check_kind(read_config(subject.folder), "pretrained")
+    distributed.main_decides(world, lambda: make_ready(subject, config, home))
+    corpus = open_corpus(home, config, subject.checkpoints)
+    for store in corpus.stores.values() if subject.is_whole else ():
+        store.hold_out_all()
+    if not any(store.eval.num_samples for store in corpus.stores.values()):
+        raise ConfigError(
+            f"nothing is held out of {' and '.join(corpus.stores)}; name other data, as data.split="
+            "test or data.name=./texts.jsonl"
+        )
+    causal_lm = load_model(subject.folder, config)
+    data = config.data
+    loss_model = CausalLMLoss(causal_lm, config.train, world.device, data.packing, data.seq_len)
+    results = evaluate_all(corpus, config, loss_model, world, lambda: False)
+    prompts = Prompts(config, corpus.is_chat, files_beside(causal_lm, subject.folder, corpus))
+    return results, prompts.ask(loss_model, world, lambda: False)
+
+
+def load_model(folder: Path, config: Config) -> nn.Module:
+    """The model in a folder, in the precision of the configuration."""
+    return build_causal_lm(
+        folder, "pretrained", config.model, config.train.precision, config.run.seed
+    )
+
+
+def files_beside(causal_lm: nn.Module, folder: Path, corpus: Corpus) -> dict[str, bytes]:
+    """By which a model is asked, and stops, as if this corpus had been learned."""
+    ends, odd = special_tokens(causal_lm, folder, corpus.ends)
+    return small_files(causal_lm, folder, ends, corpus.chat_template, odd)
+
+
+def make_ready(subject: Subject, config: Config, home: Path) -> None:
+    """Make the tokens, if they are not there, of files that are here. Failed if it cannot be."""
+    try:
+        open_corpus(home, config, subject.checkpoints)
+        return
+    except ConfigError:
+        pass
+    what = ["--config", str(subject.config_file), *subject.overrides]
+    for asset in named_assets(config, home):
+        if asset.folder.exists() or asset.name == layout.DEMO:
+            continue
+        if not layout.is_local(asset.name):
+            fetch = " ".join(["bash download_data_model.sh", *what])
+            raise Failed(f"{asset} is not here; run: {fetch}")
+        provide(asset, is_forced=False, retry_delay=0)
+    paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # Apart, since processes that tokenise cannot be forked from here.
+    call = [sys.executable, "-m", "trainstack", "prepare", "--home", str(home), *what]
+    if subprocess.run(call, env=variables, stdout=sys.stderr).returncode:
+        raise Failed("the tokens could not be made, as was just told; correct that first")
+
+
+def print_lines(subject: Subject, results: dict[str, Evaluation], said: list[Said]) -> None:
+    """For people."""
+    print(f"{subject.folder}\n{overall(results.values())}")
+    for label, part in results.items() if len(results) > 1 else ():
+        print(f"  {label}: {part}")
+    for one in said:
+        print(f"\n{one.text}\n  ({one.end})" if one.text else f"\n{one.prompt}: {one.problem}")
+
+
+def print_json(subject: Subject, results: dict[str, Evaluation], said: list[Said]) -> None:
+    """For programs: the names of metrics.jsonl."""
+
+    def values(part: Evaluation) -> dict[str, Any]:
+        measures = {f"eval_{name}": value for name, value in part.measures()}
+        return measures | {"eval_tokens": part.targets}
+
+    sources = {label: values(part) for label, part in results.items()}
+    whole = {"model": str(subject.folder), **values(overall(results.values()))}
+    print(json.dumps({**whole, "sources": sources, "samples": [one._asdict() for one in said]}))
