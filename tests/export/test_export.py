@@ -220,6 +220,16 @@ def test_an_adapter_is_merged_into_its_model(project, call, tmp_path):
     assert stops["eos_token_id"] == 0
 
 
+def test_an_adapter_of_another_commit_of_its_model_is_refused(project, call, tmp_path):
+    shutil.copytree(checkpoint(project, "adapted", 20), tmp_path / "own")
+    path = tmp_path / "own/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "ab" * 20}))
+    publish_again(tmp_path / "own")
+    problem = f"commit {'ab' * 6} of org/base, and .* is {COMMIT[:12]};"
+    with pytest.raises(ConfigError, match=problem):
+        call(tmp_path / "own", "--to", tmp_path / "out", "--merge")
+
+
 def front_matter(folder: Path) -> dict:
     return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
 

@@ -1,6 +1,7 @@
 """The model of an export: loaded, merged, written, and compared with its checkpoint."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainstack.export.weights import DTYPES, round_to, write_weights
 from trainstack.hub.choose import ADAPTER
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
 from trainstack.storage import files, layout
+from trainstack.storage.files import read_object
 from trainstack.units import bytes_text
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of the library peft
@@ -123,12 +125,20 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
     if is_merged or not source.is_adapter:
         return build_causal_lm(folder, "pretrained", section, "fp32", 0)
     base = source.model_folder
-    if base is None or not (base / "config.json").exists():
+    if base is None or not (base / CONFIG).exists():
         raise ConfigError(
             f"the adapter is of model {section.name}, which is not in {base or 'a project'}; "
             "run: bash download_data_model.sh, or pass the --home that has it"
         )
+    learned, here = read_object(source.checkpoint / ADAPTER).get("revision"), source.model().commit
+    if learned and here and learned != here:
+        raise ConfigError(
+            f"the adapter learned beside commit {learned[:12]} of {section.name}, and {base} is "
+            f"{here[:12]}; set model.revision={learned}, then: bash download_data_model.sh"
+        )
     from peft import PeftModel  # a second, for nothing without an adapter
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by old names
 
     causal_lm = build_causal_lm(base, section.init, section, "fp32", settings["run"]["seed"])
     return PeftModel.from_pretrained(causal_lm, folder, local_files_only=True)
