@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from hub_server import HubServer
@@ -31,6 +31,20 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.content }}<|end|> {% endfor %}"
     "{% if add_generation_prompt %}two {% endif %}"
 )
+WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+    "qwen3_moe": {  # whose experts are one tensor in memory
+        **WIDE, **HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "head_dim": 8},
+    "deepseek_v3": {  # of which transformers keeps a part in fp32
+        **WIDE, **HEADS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "n_shared_experts": 1},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 8, "context_length": 64},  # see held_out.py
+}  # fmt: skip
 ASK = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +76,7 @@ def project(tmp_path_factory):
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(1)
-    causal_lm = AutoModelForCausalLM.from_config(config_of(folder))
+    causal_lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     causal_lm.save_pretrained(folder)
     size = (folder / "model.safetensors").stat().st_size
     publish_again(folder, source="hub", revision="main", commit=COMMIT, weight_bytes=size)
@@ -79,12 +93,6 @@ def project(tmp_path_factory):
     run(home, "chat", **names, **steps, data__eval_fraction=0, eval__prompts=[])
     adapt(home)
     return home
-
-
-def config_of(folder: Path):
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder)
 
 
 def run(home: Path, name: str, **changes) -> None:
@@ -190,6 +198,26 @@ def test_a_large_model_is_written_in_shards_that_from_pretrained_finds(project, 
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {*names}
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(checkpoint(project, "r", 20))))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_whatever_a_family_does_with_its_weights_an_export_is_the_same_model(
+    project, tmp_path, kind
+):
+    own = tmp_path / "own"
+    shutil.copytree(checkpoint(project, "r", 20), own)
+    torch.manual_seed(3)
+    config = CONFIG_MAPPING[kind](vocab_size=75, **ARCHITECTURES[kind])
+    causal_lm = AutoModelForCausalLM.from_config(config)
+    causal_lm.save_pretrained(own)
+    publish_again(own)
+    export(find_source(str(own), project), tmp_path / "out", Way("bf16", False), print)
+    found = load_file(tmp_path / "out/model.safetensors")
+    wanted = load_file(own / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    kept = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in wanted if "e_score" in name}
+    assert all(torch.equal(found[n], wanted[n].to(found[n].dtype)) for n in wanted)
 
 
 def test_an_adapter_is_exported_beside_its_model_by_the_models_public_name(project, call, tmp_path):

@@ -39,9 +39,10 @@ def write_model(
     Whoever loads it gets the checkpoint's values, rounded to the type. So it is loaded again, and
     has to say to the last bit what those rounded values say.
     """
-    ids, model, entries = tokens_of(source), load(source, source.checkpoint), {}
+    ids, entries = tokens_of(source), {}
+    checkpoint = due = logits_of(load(source, source.checkpoint), ids)
+    model = load(source, source.checkpoint)  # again: RWKV changes its weights when it is asked
     architecture = name_of(model)
-    checkpoint = due = logits_of(model, ids)
     model = merged(model, checkpoint, ids) if way.is_merged else model
     parameters = count_parameters(model)
     if source.is_adapter and not way.is_merged:
@@ -120,6 +121,7 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
     ``is_merged``: the adapter is within. ConfigError if the model of the adapter is not here.
     """
     transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
     settings = source.state.settings
     section = ModelSection(**{**settings["model"], "attn_implementation": "auto"})
     if is_merged or not source.is_adapter:
