@@ -179,7 +179,9 @@ class Handler(BaseHTTPRequestHandler):
         elif match := CONTENT.fullmatch(path):
             self.take_content(match[1], body, fault)
         elif path == "/api/validate-yaml":
-            self.answer_json({"errors": [], "warnings": []})
+            is_odd = "license: mine" in json.loads(body)["content"]
+            found = [{"message": '"license" must be one of [apache-2.0, mit]'}] if is_odd else []
+            self.answer(400 if is_odd else 200, json.dumps({"errors": found}).encode())
         elif (self.headers["Authorization"] or "").removeprefix("Bearer ") not in self.hub.tokens:
             self.answer(401, b"")
         elif path == "/api/repos/create":

@@ -348,6 +348,9 @@ def test_only_an_earlier_export_is_replaced(call, tmp_path):
     call("r@15", "--to", target)
     assert "it replaces the export of run r at step 15 in fp32" in call("r", "--to", target)[-1]
     assert "at step 20 " in (target / "README.md").read_text()
+    (target / "README.md").write_text("edited")
+    assert "is this export already" in call("r", "--to", target)[-1]
+    assert (target / "README.md").read_text() == "edited"
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="and notes.txt in it is somebody's own; move that away"):
         call("r@15", "--to", target)
@@ -462,6 +465,15 @@ def test_an_interrupted_push_continues_and_sends_nothing_twice(push, server, pro
 def test_what_keeps_a_push_from_its_end_is_said_in_a_line(push, server, rule, code, problem):
     server.faults.append({"path": rule[0], "kind": rule[1], "times": 9})
     assert problem in push("r", code=code)[-1]
+
+
+def test_a_card_that_the_hub_does_not_take_is_said_with_the_reason(push, tmp_path):
+    path = tmp_path / "out/README.md"
+    path.write_text(path.read_text().replace("tags:", "license: mine\ntags:"))
+    assert (
+        'in README.md. - "license" must be one of [apache-2.0, mit]); correct it'
+        in (push("r", code=2)[-1])
+    )
 
 
 def test_a_repository_of_something_else_is_left_alone(push, server, tmp_path):

@@ -17,7 +17,6 @@ from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.history.ledger import compare, sampler_of
 from trainstack.units import counted, rounded
 
-CARD = "README.md"
 DECIDED = (  # settings that say what was learned, and how
     "run.seed", "data.seq_len", "data.packing", "data.learn", "train.global_batch_size",
     "train.precision", "adapter.type", "adapter.r", "adapter.alpha", "adapter.dropout",

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainstack.errors import ConfigError
 from trainstack.export.source import Source, Way
+from trainstack.hub.choose import CARD
 from trainstack.storage import files, manifest
 
 KIND = "export"  # what the manifest calls such a folder
@@ -23,15 +24,16 @@ def export(source: Source, target: Path, way: Way, say: Callable[[str], None]) -
     """
     before = earlier(target)
     facts = facts_of(source, way)
-    if before.items() >= facts.items() and manifest.is_whole(target, hash_up_to=None):
+    is_same = before.items() >= facts.items() and (target / CARD).exists()
+    if is_same and manifest.is_whole(target, hash_up_to=None):
         say(f"{target} is this export already")
         return
-    from trainstack.export.card import CARD, card  # torch: not to push what is here
+    from trainstack.export.card import card  # torch: not to push what is here
     from trainstack.export.model import write_model
 
     with unfinished(target) as temporary:
         entries, made = write_model(source, temporary, way, say)
-        entries[CARD] = files.write_file(temporary / CARD, card(source, made).encode())
+        files.write_file(temporary / CARD, card(source, made).encode())
         aside = target.with_name(f".{target.name}.old")
         manifest.remove_folder(aside)
         if before:
@@ -62,7 +64,7 @@ def earlier(target: Path) -> dict[str, Any]:
     if known.get("kind") != KIND:
         raise ConfigError(f"{target} is there already, and is no export; {fix}")
     there = [str(p.relative_to(target)) for p in sorted(target.rglob("*")) if not p.is_dir()]
-    if others := [name for name in there if name not in (manifest.MANIFEST, *known["files"])]:
+    if others := [name for name in there if name not in (manifest.MANIFEST, CARD, *known["files"])]:
         raise ConfigError(
             f"{target} is {title(known)}, and {others[0]} in it is somebody's own; move that away, "
             f"or {fix}"
@@ -73,7 +75,8 @@ def earlier(target: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
     """A folder beside the target, which is gone after the block unless it was renamed."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
     files.make_folder(temporary)
     try:
         yield temporary

@@ -16,10 +16,10 @@ from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
 from trainstack.config.schema import ModelSection
 from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError, Failed
-from trainstack.export.card import CARD, Made
+from trainstack.export.card import Made
 from trainstack.export.source import Source, Way
 from trainstack.export.weights import DTYPES, round_to, write_weights
-from trainstack.hub.choose import ADAPTER
+from trainstack.hub.choose import ADAPTER, CARD
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
 from trainstack.storage import files, layout
 from trainstack.storage.files import read_object

@@ -10,12 +10,13 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
-from trainstack.errors import ConfigError, Failed
+from trainstack.errors import ConfigError, Failed, first_words
+from trainstack.hub.choose import CARD
 from trainstack.hub.commit import FAULTS, brief, is_of_disk, status_of, verified_entry
 from trainstack.storage import manifest
 from trainstack.units import bytes_text, counted
 
-GIVEN = (".gitattributes", "README.md", "LICENSE")  # what a new repository may begin with
+GIVEN = (".gitattributes", CARD, "LICENSE")  # what a new repository may begin with
 SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
@@ -35,7 +36,7 @@ def push(folder: Path, name: str, is_private: bool, say: Callable[[str], None]) 
     """
     api, page = hub.HfApi(), f"{constants.ENDPOINT}/{name}"
     entries = manifest.read_manifest(folder)["files"]
-    names = [*entries, manifest.MANIFEST]
+    names = [*entries, CARD, manifest.MANIFEST]
     try:
         api.create_repo(name, private=is_private or None, exist_ok=True)
         if is_private and not api.repo_info(name).private:
@@ -91,6 +92,8 @@ def explained(error: Exception, name: str, page: str) -> Exception:
         return ConfigError("HF_HUB_OFFLINE forbids to push; unset it for this command")
     if isinstance(error, UnicodeEncodeError):  # of a header
         return ConfigError("your token has a character that none has; set HF_TOKEN again")
+    if isinstance(error, ValueError) and CARD in str(error):
+        return ConfigError(f"{page} does not take {CARD} ({first_words(error)}); correct it")
     if status in (401, 403):
         refuses = f"{page} refuses your token (HTTP {status})"
         return ConfigError(f"{refuses}; set HF_TOKEN to one that may write for {owner}")
