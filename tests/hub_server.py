@@ -6,6 +6,7 @@ is %2F in the folder's name. Also by hand, for
 HF_ENDPOINT:  ``python tests/hub_server.py FOLDER``.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -21,7 +22,14 @@ from urllib.parse import unquote, urlsplit
 
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?")
 TREE = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?")
+PREUPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/preupload/main")
+COMMIT = re.compile(r"/api/models/([^/]+/[^/]+)/commit/main")
+BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+CONTENT = re.compile(r"/lfs/([0-9a-f]{64})")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+LARGE = (".safetensors", ".parquet", ".bin")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class HubServer:
     "headers", or reset (TCP RST in the
     middle), cut (end in the middle), stall (silence in the middle), wrong_bytes, down (no answer
     at all). ``gated`` and ``private`` are sets of org/name; ``tokens`` those that may read them.
+    Who has one may push as well, to the organisations in ``owners``; ``objects`` are the contents
+    that arrived by Git LFS, by their sha256.
     """
 
     def __init__(self, root: Path):
@@ -47,6 +57,8 @@ class HubServer:
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.tokens: set[str] = set()
+        self.owners = {"org"}
+        self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
         self.is_closing = threading.Event()
         self._oids: dict[tuple, dict] = {}
@@ -98,7 +110,7 @@ class HubServer:
         if key not in self._oids:
             data = path.read_bytes()
             found = {"size": len(data), "oid": git_blob(data)}
-            if path.suffix in (".safetensors", ".parquet", ".bin"):
+            if path.suffix in LARGE:
                 sha256 = hashlib.sha256(data).hexdigest()
                 pointer = f"version https://git-lfs\noid sha256:{sha256}\nsize {len(data)}\n"
                 found["oid"] = git_blob(pointer.encode())
@@ -153,6 +165,104 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """What a push asks: the protocol of huggingface_hub 2.4 without Xet."""
+        path = unquote(urlsplit(self.path).path)
+        fault, headers = self.hub.take_fault(
+            Request(self.command, path, self.headers["Authorization"])
+        )
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if fault == "down":
+            self.close_connection = True
+        elif fault.isdigit():
+            self.answer(int(fault), b"a fault", headers)
+        elif match := CONTENT.fullmatch(path):
+            self.take_content(match[1], body, fault)
+        elif path == "/api/validate-yaml":
+            is_odd = "license: mine" in json.loads(body)["content"]
+            found = [{"message": '"license" must be one of [apache-2.0, mit]'}] if is_odd else []
+            self.answer(400 if is_odd else 200, json.dumps({"errors": found}).encode())
+        elif (self.headers["Authorization"] or "").removeprefix("Bearer ") not in self.hub.tokens:
+            self.answer(401, b"")
+        elif path == "/api/repos/create":
+            self.create_repo(json.loads(body))
+        elif match := PREUPLOAD.fullmatch(path):
+            self.answer_json({"files": self.modes(match[1], json.loads(body)["files"])})
+        elif BATCH.fullmatch(path):
+            self.answer_json({"objects": [self.wanted(o) for o in json.loads(body)["objects"]]})
+        elif match := COMMIT.fullmatch(path):
+            self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self.answer(404, b"nothing here")
+
+    do_PUT = do_POST
+
+    def create_repo(self, asked: dict) -> None:
+        name = f"{asked['organization']}/{asked['name']}"
+        folder, url = self.hub.root / "models" / name, f"{self.hub.url}/{name}"
+        if asked["organization"] not in self.hub.owners:
+            self.answer(403, b"")
+        elif folder.is_dir():
+            self.answer(409, json.dumps({"error": "You already created it", "url": url}).encode())
+        else:
+            folder.mkdir(parents=True)
+            (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+            if asked.get("visibility") == "private":
+                self.hub.private.add(name)
+            self.answer_json({"url": url})
+
+    def modes(self, name: str, asked: list[dict]) -> list[dict]:
+        """How each file is to come: its content in the commit, or by Git LFS."""
+        there = {e["path"]: e for e in self.hub.tree(self.hub.root / "models" / name)}
+        answers = []
+        for path in [file["path"] for file in asked]:
+            mode = "lfs" if path.endswith(LARGE) else "regular"
+            entry = there.get(path, {})
+            oid = entry["lfs"]["oid"] if "lfs" in entry else entry.get("oid")
+            known = {"oid": oid} if oid else {}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+        return answers
+
+    def wanted(self, asked: dict) -> dict:
+        """Where a content is to be sent; nowhere if it is here."""
+        found = {"oid": asked["oid"], "size": asked["size"]}
+        if asked["oid"] not in self.hub.objects:
+            found["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{asked['oid']}"}}
+        return found
+
+    def take_content(self, oid: str, body: bytes, fault: str) -> None:
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+        elif hashlib.sha256(body).hexdigest() != oid:
+            self.answer(422, b"")
+        else:
+            is_wrong = fault == "wrong_bytes"
+            self.hub.objects[oid] = bytes([body[0] ^ 1]) + body[1:] if is_wrong else body
+            self.answer(200, b"")
+
+    def commit(self, name: str, lines: list[dict]) -> None:
+        folder = self.hub.root / "models" / name
+        for kind, value in ((line["key"], line["value"]) for line in lines):
+            if kind == "header":
+                continue
+            path = folder / value["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "file":
+                path.write_bytes(base64.b64decode(value["content"]))
+            elif kind == "lfsFile":
+                path.write_bytes(self.hub.objects[value["oid"]])
+            else:
+                assert kind == "deletedFile", kind
+                path.unlink()
+        _, commit = self.hub.find("models", name, None)
+        url = f"{self.hub.url}/{name}/commit/{commit}"
+        self.answer_json({"success": True, "commitOid": commit, "commitUrl": url})
+
+    def answer_json(self, found: dict) -> None:
+        self.answer(200, json.dumps(found).encode())
+
     def commit_of(self, kind: str, name: str, revision: str | None) -> tuple[Path | None, str]:
         """Like ``find``; if it finds nothing, the Hub's error has been sent."""
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
@@ -168,7 +278,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_info(self, kind: str, name: str, revision: str | None) -> None:
         folder, commit = self.commit_of(kind, name, revision)
         if folder:
-            self.answer(200, json.dumps({"id": name, "sha": commit, "siblings": []}).encode())
+            found = {"id": name, "sha": commit, "private": name in self.hub.private}
+            self.answer(200, json.dumps({**found, "siblings": []}).encode())
 
     def send_tree(self, kind: str, name: str, revision: str, below: str | None) -> None:
         folder, _ = self.commit_of(kind, name, revision)

@@ -31,11 +31,12 @@ BEYOND_TRAINING = (
 LIGHT = (  # what a login node runs
     "__main__", "config.command", "hub.fetch", "hub.choose", "hub.data_files", "hub.local",
     "hub.commit", "job.attempts", "job.blame", "job.submit", "model.proof", "history.goodput",
-    "history.ledger", "monitor.screen", "plan.command", "report.page",
+    "history.ledger", "monitor.screen", "plan.command", "report.page", "export.command", "hub.push",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
-    "__main__.py", "distributed.py", "data/report.py", "evaluation/command.py", "hub/fetch.py",
-    "job/launch.py", "job/submit.py", "model/proof.py", "monitor/clean.py", "history/goodput.py",
+    "__main__.py", "distributed.py", "data/report.py", "evaluation/command.py", "export/command.py",
+    "hub/fetch.py", "job/launch.py", "job/submit.py", "model/proof.py", "monitor/clean.py",
+    "history/goodput.py",
     "history/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
     "prepare/tokenise.py", "report/page.py",
 }  # fmt: skip

@@ -25,6 +25,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 A_TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")  # any one is enough
 GGUF = "has its weights as GGUF; name what they were made from, which has model.safetensors"
 ADAPTER = "adapter_config.json"  # of the library peft
+CARD = "README.md"  # what the Hub shows of a repository; people edit it
 UNMERGED = (
     f"is an adapter to another model ({ADAPTER}); merge them first (peft: merge_and_unload, then"
     " save_pretrained) and name the folder with the result"

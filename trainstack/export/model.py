@@ -1,0 +1,186 @@
+"""The model of an export: loaded, merged, written, and compared with its checkpoint."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from trainstack.chat.template import load_tokenizer
+from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
+from trainstack.config.schema import ModelSection
+from trainstack.data.store import TokenStore
+from trainstack.errors import ConfigError, Failed
+from trainstack.export.card import Made
+from trainstack.export.source import Source, Way
+from trainstack.export.weights import DTYPES, round_to, write_weights
+from trainstack.hub.choose import ADAPTER, CARD
+from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
+from trainstack.storage import files, layout
+from trainstack.storage.files import read_object
+from trainstack.units import bytes_text
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of the library peft
+MOST_TOKENS = 512  # on which logits are compared
+TEXT = "Every sample was used once, and the model that came of it says the same here as it did."
+MERGED, EQUAL = 1e-5, 1e-6  # of the largest logit: how far those of a merged and a copied one are
+
+
+def write_model(
+    source: Source, folder: Path, way: Way, say: Callable[[str], None]
+) -> tuple[dict[str, dict[str, Any]], Made]:
+    """Write all but the card; Failed if what was written is another model.
+
+    Whoever loads it gets the checkpoint's values, rounded to the type. So it is loaded again, and
+    has to say to the last bit what those rounded values say.
+    """
+    ids, entries = tokens_of(source), {}
+    checkpoint = due = logits_of(load(source, source.checkpoint), ids)
+    model = load(source, source.checkpoint)  # again: RWKV changes its weights when it is asked
+    architecture = name_of(model)
+    model = merged(model, checkpoint, ids) if way.is_merged else model
+    parameters = count_parameters(model)
+    if source.is_adapter and not way.is_merged:
+        content = (source.checkpoint / ADAPTER_WEIGHTS).read_bytes()
+        entries[ADAPTER_WEIGHTS] = files.write_file(folder / ADAPTER_WEIGHTS, content)
+    else:
+        round_to(model, DTYPES[way.dtype])
+        tensors = saved_weights(model)
+        check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+        entries |= write_weights(folder, tensors, way.shard_bytes)
+        del tensors
+        due = logits_of(model.float(), ids)
+    del model
+    for name, content in small_files(source, way).items():
+        files.make_folder((folder / name).parent)
+        entries[name] = files.write_file(folder / name, content)
+    found = logits_of(load(source, folder, way.is_merged), ids)
+    if (far := distance(found, due)) > EQUAL:
+        raise Failed(f"what was written says something else than the checkpoint: its logits differ "
+                     f"by {far:.1e}; nothing is left of it")  # fmt: skip
+    losses = [loss_of(logits, ids) for logits in (checkpoint, found)]
+    rounded = "" if way.dtype == "fp32" else f", rounded to {way.dtype}"
+    near = "bit for bit" if far == 0 else f"to {far:.1e}"
+    say(f"loaded again, its logits are those of {source.checkpoint.name}{rounded}, {near}")
+    say(f"loss on {ids.numel()} tokens: {losses[1]:.6f}; of the checkpoint {losses[0]:.6f}")
+    return entries, Made(architecture, parameters, way.dtype, way.is_merged, [*entries])
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    free = files.free_bytes(folder)
+    if needed_bytes > free:
+        raise Failed(
+            f"it takes {bytes_text(needed_bytes)}, and {bytes_text(free)} are free at "
+            f"{folder.parent}; free some space, or name another disk with --to"
+        )
+
+
+def small_files(source: Source, way: Way) -> dict[str, bytes]:
+    """What stands beside the weights, by name: as the checkpoint has it, without places here."""
+    found = {}
+    if way.is_merged:  # what the adapter does not say of its model
+        for name in (CONFIG, GENERATION):
+            if (path := source.model_folder / name).exists():
+                found[name] = path.read_bytes()
+    for name in source.entries:
+        if not name.endswith((".safetensors", ".safetensors.index.json")):
+            found[name] = (source.checkpoint / name).read_bytes()
+    for name in (CARD, *([ADAPTER] if way.is_merged else [])):
+        found.pop(name, None)
+    for name in {*JSON_FILES, ADAPTER} & found.keys():
+        found[name] = for_others(name, found[name], source, way.dtype)
+    return found
+
+
+def for_others(name: str, content: bytes, source: Source, dtype: str) -> bytes:
+    """A file of settings as it is right elsewhere: the new type, and no path of this machine."""
+    before = json.loads(content)
+    settings = {
+        key: value
+        for key, value in before.items()
+        if key not in ("_name_or_path", "name_or_path") or not layout.is_local(str(value))
+    }
+    if name == CONFIG:
+        settings.pop("torch_dtype", None)  # the name before transformers 5
+        settings["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
+    if name == ADAPTER and (base := source.model()):
+        settings |= {"base_model_name_or_path": base.name, "revision": base.commit}
+    if settings == before:
+        return content
+    return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
+    """The model in fp32 from the checkpoint or its export, with its adapter if it has one.
+
+    ``is_merged``: the adapter is within. ConfigError if the model of the adapter is not here.
+    """
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    settings = source.state.settings
+    section = ModelSection(**{**settings["model"], "attn_implementation": "auto"})
+    if is_merged or not source.is_adapter:
+        return build_causal_lm(folder, "pretrained", section, "fp32", 0)
+    base = source.model_folder
+    if base is None or not (base / CONFIG).exists():
+        raise ConfigError(
+            f"the adapter is of model {section.name}, which is not in {base or 'a project'}; "
+            "run: bash download_data_model.sh, or pass the --home that has it"
+        )
+    learned, here = read_object(source.checkpoint / ADAPTER).get("revision"), source.model().commit
+    if learned and here and learned != here:
+        raise ConfigError(
+            f"the adapter learned beside commit {learned[:12]} of {section.name}, and {base} is "
+            f"{here[:12]}; set model.revision={learned}, then: bash download_data_model.sh"
+        )
+    from peft import PeftModel  # a second, for nothing without an adapter
+
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by old names
+
+    causal_lm = build_causal_lm(base, section.init, section, "fp32", settings["run"]["seed"])
+    return PeftModel.from_pretrained(causal_lm, folder, local_files_only=True)
+
+
+def name_of(model: nn.Module) -> str:
+    """The class of the model, which an adapter is beside."""
+    return type(getattr(model, "get_base_model", lambda: model)()).__name__
+
+
+def tokens_of(source: Source) -> torch.Tensor:
+    """The first tokens that the run held out, int64 [1, tokens]; of a text if they are gone."""
+    keys = source.state.identity
+    store = source.home and source.home / "tokens" / keys["tokens"].split("+")[0]
+    if store and (store / "meta.json").exists():
+        held_out = TokenStore(store, keys["data.seq_len"]).eval
+        if held_out.num_samples:
+            return torch.from_numpy(held_out.read(np.arange(1))[0][:, :MOST_TOKENS].copy())
+    return torch.tensor([load_tokenizer(source.checkpoint)(TEXT)["input_ids"]])
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """[tokens, vocabulary]"""
+    return model.eval()(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def merged(model: nn.Module, expected: torch.Tensor, ids: torch.Tensor) -> nn.Module:
+    """The model that takes its adapter in; Failed if it then says something else."""
+    whole = model.merge_and_unload(safe_merge=True)
+    if (far := distance(logits_of(whole, ids), expected)) > MERGED:
+        raise Failed(f"merged, the model is another one: its logits differ by {far:.1e}; "
+                     "export the adapter alone, without --merge")  # fmt: skip
+    return whole
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of logits, as a share of the largest logit."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
+
+
+def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()

@@ -1,0 +1,159 @@
+"""The checkpoint that is exported, and what the project knows of its making."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.state import STATE, TrainState, read_state
+from trainstack.errors import ConfigError, Failed
+from trainstack.history.attempts import find_run
+from trainstack.hub.choose import ADAPTER
+from trainstack.run.folder import RunFolder
+from trainstack.storage import layout, manifest
+
+SHARD_BYTES = 5_000_000_000  # at most, as save_pretrained writes
+BEST = "best"  # the link in checkpoints/ to the one of the lowest held-out loss
+
+
+class Way(NamedTuple):
+    """How a checkpoint is exported."""
+
+    dtype: str  # bf16, fp16 or fp32
+    is_merged: bool
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model or a data set that a run used, as others may know it."""
+
+    name: str  # of a path its last part: where it was is nobody's business
+    is_public: bool  # whether the name is that of a repository on the Hub
+    commit: str | None  # that was used; None: not known
+    part: str = ""  # of a data set: its subset and split
+
+    def link(self, kind: str = "") -> str:
+        """For a page, with what is known of its commit; ``kind``: datasets/, or nothing."""
+        text = f"[{self.name}](https://huggingface.co/{kind}{self.name})"
+        text = text if self.is_public else self.name
+        return text + (f", commit {self.commit[:12]}" if self.commit else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that verifies, and its run, if it lies in one."""
+
+    checkpoint: Path
+    state: TrainState
+    run: RunFolder | None
+    home: Path | None  # of the project that has the model and the data
+
+    @property
+    def name(self) -> str:
+        return self.state.settings["run"]["name"]
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.checkpoint / ADAPTER).exists()
+
+    @cached_property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """The files of the checkpoint that are of the model, as its manifest has them."""
+        known = manifest.read_manifest(self.checkpoint)["files"]
+        return {name: entry for name, entry in known.items() if not name.startswith("training/")}
+
+    @property
+    def model_folder(self) -> Path | None:
+        """Where the model is that the run began from."""
+        name = self.state.settings["model"]["name"]
+        return layout.model_folder(self.home, name) if self.home else None
+
+    def model(self) -> Origin | None:
+        """The model whose weights the run began from; None: from scratch."""
+        section = self.state.settings["model"]
+        if section["init"] == "scratch":
+            return None
+        return origin_of(section["name"], known_of(self.model_folder))
+
+    def data_sets(self) -> Iterator[tuple[Origin, float | None]]:
+        """Each data set, and its weight in the mixture."""
+        first = self.state.settings["data"]
+        keys = self.state.identity["tokens"].split("+")
+        sections = [{**first, **other} for other in ({}, *first.get("mixture", ()))]
+        for section, key in zip(sections, keys, strict=True):
+            known, made_from = {}, {}
+            if self.home:
+                folder = layout.dataset_folder(self.home, section["name"], section["subset"])
+                known, meta = known_of(folder), self.home / "tokens" / key / "meta.json"
+                with contextlib.suppress(OSError, ValueError):
+                    made_from = json.loads(meta.read_bytes()).get("made_from", {})
+            hashes = {name: entry["sha256"] for name, entry in known.get("files", {}).items()}
+            if made_from.get("source", hashes) != hashes:  # fetched again since
+                known = {}
+            part = ", ".join(p for p in (section["subset"], section["split"]) if p)
+            yield origin_of(section["name"], known, part), section.get("weight")
+
+
+def origin_of(name: str, known: dict[str, Any], part: str = "") -> Origin:
+    """A name of a configuration, and the manifest of what it stood for."""
+    if layout.is_local(name):
+        return Origin(Path(name).name, False, None, part)
+    is_public = known.get("source", "hub") == "hub" and name != layout.DEMO
+    return Origin(name, is_public, known.get("commit") if is_public else None, part)
+
+
+def known_of(folder: Path | None) -> dict[str, Any]:
+    """The manifest of a model or a data set; empty if it is not there."""
+    with contextlib.suppress(OSError, ValueError):
+        return manifest.read_manifest(folder) if folder else {}
+    return {}
+
+
+def find_source(text: str, home: Path | None) -> Source:
+    """What RUN, RUN@STEP, RUN@best or the folder of a checkpoint names.
+
+    ConfigError if there is no such thing, Failed if it is damaged.
+    """
+    folder = Path(text).expanduser()
+    if (folder / STATE).is_file():
+        checkpoint = folder.resolve()
+        run = RunFolder(checkpoint.parents[1])
+        run = run if run.checkpoints == checkpoint.parent and run.events() else None
+        others = ""
+    else:
+        name, _, which = text.rpartition("@")
+        if not name or "/" in which:  # no @, or one of a folder
+            name, which = text, ""
+        run = RunFolder(find_run(name, home))
+        checkpoint = chosen(run, which)
+        steps = [step for step, path in checkpoints(run.checkpoints) if path != checkpoint]
+        others = f"; another one: {name}@STEP, with {listed(steps)}" if steps else ""
+    if problem := next(manifest.damage(checkpoint), None):
+        raise Failed(f"{checkpoint} is damaged ({problem}){others or '; name another one'}")
+    own = run.path.parent.parent if run else None
+    is_own = own and (home is None or (own / "models").is_dir())
+    return Source(checkpoint, read_state(checkpoint), run, own if is_own else home)
+
+
+def chosen(run: RunFolder, which: str) -> Path:
+    """The checkpoint of a step, the best one, or the newest (an empty text)."""
+    there, name = dict(checkpoints(run.checkpoints)), run.path.name
+    if not there:
+        raise Failed(f"run {name} has no checkpoint yet; export it once it has saved one")
+    if not which:
+        return there[max(there)]
+    if which == BEST and (run.checkpoints / BEST).exists():
+        return (run.checkpoints / BEST).resolve()
+    if which.isdecimal() and int(which) in there:
+        return there[int(which)]
+    problem = f"checkpoint of step {which}" if which != BEST else "best one (eval.keep_best)"
+    raise ConfigError(f"run {name} has no {problem}; it has steps {listed(list(there))}")
+
+
+def listed(steps: list[int]) -> str:
+    return ", ".join(str(step) for step in sorted(steps))
