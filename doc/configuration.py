@@ -23,7 +23,8 @@ source env.sh; PYTHONPATH=. "$TRAINSTACK_PYTHON" doc/configuration.py doc/config
 How a run gets its settings, the later over the earlier: config.yaml, then a file of your own with
 only what differs (`bash submit.sh my.yaml`), then `key=value` on the command line. All is checked
 before anything is queued, and all problems are told at once; `bash submit.sh --dry-run` does only
-that. A name of another trainer, such as `lr` or `gradient_checkpointing`, is answered with ours.
+that. A name of another trainer, such as `lr` or `push_to_hub`, is answered with ours, or with what
+there is in its place.
 
 A run that is resumed has settings of its own ([resume.md](resume.md)). *Resume* says what may
 change then: `yes`, and the change is told; `no`, that is another run, and refused; `same tokens`,
