@@ -91,7 +91,7 @@ def test_packed_runs_lose_alike_and_evaluate_each_token_once_at_1_2_and_4_proces
             tiny.train(home, processes, name, *PACKED, "train.precision=fp64", "train.max_steps=10")
         counted = tiny.metrics(home, run, "eval_tokens")[10]
         assert counted == held_out.row_targets.sum()
-        for key in ("loss", "eval_loss"):
+        for key in ("loss", "eval_loss", "token_accuracy", "eval_token_accuracy"):
             expected = tiny.metrics(home, "two", key)
             for step, value in tiny.metrics(home, run, key).items():
                 assert value == pytest.approx(expected[step], abs=1e-12), (run, key, step)

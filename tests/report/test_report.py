@@ -79,7 +79,8 @@ def test_the_data_has_the_run_as_its_files_have_it(run, facts, home):
     assert "repeated = 0, skipped = 0" in "\n".join(facts["ledger"]["lines"])
     assert facts["checkpoints"][-1]["step"] == STEPS and facts["checkpoints"][-1]["bytes"] > 0
     sample = (run / "sample.txt").read_text().rstrip("\n")
-    assert facts["samples"] == [{"step": STEPS, "text": sample}]
+    assert facts["samples"][-1] == {"step": STEPS, "text": sample}
+    assert [one["step"] for one in facts["samples"]] == [*held_out], "some steps came again"
     assert facts["settings"]["run.name"] == "reported"
 
 

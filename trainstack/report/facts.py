@@ -20,6 +20,7 @@ from trainstack.units import seconds_of
 TOLD_ENDS = {*ENDS} - {"preempted", "not_submitted"}
 NOTABLE = {*ENDS, *PASSED, "rollback", "slow_rank_over"}
 MOST_NOTES = 200  # the newest are shown
+MOST_SAMPLES = 50
 FINEST = 2000  # parts of the timeline: what is shorter is not seen
 
 
@@ -155,11 +156,12 @@ def environment_of(view: View) -> dict[str, Any]:
 
 
 def samples_of(view: View) -> list[dict[str, Any]]:
-    """What the model said, at which step; of an older run only the last."""
-    found = [
-        {"step": event["step"], "text": event["text"]}
+    """What the model said lately, at which step; of a step that came again, the last time."""
+    said = {
+        (event["step"], event.get("prompt")): event["text"]
         for event in view.events if event["event"] == "sample"
-    ]  # fmt: skip
+    }  # fmt: skip
+    found = [{"step": step, "text": text} for (step, _), text in said.items()][-MOST_SAMPLES:]
     path = view.run.path / "sample.txt"
     if not found and path.exists():
         found = [{"step": view.step, "text": path.read_text(errors="replace").rstrip()}]
