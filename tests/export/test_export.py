@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
@@ -21,6 +21,7 @@ from hub_server import HubServer
 from trainstack.errors import ConfigError, Failed
 from trainstack.export import command
 from trainstack.export.folder import export
+from trainstack.export.model import check_space
 from trainstack.export.source import Way, find_source
 from trainstack.prepare import prepare
 from trainstack.storage import files, layout, manifest
@@ -238,7 +239,8 @@ def test_an_adapter_is_exported_beside_its_model_by_the_models_public_name(proje
 
 
 def test_an_adapter_is_merged_into_its_model(project, call, tmp_path):
-    call("adapted", "--to", tmp_path / "out", "--merge")
+    said = call("adapted", "--to", tmp_path / "out", "--merge")
+    assert re.fullmatch("export: merged, its logits are within .*e-0[78] of those .*", said[1])
     base = load(layout.model_folder(project, "org/base"))
     own = peft.PeftModel.from_pretrained(base, checkpoint(project, "adapted", 20))
     merged = load(tmp_path / "out")
@@ -257,6 +259,25 @@ def test_an_adapter_of_another_commit_of_its_model_is_refused(project, call, tmp
     problem = f"commit {'ab' * 6} of org/base, and .* is {COMMIT[:12]};"
     with pytest.raises(ConfigError, match=problem):
         call(tmp_path / "own", "--to", tmp_path / "out", "--merge")
+
+
+def test_an_adapter_whose_model_is_not_here_is_refused(project, tmp_path):
+    own = shutil.copytree(checkpoint(project, "adapted", 20), tmp_path / "own")
+    with pytest.raises(ConfigError, match="adapter is of model org/base, which is not in .*; run:"):
+        command.main([str(own), "--to", str(tmp_path / "out"), "--home", str(tmp_path)])
+
+
+def test_weights_beyond_a_type_and_a_disk_that_is_too_small_are_said(project, call, tmp_path):
+    own = shutil.copytree(checkpoint(project, "r", 20), tmp_path / "own")
+    weights = load_file(own / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e6
+    save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+    publish_again(own)
+    with pytest.raises(ConfigError, match="model.norm.weight has values beyond .*--dtype bf16"):
+        call(own, "--to", tmp_path / "out", "--dtype", "fp16")
+    with pytest.raises(Failed, match="it takes .* TB, and .* are free at "):
+        check_space(tmp_path, 1 << 60)
+    assert [*tmp_path.iterdir()] == [own]
 
 
 def front_matter(folder: Path) -> dict:

@@ -52,7 +52,7 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
             log.info("      %s", gone)
         log.info("      look: %s", look)
         log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
-        log.info('      share: "$TRAINSTACK_PYTHON" -m trainstack export %s --to FOLDER', name)
+        log.info('      give: "$TRAINSTACK_PYTHON" -m trainstack export %s --to FOLDER', name)
         attempt.lease.release()
     return "DONE"
 
