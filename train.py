@@ -18,7 +18,6 @@ from pathlib import Path
 import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before torch is missed
 
 gc.disable()  # what is imported stays, and looking at it again and again takes 0.3 s
-import torch
 
 from trainstack import distributed
 from trainstack.checkpoint.interval import Interval
@@ -29,7 +28,7 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
-from trainstack.evaluation.held_out import evaluate_all
+from trainstack.evaluation.held_out import evaluate_all, overall
 from trainstack.model.causal_lm import build_causal_lm, count_parameters
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
@@ -144,13 +143,13 @@ class Loop:
         self.started = time.monotonic()
 
     def run(self) -> str:
-        """From the step where the run is to max_steps, or to a stop; returns DONE or PAUSED."""
+        """From the step where the run is to its end, or to a stop; returns DONE or PAUSED."""
         attempt, state = self.attempt, self.state
         try:
             self.train()
             self.finish_save()
             self.report.close()
-            if state.step < attempt.max_steps or not state.is_evaluated:
+            if not (ending.is_over(attempt, state) and state.is_evaluated):
                 return ending.pause(attempt, self.stop.reason, state.step)
             self.watch.at(state.step, Phase.END, LOAD_SECONDS)
             ending.show_sample(attempt, self.strategy, self.feed.corpus.is_chat)
@@ -165,7 +164,7 @@ class Loop:
             self.watch.close()
 
     def train(self) -> None:
-        """Step, evaluate, save, until max_steps or a stop."""
+        """Step, evaluate, save, until the run is over or a stop comes."""
         config, state, max_steps = self.attempt.config, self.state, self.attempt.max_steps
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.watch.at(state.step, Phase.WARM_UP, COMPILE_SECONDS)
@@ -180,7 +179,7 @@ class Loop:
         is_stopping |= not state.is_evaluated
         self.report.begins(state.step)
         self.pace.restart()
-        while state.step < max_steps and not is_stopping:
+        while not (is_stopping or ending.is_over(self.attempt, state)):
             state.step += 1
             # What any rank requested while the step before ran: its numbers have arrived now.
             is_stopping, is_saving = self.step(state.step)
@@ -191,9 +190,9 @@ class Loop:
                 # counts. A save request is dropped: either we save here anyway, or it comes again.
                 is_stopping |= self.read_numbers().stop
             if is_evaluating:
-                self.evaluate()
+                is_saving |= self.evaluate() and config.eval.keep_best
                 is_stopping |= not state.is_evaluated
-            if is_saving or is_stopping:
+            if is_saving or is_stopping or ending.is_over(self.attempt, state):
                 self.save()
                 self.pace.restart()
 
@@ -268,12 +267,12 @@ class Loop:
             self.report.step(result, *self.pace.read(), source_tokens)
         return result.requested
 
-    def evaluate(self) -> None:
-        """Loss and perplexity over what is held out; ``state.is_evaluated`` tells if it ended.
+    def evaluate(self) -> bool:
+        """Loss and perplexity over what is held out; whether it is the lowest loss so far.
 
-        It is cut short by a stop, and then made first thing when the run is resumed.
+        A stop cuts it short (``state.is_evaluated``): then it comes first when the run is resumed.
         """
-        step, started = self.state.step, time.monotonic()
+        step, started, is_best = self.state.step, time.monotonic(), False
 
         def wants_stop() -> bool:
             self.watch.at(step, Phase.EVALUATION)
@@ -283,24 +282,21 @@ class Loop:
         results = evaluate_all(self.feed, most, self.strategy.loss_model, wants_stop)
         self.state.is_evaluated = results is not None
         if results:
+            is_best = self.state.take_in(overall(results.values())[0])
             self.report.evaluation(step, results, time.monotonic() - started)
         if results != {}:  # without held-out data nothing was done
             self.pace.restart()
+        return is_best
 
     def save(self) -> None:
         """Begin to publish checkpoint-<step>; it is written while the next steps run."""
-        started, state, plan = time.monotonic(), self.state, self.attempt.plan
+        started, state = time.monotonic(), self.state
         self.watch.at(state.step, Phase.SAVE, SAVE_SECONDS)
         self.finish_save()  # of the checkpoint before: one at a time
         self.report.save_begins()
         if self.interval:
             self.interval.saving(time.monotonic())
-        state.updates = self.strategy.optimizer.updates_done()
-        state.samples_seen = state.step * plan.global_batch_size
-        state.tokens_seen = state.step * plan.tokens_per_step
-        state.scaler = self.strategy.scaler.state_dict()
-        state.guard = self.guard.state()
-        state.world_size, state.torch = self.attempt.world.world_size, torch.__version__
+        startup.remember(state, self.attempt, self.strategy, self.guard)
         self.saver.start(
             Snapshot(
                 state.step,
@@ -308,6 +304,7 @@ class Loop:
                 state.to_json(),
                 self.small_files,
                 synced_first=[self.attempt.run.path / "samples.jsonl"],  # the ledger's evidence
+                best_step=state.best_step if self.attempt.config.eval.keep_best else 0,
             )
         )
         self.stall_seconds += time.monotonic() - started

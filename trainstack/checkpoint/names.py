@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from trainstack.storage import manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LATEST, BEST = "latest", "best"  # links beside them, never one to a name that is not there
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and two moments of AdamW, each in fp32
 
 
@@ -29,6 +31,14 @@ def by_name(folder: Path) -> list[tuple[int, Path]]:
         if match and path.is_dir() and not path.is_symlink():
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
+
+
+def linked(folder: Path, name: str) -> Path | None:
+    """The checkpoint that a link leads to; None if there is no such link."""
+    with contextlib.suppress(OSError):
+        path = folder / os.readlink(folder / name)
+        return path if path.is_dir() else None
+    return None
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:

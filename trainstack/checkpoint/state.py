@@ -1,6 +1,7 @@
 """TrainState: what a checkpoint remembers beside tensors; the only one who knows state.json."""
 
 import json
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class TrainState:
     undecayed: bool = False  # norms and other vectors in the shape of a matrix; once they decayed
     loss_sum: float = 0.0  # of the steps since the last log line
     loss_steps: int = 0  # how many they are
-    best_step: int = 0  # of the lowest held-out loss; 0: there was no evaluation yet
+    best_step: int = 0  # of the lowest held-out loss; 0: none was finite yet
     best_loss: float | None = None
     evaluations_without_better: int = 0  # in a row, up to this step
 
@@ -52,6 +53,17 @@ class TrainState:
             drawn=[0] * data_sets if data_sets > 1 else None, left_out=left_out, identity=identity,
             settings=settings, scaler={}, guard={}, world_size=0, torch="", undecayed=True,
         )  # fmt: skip
+
+    def take_in(self, loss: float) -> bool:
+        """Remember the held-out loss of this step; whether it is the lowest so far.
+
+        One that is equal to an earlier one is not, nor is a NaN.
+        """
+        is_best = loss < (math.inf if self.best_loss is None else self.best_loss)
+        if is_best:
+            self.best_step, self.best_loss = self.step, loss
+        self.evaluations_without_better = 0 if is_best else self.evaluations_without_better + 1
+        return is_best
 
     def to_json(self) -> bytes:
         """The content of state.json; floats come back to the last bit."""

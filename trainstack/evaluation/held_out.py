@@ -22,6 +22,13 @@ class Evaluation(NamedTuple):
     bytes: float | None  # of text that they are, as all held-out text has; None: not known
 
 
+def overall(parts: Iterable[Evaluation]) -> tuple[float, int]:
+    """The mean loss over the targets of all data sets, and how many these are."""
+    parts = list(parts)
+    targets = sum(part.targets for part in parts)
+    return sum(part.loss * part.targets for part in parts) / max(1, targets), targets
+
+
 def bits_per_byte(parts: Iterable[Evaluation]) -> float | None:
     """The information of the text under the model, which compares across tokenizers; None: unknown.
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from trainstack.checkpoint.snapshot import Saved
-from trainstack.evaluation.held_out import Evaluation, bits_per_byte
+from trainstack.evaluation.held_out import Evaluation, bits_per_byte, overall
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
 from trainstack.run.folder import RunFolder, record_in
 from trainstack.run.states import RUNNING
@@ -143,8 +143,7 @@ class Report:
             return
         self.attempt.lease.check_often()
         sources = results if len(self.attempt.config.data.sources) > 1 else {}
-        tokens = sum(part.targets for part in results.values())
-        loss = sum(part.loss * part.targets for part in results.values()) / max(1, tokens)
+        loss, tokens = overall(results.values())
         measures = {"eval_loss": loss, "eval_perplexity": perplexity_of(loss)}
         if bits := bits_per_byte(results.values()):
             measures["eval_bits_per_byte"] = bits

@@ -162,6 +162,16 @@ def restore(
     return replace(state, settings=at_start.settings, left_out=at_start.left_out)
 
 
+def remember(state: TrainState, attempt: Attempt, strategy: Strategy, guard: Guard) -> None:
+    """Bring up to date what ``restore`` reads and people look at, before the state is saved."""
+    state.updates = strategy.optimizer.updates_done()
+    state.samples_seen = state.step * attempt.plan.global_batch_size
+    state.tokens_seen = state.step * attempt.plan.tokens_per_step
+    state.scaler = strategy.scaler.state_dict()
+    state.guard = guard.state()
+    state.world_size, state.torch = attempt.world.world_size, torch.__version__
+
+
 def warm_up(strategy: Strategy, batches: Iterator[Batch], world: World) -> bool:
     """Whatever only the first pass does; returns whether a pass draws at random, as by dropout."""
     before = distributed.random_state(world)
