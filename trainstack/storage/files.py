@@ -181,6 +181,15 @@ def create_file(path: Path, data: bytes) -> bool:
     return True
 
 
+def give_second_name(path: Path, other: Path) -> None:
+    """A hard link; a copy where the file is somebody else's, or on another file system."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        sync_file(other)
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line."""
     append_lines(path, (json.dumps(record) + "\n").encode())
