@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from trainstack.checkpoint.names import by_name, checkpoints
-from trainstack.checkpoint.publish import point_to, set_aside
+from trainstack.checkpoint.names import by_name, checkpoints, point_to
+from trainstack.checkpoint.publish import set_aside
 from trainstack.errors import ConfigError
 from trainstack.storage import manifest
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked
+from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, point_to
 from trainstack.checkpoint.snapshot import WEIGHTS, SaveError, Share, Snapshot
 from trainstack.checkpoint.state import STATE
 from trainstack.checkpoint.tensorfile import write_safetensors
@@ -125,18 +125,6 @@ def problem_of(action: Callable[[], None], path: Path) -> str | Refused | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def point_to(newest: Path, best_step: int) -> None:
-    """Let ``latest`` lead to a checkpoint, and ``best`` to that of a step, if there is one."""
-    wanted = (LATEST, newest), (BEST, newest.with_name(f"checkpoint-{best_step}"))
-    folder = newest.parent
-    changed = [(k, path) for k, path in wanted if path.is_dir() and linked(folder, k) != path]
-    with contextlib.suppress(OSError):  # the checkpoint is there, if a file system has no links
-        for name, path in changed:
-            files.replace_link(folder / name, path.name)
-        if changed:
-            files.sync_folder(folder)
 
 
 def set_aside(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Names of models, data sets, splits, checkpoints; what is none, or several, is refused."""
+"""Names of models, data sets, splits, checkpoints; what is none is refused with what to write.
 
 A name on the Hub that is a file or a folder here too is told apart later, by hub/fetch.py.
 """

@@ -5,8 +5,7 @@ import math
 from pathlib import Path
 
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.names import BEST, linked, newest_checkpoint
-from trainstack.checkpoint.publish import point_to
+from trainstack.checkpoint.names import BEST, linked, newest_checkpoint, point_to
 from trainstack.checkpoint.snapshot import GENERATION, ends_in
 from trainstack.checkpoint.state import TrainState
 from trainstack.evaluation.samples import answer
@@ -51,15 +50,15 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
     if attempt.world.is_main:
         run, name, step = attempt.run, attempt.run.path.name, state.step
         _, newest = newest_checkpoint(run.checkpoints)
+        look, taken, model, cause = f"bash monitor.sh {name}", duration(seconds), newest, None
         if attempt.config.eval.keep_best and newest:
             point_to(newest, state.best_step)  # an evaluation that a stop put off had no save
-        model = run.checkpoints / BEST if linked(run.checkpoints, BEST) else newest
-        look, taken = f"bash monitor.sh {name}", duration(seconds)
-        cause = None
+            model = run.checkpoints / BEST if linked(run.checkpoints, BEST) else newest
         if step < attempt.max_steps:
-            cause = early_stop(state)
-            run.add_event("early_stop", step=step, best_step=state.best_step, cause=cause,
+            why = early_stop(state)
+            run.add_event("early_stop", step=step, best_step=state.best_step, cause=why,
                           evaluations=state.evaluations_without_better)  # fmt: skip
+            cause = f"stopped early: {why}"
         code = EXIT_CODES["DONE"]
         facts = {"job": attempt.owner.job, "attempt": attempt.owner.attempt, "exit_code": code}
         run.set_status("DONE", step=step, **facts, cause=cause, next_action=f"its model: {model}")
@@ -83,7 +82,7 @@ def early_stop(state: TrainState) -> str:
     lowest = "infinity" if state.best_loss is None else f"{state.best_loss:.4f}"
     count = counted(state.evaluations_without_better, "evaluation")
     at = f" of step {state.best_step:,}" if state.best_step else ""
-    return f"stopped early: {count} without a held-out loss below {lowest}{at}"
+    return f"{count} without a held-out loss below {lowest}{at}"
 
 
 def best_before(state: TrainState, checkpoints: Path) -> str:

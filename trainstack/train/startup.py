@@ -66,6 +66,10 @@ def own_run_folder(
         _, saved = names.newest_state(run.checkpoints)
         if saved:
             check_identity(saved.identity, identity, run.path.name)
+        elif config.run.parent and not names.by_name(run.checkpoints):
+            raise ConfigError(
+                f"run.branch_from={config.run.branch_from}: submit.sh makes the branch, and did not"
+            )
         run.create()
         lease.take(owner, gone)
         path = run.path / "config.yaml"
