@@ -19,7 +19,6 @@ from pathlib import Path
 import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before torch is missed
 
 gc.disable()  # what is imported stays, and looking at it again and again takes 0.3 s
-import torch
 
 from trainstack import distributed
 from trainstack.checkpoint.interval import Interval
@@ -30,7 +29,7 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
-from trainstack.evaluation.held_out import evaluate_all
+from trainstack.evaluation.held_out import evaluate_all, overall
 from trainstack.evaluation.samples import Prompts
 from trainstack.model.causal_lm import build_causal_lm, count_parameters
 from trainstack.model.ddp import DataParallel
@@ -149,13 +148,13 @@ class Loop:
         self.started = time.monotonic()
 
     def run(self) -> str:
-        """From the step where the run is to max_steps, or to a stop; returns DONE or PAUSED."""
+        """From the step where the run is to its end, or to a stop; returns DONE or PAUSED."""
         attempt, state = self.attempt, self.state
         try:
             self.train()
             self.finish_save()
             self.report.close()
-            if state.step < attempt.max_steps or not state.is_evaluated:
+            if not (ending.is_over(attempt, state) and state.is_evaluated):
                 return ending.pause(attempt, self.stop.reason, state.step)
             self.watch.at(state.step, Phase.END, LOAD_SECONDS)
             return ending.complete(attempt, state, time.monotonic() - self.started)
@@ -169,35 +168,35 @@ class Loop:
             self.watch.close()
 
     def train(self) -> None:
-        """Step, evaluate, save, until max_steps or a stop."""
-        attempt, state, max_steps = self.attempt, self.state, self.attempt.max_steps
+        """Step, evaluate, save, until the run is over or a stop comes."""
+        attempt, config, state = self.attempt, self.attempt.config, self.state
         # Compiles and allocates on the samples of the first step; nothing of it is learned.
         self.watch.at(state.step, Phase.WARM_UP, COMPILE_SECONDS)
         self.report.warms_up()
-        first = self.feed.at(min(state.step + 1, max_steps))
-        self.is_random = startup.warm_up(self.strategy, first.batches, self.attempt.world)
+        first = self.feed.at(min(state.step + 1, attempt.max_steps))
+        self.is_random = startup.warm_up(self.strategy, first.batches, attempt.world)
         self.saver.reserve(self.strategy.share)
         # A stop may have come meanwhile. An evaluation that the last one cut short is due first.
-        is_stopping = distributed.any_rank(self.stop.is_wanted(0), self.attempt.world)
+        is_stopping = distributed.any_rank(self.stop.is_wanted(0), attempt.world)
         if not state.is_evaluated and not is_stopping:
             self.evaluate()
         is_stopping |= not state.is_evaluated
         self.report.begins(state.step)
         self.pace.restart()
-        while state.step < max_steps and not is_stopping:
+        while not (is_stopping or ending.is_over(attempt, state)):
             state.step += 1
             # What any rank requested while the step before ran: its numbers have arrived now.
             is_stopping, is_saving = self.step(state.step)
-            is_saving |= attempt.is_due(state.step, attempt.config.checkpoint.save_steps)
-            is_evaluating = attempt.is_due(state.step, attempt.config.eval.eval_steps)
+            is_saving |= attempt.is_due(state.step, config.checkpoint.save_steps)
+            is_evaluating = attempt.is_due(state.step, config.eval.eval_steps)
             if is_evaluating or is_saving or is_stopping:
                 # Read this step's numbers at once, so that its log line comes first. A stop in them
                 # counts. A save request is dropped: either we save here anyway, or it comes again.
                 is_stopping |= self.read_numbers().stop
             if is_evaluating:
-                self.evaluate()
+                is_saving |= self.evaluate() and config.eval.keep_best
                 is_stopping |= not state.is_evaluated
-            if is_saving or is_stopping:
+            if is_saving or is_stopping or ending.is_over(attempt, state):
                 self.save()
                 self.pace.restart()
 
@@ -273,10 +272,10 @@ class Loop:
             self.report.step(result, self.state.take_mean_loss(), *self.pace.read(), by_source)
         return result.requested
 
-    def evaluate(self) -> None:
-        """The loss over what is held out; ``state.is_evaluated`` tells if that ended. Then prompts.
+    def evaluate(self) -> bool:
+        """The loss over what is held out, then prompts; whether that loss is the lowest so far.
 
-        It is cut short by a stop, and then made first thing when the run is resumed.
+        A stop cuts it short (``state.is_evaluated``): then it comes first when the run is resumed.
         """
         step, started = self.state.step, time.monotonic()
 
@@ -287,25 +286,22 @@ class Loop:
         config, loss_model, world = self.attempt.config, self.strategy.loss_model, self.feed.world
         results = evaluate_all(self.feed.corpus, config, loss_model, world, wants_stop)
         self.state.is_evaluated = results is not None
+        is_best = bool(results) and self.state.take_in(overall(results.values()).loss)
         wants_no_more = partial(wants_stop, Phase.PROMPTS, ANSWER_SECONDS)
         said = self.prompts.ask(loss_model, world, wants_no_more)
         self.report.evaluation(step, results, said, time.monotonic() - started)
         self.pace.restart()
+        return is_best
 
     def save(self) -> None:
         """Begin to publish checkpoint-<step>; it is written while the next steps run."""
-        started, state, plan = time.monotonic(), self.state, self.attempt.plan
+        started, state = time.monotonic(), self.state
         self.watch.at(state.step, Phase.SAVE, SAVE_SECONDS)
         self.finish_save()  # of the checkpoint before: one at a time
         self.report.save_begins()
         if self.interval:
             self.interval.saving(time.monotonic())
-        state.updates = self.strategy.optimizer.updates_done()
-        state.samples_seen = state.step * plan.global_batch_size
-        state.tokens_seen = state.step * plan.tokens_per_step
-        state.scaler = self.strategy.scaler.state_dict()
-        state.guard = self.guard.state()
-        state.world_size, state.torch = self.attempt.world.world_size, torch.__version__
+        startup.remember(state, self.attempt, self.strategy, self.guard)
         self.saver.start(
             Snapshot(
                 state.step,
@@ -313,6 +309,7 @@ class Loop:
                 state.to_json(),
                 self.small_files,
                 synced_first=[self.attempt.run.path / "samples.jsonl"],  # the ledger's evidence
+                best_step=state.best_step if self.attempt.config.eval.keep_best else 0,
             )
         )
         self.stall_seconds += time.monotonic() - started

@@ -36,7 +36,7 @@ POWER_CUT = (
 MUTATIONS = {
     "no fsync of the parent folder after the rename": Mutation(
         POWER_CUT,
-        "(1 returns): found",
+        "leads nowhere",
         (
             (
                 "trainstack/checkpoint/publish.py",

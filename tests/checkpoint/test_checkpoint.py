@@ -9,13 +9,14 @@ import shutil
 import stat
 import subprocess
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from trainstack.checkpoint.load import newest_whole, read_optimizer
-from trainstack.checkpoint.names import checkpoints, newest_state
+from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, newest_state
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import SaveError, Share, Snapshot, replicated_share
 from trainstack.checkpoint.state import STATE, TrainState
@@ -45,11 +46,11 @@ def snapshot(step: int, value: float = 1.0) -> Snapshot:
     return Snapshot(step, Share(weights, optimizer), state.to_json(), {"config.json": b"{}"})
 
 
-def save(folder, step, keep=2, check=lambda: None, value=1.0):
+def save(folder, step, keep=2, check=lambda: None, value=1.0, best=0):
     """Save to the end; the checkpoint's folder. Raises what a run that needs it would raise."""
     folder.mkdir(exist_ok=True)
     saver = Saver(folder, ALONE, keep, "job.1", check)
-    saver.start(snapshot(step, value))
+    saver.start(replace(snapshot(step, value), best_step=best))
     saved = saver.wait()
     if saved.problem:
         raise SaveError(saved.problem)
@@ -90,11 +91,42 @@ def test_the_newest_checkpoints_are_kept_and_never_less_than_two(tmp_path):
     assert [step for step, _ in checkpoints(tmp_path / "c")] == [4, 3]
 
 
+def test_the_best_checkpoint_is_never_pruned_and_the_links_lead_to_it_and_to_the_newest(tmp_path):
+    folder = tmp_path / "c"
+    for step, best in [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, 4), (7, 9), (8, 9)]:
+        save(folder, step, best=best)
+        assert linked(folder, LATEST) == folder / f"checkpoint-{step}"
+        if best < 9:  # the save of step 9 failed: the best one that exists stays
+            assert linked(folder, BEST) == folder / f"checkpoint-{best}"
+    assert [step for step, _ in checkpoints(folder)] == [8, 7, 4]
+    assert linked(folder, BEST) == folder / "checkpoint-4"
+    assert not (folder / BEST).readlink().is_absolute()
+
+
+def test_no_link_leads_to_a_damaged_checkpoint_that_is_set_aside(tmp_path):
+    folder = tmp_path / "c"
+    save(folder, 1)
+    damaged = save(folder, 2, best=2)
+    (damaged / "config.json").write_bytes(b"[]")
+    assert newest_whole(folder) == linked(folder, LATEST) == folder / "checkpoint-1"
+    assert not (folder / BEST).is_symlink()
+
+
+def test_a_file_system_without_links_only_lacks_the_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    for step in (1, 2, 3, 4):
+        save(tmp_path / "c", step, best=1)
+    assert [step for step, _ in checkpoints(tmp_path / "c")] == [4, 3, 1]
+
+
 def test_no_temporary_folder_of_a_killed_attempt_stays(tmp_path):
     leftover = tmp_path / "c" / ".checkpoint-1.old.1.tmp" / "training"
     leftover.mkdir(parents=True)
     save(tmp_path / "c", 2)
-    assert [p.name for p in (tmp_path / "c").iterdir()] == ["checkpoint-2"]
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-2", "latest"}
 
 
 def test_every_flipped_bit_is_found_and_its_file_named(tmp_path):
@@ -221,9 +253,11 @@ def test_an_error_of_the_disk_anywhere_in_a_save_costs_that_save_and_nothing_els
         assert str(tmp_path) in str(caught.value)
         assert not list(manifest.damage(first))
         # What could not be cleaned up either goes with the next save.
-        assert {p.name for p in (tmp_path / "c").iterdir() if p.name[0] != "."} == {"checkpoint-1"}
+        shown = {p.name for p in (tmp_path / "c").iterdir() if p.name[0] != "."}
+        assert shown == {"checkpoint-1", "latest"}
     save(tmp_path / "c", 2)
-    assert {p.name for p in (tmp_path / "c").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    left = {p.name for p in (tmp_path / "c").iterdir()}
+    assert left == {"checkpoint-1", "checkpoint-2", "latest"}
 
 
 def test_a_moment_of_eio_is_survived_by_writing_the_file_again(tmp_path):

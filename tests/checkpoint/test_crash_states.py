@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from trainstack.checkpoint.load import newest_whole
-from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.names import BEST, LATEST, checkpoints
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import Share, Snapshot
 from trainstack.distributed import World
@@ -35,6 +35,7 @@ from trainstack.storage.manifest import MANIFEST
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 ROOT = 0  # inode of the recorded folder
+LINK = b"-> "  # how the content of a symbolic link begins
 EVERY_SUBSET_OF = 12  # changes that wait for a sync; of more, up to two are lost or kept
 Entry = tuple[int, str]  # a folder's inode, a name in it
 
@@ -82,15 +83,15 @@ class Record:
             inode = next(self._numbers)
             parent = _inode(self.folders, path.parent.relative_to(root))
             self.folders[parent][path.name] = inode
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 self.folders[inode] = {}
             else:
-                self.contents[inode] = path.read_bytes()
+                self.contents[inode] = read(path)
         self._now = _copied(self.folders)
 
     def __call__(self, operation: str, path: Path, detail: Any) -> None:
         inode, gone, here, data = self._inode(path), None, None, b""
-        if operation in ("create", "make_folder"):
+        if operation in ("create", "make_folder", "symlink"):
             inode, here = next(self._numbers), self._entry(path)
             if operation == "make_folder":
                 self.folders[inode], self._now[inode] = {}, {}
@@ -100,6 +101,8 @@ class Record:
             gone = self._entry(path)
         elif operation == "write":
             data = bytes(detail)
+        if operation == "symlink":
+            data = LINK + detail.encode()
         if inode is None:  # the unlink of what is not there
             return
         self.changes.append(Change(operation, inode, gone, here, data))
@@ -182,6 +185,8 @@ def contents(record: Record, done: list[Change]) -> Iterator[dict[int, bytes]]:
     for change in done:
         if change.kind == "create":
             synced[change.inode] = b""
+        elif change.kind == "symlink":  # it has no content beside its name
+            synced[change.inode] = change.data
         elif change.kind == "write":
             written.setdefault(change.inode, []).append(change.data)
         elif change.kind == "sync":
@@ -215,13 +220,18 @@ def tree(folders: dict, content: dict[int, bytes], inode: int = ROOT) -> tuple |
 
 
 def read(path: Path) -> tuple | bytes:
-    """A real file or folder as ``tree`` has it."""
+    """A real file, link or folder as ``tree`` has it."""
+    if path.is_symlink():
+        return LINK + os.readlink(path).encode()
     if not path.is_dir():
         return path.read_bytes()
     return tuple((entry.name, read(entry)) for entry in sorted(path.iterdir()))
 
 
 def write(path: Path, content: tuple | bytes) -> None:
+    if isinstance(content, bytes) and content.startswith(LINK):
+        path.symlink_to(content.removeprefix(LINK).decode())
+        return
     if isinstance(content, bytes):
         path.write_bytes(content)
         return
@@ -298,8 +308,9 @@ def loaded(scenario: Scenario, state: tuple, folder: Path) -> Any:
 
 
 def save(
-    folder: Path, step: int, still_mine: Callable[[], None] = lambda: None, keep: int = 2
-) -> None:
+    folder: Path, step: int, still_mine: Callable[[], None] = lambda: None, keep: int = 2,
+    best: int = 0,
+) -> None:  # fmt: skip
     value = float(step)
     weights = {"a": torch.full((3, 4), value), "b": torch.ones(2, dtype=torch.bfloat16)}
     snapshot = Snapshot(
@@ -307,6 +318,7 @@ def save(
         Share(weights, {"a/exp_avg": torch.full((3, 4), value)}),
         b'{"step": %d}' % step,
         {name: b"{}" for name in ("config.json", "generation_config.json", "tokenizer.json")},
+        best_step=best,
     )
     saver = Saver(folder, ALONE, keep, "job.1", still_mine)
     saver.start(snapshot)
@@ -314,12 +326,23 @@ def save(
 
 
 def newest(folder: Path) -> tuple:
-    """Name and every byte of the checkpoint that a run resumes from; or why it does not."""
+    """Name and every byte of the checkpoint that a run resumes from; or why it does not.
+
+    No link leads nowhere, before it looks and after.
+    """
+    if dangling(folder):
+        return ("leads nowhere",)
     try:
         path = newest_whole(folder)
     except ConfigError as error:
         return "refused", str(error)
+    assert not dangling(folder)
     return ("nothing", b"") if path is None else (path.name, read(path))
+
+
+def dangling(folder: Path) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [p for p in found if p.is_symlink() and not p.is_dir() and p.name[0] != "."]
 
 
 def holder(folder: Path) -> tuple:
@@ -334,10 +357,20 @@ def a_save(folder: Path) -> Scenario:
     return recorded_save(folder)
 
 
+def a_save_that_prunes_the_best_one_of_before(folder: Path) -> Scenario:
+    """It is a new best one, so that the link leaves what is pruned then."""
+    save(folder, 1, best=1)
+    save(folder, 2, best=1)
+    assert os.readlink(folder / BEST) == "checkpoint-1"
+    found = recorded_save(folder, best=3)
+    assert os.readlink(folder / BEST) == os.readlink(folder / LATEST) == "checkpoint-3"
+    return found
+
+
 def a_save_over_a_damaged_one(folder: Path) -> Scenario:
     """Of a step that was damaged twice, beside what an attempt left that died while saving it."""
     for step in (1, 2, 3):
-        save(folder, step, keep=3)
+        save(folder, step, keep=3, best=step)
     (folder / "checkpoint-3/model.safetensors").write_bytes(b"torn")
     shutil.copytree(folder / "checkpoint-3", folder / "damaged-checkpoint-3")
     leftover = folder / ".checkpoint-3.job.1.tmp"
@@ -346,11 +379,11 @@ def a_save_over_a_damaged_one(folder: Path) -> Scenario:
     return recorded_save(folder)
 
 
-def recorded_save(folder: Path) -> Scenario:
+def recorded_save(folder: Path, best: int = 0) -> Scenario:
     before = read(folder)
     record = Record(folder)
     with files.watched_by(record):
-        save(folder, 3)
+        save(folder, 3, best=best)
         record.returned()
     second, third = (read(folder / f"checkpoint-{step}") for step in (2, 3))
     assert below(before, "checkpoint-2") == second
@@ -406,6 +439,7 @@ def the_first_owner_of_a_run(folder: Path) -> Scenario:
 SCENARIOS = [
     # what happens, and the number of different states below which the enumeration went wrong
     (a_save, 1000),
+    (a_save_that_prunes_the_best_one_of_before, 1000),
     (a_save_over_a_damaged_one, 1000),
     (the_first_save_of_a_run, 800),
     (a_change_of_owner, 15),
@@ -439,14 +473,14 @@ def lost(kind: str, inode: int | None = None) -> Callable[[list[Change]], list[C
 
 
 def renamed_before_its_manifest(changes: list[Change]) -> list[Change]:
-    (rename,) = (change for change in changes if change.kind == "rename")
+    rename = next(change for change in changes if change.kind == "rename")  # links follow
     rest = [change for change in changes if change is not rename]
     (manifest,) = (i for i, c in enumerate(rest) if c.here == (rename.inode, MANIFEST))
     return [*rest[:manifest], rename, *rest[manifest:]]
 
 
 def manifest_not_synced_into_its_folder(changes: list[Change]) -> list[Change]:
-    (rename,) = (change for change in changes if change.kind == "rename")
+    rename = next(change for change in changes if change.kind == "rename")  # links follow
     return lost("sync_folder", rename.inode)(changes)
 
 
@@ -455,9 +489,17 @@ def the_old_lease_removed_first(changes: list[Change]) -> list[Change]:
     return [old, *(change for change in changes if change is not old)]
 
 
+def links_not_synced_before_pruning(changes: list[Change]) -> list[Change]:
+    last = max(i for i, change in enumerate(changes) if change.kind == "sync_folder")
+    return changes[:last] + changes[last + 1 :]
+
+
 FAULTS = {
+    "the links are not synced before what they led to is pruned": (
+        a_save_that_prunes_the_best_one_of_before, links_not_synced_before_pruning, "leads nowhere"
+    ),
     "the folder of the checkpoints is not synced": (
-        a_save, lost("sync_folder", ROOT), "(1 returns): found ('checkpoint-2'"
+        a_save, lost("sync_folder", ROOT), "found ('leads nowhere'"
     ),
     "the rename comes before the manifest": (
         a_save, renamed_before_its_manifest, "checkpoint-3 shows a part"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from trainstack.checkpoint.names import BEST
 from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
 from trainstack.data.store import find_stores
@@ -104,6 +105,13 @@ def test_a_full_project_comes_below_a_size_by_its_own_advice(own_home, capsys):
     assert (own_home / "runs/done/checkpoints/checkpoint-15").exists()
     assert clean(own_home, "--below", "1") == 1
     assert "only you know which may go" in capsys.readouterr().out
+
+
+def test_the_checkpoint_that_best_leads_to_is_not_among_what_may_go(own_home):
+    run = make_run(own_home, "paused", "PAUSED", [5, 10, 15, 20])
+    (run.checkpoints / BEST).symlink_to("checkpoint-5")
+    listed = {name for name in names(own_home) if "checkpoint-" in name}
+    assert listed == {"runs/paused/checkpoints/checkpoint-10"}
 
 
 def test_what_a_run_needs_is_refused_with_the_run_and_a_way_out(own_home):

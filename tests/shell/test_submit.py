@@ -878,6 +878,34 @@ def test_a_complete_run_says_so_and_submits_nothing(site):
     assert site.submit("train.max_steps=30").stdout == "4711\n"
 
 
+def test_a_run_that_stopped_early_is_complete_until_it_gets_more_patience(site):
+    site.make_checkpoint(10)
+    run = RunFolder(site.run_dir)
+    run.set_status("DONE", step=10)
+    run.add_event("early_stop", step=10, best_step=4, evaluations=3, cause="why")
+    asked = ["eval.eval_steps=2", "eval.patience=3"]
+    result = site.submit(*asked)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "run first is complete: 10 steps" in result.stderr
+    assert "it stopped early: why; to go further raise eval.patience, or set it" in result.stderr
+    assert site.submit("eval.eval_steps=2", "eval.patience=4").stdout == "4711\n"
+    assert site.submit("eval.patience=null").stdout == "4711\n"
+
+
+def test_a_dry_run_of_a_branch_makes_nothing_and_the_submission_makes_it(site):
+    site.make_checkpoint(10)
+    asked = ["run.name=b", "run.branch_from=first@10", "optim.learning_rate=0.002"]
+    logs = site.run_dir / "metrics.jsonl"
+    logs.write_text(logged(10, 1e-2))
+    told = site.submit("--dry-run", *asked)
+    assert told.returncode == 0, told.stderr
+    assert "run b begins as step 10 of run first" in told.stderr
+    assert "jumps: by these settings it is 0.002 at step 10, which" in told.stderr
+    assert not site.run_dir.with_name("b").exists()
+    assert site.submit(*asked).stdout == "4711\n"
+    assert (site.run_dir.with_name("b") / "checkpoints/latest").readlink().name == "checkpoint-10"
+
+
 def logged(step: int, rate: float) -> str:
     return json.dumps({"step": step, "learning_rate": rate}) + "\n"
 

@@ -25,7 +25,6 @@ from trainstack.evaluation.samples import Prompts
 from trainstack.prepare.held_out import is_held_out
 from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
-from trainstack.train.ending import best_before
 
 
 def weights_hash(home: Path, run: str, step: int = 20) -> str:
@@ -114,25 +113,6 @@ def test_a_sample_heeds_what_a_generation_config_asks_for(home):
     _, text, ended, _ = prompts.answer(model, "one")
     assert text == whole[: whole.index(stop, len("one")) + 1]
     assert "stopped by itself" in ended
-
-
-def test_a_lower_held_out_loss_of_before_is_told_with_its_checkpoint(tmp_path):
-    run, newest = RunFolder(tmp_path), tmp_path / "checkpoint-30"
-    metrics = run.path / "metrics.jsonl"
-    lines = [
-        {"step": 10, "eval_loss": 4.0},
-        {"step": 10, "loss": 1.0},
-        {"step": 20, "eval_loss": 3.5},
-    ]
-    assert best_before(run, newest) == "", "of a run that wrote none"
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert best_before(run, newest) == ""
-    with metrics.open("a") as file:
-        file.write(json.dumps({"step": 30, "eval_loss": 3.75}) + '\n{"step": 3')
-    said = "the held-out loss was lowest at step 20, 3.5000: "
-    assert best_before(run, newest) == f"{said}not kept (checkpoint.save_total_limit)"
-    (tmp_path / "checkpoint-20").mkdir()
-    assert best_before(run, newest) == f"{said}kept in {tmp_path / 'checkpoint-20'}"
 
 
 def test_metrics_have_their_stable_keys(home, reference):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from trainstack.checkpoint.names import by_name, checkpoints
+from trainstack.checkpoint.names import by_name, checkpoints, point_to
 from trainstack.checkpoint.publish import set_aside
 from trainstack.errors import ConfigError
 from trainstack.storage import manifest
@@ -31,6 +31,7 @@ def newest_whole(folder: Path, moves: Callable[[], None] = lambda: None) -> Path
             for broken, text in damaged.items():
                 log.warning("resume  %s; using %s instead", text, path.name)
                 set_aside(broken)
+            point_to(path, 0)
             return path
         damaged[path] = f"{path.name} is damaged ({problem})"
     if damaged:

@@ -2,16 +2,18 @@
 
 import contextlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint.state import STATE, TrainState, read_state
 from trainstack.errors import Failed
-from trainstack.storage import manifest
+from trainstack.storage import files, manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LATEST, BEST = "latest", "best"  # links beside them, never one to a name that is not there
 BYTES_PER_PARAMETER = 12  # of a checkpoint: weights and two moments of AdamW, each in fp32
 
 
@@ -29,6 +31,26 @@ def by_name(folder: Path) -> list[tuple[int, Path]]:
         if match and path.is_dir() and not path.is_symlink():
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
+
+
+def linked(folder: Path, name: str) -> Path | None:
+    """The checkpoint that a link leads to; None if there is no such link."""
+    with contextlib.suppress(OSError):
+        path = folder / os.readlink(folder / name)
+        return path if path.is_dir() else None
+    return None
+
+
+def point_to(newest: Path, best_step: int) -> None:
+    """Let ``latest`` lead to a checkpoint, and ``best`` to that of a step, if there is one."""
+    wanted = (LATEST, newest), (BEST, newest.with_name(f"checkpoint-{best_step}"))
+    folder = newest.parent
+    changed = [(k, path) for k, path in wanted if path.is_dir() and linked(folder, k) != path]
+    with contextlib.suppress(OSError):  # the checkpoint is there, if a file system has no links
+        for name, path in changed:
+            files.replace_link(folder / name, path.name)
+        if changed:
+            files.sync_folder(folder)
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
@@ -51,7 +73,7 @@ def newest_state(folder: Path) -> tuple[int, TrainState | None]:
 
 def check_not_lost(folder: Path, events: list[dict[str, Any]]) -> None:
     """Failed if a run has none of the checkpoints that its events name: it never starts over."""
-    published = [event["step"] for event in events if event["event"] == "checkpoint"]
+    published = [event["step"] for event in events if event["event"] in ("checkpoint", "branch")]
     if published and not by_name(folder):
         raise Failed(
             f"run {folder.parent.name} has lost its checkpoints, the last of step "

@@ -2,6 +2,7 @@
 
 The order is the protocol (doc/protocols.md, publish): every file is written and synced under a
 temporary name; the manifest comes last; the lease is read again; then the rename makes it visible.
+The links follow it, and only then what is not kept goes: no link ever leads nowhere.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from trainstack.checkpoint.names import checkpoints
+from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, point_to
 from trainstack.checkpoint.snapshot import WEIGHTS, SaveError, Share, Snapshot
 from trainstack.checkpoint.state import STATE
 from trainstack.checkpoint.tensorfile import write_safetensors
@@ -31,7 +32,7 @@ class Publisher:
     attempt: str  # JOB.N
     world: World
     group: dist.ProcessGroup  # of its own: never the loop's
-    keep: int  # newest checkpoints that stay, at least two
+    keep: int  # newest checkpoints that stay, at least two; the best one stays beside them
     check_owner: Callable[[], None]  # raises Refused if another attempt owns the run now
     pause: Callable[[float], None]  # called after so many seconds of writing
 
@@ -62,8 +63,11 @@ class Publisher:
                 manifest.remove_folder(temporary)
             raise problem if isinstance(problem, Refused) else SaveError(problem)
         if self.world.is_main:
+            point_to(final, snapshot.best_step)
+            kept = linked(self.folder, BEST), self.folder / f"checkpoint-{snapshot.best_step}"
             for _, path in checkpoints(self.folder)[max(2, self.keep) :]:
-                manifest.remove_folder(path)
+                if path not in kept:
+                    manifest.remove_folder(path)
         return sum(entry["size"] for entry in whole.values())
 
     def _prepare(self, temporary: Path) -> None:
@@ -125,6 +129,10 @@ def problem_of(action: Callable[[], None], path: Path) -> str | Refused | None:
 
 def set_aside(folder: Path) -> None:
     """Rename a damaged checkpoint, so that a person can look and no name promises too much."""
+    for name in (LATEST, BEST):
+        if linked(folder.parent, name) == folder:
+            files.unlink(folder.parent / name)
+            files.sync_folder(folder.parent)
     aside = folder.with_name(f"damaged-{folder.name}")
     manifest.remove_folder(aside)
     files.rename(folder, aside)

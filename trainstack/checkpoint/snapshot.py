@@ -56,6 +56,7 @@ class Snapshot:
     state: bytes  # the content of state.json
     small_files: dict[str, bytes]  # by name: what from_pretrained needs beside the weights
     synced_first: list[Path] = field(default_factory=list)  # files made durable before it
+    best_step: int = 0  # of the checkpoint that is kept beside the newest ones; 0: none
 
 
 @dataclass

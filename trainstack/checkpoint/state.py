@@ -35,7 +35,7 @@ class TrainState:
     undecayed: bool = False  # norms and other vectors in the shape of a matrix; once they decayed
     loss_sum: float = 0.0  # of the steps since the last log line
     loss_steps: int = 0  # how many they are
-    best_step: int = 0  # of the lowest held-out loss; 0: there was no evaluation yet
+    best_step: int = 0  # of the lowest held-out loss; 0: none was finite yet
     best_loss: float | None = None
     evaluations_without_better: int = 0  # in a row, up to this step
 
@@ -65,6 +65,17 @@ class TrainState:
         mean = self.loss_sum / self.loss_steps if self.loss_steps else math.nan
         self.loss_sum, self.loss_steps = 0.0, 0
         return mean
+
+    def take_in(self, loss: float) -> bool:
+        """Remember the held-out loss of this step; whether it is the lowest so far.
+
+        One that is equal to an earlier one is not, nor is a NaN.
+        """
+        is_best = loss < (math.inf if self.best_loss is None else self.best_loss)
+        if is_best:
+            self.best_step, self.best_loss = self.step, loss
+        self.evaluations_without_better = 0 if is_best else self.evaluations_without_better + 1
+        return is_best
 
     def to_json(self) -> bytes:
         """The content of state.json; floats come back to the last bit."""

@@ -1,4 +1,4 @@
-"""Names of models, data sets and splits; what is none, or several, is refused with what to write.
+"""Names of models, data sets, splits, checkpoints; what is none is refused with what to write.
 
 A name on the Hub that is a file or a folder here too is told apart later, by hub/fetch.py.
 """
@@ -15,6 +15,7 @@ HUB_URL = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/|models/)?"
     r"([\w.-]+(?:/(?!(?:tree|blob|raw|resolve|viewer)/)[\w.-]+)?)(?:[/@?#].*)?"
 )
+CHECKPOINT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}@[1-9]\d*")
 PATTERN = re.compile(r"[*?\[,]")  # several files, as a shell or a list has them
 SLICE, SUM = re.compile(r"([\w.-]+)\[.*\].*"), re.compile(r"[\w.-]+(?:\+[\w.-]+)+")
 VARIABLE = re.compile(r"\$\w+|\$\{[^}]*\}|%\w+%")
@@ -76,6 +77,13 @@ def split_name(name: str) -> str:
         )
     if SUM.fullmatch(name):
         raise _refusal(f"several splits; {SEVERAL_SPLITS}")
+    return name
+
+
+def checkpoint_name(name: str) -> str:
+    """RUN@STEP."""
+    if not CHECKPOINT.fullmatch(name):
+        raise _refusal("not a checkpoint of a run; write RUN@STEP, such as demo@500")
     return name
 
 

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainstack.config.batch import BatchPlan
-from trainstack.config.names import asset_name, file_path, split_name
+from trainstack.config.names import asset_name, checkpoint_name, file_path, split_name
 from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
 
@@ -84,7 +84,22 @@ class Section(BaseModel):
 class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    branch_from: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}@\d+$")] | None
+    branch_from: Annotated[str, AfterValidator(checkpoint_name)] | None
+
+    @property
+    def parent(self) -> tuple[str, int] | None:
+        """The run that this one is a branch of, and its step; None if it is none."""
+        name, _, step = (self.branch_from or "").partition("@")
+        return (name, int(step)) if name else None
+
+    @model_validator(mode="after")
+    def check_parent(self) -> "RunSection":
+        if self.parent and self.parent[0] == self.name:
+            raise ValueError(
+                f"run.branch_from={self.branch_from}: a branch is another run than {self.name}; "
+                "choose another run.name"
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -237,6 +252,15 @@ class EvalSection(Section):
     patience: PositiveInt | None
     prompts: list[Prompt]
     sample_tokens: PositiveInt
+
+    @model_validator(mode="after")
+    def check_patience(self) -> "EvalSection":
+        if self.patience and self.eval_steps is None:
+            raise ValueError(
+                f"eval.patience={self.patience}: with eval.eval_steps=null the only evaluation is "
+                "at the end; write a number of steps, or eval.patience=null"
+            )
+        return self
 
 
 class GuardSection(Section):

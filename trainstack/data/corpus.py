@@ -65,6 +65,11 @@ class Corpus:
         self.ends = list(dict.fromkeys(ends))
         self.chat_template = next(filter(None, (m.get("chat_template") for m in metas)), None)
 
+    @property
+    def is_held_out(self) -> bool:
+        """Whether anything is."""
+        return any(store.eval.num_samples for store in self.stores.values())
+
     def shares(self, sections: Sequence[DataSection]) -> list[float]:
         """How much of the sequences each data set gives: by its weight, without one by its size."""
         weights = [s.weight or size for s, size in zip(sections, self.sizes, strict=True)]
@@ -108,7 +113,10 @@ class Joined:
 
 
 def enough_samples(config: Config, corpus: Corpus) -> int:
-    """How many training samples there are. ConfigError if too few, or none of a data set."""
+    """How many training samples there are. ConfigError if too few, or none of a data set.
+
+    Also if none are held out, and the end of the run was to depend on them.
+    """
     for label, store in corpus.stores.items():
         if store.train.num_samples:
             continue
@@ -123,6 +131,11 @@ def enough_samples(config: Config, corpus: Corpus) -> int:
             f"{' and '.join(corpus.stores)}: {samples} sequences of {config.data.seq_len} tokens,"
             f" less than train.global_batch_size={config.train.global_batch_size}; use more data, "
             "a shorter data.seq_len or a smaller batch"
+        )
+    if config.eval.patience and not corpus.is_held_out:
+        raise ConfigError(
+            f"eval.patience={config.eval.patience}: there are no held-out documents; raise "
+            "data.eval_fraction, name a data.eval_split, or write eval.patience=null"
         )
     return samples
 
@@ -148,8 +161,11 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
         lines.append(f"train.num_train_epochs is not used: {reason}")
     if config.optim.warmup_ratio is not None and config.optim.warmup_steps != WARMUP_AS_SHIPPED:
         lines.append("optim.warmup_steps is not used: optim.warmup_ratio decides unless it is null")
-    if not any(store.eval.num_samples for store in corpus.stores.values()):
+    if not corpus.is_held_out:
         lines.append("no held-out documents: there will be no evaluation")
+    if config.eval.keep_best and (config.eval.eval_steps is None or not corpus.is_held_out):
+        reason = "of several evaluations one is the best, and there is one at most"
+        lines.append(f"eval.keep_best is not used: {reason}")
     if config.guard.on_divergence != "stop" and train.precision == "fp16":
         lines.append("guard.spike_sigma is not used: fp16 leaves skipping to its scaler")
     if config.checkpoint.failure_hours and config.checkpoint.save_steps != "auto":

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from trainstack.checkpoint import names
 from trainstack.errors import ConfigError
+from trainstack.run.branch import branch_of
 from trainstack.storage import layout
 from trainstack.units import seconds_of
 
@@ -110,9 +111,14 @@ def _execution(line: bytes) -> Execution | None:
     return None
 
 
-def attempts_of(events: Iterable[Event], executions: Iterable[Execution]) -> list[Attempt]:
-    """The attempts of a run in their order, each with its events and what it executed."""
+def attempts_of(events: Sequence[Event], executions: Iterable[Execution]) -> list[Attempt]:
+    """The attempts of a run in their order, each with its events and what it executed.
+
+    What a branch has of its parent is of none: see ``of_parent``.
+    """
     attempts: list[Attempt] = []
+    first = branch_of(events).get("step", 0)
+    executions = [execution for execution in executions if execution.step > first]
     for event in events:
         if _begins_attempt(event, attempts):
             attempts.append(Attempt(_name_of(event), seconds_of(event["at"])))
@@ -124,6 +130,15 @@ def attempts_of(events: Iterable[Event], executions: Iterable[Execution]) -> lis
         attempt.redone_above = redone_above
         redone_above = min(redone_above, attempt.first_step)
     return attempts
+
+
+def of_parent(events: Sequence[Event], executions: Iterable[Execution]) -> list[Attempt]:
+    """The steps that a branch has of its parent, as if one attempt had made them; else none."""
+    if not (event := branch_of(events)):
+        return []
+    of_it = [execution for execution in executions if execution.step <= event["step"]]
+    name = f"{event['parent']}@{event['step']}"
+    return [Attempt(name, 0.0, [], of_it)]
 
 
 def _begins_attempt(event: Event, attempts: list[Attempt]) -> bool:

@@ -26,6 +26,7 @@ from trainstack.history.attempts import (
     attempts_of,
     find_run,
     last_durable_step,
+    of_parent,
     parse_run,
     read_executions,
 )
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> int:
 def audit(run: RunFolder, home: Path) -> int:
     """Check one run and print what was found; the exit code."""
     executions = read_executions(run.path / "samples.jsonl")
-    attempts = attempts_of(run.events(), executions)
+    events = run.events()
+    attempts = attempts_of(events, executions)
     last = last_durable_step(run.status(), run.checkpoints)
     state = run.status().get("state", "no status")
     print(f"run {run.path.name}: {state}, attempts: {len(attempts)}")
@@ -81,8 +83,9 @@ def audit(run: RunFolder, home: Path) -> int:
         return 0
     keys = identity_keys(run, home)
     sampler = sampler_of(keys, home, run.left_out())
-    findings = compare(attempts, sampler, last)
-    for name, text in result(findings, sampler, keys["data.seq_len"], attempts):
+    known = [*of_parent(events, executions), *attempts]
+    findings = compare(known, sampler, last)
+    for name, text in result(findings, sampler, keys["data.seq_len"], known):
         print(f"  {name:<11} {text}")
     for line in problems(findings):
         print(f"    {line}")

@@ -15,7 +15,7 @@ from trainstack.errors import ConfigError
 from trainstack.hub import choose, data_files
 from trainstack.hub.asset import Asset
 from trainstack.hub.weights import INDEX, shards_of
-from trainstack.storage import manifest
+from trainstack.storage import files, manifest
 
 POINTER = b"version https://git-lfs.github.com/spec/v1"
 
@@ -103,18 +103,10 @@ class LocalFiles:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with readable():
                 if self.is_kept:
-                    give_second_name(self.root / name, self.folder / name)
+                    files.give_second_name(self.root / name, self.folder / name)
                 else:
                     (self.folder / name).symlink_to(self.root / name)
                 self.entries[name] = manifest.hash_file(self.root / name)
-
-
-def give_second_name(path: Path, other: Path) -> None:
-    """A hard link; a copy where the file is somebody else's, or on another file system."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
 
 
 def files_below(original: Path) -> Iterator[Path]:
@@ -123,8 +115,8 @@ def files_below(original: Path) -> Iterator[Path]:
         yield original
         return
     seen = set()
-    for folder, folders, files in os.walk(original, onerror=refuse, followlinks=True):
-        yield from (Path(folder, name) for name in files)
+    for folder, folders, names in os.walk(original, onerror=refuse, followlinks=True):
+        yield from (Path(folder, name) for name in names)
         inner, folders[:] = sorted(folders), []
         for path in (Path(folder, name) for name in inner if not name.startswith(".")):
             real = path.resolve()

@@ -1,13 +1,16 @@
 """The copy of code, settings and environment that a job runs."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 from trainstack.config.schema import Config
-from trainstack.run.environment import describe_environment
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
 from trainstack.storage import files
@@ -80,3 +83,26 @@ def copy_code(repository: Path, folder: Path) -> None:
     for name in [*SNAPSHOT, *own, *(path.relative_to(repository) for path in kept)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, folder / name)
+
+
+def describe_environment(repository: Path) -> dict[str, Any]:
+    """Git commit and uncommitted difference of a checkout, Python, and every installed package."""
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "git_commit": _git(repository, "rev-parse", "HEAD"),
+        "git_difference": _git(repository, "diff", "HEAD"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    """Git's answer; None outside a checkout or without git."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", repository, *arguments], capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,6 +1,8 @@
 """What the run needs on disk: model, data, tokens, space."""
 
 import contextlib
+import math
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +25,15 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.identity import changed_settings, check_identity, identity
 from trainstack.storage import files, layout
 from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
+
+
+def check_folder(path: Path) -> None:
+    """Failed if the run folder is no folder or cannot be written."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise Failed(f"{path} is not a folder; move it away, or choose another run.name")
+    parent = path if path.exists() else path.parent
+    if parent.exists() and not os.access(parent, os.W_OK):
+        raise Failed(f"{parent} cannot be written; ask its owner, or choose another SHARED_DIR")
 
 
 def prepare_demo(
@@ -154,6 +165,32 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int,
     if begun and brought.get("fetched_at", "") > begun:  # both in UTC, as text
         changes.append("model.name was brought again since, which changes nothing in this run")
     return step, changes
+
+
+def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
+    """ConfigError if a run has made more steps than it is asked for."""
+    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+    if step > max_steps:
+        raise ConfigError(
+            f"train.{key} asks for {max_steps:,} steps, and run {run.path.name} has made {step:,}; "
+            "ask for more, or choose another run.name"
+        )
+
+
+def way_further(run: RunFolder, config: Config, step: int, max_steps: int) -> str:
+    """What would let a run that is DONE make more steps; empty if it has some to make."""
+    if run.status().get("state") != "DONE":
+        return ""
+    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
+    if step >= max_steps:
+        fewer = f"train.{key} asks for fewer steps, {max_steps:,}"
+        return fewer if step > max_steps else f"to go further raise train.{key}"
+    stops = [event for event in run.events() if event["event"] == "early_stop"]
+    is_here = bool(stops) and stops[-1]["step"] == step
+    if is_here and stops[-1]["evaluations"] >= (config.eval.patience or math.inf):
+        why = stops[-1]["cause"]
+        return f"it stopped early: {why}; to go further raise eval.patience, or set it null"
+    return ""
 
 
 def check_space(home: Path, config: Config, parameters: int) -> str:

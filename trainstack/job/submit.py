@@ -19,7 +19,7 @@ from trainstack.checkpoint import names
 from trainstack.config.load import load
 from trainstack.config.schema import Config, OptimSection
 from trainstack.data.corpus import epoch_lines, not_used
-from trainstack.errors import ConfigError, Failed
+from trainstack.errors import ConfigError
 from trainstack.job import inputs
 from trainstack.job.freeze import make_run_folder
 from trainstack.job.resources import (
@@ -35,7 +35,7 @@ from trainstack.plan.line import Job, plan_lines
 from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
 from trainstack.resilience import faults
-from trainstack.run import refusal
+from trainstack.run import branch, refusal
 from trainstack.run.folder import RunFolder
 from trainstack.run.nodes import gpu_types, read_nodes
 from trainstack.run.owner import check_owner, claim
@@ -113,14 +113,22 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
 
     Returns ``complete`` or ``ready``, and the run.
     """
-    home, config_file, overrides = request.home, request.config_file, request.overrides
-    run = RunFolder(layout.run_folder(home, config.run.name))
+    run = RunFolder(layout.run_folder(request.home, config.run.name))
     resources, remarks = check_resources(request)
     check_batch(config, resources, os.environ.get("NPROC_PER_NODE", ""))
     if faults.parse(wanted := os.environ.get("TRAINSTACK_FAULT", "")):
         say(f"TRAINSTACK_FAULT is set, this run breaks on purpose: {wanted}")
-    check_folder(run.path)
+    inputs.check_folder(run.path)
     check_owner(run, read_queue(request.said))
+    with branch.as_begun(run, config) as begun:
+        return check_run(request, config, begun, resources, remarks)
+
+
+def check_run(
+    request: Request, config: Config, run: RunFolder, resources: Resources, remarks: list[str]
+) -> tuple[str, RunFolder]:
+    """The checks of what the run needs; of a branch that is not made yet, as it will be."""
+    home, config_file, overrides = request.home, request.config_file, request.overrides
     inputs.check_settings(run, config)
     if request.is_local:
         inputs.prepare_demo(home, config_file, overrides, config, run.checkpoints)
@@ -129,20 +137,23 @@ def check(request: Request, config: Config) -> tuple[str, RunFolder]:
     max_steps = config.steps_for(corpus.train.num_samples)
     rates = describe_schedule(config.optim, max_steps)
     step, changes = inputs.check_progress(run, config, corpus)
-    if step >= max_steps and run.status().get("state") == "DONE":
-        say_complete(run, config, step, max_steps)
+    if further := inputs.way_further(run, config, step, max_steps):
+        say_complete(run, step, further)
         return "complete", run
-    check_further(run, config, step, max_steps)
+    inputs.check_further(run, config, step, max_steps)
     model = inputs.model_source(home, config, run.checkpoints)
     space = inputs.check_space(home, config, prove(home, config, model, say))
     labels = ", ".join(section.label for section in config.data.sources)
     verified = f"model {config.model.name}, tokens of {labels}: verified"
     say(f"{config_file.name} ok | {verified} | {space}")
     lines = [*inputs.not_needed(home, config, run.checkpoints), *rates, *high_rate(config)]
-    lines += rate_jump(run, config.optim, step, max_steps)
+    logs = branch.logged(run, config)
+    lines += rate_jump(logs, config.optim, step, max_steps)
     lines += [*epoch_lines(config, corpus), *not_used(config, corpus), *remarks]
     lines += [f"the tokens of {name} stay, which earlier rules made" for name in corpus.earlier]
     lines += planned(request, config, resources, model, max_steps - step)
+    if logs is not run:
+        lines.append(f"run {run.path.name} begins as step {step:,} of run {logs.path.name}")
     if changes:
         lines.append(f"run {run.path.name} continues with other settings: {', '.join(changes)}")
     for line in lines:
@@ -159,17 +170,8 @@ def begin(request: Request, config: Config, run: RunFolder) -> None:
     """Make the run folder, as the only one who does."""
     if request.shell:
         claim(run, request.shell, request.asked_at)
+    branch.begin(run.path, config)
     make_run_folder(request.repository, config, run, request.is_local)
-
-
-def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
-    """ConfigError if a run has made more steps than it is asked for."""
-    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
-    if step > max_steps:
-        raise ConfigError(
-            f"train.{key} asks for {max_steps:,} steps, and run {run.path.name} has made {step:,}; "
-            "ask for more, or choose another run.name"
-        )
 
 
 def check_resources(request: Request) -> tuple[Resources, list[str]]:
@@ -287,22 +289,9 @@ def say(text: str) -> None:
     print(f"{SPEAKER}: {text}", file=sys.stderr)
 
 
-def check_folder(path: Path) -> None:
-    """Failed if the run folder is no folder or cannot be written."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise Failed(f"{path} is not a folder; move it away, or choose another run.name")
-    parent = path if path.exists() else path.parent
-    if parent.exists() and not os.access(parent, os.W_OK):
-        raise Failed(f"{parent} cannot be written; ask its owner, or choose another SHARED_DIR")
-
-
-def say_complete(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
+def say_complete(run: RunFolder, step: int, further: str) -> None:
     newest = names.newest_checkpoint(run.checkpoints)[1]
-    key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
-    further = f"to go further raise train.{key}"
-    if step > max_steps:
-        further = f"train.{key} asks for fewer steps, {max_steps:,}"
-    say(f"run {config.run.name} is complete: {step:,} steps, {newest}")
+    say(f"run {run.path.name} is complete: {step:,} steps, {newest}")
     say(f"{further}; for a new run choose another run.name")
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trainstack
-from trainstack.checkpoint.names import checkpoints, kept_stores
+from trainstack.checkpoint.names import BEST, checkpoints, kept_stores, linked
 from trainstack.config.load import load
 from trainstack.data.store import find_stores
 from trainstack.errors import ConfigError, Failed
@@ -114,8 +114,9 @@ def items_of_run(home: Path, path: Path) -> Iterator[Item]:
     yield Item(str(path.relative_to(home)), path, size_of(path), users, state)
     spare = [] if users else checkpoints(run.checkpoints)[1 if state == "DONE" else 2 :]
     losses = run.eval_losses()
+    best = min(losses, key=losses.get, default=None)
     for step, checkpoint in spare:
-        if step == min(losses, key=losses.get, default=None):  # the best one
+        if step == best or checkpoint == linked(run.checkpoints, BEST):
             continue
         own = str(checkpoint.relative_to(home))
         yield Item(own, checkpoint, size_of(checkpoint), note=f"within the run, step {step:,}")

@@ -10,6 +10,7 @@ from textwrap import shorten
 from rich.console import Console
 from rich.text import Text
 
+from trainstack.checkpoint import names
 from trainstack.history import goodput
 from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.monitor import drawing
@@ -19,6 +20,7 @@ from trainstack.monitor.table import newest_checkpoint, steps
 from trainstack.monitor.view import View
 from trainstack.resilience.slow_ranks import median_without
 from trainstack.run import refusal
+from trainstack.run.branch import branch_of
 from trainstack.run.queue import meaning
 from trainstack.run.states import RUNNING
 from trainstack.units import bytes_text, counted, duration, rounded
@@ -57,6 +59,8 @@ def rows_of(view: View, console: Console, most_bytes: int) -> Iterator[tuple[str
     """Each row of the screen: a label and a text; ``most_bytes``: see ``time_spent``."""
     health = health_of(view)
     yield "state", view.state
+    if event := branch_of(view.events):
+        yield "branch", f"of run {event['parent']}, at step {event['step']:,}"
     if health.reason != view.cause and health.word.upper() != view.state:
         yield "health", f"{health.word}: {health.reason}" if health.reason else health.word
     yield "step", progress(view, console)
@@ -127,6 +131,8 @@ def time_and_space(view: View, most_bytes: int) -> Iterator[tuple[str, str]]:
     if memory := view.measured.get("peak_memory_gb"):
         yield "memory", f"{memory:.2f} GB at most, of rank 0"
     yield "checkpoint", newest_checkpoint(view)
+    if best := names.linked(view.run.checkpoints, names.BEST):
+        yield "best", f"{best.name}, of the lowest held-out loss, is kept"
     with contextlib.suppress(OSError):
         free = bytes_text(shutil.disk_usage(view.run.path).free)
         taken = sum(bytes_in(path) for path in view.run.checkpoints.glob("checkpoint-*"))
@@ -180,7 +186,7 @@ def curves_of(view: View, console: Console, room: int, is_whole: bool) -> list[T
     marks = [Point(r["step"], r["eval_loss"]) for r in evaluations]
     starts = [e["step"] for e in view.events if e["event"] == "training"][1:]
     legend = "    o held out" * bool(marks) + "    ^ an attempt began" * bool(starts)
-    names = {"loss": f"loss{legend}", "tokens_per_second": "tokens/s"}
+    titles = {"loss": f"loss{legend}", "tokens_per_second": "tokens/s"}
     share = min(1.0, max(0, room - 2) / sum(CURVES.values()))
     lines: list[Text] = []
     for key, most in CURVES.items():
@@ -191,7 +197,7 @@ def curves_of(view: View, console: Console, room: int, is_whole: bool) -> list[T
             drawn = drawing.curve(points, (width - 2, size), shown, starts, is_plain)
             if drawn:
                 lines += [
-                    Text(f"  {names[key]}", "dim"),
+                    Text(f"  {titles[key]}", "dim"),
                     *(Text.assemble("  ", line) for line in drawn),
                 ]
     return lines

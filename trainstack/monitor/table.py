@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.text import Text
 
+from trainstack.checkpoint.names import BEST, linked
 from trainstack.monitor import drawing
 from trainstack.monitor.health import health_of
 from trainstack.monitor.view import View, written_at
@@ -91,6 +92,7 @@ def facts_of(view: View) -> dict[str, Any]:
         "jobs_left": view.jobs_left,
         "last_sign_at": view.last_sign_at,
         "checkpoint": str(view.checkpoint[1]) if view.checkpoint else None,
+        "best": str(best) if (best := linked(view.run.checkpoints, BEST)) else None,
         "measured": measured or None,
         "evaluated": evaluated or None,
     }

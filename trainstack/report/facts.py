@@ -18,7 +18,7 @@ from trainstack.units import seconds_of
 
 # Events by which an attempt ends; a pause has told what preempted it.
 TOLD_ENDS = {*ENDS} - {"preempted", "not_submitted"}
-NOTABLE = {*ENDS, *PASSED, "rollback", "slow_rank_over"}
+NOTABLE = {*ENDS, *PASSED, "rollback", "slow_rank_over", "early_stop", "branch"}
 MOST_NOTES = 200  # the newest are shown
 MOST_SAMPLES = 50
 FINEST = 2000  # parts of the timeline: what is shorter is not seen
@@ -131,10 +131,12 @@ def notes_of(events: Sequence[Event]) -> list[dict[str, Any]]:
 def checkpoints_of(view: View) -> list[dict[str, Any]]:
     """Every checkpoint that was published, and whether it is still there."""
     kept = {step for step, _ in names.checkpoints(view.run.checkpoints)}
+    best = names.linked(view.run.checkpoints, names.BEST)
     return [
         {"step": event["step"], "at": seconds_of(event["at"]), "bytes": event.get("bytes"),
          "seconds": event.get("save_seconds"), "stall": event.get("stall_seconds"),
-         "is_kept": event["step"] in kept}
+         "is_kept": event["step"] in kept,
+         "is_best": best is not None and best.name == f"checkpoint-{event['step']}"}
         for event in view.events if event["event"] == "checkpoint"
     ]  # fmt: skip
 

@@ -182,7 +182,8 @@ function checkpoints() {
   return RUN.checkpoints.length ? section("Checkpoints", el("div", { cls: "facts" },
     table(["step", "when", "size", "written in", "training waited", ""],
       RUN.checkpoints.map((c) => [figure(c.step), when(c.at), size(c.bytes), duration(c.seconds),
-        duration(c.stall), c.is_kept ? "kept" : ""]), [0, 2, 3, 4]))) : null;
+        duration(c.stall), c.is_best ? "kept, the best" : c.is_kept ? "kept" : ""]),
+    [0, 2, 3, 4]))) : null;
 }
 
 function samples() {

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -263,6 +264,14 @@ class RunFolder:
                 return False
             time.sleep(0.1)
         return True
+
+
+def lines_until(path: Path, step: int) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The records of steps up to one, each with its line; no torn one."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            if (record := record_in(line)).get("step", math.inf) <= step:
+                yield record, line.rstrip(b"\n") + b"\n"
 
 
 def record_in(line: bytes) -> dict[str, Any]:

@@ -12,7 +12,12 @@ def identity(config: Config, key: str) -> dict[str, Any]:
     return {**config.identity(), "tokens": key}
 
 
-def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str) -> None:
+def check_identity(
+    saved: dict[str, Any],
+    wanted: dict[str, Any],
+    run_name: str,
+    fix: str = "choose another run.name",
+) -> None:
     """Refused if any of it differs, showing each that does.
 
     A run from before there was a setting of the data may go on: the tokens say all about it.
@@ -28,7 +33,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], run_name: str)
         hint = ", for files of the data or of the tokenizer are others" if of_files else ""
         raise Refused(
             f"run {run_name} cannot continue with {', '.join(different)}{hint}; "
-            "put it back, or choose another run.name"
+            f"put it back, or {fix}"
         )
 
 
@@ -50,11 +55,14 @@ def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
     """One line for each setting ``section.key`` that differs between two configurations.
 
     One that was not there before, in an earlier version of the code, was not changed by anybody.
-    Those of the data are left out: what of them may change makes the same tokens.
+    Those of the data are left out: what of them may change makes the same tokens. So are those of
+    the run, which say what it is called and where it came from.
     """
     return [
         f"{section}.{key}: {saved[section][key]} -> {value}"
         for section, values in now.items()
         for key, value in values.items()
-        if section != "data" and key in saved.get(section, {}) and saved[section][key] != value
+        if section not in ("data", "run")
+        and key in saved.get(section, {})
+        and saved[section][key] != value
     ]

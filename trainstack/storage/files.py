@@ -27,7 +27,8 @@ CHUNK_BYTES = 8 << 20  # written at once
 READ_BYTES = 1 << 20  # read at once, to be hashed
 EIO_TRIES = 3  # a shared file system that fails over answers EIO for a moment
 # Called as (operation, path, detail) before each change: create, write (detail: the bytes), sync,
-# sync_folder, rename and link (detail: the new path), unlink, make_folder, remove_folder.
+# sync_folder, rename and link (detail: the new path), symlink (detail: where it leads to), unlink,
+# make_folder, remove_folder.
 Watcher = Callable[[str, Path, Any], None]
 _watchers: list[Watcher] = []
 
@@ -180,6 +181,15 @@ def create_file(path: Path, data: bytes) -> bool:
     return True
 
 
+def give_second_name(path: Path, other: Path) -> None:
+    """A hard link; a copy where the file is somebody else's, or on another file system."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+        sync_file(other)
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line."""
     append_lines(path, (json.dumps(record) + "\n").encode())
@@ -204,6 +214,15 @@ def rename(path: Path, to: Path) -> None:
     """Give a file or a folder another name; a file of that name is replaced at once."""
     _announce("rename", path, to)
     os.replace(path, to)
+
+
+def replace_link(link: Path, target: str) -> None:
+    """Let a symbolic link lead to a name beside it; the link of before is replaced at once."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    unlink(temporary)
+    _announce("symlink", temporary, target)
+    os.symlink(target, temporary)
+    rename(temporary, link)
 
 
 def unlink(path: Path) -> None:

@@ -1,15 +1,15 @@
 """How a run is left: paused or done, recorded durably, with what to do next."""
 
 import logging
+import math
 from pathlib import Path
 
-from trainstack.checkpoint.names import newest_checkpoint
+from trainstack.checkpoint.names import BEST, linked, newest_checkpoint, point_to
 from trainstack.checkpoint.state import TrainState
-from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.train.attempt import Attempt
-from trainstack.units import duration
+from trainstack.units import counted, duration
 
 log = logging.getLogger("trainstack")
 
@@ -34,35 +34,58 @@ def pause(attempt: Attempt, reason: str | None, step: int | None = None) -> str:
     return "PAUSED"
 
 
+def is_over(attempt: Attempt, state: TrainState) -> bool:
+    """Whether all steps are made, or eval.patience is used up."""
+    patience = attempt.config.eval.patience or math.inf
+    return state.step >= attempt.max_steps or state.evaluations_without_better >= patience
+
+
 def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
     """The last step is on disk, ``seconds`` after the loop began."""
     if attempt.world.is_main:
         run, name, step = attempt.run, attempt.run.path.name, state.step
         _, newest = newest_checkpoint(run.checkpoints)
-        look, taken = f"bash monitor.sh {name}", duration(seconds)
+        look, taken, model, cause = f"bash monitor.sh {name}", duration(seconds), newest, None
+        if attempt.config.eval.keep_best and newest:
+            point_to(newest, state.best_step)  # an evaluation that a stop put off had no save
+            model = run.checkpoints / BEST if linked(run.checkpoints, BEST) else newest
+        if step < attempt.max_steps:
+            why = early_stop(state)
+            run.add_event("early_stop", step=step, best_step=state.best_step, cause=why,
+                          evaluations=state.evaluations_without_better)  # fmt: skip
+            cause = f"stopped early: {why}"
         code = EXIT_CODES["DONE"]
         facts = {"job": attempt.owner.job, "attempt": attempt.owner.attempt, "exit_code": code}
-        run.set_status("DONE", step=step, **facts, cause=None, next_action=f"its model: {newest}")
+        run.set_status("DONE", step=step, **facts, cause=cause, next_action=f"its model: {model}")
         run.add_event("done", step=step, job=attempt.owner.job, attempt=attempt.owner.attempt)
         log.info("%s: DONE at step %s after %s. Checkpoint: %s", name, f"{step:,}", taken, newest)
         if state.updates < step:
             log.info("      %s of its %s updates were not made, since a loss or gradient was not "
                      "finite, or a spike", f"{step - state.updates:,}", f"{step:,}")  # fmt: skip
-        if gone := best_before(run, newest):
+        if cause:
+            log.info("      %s; to go further raise eval.patience, or set it null", cause)
+        if gone := best_before(state, run.checkpoints):
             log.info("      %s", gone)
         log.info("      look: %s", look)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
+        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', model)
         log.info('      give: "$TRAINSTACK_PYTHON" -m trainstack export %s --to FOLDER', name)
         attempt.lease.release()
     return "DONE"
 
 
-def best_before(run: RunFolder, newest: Path | None) -> str:
+def early_stop(state: TrainState) -> str:
+    """Why a run ends before its last step."""
+    lowest = "infinity" if state.best_loss is None else f"{state.best_loss:.4f}"
+    count = counted(state.evaluations_without_better, "evaluation")
+    at = f" of step {state.best_step:,}" if state.best_step else ""
+    return f"{count} without a held-out loss below {lowest}{at}"
+
+
+def best_before(state: TrainState, checkpoints: Path) -> str:
     """A line if the held-out loss was lower at an earlier evaluation than at the last one."""
-    found = run.eval_losses()
-    best = min(found, key=found.get, default=None)
-    if best is None or best == max(found) or newest is None:
+    if not (state.best_step and state.evaluations_without_better):
         return ""
-    where = newest.with_name(f"checkpoint-{best}")
-    kept = f"kept in {where}" if where.exists() else "not kept (checkpoint.save_total_limit)"
-    return f"the held-out loss was lowest at step {best:,}, {found[best]:.4f}: {kept}"
+    where = checkpoints / f"checkpoint-{state.best_step}"
+    kept = f"kept in {where}" if where.exists() else "not kept (eval.keep_best=true keeps it)"
+    loss = f"{state.best_loss:.4f}"
+    return f"the held-out loss was lowest at step {state.best_step:,}, {loss}: {kept}"

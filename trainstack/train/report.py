@@ -13,7 +13,7 @@ from trainstack.checkpoint.snapshot import Saved
 from trainstack.evaluation.held_out import Evaluation, overall
 from trainstack.evaluation.samples import Said
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
-from trainstack.run.folder import RunFolder, record_in
+from trainstack.run.folder import RunFolder, lines_until
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
@@ -228,7 +228,6 @@ def drop_beyond(step: int, run: RunFolder) -> None:
     path = run.path / "metrics.jsonl"
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if record_in(line).get("step", math.inf) <= step]
-    if len(kept) < len(lines):
-        files.replace_file(path, b"".join(kept))
+    kept = b"".join(line for _, line in lines_until(path, step))
+    if len(kept) < path.stat().st_size:
+        files.replace_file(path, kept)

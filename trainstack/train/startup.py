@@ -66,6 +66,10 @@ def own_run_folder(
         _, saved = names.newest_state(run.checkpoints)
         if saved:
             check_identity(saved.identity, identity, run.path.name)
+        elif config.run.parent and not names.by_name(run.checkpoints):
+            raise ConfigError(
+                f"run.branch_from={config.run.branch_from}: submit.sh makes the branch, and did not"
+            )
         run.create()
         lease.take(owner, gone)
         path = run.path / "config.yaml"
@@ -160,6 +164,16 @@ def restore(
     strategy.load(newest, state)
     guard.restore(state.guard)
     return replace(state, settings=at_start.settings, left_out=at_start.left_out)
+
+
+def remember(state: TrainState, attempt: Attempt, strategy: Strategy, guard: Guard) -> None:
+    """Bring up to date what ``restore`` reads and people look at, before the state is saved."""
+    state.updates = strategy.optimizer.updates_done()
+    state.samples_seen = state.step * attempt.plan.global_batch_size
+    state.tokens_seen = state.step * attempt.plan.tokens_per_step
+    state.scaler = strategy.scaler.state_dict()
+    state.guard = guard.state()
+    state.world_size, state.torch = attempt.world.world_size, torch.__version__
 
 
 def warm_up(strategy: Strategy, batches: Iterator[Batch], world: World) -> bool:
