@@ -41,7 +41,7 @@ def test_a_command_gets_its_arguments_and_gives_its_exit_code_back():
 WRONG = [
     ("legder", "no command legder; did you mean ledger?"),
     ("data-report", "no command data-report; did you mean data_report?"),
-    ("xyz", "no command xyz; there are: config, hub, prove, prepare, data_report, plan, ledger, "),
+    ("xyz", "no command xyz; there are: config, hub, prove, prepare, data_report, plan, "),
     ("--version", "no command --version; there are: config, hub"),
 ]
 

@@ -117,7 +117,7 @@ def test_a_prompt_that_is_none_is_one_line_that_says_what_to_write(prompts):
     with pytest.raises(ConfigError, match="no prompt; write a text, or messages as") as found:
         load(SHIPPED_FILE, [f"eval.prompts={prompts}"])
     assert len(found.value.problems) == 1
-    assert load(SHIPPED_FILE, ["eval.prompts=[none, [{role: user, content: hi}]]"]).eval.prompts
+    assert load(SHIPPED_FILE, ["eval.prompts=[nothing, [{role: user, content: hi}]]"]).eval.prompts
 
 
 def test_what_is_missing_from_the_shipped_file_is_an_error(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ import transformers
 import tiny
 from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.load import load
+from trainstack.distributed import World
+from trainstack.evaluation.samples import Prompts
 from trainstack.model.loss import CausalLMLoss
 from trainstack.run.folder import RunFolder
 
@@ -78,3 +80,21 @@ def test_prompts_change_no_bit_of_a_run_with_dropout_and_end_none(own_home, monk
     texts = [e["text"] for e in run.events() if e["event"] == "sample"][-2:]
     assert (run.path / "sample.txt").read_text() == "\n\n".join(texts) + "\n"
     assert run.status()["state"] == "DONE"
+
+
+def test_a_stop_while_it_speaks_ends_that_and_nothing_drawn_at_random_is_used_up(home):
+    torch.manual_seed(2)
+    config = load(home / "config.yaml", ["eval.prompts=[one, two]", "eval.sample_tokens=20"])
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.CONFIG, vocab_size=96))
+    loss_model = CausalLMLoss(model, config.train, torch.device("cpu"))
+    folder = home / "models" / "tiny"
+    prompts = Prompts(config, False, {p.name: p.read_bytes() for p in folder.glob("token*")})
+    world, asked, before = World(0, 0, 1, 1, torch.device("cpu")), [], torch.get_rng_state()
+
+    def wants_stop(after: int) -> bool:
+        asked.append(len(asked))
+        return len(asked) > after
+
+    assert prompts.ask(loss_model, world, lambda: wants_stop(7)) == []
+    assert len(asked) < 15, "no more of the first text, and nothing of the second"
+    assert loss_model.training and torch.equal(torch.get_rng_state(), before)

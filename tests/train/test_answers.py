@@ -73,13 +73,14 @@ def test_a_chat_tuned_model_answers_what_it_learned_and_stops(tmp_path, family):
     names = {"model__name": "chat", "data__name": "chats", "data__packing": "best_fit"}
     tiny.write_config(
         tmp_path, **names, data__eval_fraction=0, eval__eval_steps=None,
-        eval__prompts=["one two"], eval__sample_tokens=12,
+        eval__prompts=["one two", [{"role": "user", "content": "one two"}]], eval__sample_tokens=12,
         train__max_steps=80, checkpoint__save_steps=80,
     )  # fmt: skip
     arguments = ["--home", str(tmp_path), "--config", str(tmp_path / "config.yaml")]
     assert prepare.main([*arguments, "--processes", "1"]) == 0
     log = tiny.train(tmp_path, 1, "run.name=r").stdout
-    assert "sample  one two -> three four\n" in log and "stopped by itself, after 4 tokens" in log
+    assert log.count("sample  one two -> three four\n") == 2, "a question, and messages"
+    assert log.count("stopped by itself, after 4 tokens") == 2
     folder = layout.run_folder(tmp_path, "r") / "checkpoints" / "checkpoint-80"
     command = [sys.executable, "-c", ASK, folder]
     said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

@@ -64,7 +64,7 @@ def prompt(value: Any) -> Any:
     if not isinstance(value, str) and not is_messages:
         fix = "no prompt; write a text, or messages as [{role: user, content: Hello}]"
         raise PydanticCustomError("name", "{fix}", {"fix": fix})
-    return value
+    return said(value) if isinstance(value, str) else value
 
 
 Prompt = Annotated[str | list[dict[str, str]], BeforeValidator(prompt)]
