@@ -71,8 +71,11 @@ def has_plain_head(causal_lm: nn.Module) -> bool:
         inputs.append(arguments[0])
         return (one_hot.to(arguments[0].dtype).expand(arguments[0].shape),)
 
+    frozen = [p for p in causal_lm.parameters() if not p.requires_grad]  # beside an adapter
     try:
         rows.copy_(one_hot)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         body = causal_lm.base_model(input_ids=tokens, use_cache=False, return_dict=True)
         with head.register_forward_pre_hook(replace):
             logits = logits_of(causal_lm, tokens)
@@ -82,6 +85,8 @@ def has_plain_head(causal_lm: nn.Module) -> bool:
         parts = torch.autograd.grad(logits.sum(), others, allow_unused=True)
     finally:
         rows.copy_(kept)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     hidden = getattr(body, "last_hidden_state", None)
     if hidden is None or len(inputs) != 1 or any(part is not None for part in parts):
         return False

@@ -12,6 +12,7 @@ from trainstack.model.strategy import Strategy
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
+from trainstack.storage import layout
 from trainstack.storage.files import read_object
 from trainstack.train.attempt import Attempt
 from trainstack.units import duration
@@ -56,9 +57,18 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
         if gone := best_before(run, newest):
             log.info("      %s", gone)
         log.info("      look: %s", look)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', newest)
+        log.info("      use:  %s", how_to_load(attempt, newest))
         attempt.lease.release()
     return "DONE"
+
+
+def how_to_load(attempt: Attempt, newest: Path | None) -> str:
+    """The line of Python that loads what was trained."""
+    config, of_folder = attempt.config, 'AutoModelForCausalLM.from_pretrained("{}")'
+    if not config.adapter.type:
+        return of_folder.format(newest)
+    base = layout.model_folder(attempt.run.path.parents[1], config.model.name)
+    return f'peft.PeftModel.from_pretrained({of_folder.format(base)}, "{newest}")'
 
 
 def best_before(run: RunFolder, newest: Path | None) -> str:
