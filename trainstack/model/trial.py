@@ -46,6 +46,34 @@ def trying(causal_lm: nn.Module, is_training: bool = False) -> Iterator[None]:
         causal_lm.train(was_training)
 
 
+@contextlib.contextmanager
+def in_full_precision(causal_lm: nn.Module) -> Iterator[None]:
+    """Within it there is no autocast, and weights of 16 bits are fp32 while their module runs.
+
+    So rounding neither hides nor shows a thing; and no more than a module takes twice the memory.
+    """
+    kept, hooks = {}, []
+
+    def widen(module: nn.Module, _inputs: tuple) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                kept[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def narrow(module: nn.Module, _inputs: tuple, _output: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter, parameter.data)
+
+    for module in causal_lm.modules():
+        hooks.append(module.register_forward_pre_hook(widen))
+        hooks.append(module.register_forward_hook(narrow, always_call=True))
+    try:
+        with torch.autocast(next(causal_lm.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def some_tokens(causal_lm: nn.Module, number: int) -> torch.Tensor:
     """Token ids, int64 [1, number]; small ones, since large ones may stand for images."""
     weight = causal_lm.get_input_embeddings().weight
