@@ -9,6 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tiny
 from trainstack.adapter import lora
+from trainstack.adapter.layer import Layer
 from trainstack.config.load import load
 from trainstack.config.schema import AdapterSection, Config
 from trainstack.errors import ConfigError
@@ -226,3 +227,21 @@ def test_a_plan_counts_what_learns_and_a_proof_is_of_the_adapter(tmp_path):
     manifest.write_manifest(folder, {})
     keys = {proof_key(folder, config(f"adapter.r={r}")) for r in (8, 8, 16)}
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_layer_gives_what_pefts_own_gives(tmp_path, kind, precision):
+    causal_lm = build(folder_of(tmp_path, kind), precision)
+    layers = [module for module in causal_lm.modules() if type(module) is Layer]
+    with torch.no_grad():
+        for _, parameter in lora.adapter_of(causal_lm):
+            parameter.normal_(std=0.1)
+    for layer in layers:
+        inputs = torch.randn(2, 5, layer.in_features, dtype=layer.base_layer.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            mine, theirs = layer(inputs), Layer.__base__.forward(layer, inputs)
+        assert mine.dtype == theirs.dtype
+        assert torch.allclose(mine, theirs, rtol=0.02, atol=0.02 if precision == "bf16" else 1e-6)
+        layer(inputs)  # without autocast, as somebody may call it
+    assert layers

@@ -27,6 +27,8 @@ def add_adapter(causal_lm: nn.Module, section: AdapterSection, seed: int) -> Non
     """
     from peft import LoraConfig, inject_adapter_in_model  # seconds, for an adapter alone
 
+    from trainstack.adapter.layer import quicken
+
     targets = section.target_modules
     if targets != "all-linear":
         check_names(causal_lm, targets)
@@ -46,8 +48,7 @@ def add_adapter(causal_lm: nn.Module, section: AdapterSection, seed: int) -> Non
         ) from None
     made.target_modules, made.inference_mode = sorted(made.target_modules), True  # in its file
     causal_lm.requires_grad_(False)
-    for module in causal_lm.modules():  # autocast casts, and would have to cast back
-        module.cast_input_dtype_enabled = False
+    quicken(causal_lm)
     for _, parameter in adapter_of(causal_lm):
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         parameter.data = parameter.data.to(dtype)
