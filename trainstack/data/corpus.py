@@ -12,6 +12,7 @@ from trainstack.data.split import Split
 from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
 
+ADAPTER_AS_SHIPPED = {"r": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
 EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
 
 
@@ -131,6 +132,9 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
     if train.max_steps is not None and train.num_train_epochs != EPOCHS_AS_SHIPPED:
         reason = "train.max_steps decides unless it is null"
         lines.append(f"train.num_train_epochs is not used: {reason}")
+    for key, value in ADAPTER_AS_SHIPPED.items():
+        if not config.adapter.type and getattr(config.adapter, key) != value:
+            lines.append(f"adapter.{key} is not used: adapter.type is null")
     if not any(store.eval.num_samples for store in corpus.stores.values()):
         lines.append("no held-out documents: there will be no evaluation")
     if config.guard.on_divergence != "stop" and train.precision == "fp16":
