@@ -97,7 +97,14 @@ def main() -> None:
 def new_model(options) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+    if not (rank := options.settings["lora"]):
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(options.settings["seed"])
+    asked = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, **asked))
 
 
 def autocast(options):

@@ -51,6 +51,7 @@ class Work:
     is_torchrun: bool = False  # whether it starts a process of one, too
     head: int = 32  # channels of a head of attention
     device: str = "cpu"
+    lora: int = 0  # rank of an adapter's matrices, which alone learn; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,7 @@ def settings(work: Work) -> list[str]:
         "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}",
         "checkpoint.save_steps=100000", "eval.eval_steps=null", "eval.prompts=[]",
         "log.report_to=[]", "log.logging_steps=5",
+        *(["adapter.type=lora", f"adapter.r={work.lora}", "adapter.alpha=32"] * (work.lora > 0)),
     ]  # fmt: skip
 
 
@@ -260,6 +262,7 @@ def make(home: Path, work: Work) -> None:
     rows = np.concatenate([samples[:, 0], samples[:, 1, :, -1:]], axis=2)
     np.save(peer / "samples.npy", rows)
     told = {"precision": work.precision, "micro": work.micro, "rate": RATE}
+    told |= {"lora": work.lora, "seed": asked.run.seed}
     (peer / "settings.json").write_text(json.dumps(told))
 
 

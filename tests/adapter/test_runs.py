@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from trainstack.config.load import load
-from trainstack.data.corpus import open_corpus
+from trainstack.data.corpus import not_used, open_corpus
 from trainstack.errors import Refused
 from trainstack.job.inputs import check_progress, input_problem, not_needed
 from trainstack.monitor.clean import needs_of
@@ -117,13 +117,12 @@ def drop_lease(home: Path, run: str) -> None:
 
 def test_the_number_of_processes_changes_nothing_but_the_speed(base):
     exact = (*LORA, "train.precision=fp64", "train.micro_batch_size=1")
-    tiny.train(base, 2, "run.name=two", *exact)
     for processes, steps in ((2, 5), (1, 10), (4, 20)):
         tiny.train(base, processes, "run.name=moving", *exact, f"train.max_steps={steps}",
                    "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}")  # fmt: skip
-    tiny.train(base, 1, "run.name=two-flat", *exact, "optim.lr_scheduler_type=constant",
+    tiny.train(base, 1, "run.name=one", *exact, "optim.lr_scheduler_type=constant",
                "optim.lr_scheduler_kwargs={}")  # fmt: skip
-    one, moved = (tiny.metrics(base, run) for run in ("two-flat", "moving"))
+    one, moved = (tiny.metrics(base, run) for run in ("one", "moving"))
     assert moved == pytest.approx(one, rel=1e-9)
 
 
@@ -163,3 +162,12 @@ def test_a_run_that_may_resume_needs_its_model_and_no_other(base, reference, tmp
     problem = input_problem(home, config, "bash fetch", run.checkpoints)
     assert problem == "model tiny is not in the project's folder yet; run: bash fetch"
     assert not [line for line in not_needed(home, config, run.checkpoints) if "model" in line]
+
+
+def test_settings_of_an_adapter_that_is_not_there_are_said(home):
+    def lines(*overrides: str) -> list[str]:
+        config = load(home / "config.yaml", [*overrides])
+        return [line for line in not_used(config, open_corpus(home, config)) if "adapter" in line]
+
+    assert lines("adapter.r=4") == ["adapter.r is not used: adapter.type is null"]
+    assert not lines() and not lines(*LORA)

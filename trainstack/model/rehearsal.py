@@ -229,6 +229,7 @@ def checked(small: Any, config: Config, before: str = "") -> list[str]:
     untried += ", torch_compile" if config.train.torch_compile else ""
     untried += "" if used is config else ", flash attention"
     parts = [attention, config.train.precision, f"packing {config.data.packing}"]
+    parts += ["LoRA"] if config.adapter.type else []
     summary = f"a small copy of it learns with {', '.join(parts)}; not tried: {untried}"
     return [summary, *notes, *lines]
 
