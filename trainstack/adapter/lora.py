@@ -53,7 +53,6 @@ def add_adapter(causal_lm: nn.Module, section: AdapterSection, seed: int) -> Non
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(True)
-    tell_rest(causal_lm)
 
 
 def check_names(causal_lm: nn.Module, targets: list[str]) -> None:
@@ -70,6 +69,14 @@ def check_names(causal_lm: nn.Module, targets: list[str]) -> None:
             raise ConfigError(
                 f"adapter.target_modules: no linear layer is named {target}; it has {known}"
             )
+
+
+def of_any_layer(section: AdapterSection) -> AdapterSection:
+    """The same in a copy of fewer layers, where a name such as layers.11.q_proj has no layer."""
+    if section.target_modules == "all-linear":
+        return section
+    ends = [name.rpartition(".")[2] for name in section.target_modules]
+    return section.model_copy(update={"target_modules": ends})
 
 
 def tell_rest(causal_lm: nn.Module) -> None:

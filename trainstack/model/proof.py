@@ -72,14 +72,17 @@ def proof_key(folder: Path, config: Config) -> str:
         "model": config.model.model_dump(exclude={"revision"}),
         "train": config.train.model_dump(include={"precision", "activation_checkpointing"}),
         "data": config.data.model_dump(include={"packing", "seq_len"}),
-        "adapter": {**config.adapter.model_dump(), "peft": version("peft")}
-        if config.adapter.type
-        else None,
         "is_compiled": config.train.torch_compile,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "has_flash": importlib.util.find_spec("flash_attn") is not None,
-        "code": {p.name: manifest.hash_file(p) for room in ROOMS for p in room.glob("*.py")},
+        "code": {
+            f"{room.name}/{path.name}": manifest.hash_file(path)
+            for room in ROOMS
+            for path in room.glob("*.py")
+        },
     }
+    if config.adapter.type:
+        depends_on["adapter"] = {**config.adapter.model_dump(), "peft": version("peft")}
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 

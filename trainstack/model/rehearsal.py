@@ -110,6 +110,7 @@ def with_adapter(whole: nn.Module, config: Config) -> list[str]:
     """Put the adapter beside the layers of the real model, which has no memory; lines on that."""
     with logged() as lines, torch.device("meta"):
         lora.add_adapter(whole, config.adapter, config.run.seed)
+        lora.tell_rest(whole)
     return lines
 
 
@@ -286,7 +287,8 @@ def loss_of(small: Any, config: Config) -> CausalLMLoss:
     train = config.train.model_copy(update={"torch_compile": False})
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
-        arguments = (config.model, train.precision, config.run.seed, config.adapter)
+        adapter = lora.of_any_layer(config.adapter)
+        arguments = (config.model, train.precision, config.run.seed, adapter)
         causal_lm = build_causal_lm(Path(folder), "scratch", *arguments)
     return CausalLMLoss(causal_lm, train, CPU, config.data.packing)
 

@@ -153,6 +153,7 @@ def build_model(config: Config, newest: Path | None, model_folder: Path) -> torc
         init, config.model, config.train.precision, config.run.seed, config.adapter,
     )  # fmt: skip
     if is_adapted:
+        lora.tell_rest(causal_lm)
         lora.name_base(causal_lm, config.model.name, model_folder)
         if newest:
             lora.load_adapter(causal_lm, newest)
