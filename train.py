@@ -21,6 +21,8 @@ import trainstack  # noqa: F401  # isort: skip  # names a wrong Python before to
 gc.disable()  # what is imported stays, and looking at it again and again takes 0.3 s
 
 from trainstack import distributed
+from trainstack.adapter.base import base_of
+from trainstack.adapter.lora import count_saved
 from trainstack.checkpoint.interval import Interval
 from trainstack.checkpoint.saver import Saver
 from trainstack.checkpoint.snapshot import Saved, SaveError, Snapshot
@@ -31,7 +33,6 @@ from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
 from trainstack.evaluation.held_out import evaluate_all, overall
 from trainstack.evaluation.samples import Prompts
-from trainstack.model.causal_lm import build_causal_lm, count_parameters
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.strategy import Strategy
@@ -59,7 +60,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     world = distributed.start(options.expect_world_size)
     plan = config.batch_plan(world.world_size)
     corpus = open_corpus(options.home, config, run.checkpoints)
-    fixed = identity(config, corpus.key)  # settings that may not change between attempts
+    fixed = identity(config, corpus.key, base_of(options.home, config))  # what may not change
 
     # Owned before anything slow: two jobs must never both train into one folder.
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
@@ -85,7 +86,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     state = startup.restore(newest, strategy, guard, at_start)
     feed = Feed(config, corpus, plan, world, state.left_out)
     rate_at = build_schedule(config.optim, max_steps)
-    startup.tell_running(attempt, state.step, stop, count_parameters(strategy.causal_lm))
+    startup.tell_running(attempt, state.step, stop, count_saved(strategy.causal_lm))
     announce(attempt, feed, strategy, newest)
     small_files = startup.small_files(strategy.causal_lm, newest or model_folder, corpus)
     loop = Loop(
@@ -106,10 +107,7 @@ def build_strategy(
 ) -> Strategy:
     """The model and its loss, spread over the ranks, with its optimizer. Collective."""
     config = attempt.config
-    init = "pretrained" if newest else config.model.init
-    causal_lm = build_causal_lm(
-        newest or model_folder, init, config.model, config.train.precision, config.run.seed
-    )
+    causal_lm = startup.build_model(config, newest, model_folder)
     loss_model = CausalLMLoss(
         causal_lm, config.train, attempt.world.device, config.data.packing, config.data.seq_len
     )

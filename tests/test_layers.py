@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
     "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
-    "run", "chat", "data", "records", "prepare", "hub", "optim", "model", "adapter", "evaluation",
+    "run", "chat", "data", "records", "prepare", "hub", "optim", "adapter", "model", "evaluation",
     "resilience", "plan", "train", "job", "history", "monitor", "report", "trackers", "export",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them

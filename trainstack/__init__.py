@@ -19,8 +19,8 @@ data/        what a step consumes
 prepare/     documents become tokens
 hub/         models and data sets arrive
 optim/       how weights change
-model/       the network, its loss, how it is spread
 adapter/     LoRA
+model/       the network, its loss, how it is spread
 evaluation/  how good a model is
 resilience/  what keeps a run safe, or ends it
 train/       the parts of train.py's loop

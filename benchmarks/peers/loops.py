@@ -98,16 +98,13 @@ def new_model(options) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-    if rank := options.settings["adapter_rank"]:
-        from peft import LoraConfig, get_peft_model
+    if not (rank := options.settings["lora"]):
+        return model
+    from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(options.settings["seed"])
-        alpha = options.settings["adapter_alpha"]
-        asked = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, asked)
-    return model
+    torch.manual_seed(options.settings["seed"])
+    asked = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, **asked))
 
 
 def autocast(options):

@@ -51,7 +51,7 @@ class Work:
     is_torchrun: bool = False  # whether it starts a process of one, too
     head: int = 32  # channels of a head of attention
     device: str = "cpu"
-    adapter_rank: int = 0  # of LoRA in all linear layers; 0: the whole model is trained
+    lora: int = 0  # rank of an adapter's matrices, which alone learn; 0: there is none
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def settings(work: Work) -> list[str]:
         "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}",
         "checkpoint.save_steps=100000", "eval.eval_steps=null", "eval.prompts=[]",
         "log.report_to=[]", "log.logging_steps=5",
-        *([f"adapter.r={work.adapter_rank}", "adapter.type=lora"] if work.adapter_rank else ()),
+        *(["adapter.type=lora", f"adapter.r={work.lora}", "adapter.alpha=32"] * (work.lora > 0)),
     ]  # fmt: skip
 
 
@@ -261,10 +261,8 @@ def make(home: Path, work: Work) -> None:
     samples = np.stack([store.read(sampler.samples_at(step)) for step in range(work.steps)])
     rows = np.concatenate([samples[:, 0], samples[:, 1, :, -1:]], axis=2)
     np.save(peer / "samples.npy", rows)
-    told = {
-        "precision": work.precision, "micro": work.micro, "rate": RATE, "seed": asked.run.seed,
-        "adapter_rank": work.adapter_rank, "adapter_alpha": asked.adapter.alpha,
-    }  # fmt: skip
+    told = {"precision": work.precision, "micro": work.micro, "rate": RATE}
+    told |= {"lora": work.lora, "seed": asked.run.seed}
     (peer / "settings.json").write_text(json.dumps(told))
 
 

@@ -18,7 +18,7 @@ from fake_site import BASH, Site, complaint
 import tiny
 from trainstack.config.load import load
 from trainstack.job.resources import read_resources
-from trainstack.job.submit import high_rate
+from trainstack.optim.schedule import odd_rate
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, Owner
 from trainstack.run.owner import claim_of
@@ -824,7 +824,7 @@ def test_a_switch_that_differs_is_told_as_the_file_writes_it(site):
 )
 def test_a_rate_for_new_weights_is_told_where_pretrained_ones_are_trained(init, rate, is_told):
     settings = [f"model.init={init}", f"optim.learning_rate={rate}"]
-    told = high_rate(load(tiny.ROOT / "config.yaml", settings))
+    told = odd_rate(load(tiny.ROOT / "config.yaml", settings))
     assert [line[:50] for line in told] == [
         "optim.learning_rate=0.004 is a rate for new weight"
     ] * is_told

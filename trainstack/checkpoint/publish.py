@@ -14,7 +14,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, point_to
-from trainstack.checkpoint.snapshot import WEIGHTS, SaveError, Share, Snapshot
+from trainstack.checkpoint.snapshot import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    SaveError,
+    Share,
+    Snapshot,
+)
 from trainstack.checkpoint.state import STATE
 from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.distributed import World, from_main, gather
@@ -89,7 +96,8 @@ class Publisher:
                     files.make_folder((temporary / name).parent)
                     entries[name] = files.write_file(temporary / name, data)
             if share.weights:
-                entries[WEIGHTS] = write_safetensors(temporary / WEIGHTS, share.weights, self.pause)
+                name = ADAPTER if ADAPTER_CONFIG in snapshot.small_files else WEIGHTS
+                entries[name] = write_safetensors(temporary / name, share.weights, self.pause)
             if self.world.is_main:
                 entries[STATE] = files.write_file(temporary / STATE, snapshot.state)
             if share.optimizer:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 WEIGHTS = "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # names of peft
+ADAPTER_NAME = "default"  # of an adapter within its model
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ENDS = "eos_token_id"
 TEMPLATE = "chat_template.jinja"
@@ -103,6 +105,8 @@ def small_files(
 ) -> dict[str, bytes]:
     """What from_pretrained needs beside the weights: the model's configuration, the tokenizer.
 
+    Of an adapter its own configuration, which names its model.
+
     ``ends``: the tokens at which the model stops when it generates. ``template``: a chat template
     that took the place of all that the model has; None: none did. ``odd``: ids of tokens that the
     model's settings name and do not mean.
@@ -110,7 +114,8 @@ def small_files(
     found = {}
     causal_lm.config.architectures = [type(causal_lm).__name__]
     with tempfile.TemporaryDirectory() as temporary:
-        causal_lm.config.save_pretrained(temporary)
+        adapters = getattr(causal_lm, "peft_config", {})
+        adapters.get(ADAPTER_NAME, causal_lm.config).save_pretrained(temporary)
         if causal_lm.can_generate():
             causal_lm.generation_config.save_pretrained(temporary)
         for path in Path(temporary).iterdir():

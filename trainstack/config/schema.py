@@ -289,6 +289,15 @@ class Config(Section):
     guard: GuardSection
     log: LogSection
 
+    @model_validator(mode="after")
+    def check_adapter(self) -> "Config":
+        if self.adapter.type and self.model.init == "scratch":
+            raise ValueError(
+                f"adapter.type={self.adapter.type} with model.init=scratch: it would learn beside "
+                "random weights that stay; write model.init=pretrained, or adapter.type=null"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved configuration, as it is kept in the run folder."""
         return yaml.dump(self.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
@@ -325,10 +334,16 @@ class Config(Section):
         data = {f"data.{key}": value for key, value in found.items()}
         if not self.data.mixture:
             del data["data.mixture"], data["data.weight"]
+        adapter = {
+            f"adapter.{key}": getattr(self.adapter, key)
+            for key in ("type", "r", "alpha", "target_modules")
+            if self.adapter.type
+        }
         model = {f"model.{key}": getattr(self.model, key) for key in ("name", "revision", "init")}
         return {
             "run.seed": self.run.seed,
             "train.global_batch_size": self.train.global_batch_size,
             **model,
             **data,
+            **adapter,
         }

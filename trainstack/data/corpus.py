@@ -13,6 +13,7 @@ from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
 from trainstack.units import counted
 
+ADAPTER_AS_SHIPPED = {"r": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
 EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
 WARMUP_AS_SHIPPED = 30  # optim.warmup_steps: likewise
 
@@ -161,6 +162,9 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
         lines.append(f"train.num_train_epochs is not used: {reason}")
     if config.optim.warmup_ratio is not None and config.optim.warmup_steps != WARMUP_AS_SHIPPED:
         lines.append("optim.warmup_steps is not used: optim.warmup_ratio decides unless it is null")
+    for key, value in ADAPTER_AS_SHIPPED.items():
+        if not config.adapter.type and getattr(config.adapter, key) != value:
+            lines.append(f"adapter.{key} is not used: adapter.type is null")
     if not corpus.is_held_out:
         lines.append("no held-out documents: there will be no evaluation")
     if config.eval.keep_best and (config.eval.eval_steps is None or not corpus.is_held_out):

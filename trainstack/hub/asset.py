@@ -51,3 +51,14 @@ def named_assets(config: Config, home: Path) -> list[Asset]:
     for (name, revision, subset), wanted in splits.items():
         assets.append(Asset("dataset", name, revision, home, subset=subset, splits=tuple(wanted)))
     return assets
+
+
+def needed_assets(config: Config, home: Path, has_checkpoint: bool) -> list[Asset]:
+    """What a run cannot do without, beside its tokens.
+
+    Once there is a checkpoint nothing, but for the model that an adapter belongs to.
+    """
+    wanted = named_assets(config, home)
+    if not has_checkpoint:
+        return wanted
+    return [a for a in wanted if a.kind == "model" and config.adapter.type]

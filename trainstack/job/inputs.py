@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trainstack.adapter.base import base_of
 from trainstack.checkpoint.names import (
     BYTES_PER_PARAMETER,
     check_not_lost,
@@ -18,7 +19,7 @@ from trainstack.config.schema import Config
 from trainstack.data import store
 from trainstack.data.corpus import Corpus, enough_samples, open_corpus
 from trainstack.errors import ConfigError, Failed
-from trainstack.hub.asset import Asset, named_assets
+from trainstack.hub.asset import Asset, named_assets, needed_assets
 from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
 from trainstack.prepare import demo
 from trainstack.run.folder import RunFolder
@@ -79,7 +80,7 @@ def input_problem(
     A run that has a checkpoint needs its tokens, and nothing of what they were made from.
     """
     kept = kept_stores(checkpoints)
-    for asset in [] if kept else named_assets(config, home):
+    for asset in needed_assets(config, home, bool(kept)):
         if problem := asset_problem(asset, command):
             return f"{asset} {problem}"
     stores = store.find_stores(home, config, kept)
@@ -96,6 +97,8 @@ def not_needed(home: Path, config: Config, checkpoints: Path) -> list[str]:
         return []
     found = []
     for asset in named_assets(config, home):
+        if asset in needed_assets(config, home, has_checkpoint=True):
+            continue
         original = Path(asset.name)
         is_gone = layout.is_local(asset.name) and not original.exists()
         if is_gone or not asset.folder.exists():
@@ -144,7 +147,9 @@ def check_settings(run: RunFolder, config: Config) -> None:
     """Refused if another experiment made the run, as far as its settings tell, without its data."""
     _, saved = newest_state(run.checkpoints)
     if saved:
-        check_identity(saved.identity, identity(config, saved.identity["tokens"]), config.run.name)
+        known = saved.identity
+        wanted = identity(config, known["tokens"], config.adapter.type and known.get("base"))
+        check_identity(known, wanted, config.run.name)
 
 
 def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int, list[str]]:
@@ -156,7 +161,8 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int,
     if saved is None:
         check_not_lost(run.checkpoints, run.events())
         return step, []
-    check_identity(saved.identity, identity(config, corpus.key), config.run.name)
+    wanted = identity(config, corpus.key, base_of(run.path.parents[1], config))
+    check_identity(saved.identity, wanted, config.run.name)
     changes = changed_settings(saved.settings, config.model_dump())
     begun = next((event["at"] for event in run.events()), "")
     brought = {}

@@ -30,7 +30,7 @@ from trainstack.job.resources import (
     read_resources,
 )
 from trainstack.model.proof import prove
-from trainstack.optim.schedule import build_schedule, describe_schedule
+from trainstack.optim.schedule import build_schedule, describe_schedule, odd_rate
 from trainstack.plan.line import Job, plan_lines
 from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
@@ -45,7 +45,6 @@ from trainstack.units import age
 
 SPEAKER = "submit.sh"
 LOG_BYTES = 1 << 20  # of metrics.jsonl: the steps since a checkpoint, and before
-MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
 MOST_JUMP = 0.03  # of the learning rate, when a run is resumed, that is not worth a line
 CERTAIN = re.compile(
     "(?i)invalid|not a valid|unrecogni|ambiguous|an argument|unable to open|dependency problem"
@@ -146,7 +145,7 @@ def check_run(
     labels = ", ".join(section.label for section in config.data.sources)
     verified = f"model {config.model.name}, tokens of {labels}: verified"
     say(f"{config_file.name} ok | {verified} | {space}")
-    lines = [*inputs.not_needed(home, config, run.checkpoints), *rates, *high_rate(config)]
+    lines = [*inputs.not_needed(home, config, run.checkpoints), *rates, *odd_rate(config)]
     logs = branch.logged(run, config)
     lines += rate_jump(logs, config.optim, step, max_steps)
     lines += [*epoch_lines(config, corpus), *not_used(config, corpus), *remarks]
@@ -293,17 +292,6 @@ def say_complete(run: RunFolder, step: int, further: str) -> None:
     newest = names.newest_checkpoint(run.checkpoints)[1]
     say(f"run {run.path.name} is complete: {step:,} steps, {newest}")
     say(f"{further}; for a new run choose another run.name")
-
-
-def high_rate(config: Config) -> list[str]:
-    """A line if pretrained weights would be trained at the rate of new ones, as config.yaml has."""
-    rate = config.optim.learning_rate
-    if config.model.init != "pretrained" or rate <= MOST_TUNING_RATE:
-        return []
-    return [
-        f"optim.learning_rate={rate:g} is a rate for new weights; for pretrained ones 1e-5 to 5e-4 "
-        "is usual, and 1e-3 for a model of a few million parameters"
-    ]
 
 
 def rate_jump(run: RunFolder, section: OptimSection, step: int, max_steps: int) -> list[str]:

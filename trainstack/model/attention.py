@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from trainstack.data.packing import document_bounds
 from trainstack.errors import ConfigError, first_words
-from trainstack.model.trial import logits_of, some_tokens
+from trainstack.model.trial import in_full_precision, logits_of, some_tokens
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -273,7 +273,7 @@ def configs_with(causal_lm: nn.Module, attention: str) -> list[Any]:
 def difference(causal_lm: nn.Module, configs: list[Any], batch: list) -> str:
     """What our attention gives that theirs does not; empty if they give the same. Ours is left."""
     try:
-        with narrow_windows(causal_lm), torch.autocast(batch[0].device.type, enabled=False):
+        with narrow_windows(causal_lm), in_full_precision(causal_lm):
             theirs = logits_of(causal_lm, **apart(causal_lm, *batch))
             choose(configs, OURS)
             ours = logits_of(causal_lm, **apart(causal_lm, *batch))
@@ -324,8 +324,7 @@ def check_apart(causal_lm: nn.Module) -> None:
     changed = tokens.clone()
     changed[:, :4] = tokens[:, :4].flip(1)
     is_flash = causal_lm.config._attn_implementation.startswith("flash")
-    device = tokens.device.type
-    with contextlib.nullcontext() if is_flash else torch.autocast(device, enabled=False):
+    with contextlib.nullcontext() if is_flash else in_full_precision(causal_lm):
         before, after = (
             logits_of(causal_lm, **apart(causal_lm, inputs, *packed)).view(2, 8, -1)[:, 4:]
             for inputs in (tokens, changed)

@@ -22,14 +22,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from trainstack.adapter import lora
 from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
-from trainstack.config.schema import ModelSection
+from trainstack.config.schema import AdapterSection, ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub.weights import INDEX, WEIGHTS, shapes_of, shards_of
 from trainstack.storage.files import read_object
 
 log = logging.getLogger("trainstack")
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 GENERATES = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 NO_TOKEN = "no token"
 DIGITS = re.compile(r"\d+")
@@ -95,35 +103,45 @@ def generates(architecture: str, real: Any, init: str) -> bool:
 
 
 def build_causal_lm(
-    folder: Path, init: str, section: ModelSection, precision: str, seed: int
+    folder: Path,
+    init: str,
+    section: ModelSection,
+    precision: str,
+    seed: int,
+    adapter: AdapterSection | None = None,
 ) -> nn.Module:
     """The model from a folder: ``scratch`` draws new weights from the seed, else it reads them.
 
     Master weights are fp32 (fp64 in fp64): transformers 5 would load a bf16 file as bf16, and
-    AdamW would then round away small updates. ConfigError if the weights do not fit.
+    AdamW would then round away small updates. With an ``adapter``, whose matrices are new, nothing
+    else is updated: the weights are in the precision. ConfigError if the weights do not fit.
     """
-    dtype = torch.float64 if precision == "fp64" else torch.float32
+    is_adapted = adapter is not None and adapter.type is not None
+    dtype = DTYPES[precision] if is_adapted or precision == "fp64" else torch.float32
+    if seed >= 2**32:  # torch takes the low 32 bits
+        seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     attention = section.attn_implementation  # transformers takes None for the best that it has
     arguments = {"dtype": dtype, "attn_implementation": None if attention == "auto" else attention}
     if precision == "fp64":
         arguments["experts_implementation"] = "eager"  # torch's grouped products know no fp64
     if init == "scratch":
-        if seed >= 2**32:  # torch takes the low 32 bits
-            seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
         torch.manual_seed(seed)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if quantisation(config):  # a checkpoint would be taken for a quantised one
             del config.quantization_config
-        return AutoModelForCausalLM.from_config(config, **arguments)
-    causal_lm, found = AutoModelForCausalLM.from_pretrained(
-        folder,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # told by check_found, in one line
-        output_loading_info=True,
-        **arguments,
-    )
-    check_found(found, f"the weights in {folder}")
+        causal_lm = AutoModelForCausalLM.from_config(config, **arguments)
+    else:
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # told by check_found, in one line
+            output_loading_info=True,
+            **arguments,
+        )
+        check_found(found, f"the weights in {folder}")
+    if is_adapted:
+        lora.add_adapter(causal_lm, adapter, seed)
     return causal_lm
 
 
@@ -234,11 +252,13 @@ def count_parameters(causal_lm: nn.Module) -> int:
 
 
 def saved_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint's model.safetensors holds, under the names of its format.
+    """The tensors of a checkpoint's safetensors file, under the names of its format.
 
     Tied tensors once, as save_pretrained does; renamed back if transformers 5 converted names at
     loading.
     """
+    if adapter := lora.adapter_weights(causal_lm):
+        return adapter
     seen, weights = set(), {}
     for name, tensor in causal_lm.state_dict().items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
@@ -307,4 +327,7 @@ def describe(causal_lm: nn.Module, init: str) -> str:
     """For people: architecture, size, where its weights came from."""
     name = type(causal_lm).__name__.removesuffix("ForCausalLM")
     origin = "from scratch" if init == "scratch" else "pretrained"
-    return f"{name} {count_parameters(causal_lm) / 1e6:.1f}M {origin}"
+    learned, whole = lora.count_saved(causal_lm), count_parameters(causal_lm)
+    if learned < whole:
+        origin += f" and frozen but for LoRA of {learned / 1e6:.1f}M"
+    return f"{name} {whole / 1e6:.1f}M {origin}"

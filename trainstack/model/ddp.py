@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainstack.adapter.lora import saved_parameters
 from trainstack.checkpoint.load import read_optimizer
 from trainstack.checkpoint.snapshot import Share, replicated_share
 from trainstack.checkpoint.state import TrainState
@@ -94,7 +95,7 @@ class DataParallel(Strategy):
     def share(self) -> Share:
         world = self.world  # of some models, what is saved is a copy, in another form
         weights = saved_weights(self.causal_lm) if world.is_main else {}
-        size = sum(weight.nbytes for weight in self.causal_lm.parameters())
+        size = sum(weight.nbytes for weight in saved_parameters(self.causal_lm))
         optimizer = self.optimizer.tensors(self.causal_lm)
         return replicated_share(weights, size, optimizer, world.rank, world.world_size)
 
@@ -121,7 +122,7 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 def wrap(loss_model: CausalLMLoss, world: World) -> DistributedDataParallel:
     """DDP over all ranks, with rank 0's weights. Collective: every rank must call this."""
-    size = sum(p.nbytes for p in loss_model.parameters()) / 2**20
+    size = sum(p.nbytes for p in loss_model.parameters() if p.requires_grad) / 2**20
     # A compiled model is cut where a bucket ends: few graphs, and still some to overlap.
     bucket = min(max(25, size / 6), 500) if loss_model.is_compiled else None
     known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed it

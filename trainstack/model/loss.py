@@ -17,7 +17,7 @@ from trainstack.config.batch import IGNORED_LABEL
 from trainstack.config.schema import TrainSection
 from trainstack.model import trial
 from trainstack.model.attention import OURS, THEIRS, apart, check_apart, choose, configs_with, use
-from trainstack.model.causal_lm import DIGITS
+from trainstack.model.causal_lm import DIGITS, DTYPES
 
 log = logging.getLogger("trainstack")
 # Logits that exist at once: few stay in the cache of a CPU, many keep a GPU busy. Each chunk also
@@ -26,13 +26,6 @@ CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
 LEAST_TOKENS = 256
 # The kernels of a GPU for bf16 and fp16 want rows of whole blocks: a vocabulary of 50,257 is slow.
 MULTIPLE = {"cpu": 1, "cuda": 64}
-DTYPES = {
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 
 
 class CausalLMLoss(nn.Module):
@@ -233,7 +226,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, compute, is_fused, hits=None):
-        needs_grad = any(ctx.needs_input_grad)
+        needs_grad, is_learned = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         losses = fused_losses() if is_fused and needs_grad else losses_of
         accumulate = torch.float64 if compute == torch.float64 else torch.float32
         vocab_size, device = weight.shape[0], hidden.device
@@ -255,15 +248,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += part
             if needs_grad:  # now, while the chunk is there
                 grad_hidden[rows] = grad @ low_weight
-                grad_weight = added(grad_weight, grad.T, low_hidden, weight.dtype)
+                if is_learned:  # else a third of the work of the head is spared
+                    grad_weight = added(grad_weight, grad.T, low_hidden, weight.dtype)
                 del grad  # before the next chunk comes
-        ctx.save_for_backward(grad_hidden, grad_weight[:vocab_size] if needs_grad else None)
+        ctx.save_for_backward(grad_hidden, grad_weight[:vocab_size] if is_learned else None)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_loss)
+        return grad_hidden.mul_(grad_loss), grad_weight, None, None, None, None
 
 
 def count_hits(

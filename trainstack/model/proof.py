@@ -22,6 +22,9 @@ from trainstack.data.store import is_of_weights
 from trainstack.errors import ConfigError
 from trainstack.storage import files, layout, manifest
 
+PACKAGE = Path(__file__).parent.parent
+ROOMS = (PACKAGE / "adapter", PACKAGE / "model")  # whose code decides too
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack prove", description=__doc__)
@@ -39,7 +42,9 @@ def main(arguments: list[str]) -> int:
 
 
 def prove(home: Path, config: Config, folder: Path, say: Callable[[str], None]) -> int:
-    """Say what is known of the model, tried now if need be; returns how many parameters it has.
+    """Say what is known of the model, tried now if need be.
+
+    Returns how many parameters a checkpoint would hold.
 
     ``folder``: that holds the model. ConfigError if it cannot be trained as configured.
     """
@@ -70,8 +75,14 @@ def proof_key(folder: Path, config: Config) -> str:
         "is_compiled": config.train.torch_compile,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "has_flash": importlib.util.find_spec("flash_attn") is not None,
-        "code": {p.name: manifest.hash_file(p) for p in Path(__file__).parent.glob("*.py")},
+        "code": {
+            f"{room.name}/{path.name}": manifest.hash_file(path)
+            for room in ROOMS
+            for path in room.glob("*.py")
+        },
     }
+    if config.adapter.type:
+        depends_on["adapter"] = {**config.adapter.model_dump(), "peft": version("peft")}
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 

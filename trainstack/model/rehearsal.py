@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from trainstack.adapter import lora
 from trainstack.checkpoint.snapshot import CONFIG
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
@@ -61,7 +62,7 @@ WAYS_OUT = (  # settings that may help
 
 @dataclass
 class Rehearsal:
-    """What was found out: lines for people, and how many parameters the real model has."""
+    """What was found out: lines for people, and how many parameters a checkpoint would hold."""
 
     parameters: int
     notes: list[str]
@@ -100,7 +101,17 @@ def rehearsed(folder: Path, config: Config) -> Rehearsal:
         notes.append(f"only its part for text is trained and saved, as {type(whole).__name__}")
     if quantisation(real):
         notes.append("its config.json says that it is quantised; from scratch it is not")
-    return Rehearsal(count_parameters(whole), notes)
+    if config.adapter.type:  # last: it changes the names of the weights
+        notes += with_adapter(whole, config)
+    return Rehearsal(lora.count_saved(whole), notes)
+
+
+def with_adapter(whole: nn.Module, config: Config) -> list[str]:
+    """Put the adapter beside the layers of the real model, which has no memory; lines on that."""
+    with logged() as lines, torch.device("meta"):
+        lora.add_adapter(whole, config.adapter, config.run.seed)
+        lora.tell_rest(whole)
+    return lines
 
 
 def tried(real: Any, config: Config, before: str = "") -> tuple[nn.Module, list[str]]:
@@ -219,6 +230,7 @@ def checked(small: Any, config: Config, before: str = "") -> list[str]:
     untried += ", torch_compile" if config.train.torch_compile else ""
     untried += "" if used is config else ", flash attention"
     parts = [attention, config.train.precision, f"packing {config.data.packing}"]
+    parts += ["LoRA"] if config.adapter.type else []
     summary = f"a small copy of it learns with {', '.join(parts)}; not tried: {untried}"
     return [summary, *notes, *lines]
 
@@ -275,7 +287,8 @@ def loss_of(small: Any, config: Config) -> CausalLMLoss:
     train = config.train.model_copy(update={"torch_compile": False})
     with tempfile.TemporaryDirectory() as folder:
         small.save_pretrained(folder)
-        arguments = (config.model, train.precision, config.run.seed)
+        adapter = lora.of_any_layer(config.adapter)
+        arguments = (config.model, train.precision, config.run.seed, adapter)
         causal_lm = build_causal_lm(Path(folder), "scratch", *arguments)
     return CausalLMLoss(causal_lm, train, CPU, config.data.packing)
 

@@ -46,6 +46,34 @@ def trying(causal_lm: nn.Module, is_training: bool = False) -> Iterator[None]:
         causal_lm.train(was_training)
 
 
+@contextlib.contextmanager
+def in_full_precision(causal_lm: nn.Module) -> Iterator[None]:
+    """Within it there is no autocast, and weights of 16 bits are fp32 while their module runs.
+
+    So rounding neither hides nor shows a thing; and no more than a module takes twice the memory.
+    """
+    kept, hooks = {}, []
+
+    def widen(module: nn.Module, _inputs: tuple) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                kept[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def narrow(module: nn.Module, _inputs: tuple, _output: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter, parameter.data)
+
+    for module in causal_lm.modules():
+        hooks.append(module.register_forward_pre_hook(widen))
+        hooks.append(module.register_forward_hook(narrow, always_call=True))
+    try:
+        with torch.autocast(next(causal_lm.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def some_tokens(causal_lm: nn.Module, number: int) -> torch.Tensor:
     """Token ids, int64 [1, number]; small ones, since large ones may stand for images."""
     weight = causal_lm.get_input_embeddings().weight
@@ -71,8 +99,11 @@ def has_plain_head(causal_lm: nn.Module) -> bool:
         inputs.append(arguments[0])
         return (one_hot.to(arguments[0].dtype).expand(arguments[0].shape),)
 
+    frozen = [p for p in causal_lm.parameters() if not p.requires_grad]  # beside an adapter
     try:
         rows.copy_(one_hot)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         body = causal_lm.base_model(input_ids=tokens, use_cache=False, return_dict=True)
         with head.register_forward_pre_hook(replace):
             logits = logits_of(causal_lm, tokens)
@@ -82,6 +113,8 @@ def has_plain_head(causal_lm: nn.Module) -> bool:
         parts = torch.autograd.grad(logits.sum(), others, allow_unused=True)
     finally:
         rows.copy_(kept)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
     hidden = getattr(body, "last_hidden_state", None)
     if hidden is None or len(inputs) != 1 or any(part is not None for part in parts):
         return False

@@ -1,7 +1,7 @@
 """``python -m trainstack clean``: what lies in the project, who needs it, and what may go.
 
 Removes only what it is told to, by the names that it lists, and never what a run that can go on
-needs: its checkpoints and tokens; before its first checkpoint also its model and its data.
+needs: its checkpoints and tokens, and the model beside an adapter; before its first checkpoint all.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from trainstack.checkpoint.names import BEST, checkpoints, kept_stores, linked
 from trainstack.config.load import load
 from trainstack.data.store import find_stores
 from trainstack.errors import ConfigError, Failed
-from trainstack.hub.asset import named_assets
+from trainstack.hub.asset import needed_assets
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_known_here, user
@@ -135,9 +135,8 @@ def needs_of(home: Path) -> dict[str, set[Path] | None]:
         paths = {home / "tokens" / name for name in kept}
         with contextlib.suppress(OSError, ValueError):  # what it was to be made from is gone
             paths |= {*find_stores(home, config, kept)}
-        if not kept:
-            paths |= {asset.folder for asset in named_assets(config, home)}
-            paths |= {link.resolve().parent for link in folder_links(home, paths)}
+        paths |= {asset.folder for asset in needed_assets(config, home, bool(kept))}
+        paths |= {link.resolve().parent for link in folder_links(home, paths)}
         found[path.parent.name] = paths | {path.resolve() for path in paths}
     return found
 

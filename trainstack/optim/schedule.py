@@ -5,9 +5,11 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from trainstack.config.schedules import Place, share_of_peak
-from trainstack.config.schema import OptimSection
+from trainstack.config.schema import Config, OptimSection
 from trainstack.errors import ConfigError
 
+MOST_TUNING_RATE = 1e-3  # at which a pretrained model may still keep what it knows
+LEAST_LORA_RATE, MOST_LORA_RATE = 5e-5, 5e-3  # an adapter learns little below, falls apart above
 SAMPLED = 1000  # steps at which a schedule is looked at, spread over the run
 
 
@@ -73,6 +75,23 @@ def describe_schedule(section: OptimSection, max_steps: int) -> list[str]:
             f"{rates[max_steps]:.2e}; optim.learning_rate={peak:g}"
         )
     return lines
+
+
+def odd_rate(config: Config) -> list[str]:
+    """A line if the rate is not one for what learns: pretrained weights, or an adapter's."""
+    rate = config.optim.learning_rate
+    said = f"optim.learning_rate={rate:g} is a rate for"
+    if config.adapter.type:
+        usual = "an adapter wants about ten times that of all weights, 1e-4 to 5e-4"
+        if rate <= LEAST_LORA_RATE:
+            return [f"{said} all weights of a model; {usual}"]
+        return [f"{said} new weights; {usual}"] if rate > MOST_LORA_RATE else []
+    if config.model.init != "pretrained" or rate <= MOST_TUNING_RATE:
+        return []
+    return [
+        f"{said} new weights; for pretrained ones 1e-5 to 5e-4 "
+        "is usual, and 1e-3 for a model of a few million parameters"
+    ]
 
 
 def check_room(section: OptimSection, max_steps: int) -> None:

@@ -126,7 +126,7 @@ def course(
 ) -> Iterator[str]:  # fmt: skip
     world = machines.world_size
     interval, hours, share = estimate.goodput(config, cost, world, pace.step, epoch_steps)
-    size = bytes_text(estimate.checkpoint_bytes(cost))
+    size = bytes_text(estimate.checkpoint_bytes(cost, config))
     yield f"checkpoints: {size} each, one every {age(interval)}"
     yield f"goodput: {share:.1%}, with a failure in {hours:,.0f} hours"
     if steps:

@@ -28,7 +28,7 @@ from trainstack.errors import ConfigError, first_words
 from trainstack.model import loss as loss_file
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, read_config
 from trainstack.model.loss import CausalLMLoss
-from trainstack.model.rehearsal import build_whole, changed, loss_of, small_copy
+from trainstack.model.rehearsal import build_whole, changed, loss_of, small_copy, with_adapter
 from trainstack.plan.estimate import Cost, Op
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ def loss_without_values(folder: Path, real: Any, config: Config) -> CausalLMLoss
         raise ValueError(reason)
     train = config.train.model_copy(update={"torch_compile": False})
     with torch.device(META):
-        arguments = (config.model, train.precision, config.run.seed)
+        arguments = (config.model, train.precision, config.run.seed, config.adapter)
         causal_lm = build_causal_lm(folder, "scratch", *arguments)
     return CausalLMLoss(causal_lm, train, META, like=loss_of(small, config))
 
@@ -113,6 +113,7 @@ class Pass(nn.Module):
 def flops_per_token(loss_model: CausalLMLoss, seq_len: int) -> float:
     """Of training, as the FLOPs of MFU are counted: three times those of the forward pass.
 
+    Two times beside an adapter, since weights that stay need no gradient.
     Attention counts whole, and nothing that is computed again (Chowdhery et al., PaLM, 2022,
     appendix B). Of a model of any device; takes no memory, and about a second.
     """
@@ -121,7 +122,8 @@ def flops_per_token(loss_model: CausalLMLoss, seq_len: int) -> float:
         tokens = torch.zeros(1, seq_len, dtype=torch.int64, device=device)
         with Tracer(embedding) as tracer:
             functional_call(Pass(loss_model), tensors, (tokens, tokens))
-    return 3 * sum(op.flops * op.count for op in tracer.ops.values()) / seq_len
+    passes = 2 if hasattr(loss_model.causal_lm, "peft_config") else 3
+    return passes * sum(op.flops * op.count for op in tracer.ops.values()) / seq_len
 
 
 @contextlib.contextmanager
@@ -279,15 +281,18 @@ def by_formula(real: Any, config: Config, keeps_gradients: bool, reason: str) ->
     All its parameters count, also those of experts that a token does not see.
     """
     whole, text, train = build_whole(real), real.get_text_config(), config.train
+    if config.adapter.type:
+        with_adapter(whole, config)
     layers, channels = text.num_hidden_layers, text.hidden_size
     parameters = count_parameters(whole)
+    learned = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     flops = 6 * parameters + 12 * layers * channels * config.data.seq_len
     tokens = train.micro_batch_size * config.data.seq_len
     size = 1 if train.precision in ("bf16", "fp16") else 2
     kept = 2 * layers + ACTIVATIONS if train.activation_checkpointing else ACTIVATIONS * layers
     op = Op("model", 1, flops * tokens, 3 * 4 * parameters)
-    peak = kept * size * tokens * channels + 4 * parameters * (not keeps_gradients)
+    peak = kept * size * tokens * channels + 4 * learned * (not keeps_gradients)
     return Cost(
-        parameters, parameters, flops, {"model": op}, peak, 0, 0, keeps_gradients,
+        parameters, learned, flops, {"model": op}, peak, 0, 0, keeps_gradients,
         f"by a formula, since its code cannot be followed without values ({reason})",
     )  # fmt: skip

@@ -87,11 +87,14 @@ class Pace:
 def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float]:
     """Bytes of a process at its peak, by part; of the GPU if it has one."""
     number = 8 if config.train.precision == "fp64" else 4
+    is_adapted, saved = config.adapter.type is not None, saved_parameters(cost, config)
+    frozen = cost.parameters - cost.trained if is_adapted else 0
+    stored = 2 if config.train.precision in ("bf16", "fp16") else number
     gradients = number * cost.trained
     beside = cost.peak if cost.keeps_gradients else max(0, cost.peak - gradients)
     logits = min(cost.logits, beside)
     parts = {
-        "weights": number * cost.parameters,
+        "weights": number * (cost.parameters - frozen) + stored * frozen,
         "gradients": gradients,
         "optimizer (AdamW)": 2 * number * cost.trained,
         "activations": beside - logits,
@@ -99,8 +102,8 @@ def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float
     }
     if machines.gpu:
         return {**parts, "CUDA, NCCL": GPU_BASE}
-    saved = (cost.parameters + 2 * cost.trained) / machines.world_size  # rank 0 has the weights
-    parts["copy for a save"] = number * max(cost.parameters, saved)
+    share = (saved + 2 * cost.trained) / machines.world_size  # rank 0 has the weights
+    parts["copy for a save"] = number * max(saved, share)
     return {**parts, "gaps": HEAP * sum(parts.values()), "Python, libraries": CPU_BASE}
 
 
@@ -197,7 +200,7 @@ def goodput(
 
     ``epoch_steps``: of an epoch; if that is not known, its saves come as if they were auto.
     """
-    save = first_save_seconds(cost.parameters)
+    save = first_save_seconds(saved_parameters(cost, config))
     hours = config.checkpoint.failure_hours or FAILURE_GPU_HOURS / world
     every = config.checkpoint.save_steps
     every = epoch_steps or "auto" if every == "epoch" else every
@@ -207,5 +210,10 @@ def goodput(
     return interval, hours, max(0.0, 1 - lost)
 
 
-def checkpoint_bytes(cost: Cost) -> int:
-    return BYTES_PER_PARAMETER * cost.parameters
+def saved_parameters(cost: Cost, config: Config) -> int:
+    """Of a checkpoint: of an adapter, if there is one."""
+    return cost.trained if config.adapter.type else cost.parameters
+
+
+def checkpoint_bytes(cost: Cost, config: Config) -> int:
+    return BYTES_PER_PARAMETER * saved_parameters(cost, config)

@@ -7,9 +7,12 @@ from trainstack.config.schema import Config
 from trainstack.errors import Refused
 
 
-def identity(config: Config, key: str) -> dict[str, Any]:
-    """What may not change between two attempts of a run; ``key``: of its corpus."""
-    return {**config.identity(), "tokens": key}
+def identity(config: Config, key: str, base: str | None = None) -> dict[str, Any]:
+    """What may not change between two attempts of a run; ``key``: of its corpus.
+
+    ``base``: of the model that its adapter belongs to; None: it has none.
+    """
+    return {**config.identity(), "tokens": key, **({"base": base} if base else {})}
 
 
 def check_identity(
@@ -31,6 +34,8 @@ def check_identity(
     if different:
         of_files = saved.get("tokens") != wanted.get("tokens") and len(different) == 1
         hint = ", for files of the data or of the tokenizer are others" if of_files else ""
+        if saved.get("base") != wanted.get("base") and len(different) == 1:
+            hint = ", for its adapter learned beside other weights of model.name"
         raise Refused(
             f"run {run_name} cannot continue with {', '.join(different)}{hint}; "
             f"put it back, or {fix}"

@@ -8,6 +8,7 @@ from trainstack.checkpoint.names import BEST, linked, newest_checkpoint, point_t
 from trainstack.checkpoint.state import TrainState
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import EXIT_CODES, resume_command
+from trainstack.storage import layout
 from trainstack.train.attempt import Attempt
 from trainstack.units import counted, duration
 
@@ -67,7 +68,7 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
         if gone := best_before(state, run.checkpoints):
             log.info("      %s", gone)
         log.info("      look: %s", look)
-        log.info('      use:  AutoModelForCausalLM.from_pretrained("%s")', model)
+        log.info("      use:  %s", how_to_load(attempt, model))
         log.info('      give: "$TRAINSTACK_PYTHON" -m trainstack export %s --to FOLDER', name)
         attempt.lease.release()
     return "DONE"
@@ -79,6 +80,15 @@ def early_stop(state: TrainState) -> str:
     count = counted(state.evaluations_without_better, "evaluation")
     at = f" of step {state.best_step:,}" if state.best_step else ""
     return f"{count} without a held-out loss below {lowest}{at}"
+
+
+def how_to_load(attempt: Attempt, checkpoint: Path | None) -> str:
+    """The line of Python that loads what was trained."""
+    config, of_folder = attempt.config, 'AutoModelForCausalLM.from_pretrained("{}")'
+    if not config.adapter.type:
+        return of_folder.format(checkpoint)
+    base = layout.model_folder(attempt.run.path.parents[1], config.model.name)
+    return f'peft.PeftModel.from_pretrained({of_folder.format(base)}, "{checkpoint}")'
 
 
 def best_before(state: TrainState, checkpoints: Path) -> str:

@@ -1,0 +1,42 @@
+"""The model that an adapter belongs to, by its name and by its content; loads no torch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from trainstack.config.schema import Config
+from trainstack.data.store import is_of_weights
+from trainstack.errors import ConfigError
+from trainstack.storage import layout
+from trainstack.storage.manifest import read_manifest
+
+
+def base_of(home: Path, config: Config) -> str | None:
+    """A name for the content of the model that an adapter belongs to; None without an adapter.
+
+    A hash of the hashes of its weights and of its config.json. ConfigError if it is not there.
+    """
+    if not config.adapter.type:
+        return None
+    name = config.model.name
+    try:
+        files = read_manifest(layout.model_folder(home, name))["files"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {name}, which the adapter of run {config.run.name} belongs to, cannot be read "
+            f"({error}); run: bash download_data_model.sh model.name={name}"
+        ) from None
+    found = {n: e["sha256"] for n, e in files.items() if is_of_weights(n) or n == "config.json"}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def named_base(name: str, folder: Path) -> dict[str, Any]:
+    """What peft looks for: the model on the Hub, and its commit; of a local one only its name.
+
+    ``folder``: that holds the model. A path would be of this machine alone.
+    """
+    if layout.is_local(name):
+        return {"base_model_name_or_path": Path(name).name, "revision": None}
+    commit = read_manifest(folder).get("commit")
+    return {"base_model_name_or_path": name, "revision": commit}
