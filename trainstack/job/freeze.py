@@ -10,11 +10,11 @@ from trainstack.config.schema import Config
 from trainstack.run.environment import describe_environment
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
-from trainstack.storage import files
+from trainstack.storage import files, layout
 
 SNAPSHOT = (  # beside the package: what a job runs, and what resumes the run without any checkout
     "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh", "setup.sh",
-    "monitor.sh", "config.yaml",
+    "monitor.sh", "config.yaml", *(f"requirements-{name}.txt" for name in layout.TRACKERS),
 )  # fmt: skip
 OWN_OF_A_CHECKOUT = "env.sh"  # written by setup.sh
 

@@ -1,0 +1,105 @@
+"""Runs in the real Weights & Biases, offline, and in the real trackio; read back by their own."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from trainstack.checkpoint.names import newest_checkpoint
+from trainstack.run.folder import RunFolder
+from trainstack.storage import layout
+from trainstack.trackers import feed
+
+MAX_STEPS = 20
+KILLS = (8, 14)  # steps that a rank does not survive; checkpoints are made of each fifth
+every_tracker = pytest.mark.parametrize("tracker", layout.TRACKERS)
+
+
+def track(run: RunFolder, tracker: str, **options) -> subprocess.CompletedProcess:
+    """Send what is new: wandb offline, trackio into the folder ``trackio`` of the project."""
+    home = run.path.parents[1]
+    environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(home / "trackio")}
+    command = [sys.executable, "-m", "trainstack", "track", str(run.path), "--to", tracker]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=100, **options
+    )
+
+
+def shown(run: RunFolder, tracker: str, packages: Path) -> dict:
+    """What the tracker holds of a run, by its own reader, in a Python that has its packages."""
+    home = run.path.parents[1]
+    files = sorted(map(str, run.path.glob("wandb/*/*.wandb")))
+    place = files if tracker == "wandb" else [home.name, run.path.name]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("read_back.py"), tracker, *place],
+        env={**os.environ, "TRACKIO_DIR": str(home / "trackio"),
+             "PYTHONPATH": f"{packages}{os.pathsep}{os.environ['PYTHONPATH']}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def attempts(home, tmp_path_factory) -> list[RunFolder]:
+    """A run as it is after each of three attempts, of which two were killed."""
+    folder = tmp_path_factory.mktemp("attempts") / "home"
+    shutil.copytree(home, folder, symlinks=True, ignore=shutil.ignore_patterns("runs"))
+    copies = []
+    for number, kill in enumerate((*KILLS, 0)):
+        fault = [f"--fault=kill:rank=1,step={kill}"] if kill else []
+        tiny.train(folder, 2, "run.name=killed", *fault, check=not kill)
+        copy = folder.parent / str(number) / "project"
+        shutil.copytree(folder, copy, symlinks=True)
+        copies.append(RunFolder(copy / "runs" / "killed"))
+    return copies
+
+
+def test_only_steps_that_stay_are_shown(attempts):
+    lost = 0
+    for run in attempts:
+        kept, _ = newest_checkpoint(run.checkpoints)
+        assert [step for step, _ in feed.final_steps(run, 0)] == [*range(1, kept + 1)]
+        lost += max(line["step"] for line in run.measurements()) - kept
+    assert lost
+    assert [step for step, _ in feed.final_steps(attempts[-1], 17)] == [18, 19, 20]
+
+
+@every_tracker
+def test_a_run_that_was_killed_twice_holds_each_step_once(
+    attempts, tracker, packages, install, tmp_path
+):
+    home = tmp_path / "project"
+    run = RunFolder(home / "runs" / "killed")
+    install(home, tracker)
+    for attempt in attempts:
+        shutil.copytree(attempt.path, run.path, dirs_exist_ok=True)
+        for _ in range(2):  # the second finds nothing new
+            done = track(run, tracker)
+            assert done.returncode == 0, done.stdout + done.stderr
+    found = shown(run, tracker, packages(tracker))
+    assert [step for step, _ in found["lines"]] == [*range(1, MAX_STEPS + 1)]
+    lines = dict(found["lines"])
+    logged = tiny.metrics(home, "killed")
+    assert {step: values["train/loss"] for step, values in lines.items()} == logged
+    evaluated = {step: v["eval/loss"] for step, v in lines.items() if "eval/loss" in v}
+    assert evaluated == tiny.metrics(home, "killed", "eval_loss")
+    assert found["config"]["optim"]["learning_rate"] == 0.01
+    assert found["state"]["state"] == "DONE"
+
+
+@every_tracker
+def test_a_full_disk_is_one_line(attempts, tracker, install, tmp_path):
+    home = tmp_path / "project"
+    shutil.copytree(attempts[-1].path, home / "runs" / "killed")
+    install(home, tracker)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
+    done = track(RunFolder(home / "runs" / "killed"), tracker, preexec_fn=limit)
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 1 and done.stdout.startswith(f"{tracker}: error: ")
