@@ -30,7 +30,7 @@ def install(packages):
 
     def install_into(home: Path, tracker: str) -> None:
         folder = packages(tracker)
-        (home / "cache").mkdir(exist_ok=True)
+        (home / "cache").mkdir(parents=True, exist_ok=True)
         (home / "cache" / folder.name).symlink_to(folder)
 
     return install_into

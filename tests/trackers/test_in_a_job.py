@@ -25,7 +25,7 @@ def job(tmp_path, home):
 def tracker_of(job: Job) -> int:
     """The process that shows the run, once it has opened its file."""
     deadline = time.monotonic() + 40
-    while not list(job.run_dir.glob("wandb/*/*.wandb")):
+    while not list(job.run_dir.glob("wandb/offline-run-*/*.wandb")):
         assert job.process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     found = subprocess.run(

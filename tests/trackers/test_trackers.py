@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from trainstack.checkpoint.names import newest_checkpoint
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, numbers_in
 from trainstack.storage import layout
 from trainstack.trackers import feed
 
@@ -34,7 +34,7 @@ def track(run: RunFolder, tracker: str, **options) -> subprocess.CompletedProces
 def shown(run: RunFolder, tracker: str, packages: Path) -> dict:
     """What the tracker holds of a run, by its own reader, in a Python that has its packages."""
     home = run.path.parents[1]
-    files = sorted(map(str, run.path.glob("wandb/*/*.wandb")))
+    files = sorted(map(str, run.path.glob("wandb/offline-run-*/*.wandb")))
     place = files if tracker == "wandb" else [home.name, run.path.name]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("read_back.py"), tracker, *place],
@@ -53,8 +53,9 @@ def attempts(home, tmp_path_factory) -> list[RunFolder]:
     shutil.copytree(home, folder, symlinks=True, ignore=shutil.ignore_patterns("runs"))
     copies = []
     for number, kill in enumerate((*KILLS, 0)):
-        fault = [f"--fault=kill:rank=1,step={kill}"] if kill else []
-        tiny.train(folder, 2, "run.name=killed", *fault, check=not kill)
+        fault = [f"--fault=kill:rank=0,step={kill}"] if kill else []
+        settings = ("run.name=killed", "log.report_to=[tensorboard]")
+        tiny.train(folder, 1, *settings, *fault, check=not kill)
         copy = folder.parent / str(number) / "project"
         shutil.copytree(folder, copy, symlinks=True)
         copies.append(RunFolder(copy / "runs" / "killed"))
@@ -78,11 +79,10 @@ def test_a_run_that_was_killed_twice_holds_each_step_once(
     home = tmp_path / "project"
     run = RunFolder(home / "runs" / "killed")
     install(home, tracker)
-    for attempt in attempts:
+    for attempt in (*attempts, attempts[-1]):  # the last time it finds nothing new
         shutil.copytree(attempt.path, run.path, dirs_exist_ok=True)
-        for _ in range(2):  # the second finds nothing new
-            done = track(run, tracker)
-            assert done.returncode == 0, done.stdout + done.stderr
+        done = track(run, tracker)
+        assert done.returncode == 0, done.stdout + done.stderr
     found = shown(run, tracker, packages(tracker))
     assert [step for step, _ in found["lines"]] == [*range(1, MAX_STEPS + 1)]
     lines = dict(found["lines"])
@@ -103,3 +103,26 @@ def test_a_full_disk_is_one_line(attempts, tracker, install, tmp_path):
     done = track(RunFolder(home / "runs" / "killed"), tracker, preexec_fn=limit)
     assert done.returncode == 1
     assert len(done.stdout.splitlines()) == 1 and done.stdout.startswith(f"{tracker}: error: ")
+
+
+def test_tensorboard_shows_each_step_once_with_settings_and_sample(attempts):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = attempts[-1]
+    shown = EventAccumulator(str(run.path / "tensorboard"), {"scalars": 0}).Reload()
+    for name, key in {"train/loss": "loss", "train/data_seconds": "data_seconds"}.items():
+        logged = tiny.metrics(run.path.parents[1], "killed", key)
+        points = [(point.step, point.value) for point in shown.Scalars(name)]
+        assert [step for step, _ in points] == [*logged]
+        assert dict(points) == pytest.approx(logged, rel=1e-6)
+    assert [point.step for point in shown.Scalars("eval/loss")] == [10, 20]
+    assert {"train/peak_memory_gb", "eval/perplexity"} <= {*shown.Tags()["scalars"]}
+    assert shown.Tensors("sample/text_summary")[0].step == MAX_STEPS
+    plugin = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"optim.learning_rate" in plugin
+
+
+def test_a_line_becomes_numbers_by_the_names_of_curves():
+    line = {"step": 3, "eval_loss": 2.5, "source_eval_loss": {"a/b": 2.0}, "samples_hash": "0f"}
+    assert dict(numbers_in(line)) == {"eval/loss": 2.5, "eval/loss/a/b": 2.0}
+    assert dict(numbers_in({"step": 3, "loss": 1.0})) == {"train/loss": 1.0}

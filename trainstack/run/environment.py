@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from trainstack.errors import without_secrets
+
 
 def describe_environment(repository: Path) -> dict[str, Any]:
     """Git commit and uncommitted difference of a checkout, Python, and every installed package."""
@@ -20,11 +22,11 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
-    """Git's answer; None outside a checkout or without git."""
+    """Git's answer, without the tokens in it; None outside a checkout or without git."""
     try:
         result = subprocess.run(
             ["git", "-C", repository, *arguments], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return without_secrets(result.stdout.strip()) if result.returncode == 0 else None

@@ -18,7 +18,7 @@ from trainstack.checkpoint.names import newest_state
 from trainstack.config.load import read_yaml
 from trainstack.errors import first_words, without_secrets
 from trainstack.processes import die_with_parent, run_command
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, numbers_in
 from trainstack.storage import files
 from trainstack.trackers.to_trackio import Trackio
 from trainstack.trackers.to_wandb import Wandb
@@ -83,17 +83,6 @@ def final_steps(run: RunFolder, after: int) -> Iterator[tuple[int, dict[str, flo
             return
         if step > after:
             yield step, {name: value for line in lines for name, value in numbers_in(line)}
-
-
-def numbers_in(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers of a line of metrics.jsonl, named as in TensorBoard: train/loss, eval/loss."""
-    group = "eval" if "eval_loss" in line else "train"
-    for key, value in line.items():
-        name = f"{group}/{key.removeprefix('source_').removeprefix('eval_')}"
-        parts = value if isinstance(value, dict) else {"": value}
-        for label, part in parts.items():
-            if key != "step" and isinstance(part, int | float):
-                yield f"{name}/{label}".rstrip("/"), part
 
 
 def run_id(run: RunFolder) -> str:

@@ -89,5 +89,10 @@ def show_sample(attempt: Attempt, strategy: Strategy, is_chat: bool) -> None:
         log.info("        %s", end)
         (run.path / "sample.txt").write_text(text + "\n")
         run.add_event("sample", step=step, text=text)
+        if "tensorboard" in attempt.config.log.report_to:
+            from torch.utils.tensorboard import SummaryWriter  # 2 s
+
+            with SummaryWriter(run.path / "tensorboard") as writer:
+                writer.add_text("sample", text, step)
     except Exception as error:  # the run is complete all the same
         log.warning("sample  could not be made: %s: %s", type(error).__name__, error)

@@ -8,11 +8,12 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from trainstack.checkpoint.snapshot import Saved
 from trainstack.evaluation.held_out import Evaluation, bits_per_byte
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
-from trainstack.run.folder import RunFolder, record_in
+from trainstack.run.folder import RunFolder, numbers_in, record_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
@@ -22,7 +23,6 @@ from trainstack.units import duration, rounded
 
 log = logging.getLogger("trainstack")
 HEADER = "           step    epoch     loss       lr    grad  tokens/s%s  mem GB  left"
-CURVES = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_second")  # of TensorBoard
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
 
@@ -51,11 +51,7 @@ class Report:
             return
         drop_beyond(first_step, attempt.run)
         if "tensorboard" in attempt.config.log.report_to:
-            from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
-
-            self._tensorboard = SummaryWriter(
-                attempt.run.path / "tensorboard", purge_step=first_step + 1, flush_secs=30
-            )
+            self._tensorboard = open_tensorboard(attempt, purge_step=first_step + 1)
         log.info(HEADER, "    MFU" if ideal_seconds else "")
 
     def warms_up(self) -> None:
@@ -130,8 +126,7 @@ class Report:
                  result.grad_norm, f"{values['tokens_per_second']:,.0f}", mfu,
                  values["peak_memory_gb"],
                  duration((max_steps - step) * step_seconds))  # fmt: skip
-        for key in CURVES if self._tensorboard else ():
-            self._tensorboard.add_scalar(f"train/{key}", values[key], step)
+        self._draw(values)
         self._flush()
         if time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
@@ -156,8 +151,7 @@ class Report:
         for label, part in sources.items():
             told_of = told(part.loss, bits_per_byte([part]), part.targets)
             log.info("        %s: %s tokens)", label, told_of)
-        for name, value in measures.items() if self._tensorboard else ():
-            self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+        self._draw(values)
         self.attempt.run.add_event("evaluation", step=step, seconds=round(seconds, 3))
 
     def save_begins(self) -> None:
@@ -194,12 +188,36 @@ class Report:
         if self._tensorboard:
             self._tensorboard.close()
 
+    def _draw(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl as points of TensorBoard's curves."""
+        for name, value in numbers_in(values) if self._tensorboard else ():
+            self._tensorboard.add_scalar(name, value, values["step"])
+
     def _flush(self) -> None:
         """Bring the steps' hashes to disk, in one write."""
         if self._hashes:
             path = self.attempt.run.path / "samples.jsonl"
             files.append_lines(path, "".join(self._hashes).encode())
             self._hashes.clear()
+
+
+def open_tensorboard(attempt: Attempt, purge_step: int):
+    """A writer that tells the settings; what is there from ``purge_step`` on is no longer shown."""
+    from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = flat(attempt.config.model_dump())
+    folder = attempt.run.path / "tensorboard"
+    writer = SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
+    for summary in hparams(settings, {"train/loss": 0, "eval/loss": 0}):
+        writer.file_writer.add_summary(summary)
+    return writer
+
+
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings by their dotted keys, as TensorBoard takes them: numbers, texts, and booleans."""
+    settings = {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+    return {key: v if isinstance(v, int | float) else str(v) for key, v in settings.items()}
 
 
 def drop_beyond(step: int, run: RunFolder) -> None:
