@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from fake_site import Job, end_group
+from fake_site import Job, Site, end_group
 
 from trainstack.run.states import EXIT_CODES
 
@@ -19,7 +19,8 @@ def job(tmp_path, home):
     )
     job.run.add_event("submitted")
     yield job
-    end_group(job.process)
+    if hasattr(job, "process"):
+        end_group(job.process)
 
 
 def tracker_of(job: Job) -> int:
@@ -86,3 +87,12 @@ def test_a_job_without_trackers_starts_no_process_for_them(job):
     code, errors = job.wait()
     assert code == 0, errors
     assert not list((job.run_dir / "logs").glob("77.wandb*"))
+
+
+def test_monitor_sends_a_run_and_says_where_it_is(job, install):
+    told = Site.run(job, "monitor.sh", "first", "--sync", WANDB_MODE="offline")
+    assert told.returncode == 2 and "TRACKERS=wandb bash setup.sh" in told.stderr
+    install(job.run_dir.parents[1], "wandb")
+    told = Site.run(job, "monitor.sh", "first", "--sync", WANDB_MODE="offline")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.startswith(f"wandb: shown up to step 0, in {job.run_dir}/wandb/offline-run-")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_server import WandbServer
 
 import tiny
 from trainstack.checkpoint.names import newest_checkpoint
@@ -18,13 +19,16 @@ from trainstack.trackers import feed
 
 MAX_STEPS = 20
 KILLS = (8, 14)  # steps that a rank does not survive; checkpoints are made of each fifth
+OFFLINE = {"WANDB_MODE": "offline"}
 every_tracker = pytest.mark.parametrize("tracker", layout.TRACKERS)
 
 
-def track(run: RunFolder, tracker: str, **options) -> subprocess.CompletedProcess:
+def track(
+    run: RunFolder, tracker: str, variables=OFFLINE, **options
+) -> subprocess.CompletedProcess:
     """Send what is new: wandb offline, trackio into the folder ``trackio`` of the project."""
     home = run.path.parents[1]
-    environment = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(home / "trackio")}
+    environment = {**os.environ, "TRACKIO_DIR": str(home / "trackio"), **variables}
     command = [sys.executable, "-m", "trainstack", "track", str(run.path), "--to", tracker]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=100, **options
@@ -92,6 +96,25 @@ def test_a_run_that_was_killed_twice_holds_each_step_once(
     assert evaluated == tiny.metrics(home, "killed", "eval_loss")
     assert found["config"]["optim"]["learning_rate"] == 0.01
     assert found["state"]["state"] == "DONE"
+
+
+def test_a_server_gets_each_step_once_and_only_what_is_new(attempts, install, tmp_path):
+    home, server, counts = tmp_path / "project", WandbServer(), []
+    run = RunFolder(home / "runs" / "killed")
+    install(home, "wandb")
+    online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    for attempt in (*attempts, attempts[-1]):
+        shutil.copytree(attempt.path, run.path, dirs_exist_ok=True)
+        done = track(run, "wandb", online)
+        assert done.returncode == 0, done.stdout + done.stderr
+        counts.append(len(server.lines))
+        assert counts[-1] == newest_checkpoint(run.checkpoints)[0]
+    logged = {line["_step"]: line["train/loss"] for line in map(json.loads, server.lines)}
+    assert logged == tiny.metrics(home, "killed")
+    assert json.loads(server.summary)["state"] == "DONE"
+    assert server.names == {feed.run_id(run)}
+    assert not (run.path / "wandb").exists()
+    server.shutdown()
 
 
 @every_tracker

@@ -56,7 +56,8 @@ def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, 
     packages = packages_of(name, run)
     if packages is None:
         raise ConfigError(f"{name} is not installed; run: TRACKERS={name} bash setup.sh")
-    environment = {**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{CODE}"}
+    environment = {**os.environ, "WANDB_SILENT": "true"}
+    environment["PYTHONPATH"] = f"{packages}{os.pathsep}{CODE}"
     if "--offline" in options:
         environment["TRACKIO_DIR"] = str(run / "trackio")
         # The file may lie on a shared disk, and be read from another host.
