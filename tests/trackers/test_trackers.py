@@ -35,14 +35,14 @@ def track(
     )
 
 
-def shown(run: RunFolder, tracker: str, packages: Path) -> dict:
+def shown(run: RunFolder, tracker: str, packages: Path, database: Path | None = None) -> dict:
     """What the tracker holds of a run, by its own reader, in a Python that has its packages."""
     home = run.path.parents[1]
     files = sorted(map(str, run.path.glob("wandb/offline-run-*/*.wandb")))
     place = files if tracker == "wandb" else [home.name, run.path.name]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("read_back.py"), tracker, *place],
-        env={**os.environ, "TRACKIO_DIR": str(home / "trackio"),
+        env={**os.environ, "TRACKIO_DIR": str(database or home / "trackio"),
              "PYTHONPATH": f"{packages}{os.pathsep}{os.environ['PYTHONPATH']}"},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -96,6 +96,31 @@ def test_a_run_that_was_killed_twice_holds_each_step_once(
     assert evaluated == tiny.metrics(home, "killed", "eval_loss")
     assert found["config"]["optim"]["learning_rate"] == 0.01
     assert found["state"]["state"] == "DONE"
+
+
+def test_a_job_whose_rank_is_killed_twice_shows_each_step_once(home, packages, install, tmp_path):
+    """The whole of it: submit.sh, three attempts, and both trackers beside them."""
+    project = tmp_path / "trainstack"
+    both = [*layout.TRACKERS]
+    tiny.make_checkout(tmp_path / "checkout", tmp_path, log__report_to=both)
+    for name in ("models", "datasets", "tokens"):
+        (project / name).symlink_to(home / name)
+    for tracker in both:
+        install(project, tracker)
+    fault = "kill:rank=0,step=8;kill:rank=0,step=14,attempt=2"
+    variables = {"SHARED_DIR": str(tmp_path), "NPROC_PER_NODE": "1", "TRAINSTACK_FAULT": fault}
+    done = subprocess.run(
+        ["bash", tmp_path / "checkout/submit.sh", "--local", "run.name=job"],
+        env={**tiny.environment(), **variables}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "did not get all" in line]
+    run = RunFolder(project / "runs" / "job")
+    assert [event["event"] for event in run.events()].count("start") == 3
+    for tracker in both:
+        found = shown(run, tracker, packages(tracker), run.path / "trackio")
+        assert [step for step, _ in found["lines"]] == [*range(1, MAX_STEPS + 1)], tracker
+        assert found["state"]["state"] == "DONE" and found["config"]["environment"]["packages"]
 
 
 def test_a_server_gets_each_step_once_and_only_what_is_new(attempts, install, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from trainstack.errors import ConfigError
 from trainstack.history.attempts import find_run
 from trainstack.history.settings import settings_of
+from trainstack.run.folder import RunFolder
 from trainstack.storage import layout
 
 CODE = Path(__file__).resolve().parents[2]
@@ -56,7 +57,7 @@ def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, 
     packages = packages_of(name, run)
     if packages is None:
         raise ConfigError(f"{name} is not installed; run: TRACKERS={name} bash setup.sh")
-    environment = {**os.environ, "WANDB_SILENT": "true"}
+    environment = {**os.environ, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     environment["PYTHONPATH"] = f"{packages}{os.pathsep}{CODE}"
     if "--offline" in options:
         environment["TRACKIO_DIR"] = str(run / "trackio")
@@ -72,6 +73,9 @@ def send(name: str, run: Path) -> int:
     options = []
     if name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         options.append("--offline")
+        status = RunFolder(run).status()
+        if status.get("exit_code") is None and RunFolder(run).is_beating(status.get("job") or ""):
+            raise ConfigError(f"a job writes {run}/wandb itself now; wait, or unset WANDB_MODE")
     elif name == "trackio" and (space := os.environ.get("TRACKIO_SPACE_ID")):
         options += ["--space", space]
     command, environment = start_of(name, run, *options)
