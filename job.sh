@@ -9,12 +9,14 @@
 #
 # A name in capitals belongs to the whole job; a function that changes one says so above it.
 
+TRACKER_SECONDS=5 # at the end of a job, for its trackers
+
 # By the name of what people edit and start.
 log() { printf 'train.slurm: %s\n' "$*" >&2 || true; }
 
-# Sets: HOME_DIR PYTHON IS_ENDING ONE_A_NODE AVOID
+# Sets: HOME_DIR PYTHON IS_ENDING ONE_A_NODE AVOID TRACKERS
 run_job() {
-  ONE_A_NODE=() AVOID=""
+  ONE_A_NODE=() AVOID="" TRACKERS=()
   HOME_DIR="$(dirname "$(dirname "$RUN_DIR")")"
   PYTHON="$HOME_DIR/venv/bin/python"
   # shellcheck source=slurm.sh
@@ -101,9 +103,11 @@ run_attempt() {
   ATTEMPT="$(job begin)" || code=$?
   [[ -n "$ATTEMPT" ]] || {
     trap - EXIT # complete, or another attempt would be of no use: it has said so
+    end_trackers
     write_report
     exit "$code"
   }
+  ((${#TRACKERS[@]})) || start_trackers
   count_processes
   if [[ -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if ! { describe_tasks && find_blind_nodes; }; then
@@ -335,6 +339,7 @@ give_up() {
   local code="$?"
   IS_ENDING=yes # nobody is left to restart anything
   finish "$code"
+  end_trackers
   remove_scratch
   write_report
   exit "$CODE"
@@ -344,6 +349,7 @@ leave() {
   trap - EXIT
   if [[ "$VERDICT" == restart ]]; then finish "$CODE"; fi # it was asked to end between two attempts
   # Before a requeue: at that, Slurm ends this shell. Soon, for the time of the job may be up.
+  end_trackers
   remove_scratch
   if [[ "$VERDICT" == requeue && -z "${TRAINSTACK_LOCAL:-}" ]]; then
     if [[ -n "${TRAINSTACK_CHAIN:-}" ]]; then
@@ -357,6 +363,35 @@ leave() {
   fi
   write_report
   exit "$CODE"
+}
+
+# Shows the run in the trackers of log.report_to, as its files grow. Each is a process of its own
+# that may break, hang or die: nothing depends on it.
+# Sets: TRACKERS
+start_trackers() {
+  local name
+  for name in wandb trackio; do
+    grep -qw "$name" "$RUN_DIR/config.yaml" || continue # Python looks closer
+    "$PYTHON" -m trainstack track "$RUN_DIR" --to "$name" --follow "$$" \
+      >>"$RUN_DIR/logs/$JOB.$name.log" 2>&1 </dev/null &
+    TRACKERS+=("$name $!")
+  done
+}
+
+# They get a few seconds to write the rest.
+# shellcheck disable=SC2329 # the trap calls it, too
+end_trackers() {
+  local name pid code tenths="$((TRACKER_SECONDS * 10))"
+  for name in ${TRACKERS[@]+"${TRACKERS[@]}"}; do kill -TERM "${name#* }" 2>/dev/null || true; done
+  for name in ${TRACKERS[@]+"${TRACKERS[@]}"}; do
+    pid="${name#* }" name="${name% *}" code=0
+    while kill -0 "$pid" 2>/dev/null && ((tenths-- > 0)); do sleep 0.1; done
+    kill -KILL "$pid" "-$pid" 2>/dev/null || true # with all that it started
+    wait "$pid" 2>/dev/null || code=$?
+    ((code == 0)) || log "$name did not get all of the run (code $code, see" \
+      "logs/$JOB.$name.log); the run is not touched; to send it: bash monitor.sh" \
+      "${RUN_DIR##*/} --sync"
+  done
 }
 
 # A page about the run, if log.report_to has html. Nothing depends on it, so nothing waits for it

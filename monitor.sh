@@ -3,7 +3,7 @@
 # What my runs are doing, and why one stopped.
 #
 # Usage: bash monitor.sh [RUN] [--follow | --json]
-#        bash monitor.sh RUN --why | --report | --goodput | --ledger
+#        bash monitor.sh RUN --why | --report | --goodput | --ledger | --sync
 #        bash monitor.sh --compare RUN RUN ...
 #
 #   RUN        one screen about this run; without it a table of all runs
@@ -14,9 +14,10 @@
 #   --compare  the same of several runs, with what differs between their settings
 #   --goodput  where the run's time went: training, saving, starting, waiting in the queue
 #   --ledger   recompute whether every sample was used exactly once; exit 1 if not, 2 if unknown
+#   --sync     send what is new to Weights & Biases or trackio: see doc/trackers.md
 #
-# Reads the run folders, squeue, for --ledger and --report the tokens; writes the report alone. Also
-# works without Slurm, and while a job runs.
+# Reads the run folders, squeue, for --ledger and --report the tokens; writes the report alone, and
+# --sync the id of the run there. Also works without Slurm, and while a job runs.
 
 [ "${BASH##*/}" = bash ] || exec bash "$0" "$@" # called as: sh monitor.sh
 set -euo pipefail
@@ -42,6 +43,7 @@ main() {
     --ledger | --goodput)
       run_module trainstack "${QUESTION#--}" --home "$TRAINSTACK_HOME" -- "${RUNS[@]}"
       ;;
+    --sync) run_module trainstack track --home "$TRAINSTACK_HOME" -- "${RUNS[@]}" ;;
     --follow) follow ;;
     *) show ;;
   esac
@@ -53,7 +55,7 @@ parse() {
   while (($#)); do
     case "$1" in
       -h | --help) usage && exit 0 ;;
-      --follow | --json | --why | --report | --compare | --goodput | --ledger)
+      --follow | --json | --why | --report | --compare | --goodput | --ledger | --sync)
         [[ -z "$QUESTION" || "$QUESTION" == "$1" ]] ||
           die "one question at a time, got $QUESTION and $1" 2
         QUESTION="$1"

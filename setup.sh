@@ -23,6 +23,7 @@ ENV_TOOL="${ENV_TOOL:-venv}"                     # venv, uv or conda
 MODULES="${MODULES:-}"                           # modules that jobs load too: "python/3.12"
 MIN_FREE_GB="${MIN_FREE_GB:-10}"                 # environment: 1.5 GB, with CUDA 7; its cache: 3
 WHEELS="${WHEELS:-}"                             # a folder of wheels, for a site without internet
+TRACKERS="${TRACKERS:-}"                         # to install beside it: "wandb trackio"
 # ------------------------------------------------------------------------------------------------
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -63,32 +64,53 @@ main() {
       ;;
   esac
   load_modules
-  if is_ready; then
-    write_env_file
-    log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
-    return
-  fi
-  make_folders
-  take_lock
-  if ! is_ready; then # another setup.sh may have installed it meanwhile
-    check_space
-    install
+  if ! is_ready || ! have_trackers; then
+    make_folders
+    take_lock
+    if ! is_ready; then # another setup.sh may have installed it meanwhile
+      check_space
+      install
+    fi
+    have_trackers install
   fi
   write_env_file
   log "ready: $(<"$VENV/.summary"), in $PROJECT_DIR"
 }
 
+# Whether all TRACKERS are installed; with "install", those that are missing are.
+have_trackers() {
+  local name
+  for name in $TRACKERS; do
+    if [[ "${1:-}" == install ]]; then
+      install_beside "$HERE/requirements-$name.txt" >/dev/null
+    else
+      is_beside "$(beside "$HERE/requirements-$name.txt")" || return
+    fi
+  done
+}
+
+# The folder of the packages that a file names.
+beside() {
+  local sum
+  sum="$(sha256sum <"$1")"
+  printf '%s' "$PROJECT_DIR/cache/beside-${sum:0:12}"
+}
+
+# Whether they are there, for the Python of the environment.
+is_beside() { [[ -f "$1/.ready" && "$(<"$1/.ready")" == "$("$VENV/bin/python" -V)" ]]; }
+
 # Without dependencies: the environment of the runs has them, or the file names them.
 install_beside() {
-  local sum folder
-  sum="$(sha256sum <"$1")"
-  folder="$PROJECT_DIR/cache/beside-${sum:0:12}"
-  if [[ ! -f "$folder/.ready" ]]; then
+  local folder
+  folder="$(beside "$1")"
+  if ! is_beside "$folder"; then
     log "installing $1 into $folder"
     rm -rf "$folder" && mkdir -p "$folder"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      ${WHEELS:+--no-index --find-links "$WHEELS"} --target "$folder" --requirement "$1" >&2
-    touch "$folder/.ready"
+      ${WHEELS:+--no-index --find-links "$WHEELS"} --target "$folder" --requirement "$1" >&2 ||
+      die "$1 could not be installed, the lines above say why; ${WHEELS:+look into WHEELS, or }run \
+it where there is internet (a login node)"
+    "$VENV/bin/python" -V >"$folder/.ready"
   fi
   printf '%s\n' "$folder"
 }
@@ -129,6 +151,8 @@ check_settings() {
   [[ -z "$WHEELS" || -d "$WHEELS" ]] || die "WHEELS=$WHEELS is no folder; name one with wheels" 2
   [[ "$MIN_FREE_GB" =~ ^[0-9]+$ ]] ||
     die "MIN_FREE_GB=$MIN_FREE_GB is not a whole number; write for example 8" 2
+  [[ " $TRACKERS " =~ ^(\ +(wandb|trackio))*\ +$ ]] ||
+    die "TRACKERS=$TRACKERS is not known; write wandb, trackio, or both with a blank between" 2
   PROJECT_DIR="$SHARED_DIR/$PROJECT_NAME"
   VENV="$PROJECT_DIR/venv"
   sum="$(sha256sum <"$HERE/requirements.txt")"
@@ -251,7 +275,7 @@ take_lock() {
     for ((beat = 1; ; beat++)); do
       kill -0 "$self" 2>/dev/null && touch -c "$LOCK" 2>/dev/null || exit 0
       if ((beat % 5 == 0)); then
-        log "$((beat * 5)) s so far: $(tail -n 1 "$report" | cut -c 1-60)"
+        log "$((beat * 5)) s so far: $(tail -n 1 "$report" 2>/dev/null | cut -c 1-60)"
       fi
       sleep 5 2>/dev/null
     done

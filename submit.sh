@@ -29,6 +29,7 @@ HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # that decides what the job does, and never a token, which Slurm would keep in its records.
 ALLOWED='PATH|LD_LIBRARY_PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_[A-Z]+|TZ'
 ALLOWED+='|MODULES|MODULEPATH|MODULESHOME|LMOD_[A-Z_]+|TRAINSTACK_CHAIN|TRAINSTACK_FAULT'
+ALLOWED+='|WANDB_PROJECT|WANDB_ENTITY|TRACKIO_PROJECT'
 SECRET='TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL'
 # What people set to decide something of a job, and are told of if it does not reach it.
 MEANT='(OMP|MKL|NCCL|GLOO|UCX|FI|TORCH|TORCHINDUCTOR|PYTORCH|TRITON|SBATCH)_.+'
@@ -74,6 +75,7 @@ keep_refusal() {
 main() {
   local check said="" answer unused=""
   parse "$@"
+  refuse_secrets
   load_environment
   # shellcheck source=slurm.sh
   source "$HERE/slurm.sh"
@@ -161,6 +163,17 @@ parse() {
   CONFIG="${CONFIG:-$HERE/config.yaml}"
   # Python says so too, but may have to be installed first.
   [[ -e "$CONFIG" ]] || die "$CONFIG: no such file; check its path" 2
+}
+
+# Slurm's records and the run's copy of the code would keep them, also from a comment.
+refuse_secrets() {
+  local found value="[\"']?[A-Za-z0-9_.-]{8}"
+  found="$(cd "$HERE" && grep -nE \
+    "\\b[A-Za-z_]*($SECRET)(ORD)?S?(_[A-Z0-9_]*)?=$value|\\bhf_[A-Za-z0-9]{8}" \
+    train.slurm setup.sh)" || return 0
+  [[ "$found" =~ ^[^:]+:[0-9]+ ]]
+  die "${BASH_REMATCH[0]}: a secret, which Slurm and the run would keep; remove it, a job needs \
+none; your shell may have it, or the file that wandb login or hf auth login writes" 2
 }
 
 # Sets: CONFIG

@@ -115,7 +115,8 @@ def pytest_sessionstart():
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "SHARED_DIR", "PROJECT_NAME", "TRAINSTACK_HOME")
     for name in names:
         os.environ.pop(name, None)
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_", "SQUEUE_"))]:
+    foreign = ("SLURM_", "SBATCH_", "SQUEUE_", "WANDB_", "TRACKIO_")
+    for name in [name for name in os.environ if name.startswith(foreign)]:
         del os.environ[name]  # a real site's, which may not even answer
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     assert subprocess.run([sys.executable, "-c", "import trainstack"]).returncode == 0

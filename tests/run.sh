@@ -31,7 +31,8 @@ main() {
   # shellcheck source=/dev/null
   source "$ROOT/env.sh"
   tools="$(bash "$ROOT/setup.sh" --beside "$HERE/requirements.txt")"
-  export PATH="$PATH:/usr/sbin:/sbin" # where Slurm has its daemons
+  TRACKERS="wandb trackio" bash "$ROOT/setup.sh" # 140 MB; their tests run the real ones
+  export PATH="$PATH:/usr/sbin:/sbin"            # where Slurm has its daemons
   install Slurm "sbatch slurmctld slurmd munged ip faketime" \
     "slurmctld slurmd slurm-client munge iproute2 faketime"
   install Chromium chromium-headless-shell chromium-headless-shell

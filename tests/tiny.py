@@ -54,7 +54,7 @@ SETTINGS = {
     "log.logging_steps": 1,
     "log.report_to": [],
 }
-SINGLE_FILES = ("train.slurm", "train.py", "requirements.txt")
+SINGLE_FILES = ("train.slurm", "train.py")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -128,7 +128,7 @@ def make_checkout(folder: Path, shared: Path, **changes) -> None:
     The environment is the Python of these tests, marked as setup.sh would mark it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*ROOT.glob("*.sh"), *(ROOT / name for name in SINGLE_FILES)]:
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("*.txt"), *(ROOT / name for name in SINGLE_FILES)]:
         if path.name != "env.sh":
             shutil.copy2(path, folder / path.name)
     ignored = shutil.ignore_patterns("__pycache__")

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> module that has main(arguments) -> exit code, or ConfigE
     "goodput": (".history.goodput", "show where the time of a run went"),
     "report": (".report.page", "write a page about a run, or one that compares several"),
     "export": (".export.command", "leave a model as a folder for others, or on the Hub"),
+    "track": (".trackers.command", "show a run in Weights & Biases or trackio"),
     "clean": (".monitor.clean", "show what lies in the project, and remove what may go"),
 }
 

@@ -27,8 +27,8 @@ class Machine:
         self.hook = folder / "install"  # what the fake pip does
         self.started: list[subprocess.Popen] = []
         self.checkout.mkdir()
-        for name in ("setup.sh", "requirements.txt"):
-            (self.checkout / name).write_bytes((tiny.ROOT / name).read_bytes())
+        for path in (tiny.ROOT / "setup.sh", *tiny.ROOT.glob("requirements*.txt")):
+            (self.checkout / path.name).write_bytes(path.read_bytes())
         self.commands = Commands(folder)
         self.installs("")
         self.add_python("3.12.1")
@@ -143,6 +143,26 @@ def test_what_goes_beside_the_environment_is_installed_once_and_changes_nothing_
     assert "--no-deps" in call
     assert machine.pins() == pins
     assert "--beside needs a requirements file" in error_of(machine.setup("--beside", "no"), 2)
+
+
+def test_trackers_are_installed_once_each_apart_from_the_environment(machine):
+    for _ in range(2):
+        assert machine.setup(TRACKERS="trackio wandb").returncode == 0
+    assert machine.setup().returncode == 0  # they stay
+    environment, *calls = machine.commands.calls("pip")
+    assert "--target" not in environment
+    named = [Path(call[call.index("--requirement") + 1]).name for call in calls]
+    assert named == ["requirements-trackio.txt", "requirements-wandb.txt"]
+    assert len({call[call.index("--target") + 1] for call in calls}) == 2
+    told = complaint(machine.setup(TRACKERS="mlflow"), 2, "setup.sh")
+    assert "TRACKERS=mlflow is not known; write wandb, trackio" in told
+
+
+def test_a_tracker_that_cannot_be_installed_is_said_with_a_fix(machine):
+    machine.installs('[[ "$*" != *wandb* ]] || exit 3')
+    told = machine.setup(TRACKERS="wandb")
+    assert told.returncode == 1
+    assert "requirements-wandb.txt could not be installed" in told.stderr.splitlines()[-1]
 
 
 def test_a_check_is_silent_and_makes_nothing(machine):

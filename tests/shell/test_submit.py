@@ -1075,7 +1075,8 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     modules = {path.relative_to(site.checkout) for path in own}
     others = (
         "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh",
-        "setup.sh", "monitor.sh", "config.yaml", "env.sh", "job.slurm",
+        "setup.sh", "monitor.sh", "config.yaml", "env.sh", "job.slurm", "requirements-wandb.txt",
+        "requirements-trackio.txt",
     )  # fmt: skip
     assert kept == modules | {Path(name) for name in others}
     for path in kept - {Path("job.slurm")}:  # with what the command line replaces
@@ -1227,3 +1228,38 @@ def test_a_batch_that_the_processes_of_this_machine_cannot_share_is_known_at_onc
     line = complaint(result, 2)
     assert "train.global_batch_size=7" in line and f"{processes} processes" in line
     assert not (site.shared / "trainstack" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "export WANDB_API_KEY=0123456789abcdef",
+        "# export HF_TOKEN='hf_thisMustNeverBeSeen'",
+        'export DB_PASSWORD="correct-horse"',
+        "curl -H hf_thisMustNeverBeSeen site",
+    ],
+)
+def test_a_secret_in_the_jobs_script_is_refused_before_slurm_sees_it(site, line):
+    script = site.checkout / "train.slurm"
+    before = script.read_text()
+    script.write_text(f"{before}\n{line}\n")
+    number = len(before.splitlines()) + 2
+    for how in ([], ["--local"]):
+        told = complaint(site.submit(*how), 2)
+        assert f"train.slurm:{number}: a secret, which Slurm and the run would keep" in told
+        assert line not in told and "MustNever" not in told
+    assert site.commands.calls("sbatch") == []
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_the_queue(site):
+    told = complaint(site.submit("log.report_to=[trackio]"), 2)
+    assert "trackio is not installed; run: TRACKERS=trackio bash setup.sh" in told
+    assert site.submissions() == []
+
+
+def test_what_only_sounds_like_a_secret_is_none(site):
+    lines = ["export TOKENIZERS_PARALLELISM=false", 'export HF_TOKEN="${HF_TOKEN:-}"',
+             "export WANDB_API_KEY", "MAX_TOKENS=4096"]  # fmt: skip
+    script = site.checkout / "train.slurm"
+    script.write_text("\n".join([script.read_text(), *lines, ""]))
+    assert site.submit("--dry-run").returncode == 0

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.config.schema import Config
+from trainstack.errors import without_secrets
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
-from trainstack.storage import files
+from trainstack.storage import files, layout
 
 SNAPSHOT = (  # beside the package: what a job runs, and what resumes the run without any checkout
     "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh", "setup.sh",
-    "monitor.sh", "config.yaml",
+    "monitor.sh", "config.yaml", *(f"requirements-{name}.txt" for name in layout.TRACKERS),
 )  # fmt: skip
 OWN_OF_A_CHECKOUT = "env.sh"  # written by setup.sh
 
@@ -98,11 +99,11 @@ def describe_environment(repository: Path) -> dict[str, Any]:
 
 
 def _git(repository: Path, *arguments: str) -> str | None:
-    """Git's answer; None outside a checkout or without git."""
+    """Git's answer, without the tokens in it; None outside a checkout or without git."""
     try:
         result = subprocess.run(
             ["git", "-C", repository, *arguments], capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return without_secrets(result.stdout.strip()) if result.returncode == 0 else None

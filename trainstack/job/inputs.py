@@ -144,7 +144,17 @@ def asset_problem(asset: Asset, command: str) -> str | None:
 
 
 def check_settings(run: RunFolder, config: Config) -> None:
-    """Refused if another experiment made the run, as far as its settings tell, without its data."""
+    """Refused if another experiment made the run, as far as its settings tell, without its data.
+
+    ConfigError if a tracker that it names is not installed.
+    """
+    code = Path(__file__).resolve().parents[2]
+    for name in {*layout.TRACKERS} & {*config.log.report_to}:
+        if layout.tracker_packages(run.path.parents[1], code, name) is None:
+            raise ConfigError(
+                f"log.report_to: {name} is not installed; run: TRACKERS={name} bash setup.sh, or "
+                "leave it out"
+            )
     _, saved = newest_state(run.checkpoints)
     if saved:
         known = saved.identity

@@ -283,6 +283,17 @@ def record_in(line: bytes) -> dict[str, Any]:
     return {}
 
 
+def numbers_in(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a line of metrics.jsonl, named as curves: train/loss, eval/loss."""
+    group = "eval" if "eval_loss" in line else "train"
+    for key, value in line.items():
+        name = f"{group}/{key.removeprefix('source_').removeprefix('eval_')}"
+        parts = value if isinstance(value, dict) else {"": value}
+        for label, part in parts.items():
+            if key != "step" and isinstance(part, int | float):
+                yield f"{name}/{label}".rstrip("/"), part
+
+
 def tail_of(path: Path, size: int) -> str:
     """The text in the last so many bytes of a file; empty if it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 DEMO = "demo"  # the name of the built-in model and data set
 LOCAL_PREFIXES = ("/", "./", "../", "~")
+TRACKERS = ("wandb", "trackio")  # of log.report_to; the pins of each are in requirements-NAME.txt
 
 
 def is_local(name: str) -> bool:
@@ -38,3 +39,10 @@ def folder_name(name: str) -> str:
 def run_folder(home: Path, run_name: str) -> Path:
     """Where the run keeps everything, whether it has begun or not."""
     return home / "runs" / run_name
+
+
+def tracker_packages(home: Path, code: Path, name: str) -> Path | None:
+    """Where setup.sh installed a tracker by the pins beside ``code``; None if it did not."""
+    pins = (code / f"requirements-{name}.txt").read_bytes()
+    folder = home / "cache" / f"beside-{hashlib.sha256(pins).hexdigest()[:12]}"
+    return folder if (folder / ".ready").exists() else None

@@ -8,12 +8,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from trainstack.checkpoint.snapshot import Saved
 from trainstack.evaluation.held_out import Evaluation, overall
 from trainstack.evaluation.samples import Said
 from trainstack.resilience.guard import MOST_OVERFLOWS, describe_bad
-from trainstack.run.folder import RunFolder, lines_until
+from trainstack.run.folder import RunFolder, lines_until, numbers_in
 from trainstack.run.states import RUNNING
 from trainstack.storage import files
 from trainstack.train.attempt import Attempt
@@ -23,10 +24,6 @@ from trainstack.units import duration
 
 log = logging.getLogger("trainstack")
 HEADER = "%*s  epoch    loss    mean      lr   grad  tokens/s%s mem GB  left"
-CURVES = (  # of TensorBoard
-    "loss", "mean_loss", "token_accuracy", "learning_rate", "grad_norm", "epoch",
-    "tokens_per_second",
-)  # fmt: skip
 STATUS_SECONDS = 2  # between two writes of status.json, which is synced to disk
 
 
@@ -56,11 +53,7 @@ class Report:
             return
         drop_beyond(first_step, attempt.run)
         if "tensorboard" in attempt.config.log.report_to:
-            from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
-
-            self._tensorboard = SummaryWriter(
-                attempt.run.path / "tensorboard", purge_step=first_step + 1, flush_secs=30
-            )
+            self._tensorboard = open_tensorboard(attempt, purge_step=first_step + 1)
         log.info(HEADER, self.width, "step", "    MFU" if ideal_seconds else "")
 
     def warms_up(self) -> None:
@@ -136,8 +129,7 @@ class Report:
                  values["learning_rate"], result.grad_norm,
                  f"{values['tokens_per_second']:,.0f}", mfu, values["peak_memory_gb"],
                  duration((max_steps - step) * step_seconds))  # fmt: skip
-        for key in CURVES if self._tensorboard else ():
-            self._tensorboard.add_scalar(f"train/{key}", values[key], step)
+        self._draw(values)
         self._flush()
         if time.monotonic() - self._status_at > STATUS_SECONDS:
             self._status_at = time.monotonic()
@@ -166,18 +158,19 @@ class Report:
         log.info("eval    step %s   %s", f"{step:,}", overall(results.values()))
         for label, part in sources.items():
             log.info("        %s: %s", label, part)
-        for name, value in measures.items() if self._tensorboard else ():
-            self._tensorboard.add_scalar(name.replace("_", "/", 1), value, step)
+        self._draw(values)
 
     def _said(self, step: int, said: list[Said]) -> None:
         """The lines of a sample, its event, and sample.txt, which has the last ones."""
-        for one in said:
+        for number, one in enumerate(said, start=1):
             if one.problem:
                 log.warning("sample  %s: could not be made: %s", one.prompt, one.problem)
                 continue
             log.info("sample  %s", one.text.replace("\n", "\n        "))
             log.info("        %s", one.end)
             self.attempt.run.add_event("sample", step=step, prompt=one.prompt, text=one.text)
+            if self._tensorboard:
+                self._tensorboard.add_text(f"sample/{number}", one.text, step)
         texts = "\n\n".join(one.text for one in said if not one.problem)
         files.replace_file(self.attempt.run.path / "sample.txt", f"{texts}\n".encode())
 
@@ -215,12 +208,36 @@ class Report:
         if self._tensorboard:
             self._tensorboard.close()
 
+    def _draw(self, values: dict[str, Any]) -> None:
+        """A line of metrics.jsonl as points of TensorBoard's curves."""
+        for name, value in numbers_in(values) if self._tensorboard else ():
+            self._tensorboard.add_scalar(name, value, values["step"])
+
     def _flush(self) -> None:
         """Bring the steps' hashes to disk, in one write."""
         if self._hashes:
             path = self.attempt.run.path / "samples.jsonl"
             files.append_lines(path, "".join(self._hashes).encode())
             self._hashes.clear()
+
+
+def open_tensorboard(attempt: Attempt, purge_step: int):
+    """A writer that tells the settings; what is there from ``purge_step`` on is no longer shown."""
+    from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = flat(attempt.config.model_dump())
+    folder = attempt.run.path / "tensorboard"
+    writer = SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
+    for summary in hparams(settings, {"train/loss": 0, "eval/loss": 0}):
+        writer.file_writer.add_summary(summary)
+    return writer
+
+
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings by their dotted keys, as TensorBoard takes them: numbers, texts, and booleans."""
+    settings = {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+    return {key: v if isinstance(v, int | float) else str(v) for key, v in settings.items()}
 
 
 def drop_beyond(step: int, run: RunFolder) -> None:

@@ -1,0 +1,82 @@
+"""Shows a run in Weights & Biases and trackio.
+
+Command line: ``python -m trainstack track RUN [--home HOME]`` sends what is new to the trackers of
+log.report_to, or, if it names none, to those that are installed. ``--follow SHELL --to NAME``: a
+job shows itself, without a network, as long as that process runs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from trainstack.errors import ConfigError
+from trainstack.history.attempts import find_run
+from trainstack.history.settings import settings_of
+from trainstack.run.folder import RunFolder
+from trainstack.storage import layout
+
+CODE = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainstack track", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
+    parser.add_argument(
+        "--home", type=Path, default=os.environ.get("TRAINSTACK_HOME"),
+        help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it",
+    )  # fmt: skip
+    parser.add_argument("--to", choices=layout.TRACKERS, help="this tracker alone")
+    parser.add_argument("--follow", metavar="SHELL", help="the process of the job's shell")
+    options = parser.parse_args(arguments)
+    run = find_run(options.run, options.home)
+    asked = settings_of(run / "config.yaml").get("log.report_to") or []
+    asked = [name for name in layout.TRACKERS if name in asked]
+    if options.follow:
+        if options.to in asked:
+            start = start_of(options.to, run, "--offline", "--follow", options.follow)
+            os.setsid()  # a group, with what it starts, that Ctrl-C does not reach
+            os.nice(19)
+            os.execve(sys.executable, *start)  # else two processes would wait beside the job
+        return 0
+    installed = [name for name in layout.TRACKERS if packages_of(name, run)]
+    names = [options.to] if options.to else asked or installed
+    if not names:
+        raise ConfigError("no tracker is installed; run: TRACKERS=wandb bash setup.sh, or trackio")
+    codes = [send(name, run) for name in names]
+    return max(codes)
+
+
+def packages_of(name: str, run: Path) -> Path | None:
+    return layout.tracker_packages(run.parents[1], CODE, name)
+
+
+def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    """What starts feed.py with the packages of a tracker: a command, and its environment."""
+    packages = packages_of(name, run)
+    if packages is None:
+        raise ConfigError(f"{name} is not installed; run: TRACKERS={name} bash setup.sh")
+    environment = {**os.environ, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    environment["PYTHONPATH"] = f"{packages}{os.pathsep}{CODE}"
+    if "--offline" in options:
+        environment["TRACKIO_DIR"] = str(run / "trackio")
+        # The file may lie on a shared disk, and be read from another host.
+        environment.setdefault("TRACKIO_SQLITE_JOURNAL_MODE", "delete")
+    project = os.environ.get(f"{name.upper()}_PROJECT") or run.parents[1].name
+    command = [sys.executable, "-m", "trainstack.trackers.feed", name, str(run)]
+    return [*command, "--project", project, *options], environment
+
+
+def send(name: str, run: Path) -> int:
+    """Send what is new; 0, or another code after a line that says why not."""
+    options = []
+    if name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        options.append("--offline")
+        status = RunFolder(run).status()
+        if status.get("exit_code") is None and RunFolder(run).is_beating(status.get("job") or ""):
+            raise ConfigError(f"a job writes {run}/wandb itself now; wait, or unset WANDB_MODE")
+    elif name == "trackio" and (space := os.environ.get("TRACKIO_SPACE_ID")):
+        options += ["--space", space]
+    command, environment = start_of(name, run, *options)
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode
