@@ -66,8 +66,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     owner = startup.name_owner(options.job, options.attempt, options.restarts)
     lease = startup.own_run_folder(run, config, fixed, owner, options.gone, world)
     samples = enough_samples(config, corpus)
-    max_steps = config.steps_for(samples)
-    attempt = Attempt(config, world, plan, run, lease, owner, max_steps, samples)
+    attempt = Attempt(config, world, plan, run, lease, owner, config.steps_for(samples), samples)
     stop = Stop(options.stop_file, options.ends_at, world.is_main)
     if distributed.any_rank(stop.is_wanted(0), world):  # loading may take longer than is left
         return ending.pause(attempt, stop.reason)
@@ -85,7 +84,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     at_start = TrainState.at_start(fixed, config.model_dump(), left_out, len(corpus.stores))
     state = startup.restore(newest, strategy, guard, at_start)
     feed = Feed(config, corpus, plan, world, state.left_out)
-    rate_at = build_schedule(config.optim, max_steps)
+    rate_at = build_schedule(config.optim, attempt.max_steps)
     startup.tell_running(attempt, state.step, stop, count_saved(strategy.causal_lm))
     announce(attempt, feed, strategy, newest)
     small_files = startup.small_files(strategy.causal_lm, newest or model_folder, corpus)

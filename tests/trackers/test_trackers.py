@@ -165,7 +165,7 @@ def test_tensorboard_shows_each_step_once_with_settings_and_sample(attempts):
         assert dict(points) == pytest.approx(logged, rel=1e-6)
     assert [point.step for point in shown.Scalars("eval/loss")] == [10, 20]
     assert {"train/peak_memory_gb", "eval/perplexity"} <= {*shown.Tags()["scalars"]}
-    assert shown.Tensors("sample/text_summary")[0].step == MAX_STEPS
+    assert shown.Tensors("sample/1/text_summary")[0].step == MAX_STEPS
     plugin = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optim.learning_rate" in plugin
 
