@@ -32,7 +32,8 @@ from trainstack.config.schema import Config
 from trainstack.data.corpus import enough_samples, open_corpus
 from trainstack.data.feed import Batch, Feed, StepData
 from trainstack.evaluation.held_out import evaluate_all, overall
-from trainstack.evaluation.samples import Prompts
+from trainstack.evaluation.samples import Prompts, files_beside
+from trainstack.model.causal_lm import build_model
 from trainstack.model.ddp import DataParallel
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.strategy import Strategy
@@ -87,7 +88,7 @@ def main(options: argparse.Namespace, config: Config, run: RunFolder) -> str:
     rate_at = build_schedule(config.optim, attempt.max_steps)
     startup.tell_running(attempt, state.step, stop, count_saved(strategy.causal_lm))
     announce(attempt, feed, strategy, newest)
-    small_files = startup.small_files(strategy.causal_lm, newest or model_folder, corpus)
+    small_files = files_beside(strategy.causal_lm, newest or model_folder, corpus)
     loop = Loop(
         attempt=attempt, feed=feed, strategy=strategy, guard=guard, state=state, rate_at=rate_at,
         stop=stop, interval=startup.build_interval(attempt, stop.save_seconds),
@@ -106,7 +107,7 @@ def build_strategy(
 ) -> Strategy:
     """The model and its loss, spread over the ranks, with its optimizer. Collective."""
     config = attempt.config
-    causal_lm = startup.build_model(config, newest, model_folder)
+    causal_lm = build_model(config, newest, model_folder)
     loss_model = CausalLMLoss(
         causal_lm, config.train, attempt.world.device, config.data.packing, config.data.seq_len
     )

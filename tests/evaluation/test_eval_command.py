@@ -97,9 +97,9 @@ def test_a_folder_of_any_model_is_evaluated_as_a_checkpoint_is(home, tmp_path, t
 
 
 WRONG = {
-    "r@11": "run r has no checkpoint 11; there are: 10, 20",
-    "r@best": "run r has no checkpoint best; there are: 10, 20",
-    "nothing": "nothing is neither a run in .* (there are: r) nor a folder of a model",
+    "r@11": "run r has no checkpoint 11; it has steps 10, 20",
+    "r@best": "run r has no best checkpoint (eval.keep_best); it has steps 10, 20",
+    "nothing": "no run nothing in .*; there are: r",
 }
 
 

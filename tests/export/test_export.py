@@ -315,8 +315,8 @@ def test_nothing_of_this_machine_or_its_people_is_in_an_export(project, call, tm
     "arguments, problem",
     [
         (["nobody"], "no run nobody in"),
-        (["r@7"], "run r has no checkpoint of step 7; it has steps 10, 15, 20"),
-        (["r@best"], "run r has no best one (eval.keep_best); it has steps"),
+        (["r@7"], "run r has no checkpoint 7; it has steps 10, 15, 20"),
+        (["r@best"], "run r has no best checkpoint (eval.keep_best); it has steps"),
         (["r", "--merge"], "is no adapter, so --merge has nothing to merge"),
         (["adapted", "--dtype", "bf16"], "leave it out, or add --merge"),
         (["r", "--private"], "add --push ORG/NAME"),

@@ -15,17 +15,30 @@ from trainstack.storage.manifest import read_manifest
 def base_of(home: Path, config: Config) -> str | None:
     """A name for the content of the model that an adapter belongs to; None without an adapter.
 
-    A hash of the hashes of its weights and of its config.json. ConfigError if it is not there.
+    ConfigError if it is not there.
     """
     if not config.adapter.type:
         return None
-    name = config.model.name
+    return content_of(layout.model_folder(home, config.model.name), config.model.name)
+
+
+def check_base(saved: dict[str, Any], folder: Path, name: str) -> None:
+    """ConfigError if a model is not the one beside which a run of that identity learned."""
+    if saved.get("base", found := content_of(folder, name)) != found:
+        raise ConfigError(
+            f"model {name} in {folder} has other weights than the adapter learned beside; bring "
+            f"those back: FORCE_REFRESH=1 bash download_data_model.sh model.name={name}"
+        )
+
+
+def content_of(folder: Path, name: str) -> str:
+    """A hash of the hashes of a model's weights and config.json. ConfigError if it is not there."""
     try:
-        files = read_manifest(layout.model_folder(home, name))["files"]
+        files = read_manifest(folder)["files"]
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model {name}, which the adapter of run {config.run.name} belongs to, cannot be read "
-            f"({error}); run: bash download_data_model.sh model.name={name}"
+            f"model {name}, which the adapter belongs to, cannot be read ({error}); run: bash "
+            f"download_data_model.sh model.name={name}"
         ) from None
     found = {n: e["sha256"] for n, e in files.items() if is_of_weights(n) or n == "config.json"}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trainstack.adapter.base import named_base
-from trainstack.checkpoint.snapshot import ADAPTER, ADAPTER_NAME
+from trainstack.checkpoint.snapshot import ADAPTER_NAME, ADAPTER_WEIGHTS
 from trainstack.config.schema import AdapterSection
 from trainstack.errors import ConfigError, first_words
 
@@ -115,7 +115,7 @@ def adapter_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_adapter(causal_lm: nn.Module, checkpoint: Path) -> None:
     """Put the matrices of a checkpoint in the place of the new ones."""
-    saved = load_file(checkpoint / ADAPTER)
+    saved = load_file(checkpoint / ADAPTER_WEIGHTS)
     for name, tensor in adapter_weights(causal_lm).items():
         tensor.copy_(saved[name])
 

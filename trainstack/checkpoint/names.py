@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.checkpoint.state import STATE, TrainState, read_state
-from trainstack.errors import Failed
+from trainstack.errors import ConfigError, Failed
 from trainstack.storage import files, manifest
 
 STATE_BYTES = 1 << 20  # what is hashed to trust it; larger files are compared by size
@@ -56,6 +56,22 @@ def point_to(newest: Path, best_step: int) -> None:
 def newest_checkpoint(folder: Path) -> tuple[int, Path | None]:
     """Step and path of the newest checkpoint by name; (0, None) if there is none."""
     return next(iter(checkpoints(folder)), (0, None))
+
+
+def named_checkpoint(folder: Path, which: str) -> Path:
+    """That of a step, the one that ``best`` leads to, or the newest (an empty text).
+
+    ConfigError, with the steps that are there, if it is not.
+    """
+    there = {str(step): path for step, path in checkpoints(folder)}
+    found = linked(folder, BEST) if which == BEST else there.get(which or next(iter(there), ""))
+    if found is None:
+        wanted = {"": "checkpoint", BEST: "best checkpoint (eval.keep_best)"}
+        steps = f"it has steps {', '.join(reversed(there))}" if there else "it has saved none yet"
+        raise ConfigError(
+            f"run {folder.parent.name} has no {wanted.get(which, f'checkpoint {which}')}; {steps}"
+        )
+    return found
 
 
 def newest_state(folder: Path) -> tuple[int, TrainState | None]:

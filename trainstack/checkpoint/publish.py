@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, point_to
 from trainstack.checkpoint.snapshot import (
-    ADAPTER,
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     WEIGHTS,
     SaveError,
     Share,
@@ -96,7 +96,7 @@ class Publisher:
                     files.make_folder((temporary / name).parent)
                     entries[name] = files.write_file(temporary / name, data)
             if share.weights:
-                name = ADAPTER if ADAPTER_CONFIG in snapshot.small_files else WEIGHTS
+                name = ADAPTER_WEIGHTS if ADAPTER_CONFIG in snapshot.small_files else WEIGHTS
                 entries[name] = write_safetensors(temporary / name, share.weights, self.pause)
             if self.world.is_main:
                 entries[STATE] = files.write_file(temporary / STATE, snapshot.state)

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 WEIGHTS = "model.safetensors"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # names of peft
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)  # peft's
 ADAPTER_NAME = "default"  # of an adapter within its model
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ENDS = "eos_token_id"

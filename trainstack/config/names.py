@@ -5,11 +5,13 @@ A name on the Hub that is a file or a folder here too is told apart later, by hu
 
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic_core import PydanticCustomError
 
 from trainstack.storage.layout import absolute, is_local
 
+NOTHING = ("none", "nil", "n/a", "undefined")  # what people write who mean null
 ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_URL = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/|models/)?"
@@ -78,6 +80,26 @@ def split_name(name: str) -> str:
     if SUM.fullmatch(name):
         raise _refusal(f"several splits; {SEVERAL_SPLITS}")
     return name
+
+
+def said(text: str) -> str:
+    """A text that says something; a word for nothing is a mistake: YAML has null for it."""
+    if text.strip().lower() in NOTHING:
+        raise PydanticCustomError("nothing", "a word for nothing")
+    return text
+
+
+def prompt(value: Any) -> Any:
+    """A text, or messages that each have a role and a content."""
+    if isinstance(value, str):
+        return said(value)
+    is_list = isinstance(value, list) and value and all(isinstance(m, dict) for m in value)
+    if not is_list or any(
+        m.keys() != {"role", "content"} or not all(isinstance(text, str) for text in m.values())
+        for m in value
+    ):
+        raise _refusal("no prompt; write a text, or messages as [{role: user, content: Hello}]")
+    return value
 
 
 def checkpoint_name(name: str) -> str:

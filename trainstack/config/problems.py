@@ -8,10 +8,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from trainstack.config.names import SEVERAL, SEVERAL_SPLITS
+from trainstack.config.names import NOTHING, SEVERAL, SEVERAL_SPLITS
 from trainstack.config.other_names import FIRST_KEYS, OTHER_NAMES, OTHER_VALUES
 from trainstack.config.schedules import settings_of
-from trainstack.config.schema import NOTHING, Config
+from trainstack.config.schema import Config
 from trainstack.errors import shown
 
 YES, NO = ("yes", "on", "y", "1", "true"), ("no", "off", "n", "0", "false")

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from trainstack.config.batch import BatchPlan
-from trainstack.config.names import asset_name, checkpoint_name, file_path, split_name
+from trainstack.config.names import asset_name, checkpoint_name, file_path, prompt, said, split_name
 from trainstack.config.schedules import SCHEDULES, check_settings
 from trainstack.config.strict_yaml import Dumper
 
@@ -31,14 +31,6 @@ MOST_SOURCES = 32  # data sets of a mixture
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-NOTHING = ("none", "nil", "n/a", "undefined")  # what people write who mean null
-
-
-def said(text: str) -> str:
-    """A text that says something; a word for nothing is a mistake: YAML has null for it."""
-    if text.strip().lower() in NOTHING:
-        raise PydanticCustomError("nothing", "a word for nothing")
-    return text
 
 
 def day(text: str) -> str:
@@ -47,24 +39,6 @@ def day(text: str) -> str:
         if str(datetime.date.fromisoformat(text)) == text:
             return text
     raise PydanticCustomError("name", "{fix}", {"fix": "no such day; write for example 2026-01-01"})
-
-
-def prompt(value: Any) -> Any:
-    """A text, or messages that each have a role and a content."""
-    is_messages = (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict)
-            and message.keys() == {"role", "content"}
-            and all(isinstance(text, str) for text in message.values())
-            for message in value
-        )
-    )
-    if not isinstance(value, str) and not is_messages:
-        fix = "no prompt; write a text, or messages as [{role: user, content: Hello}]"
-        raise PydanticCustomError("name", "{fix}", {"fix": fix})
-    return said(value) if isinstance(value, str) else value
 
 
 Prompt = Annotated[str | list[dict[str, str]], BeforeValidator(prompt)]

@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from trainstack import distributed
-from trainstack.checkpoint.names import checkpoints
-from trainstack.checkpoint.snapshot import small_files
+from trainstack.adapter.base import check_base
+from trainstack.checkpoint.snapshot import CONFIG
+from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.config.schema import Config
-from trainstack.data.corpus import Corpus, open_corpus
+from trainstack.data.corpus import open_corpus
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Failed
 from trainstack.evaluation.held_out import Evaluation, evaluate_all, overall
-from trainstack.evaluation.samples import Prompts, Said
+from trainstack.evaluation.samples import Prompts, Said, files_beside
 from trainstack.hub.asset import named_assets
 from trainstack.hub.fetch import provide
-from trainstack.model.causal_lm import build_causal_lm, check_kind, read_config, special_tokens
+from trainstack.model.causal_lm import build_model, check_kind, read_config
 from trainstack.model.loss import CausalLMLoss
+from trainstack.run.folder import find_checkpoint
 from trainstack.storage import layout, manifest
 
 NAMES_DATA = {"data.name", "data.subset", "data.split"}
@@ -87,11 +87,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]) -> Subject:
     """By a run's name or folder, or by a model's folder. ConfigError if it is neither."""
-    name, _, which = model.partition("@")
-    given = Path(model).expanduser()
-    if given.parent.name == "checkpoints":  # as a run names its model at the end
-        name, which = str(given.parent.parent), given.name.removeprefix("checkpoint-")
-    run = Path(name).expanduser() if "/" in name else layout.run_folder(home, name)
     named = {override.partition("=")[0] for override in overrides}
     is_other, is_whole = (
         bool(named & NAMES_DATA),
@@ -104,41 +99,32 @@ def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]
         settings += ["data.revision=main", "data.subset=null"]
     if is_whole:
         settings += ["data.eval_split=null", "data.eval_fraction=0"]
-    if (run / "checkpoints").is_dir():
-        folder, own = find_checkpoint(run, which), run / "config.yaml"
-        kept = None if is_other else run / "checkpoints"
-        return Subject(folder, file or own, [*settings, *overrides], kept, is_whole)
-    if not given.is_dir():
-        have = ", ".join(sorted(path.parent.name for path in home.glob("runs/*/checkpoints")))
-        raise ConfigError(
-            f"{model} is neither a run in {home / 'runs'} (there are: {have or 'none yet'}) nor a "
-            "folder of a model"
-        )
-    settings += [f"model.name={given.resolve()}", "model.revision=main", "model.init=pretrained"]
-    file = file or PACKAGE / "config.yaml"
-    return Subject(given.resolve(), file, [*settings, *overrides], None, is_whole)
-
-
-def find_checkpoint(run: Path, which: str) -> Path:
-    """A run's checkpoint: of a step, ``best``, or the newest; ConfigError if it is not whole."""
-    found = {str(step): path for step, path in checkpoints(run / "checkpoints")}
-    if which == "best" and (best := run / "checkpoints" / "best").exists():
-        found["best"] = best.resolve()
-    path = found.get(which or next(iter(found), ""))
-    if path is None:
-        there = ", ".join(reversed(found)) or "none yet"
-        wanted = f"checkpoint {which}" if which else "checkpoint"
-        raise ConfigError(f"run {run.name} has no {wanted}; there are: {there}")
-    if problem := next(manifest.damage(path, manifest.TRUSTED_BY_SIZE), None):
-        raise ConfigError(f"{path} is damaged ({problem}); name another step, as {run.name}@STEP")
-    return path
+    given = Path(model).expanduser()
+    try:
+        run, folder = find_checkpoint(model, home)
+    except ConfigError:
+        if not (given / CONFIG).is_file():
+            raise
+        settings += [f"model.name={given.resolve()}", "model.init=pretrained"]
+        settings += ["model.revision=main", "adapter.type=null"]
+        file = file or PACKAGE / "config.yaml"
+        return Subject(given.resolve(), file, [*settings, *overrides], None, is_whole)
+    if problem := next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None):
+        raise ConfigError(f"{folder} is damaged ({problem}); name another step, as RUN@STEP")
+    kept = None if is_other else run.checkpoints
+    own = file or run.path / "config.yaml"
+    return Subject(folder, own, [*settings, *overrides], kept, is_whole)
 
 
 def measure(
     subject: Subject, config: Config, home: Path, world: World
 ) -> tuple[dict[str, Evaluation], list[Said]]:
     """Each data set, by its label, and what the model says to the prompts. Collective."""
-    check_kind(read_config(subject.folder), "pretrained")
+    folder = subject.folder  # of an adapter, the model is elsewhere
+    model_folder = layout.model_folder(home, config.model.name) if config.adapter.type else folder
+    if config.adapter.type:
+        check_base(read_state(folder).identity, model_folder, config.model.name)
+    check_kind(read_config(model_folder), "pretrained")
     distributed.main_decides(world, lambda: make_ready(subject, config, home))
     corpus = open_corpus(home, config, subject.checkpoints)
     for store in corpus.stores.values() if subject.is_whole else ():
@@ -148,25 +134,12 @@ def measure(
             f"nothing is held out of {' and '.join(corpus.stores)}; name other data, as data.split="
             "test or data.name=./texts.jsonl"
         )
-    causal_lm = load_model(subject.folder, config)
+    causal_lm = build_model(config, folder, model_folder)
     data = config.data
     loss_model = CausalLMLoss(causal_lm, config.train, world.device, data.packing, data.seq_len)
     results = evaluate_all(corpus, config, loss_model, world, lambda: False)
-    prompts = Prompts(config, corpus.is_chat, files_beside(causal_lm, subject.folder, corpus))
+    prompts = Prompts(config, corpus.is_chat, files_beside(causal_lm, folder, corpus))
     return results, prompts.ask(loss_model, world, lambda: False)
-
-
-def load_model(folder: Path, config: Config) -> nn.Module:
-    """The model in a folder, in the precision of the configuration."""
-    return build_causal_lm(
-        folder, "pretrained", config.model, config.train.precision, config.run.seed
-    )
-
-
-def files_beside(causal_lm: nn.Module, folder: Path, corpus: Corpus) -> dict[str, bytes]:
-    """By which a model is asked, and stops, as if this corpus had been learned."""
-    ends, odd = special_tokens(causal_lm, folder, corpus.ends)
-    return small_files(causal_lm, folder, ends, corpus.chat_template, odd)
 
 
 def make_ready(subject: Subject, config: Config, home: Path) -> None:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import StoppingCriteriaList
 
 from trainstack import distributed
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import ENDS, GENERATION, ends_in
+from trainstack.checkpoint.snapshot import ENDS, GENERATION, ends_in, small_files
 from trainstack.config.schema import Config
+from trainstack.data.corpus import Corpus
 from trainstack.distributed import World, any_rank
 from trainstack.errors import ConfigError, first_words
 from trainstack.evaluation.held_out import as_used
+from trainstack.model.causal_lm import special_tokens
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.trial import positions_of
 from trainstack.waits import ANSWER_SECONDS
@@ -146,6 +149,12 @@ class Prompts:
             )
         asked = {"add_generation_prompt": True, "return_dict": True}
         return self.tokenizer.apply_chat_template(question, **asked)["input_ids"]
+
+
+def files_beside(causal_lm: nn.Module, model_folder: Path, corpus: Corpus) -> dict[str, bytes]:
+    """What a checkpoint has beside the weights: the model writes and stops as it learned."""
+    ends, odd = special_tokens(causal_lm, model_folder, corpus.ends)
+    return small_files(causal_lm, model_folder, ends, corpus.chat_template, odd)
 
 
 def shown(prompt: Prompt) -> str:

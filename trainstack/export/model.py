@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import nn
 
+from trainstack.adapter.base import check_base
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
+from trainstack.checkpoint.snapshot import ADAPTER_WEIGHTS, CONFIG, GENERATION, JSON_FILES
 from trainstack.config.schema import ModelSection
 from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError, Failed
@@ -25,7 +26,6 @@ from trainstack.storage import files, layout
 from trainstack.storage.files import read_object
 from trainstack.units import bytes_text
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of the library peft
 MOST_TOKENS = 512  # on which logits are compared
 TEXT = "Every sample was used once, and the model that came of it says the same here as it did."
 MERGED, EQUAL = 1e-4, 1e-6  # of the largest logit: how far those of a merged and a copied one are
@@ -139,6 +139,7 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
             f"the adapter learned beside commit {learned[:12]} of {section.name}, and {base} is "
             f"{here[:12]}; set model.revision={learned}, then: bash download_data_model.sh"
         )
+    check_base(source.state.identity, base, section.name)
     from peft import PeftModel  # a second, for nothing without an adapter
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by old names

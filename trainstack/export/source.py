@@ -8,16 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainstack.checkpoint.names import checkpoints
 from trainstack.checkpoint.state import STATE, TrainState, read_state
-from trainstack.errors import ConfigError, Failed
-from trainstack.history.attempts import find_run
+from trainstack.errors import Failed
 from trainstack.hub.choose import ADAPTER
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, find_checkpoint
 from trainstack.storage import layout, manifest
 
 SHARD_BYTES = 5_000_000_000  # at most, as save_pretrained writes
-BEST = "best"  # the link in checkpoints/ to the one of the lowest held-out loss
 
 
 class Way(NamedTuple):
@@ -119,41 +116,11 @@ def find_source(text: str, home: Path | None) -> Source:
 
     ConfigError if there is no such thing, Failed if it is damaged.
     """
-    folder = Path(text).expanduser()
-    if (folder / STATE).is_file():
-        checkpoint = folder.resolve()
-        run = RunFolder(checkpoint.parents[1])
-        run = run if run.checkpoints == checkpoint.parent and run.events() else None
-        others = ""
-    else:
-        name, _, which = text.rpartition("@")
-        if not name or "/" in which:  # no @, or one of a folder
-            name, which = text, ""
-        run = RunFolder(find_run(name, home))
-        checkpoint = chosen(run, which)
-        steps = [step for step, path in checkpoints(run.checkpoints) if path != checkpoint]
-        others = f"; another one: {name}@STEP, with {listed(steps)}" if steps else ""
+    run, checkpoint = None, Path(text).expanduser().resolve()
+    if checkpoint.parent.name == "checkpoints" or not (checkpoint / STATE).is_file():
+        run, checkpoint = find_checkpoint(text, home)
     if problem := next(manifest.damage(checkpoint), None):
-        raise Failed(f"{checkpoint} is damaged ({problem}){others or '; name another one'}")
+        raise Failed(f"{checkpoint} is damaged ({problem}); name another one, as RUN@STEP")
     own = run.path.parent.parent if run else None
     is_own = own and (home is None or (own / "models").is_dir())
     return Source(checkpoint, read_state(checkpoint), run, own if is_own else home)
-
-
-def chosen(run: RunFolder, which: str) -> Path:
-    """The checkpoint of a step, the best one, or the newest (an empty text)."""
-    there, name = dict(checkpoints(run.checkpoints)), run.path.name
-    if not there:
-        raise Failed(f"run {name} has no checkpoint yet; export it once it has saved one")
-    if not which:
-        return there[max(there)]
-    if which == BEST and (run.checkpoints / BEST).exists():
-        return (run.checkpoints / BEST).resolve()
-    if which.isdecimal() and int(which) in there:
-        return there[int(which)]
-    problem = f"checkpoint of step {which}" if which != BEST else "best one (eval.keep_best)"
-    raise ConfigError(f"run {name} has no {problem}; it has steps {listed(list(there))}")
-
-
-def listed(steps: list[int]) -> str:
-    return ", ".join(str(step) for step in sorted(steps))

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainstack.checkpoint import names
-from trainstack.errors import ConfigError
 from trainstack.run.branch import branch_of
-from trainstack.storage import layout
 from trainstack.units import seconds_of
 
 Event = dict[str, Any]
@@ -71,20 +69,6 @@ def parse_run(
         "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
     )
     return parser.parse_args(arguments)
-
-
-def find_run(run: str, home: Path | None) -> Path:
-    """The folder of a run by its name below ``home``, or by its path; ConfigError if neither is."""
-    named = [layout.run_folder(home, run)] if home and "/" not in run else []
-    for path in (*named, Path(run).expanduser()):
-        if (path / "events.jsonl").is_file() or (path / "samples.jsonl").is_file():
-            return path.resolve()
-    if named:
-        have = sorted(path.parent.name for path in home.glob("runs/*/events.jsonl"))
-        there = ", ".join(have) or "none yet"
-        raise ConfigError(f"no run {run} in {home / 'runs'}; there are: {there}")
-    by_name = "" if "/" in run else "; to find a run by its name: source env.sh, or pass --home"
-    raise ConfigError(f"{run} is not a run folder: it has no events.jsonl{by_name}")
 
 
 def read_executions(path: Path) -> list[Execution]:

@@ -17,12 +17,11 @@ from trainstack.history.attempts import (
     Attempt,
     Event,
     attempts_of,
-    find_run,
     last_durable_step,
     parse_run,
     read_executions,
 )
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.lease import is_local_job
 from trainstack.run.states import RUNNING
 from trainstack.units import duration, seconds_of

@@ -24,13 +24,12 @@ from trainstack.history.attempts import (
     Attempt,
     Execution,
     attempts_of,
-    find_run,
     last_durable_step,
     of_parent,
     parse_run,
     read_executions,
 )
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.identity import identity
 from trainstack.units import counted
 

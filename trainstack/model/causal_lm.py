@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from trainstack.adapter import lora
 from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, ENDS, GENERATION, tokens_in
-from trainstack.config.schema import AdapterSection, ModelSection
+from trainstack.config.schema import AdapterSection, Config, ModelSection
 from trainstack.errors import ConfigError, first_words
 from trainstack.hub.weights import INDEX, WEIGHTS, shapes_of, shards_of
 from trainstack.storage.files import read_object
@@ -100,6 +100,22 @@ def generates(architecture: str, real: Any, init: str) -> bool:
     is_bare = architecture == type(real).__name__.replace("Config", "Model")
     has_head = init == "scratch" or getattr(real, "tie_word_embeddings", False)
     return (is_bare and has_head) or issubclass(known, transformers.GenerationMixin)
+
+
+def build_model(config: Config, newest: Path | None, model_folder: Path) -> nn.Module:
+    """The model with its weights: of the checkpoint, perhaps an adapter's, else of its folder."""
+    is_adapted = config.adapter.type is not None
+    init = "pretrained" if newest else config.model.init
+    causal_lm = build_causal_lm(
+        model_folder if is_adapted else newest or model_folder,
+        init, config.model, config.train.precision, config.run.seed, config.adapter,
+    )  # fmt: skip
+    if is_adapted:
+        lora.tell_rest(causal_lm)
+        lora.name_base(causal_lm, config.model.name, model_folder)
+        if newest:
+            lora.load_adapter(causal_lm, newest)
+    return causal_lm
 
 
 def build_causal_lm(
@@ -321,13 +337,3 @@ def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
         if odd:
             notes.append(f"{named_as(named, odd)}; its checkpoints will leave that out")
     return notes
-
-
-def describe(causal_lm: nn.Module, init: str) -> str:
-    """For people: architecture, size, where its weights came from."""
-    name = type(causal_lm).__name__.removesuffix("ForCausalLM")
-    origin = "from scratch" if init == "scratch" else "pretrained"
-    learned, whole = lora.count_saved(causal_lm), count_parameters(causal_lm)
-    if learned < whole:
-        origin += f" and frozen but for LoRA of {learned / 1e6:.1f}M"
-    return f"{name} {whole / 1e6:.1f}M {origin}"

@@ -21,12 +21,11 @@ from string import Template
 from typing import Any
 
 from trainstack.errors import Failed, without_secrets
-from trainstack.history.attempts import find_run
 from trainstack.history.goodput import CAUSES
 from trainstack.history.settings import settings_of
 from trainstack.monitor.view import view_of
 from trainstack.report.facts import facts_of
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.queue import read_queue
 from trainstack.storage import files
 from trainstack.units import as_json

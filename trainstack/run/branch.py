@@ -47,14 +47,9 @@ def origin(run: RunFolder, config: Config) -> Path | None:
         raise Refused(
             f"{wanted}: run {name} is there, and no branch of it; choose another run.name"
         )
-    folder = run.path.with_name(parent) / "checkpoints"
-    found = folder / f"checkpoint-{step}"
-    there = dict(names.checkpoints(folder))
-    problem = next(manifest.damage(found, names.STATE_BYTES), None)
-    if step not in there or problem:
-        what = f"is damaged ({problem})" if step in there else "is not there"
-        others = ", ".join(str(other) for other in sorted(there) if other != step) or "none"
-        raise ConfigError(f"{wanted}: that checkpoint {what}; others of run {parent}: {others}")
+    found = names.named_checkpoint(run.path.with_name(parent) / "checkpoints", str(step))
+    if problem := next(manifest.damage(found, names.STATE_BYTES), None):
+        raise ConfigError(f"{wanted}: that checkpoint is damaged ({problem}); choose another one")
     saved = read_state(found).identity
     fix = "choose another checkpoint, or leave out run.branch_from"
     check_identity(saved, identity(config, saved["tokens"]), f"{name}, a branch of {parent},", fix)

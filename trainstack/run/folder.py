@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trainstack.checkpoint.names import named_checkpoint
+from trainstack.errors import ConfigError
 from trainstack.run.states import EXIT_CODES, resume_command
-from trainstack.storage import files
+from trainstack.storage import files, layout
 from trainstack.units import age, now, seconds_of, time_of
 from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
@@ -272,6 +274,35 @@ def lines_until(path: Path, step: int) -> Iterator[tuple[dict[str, Any], bytes]]
         for line in file:
             if (record := record_in(line)).get("step", math.inf) <= step:
                 yield record, line.rstrip(b"\n") + b"\n"
+
+
+def find_run(run: str, home: Path | None) -> Path:
+    """The folder of a run by its name below ``home``, or by its path; ConfigError if neither is."""
+    named = [layout.run_folder(home, run)] if home and "/" not in run else []
+    for path in (*named, Path(run).expanduser()):
+        if (path / "events.jsonl").is_file() or (path / "samples.jsonl").is_file():
+            return path.resolve()
+    if named:
+        have = sorted(path.parent.name for path in home.glob("runs/*/events.jsonl"))
+        there = ", ".join(have) or "none yet"
+        raise ConfigError(f"no run {run} in {home / 'runs'}; there are: {there}")
+    by_name = "" if "/" in run else "; to find a run by its name: source env.sh, or pass --home"
+    raise ConfigError(f"{run} is not a run folder: it has no events.jsonl{by_name}")
+
+
+def find_checkpoint(text: str, home: Path | None) -> tuple[RunFolder, Path]:
+    """The run and its checkpoint that RUN, RUN@STEP, RUN@best or a checkpoint's folder names.
+
+    ConfigError if there is none.
+    """
+    folder = Path(text).expanduser().resolve()
+    if folder.is_dir() and folder.parent.name == "checkpoints":
+        return RunFolder(folder.parents[1]), folder
+    name, _, which = text.rpartition("@")
+    if not name or "/" in which:  # no @, or one of a folder
+        name, which = text, ""
+    run = RunFolder(find_run(name, home))
+    return run, named_checkpoint(run.checkpoints, which)
 
 
 def record_in(line: bytes) -> dict[str, Any]:

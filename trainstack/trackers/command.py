@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 
 from trainstack.errors import ConfigError
-from trainstack.history.attempts import find_run
 from trainstack.history.settings import settings_of
-from trainstack.run.folder import RunFolder
+from trainstack.run.folder import RunFolder, find_run
 from trainstack.storage import layout
 
 CODE = Path(__file__).resolve().parents[2]

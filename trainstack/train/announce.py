@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
+from trainstack.adapter.lora import count_saved
 from trainstack.checkpoint.state import read_state
 from trainstack.data.corpus import epoch_lines, not_used
 from trainstack.data.feed import Feed
-from trainstack.model.causal_lm import describe
+from trainstack.model.causal_lm import count_parameters
 from trainstack.model.strategy import Strategy
 from trainstack.run.identity import changed_settings
 from trainstack.train.attempt import Attempt
@@ -75,3 +76,13 @@ def announce_resume(attempt: Attempt, newest: Path) -> None:
     for change in changes:
         log.info("resume  %s", change)
     attempt.run.add_event("resume", step=saved.step, checkpoint=newest.name, changes=changes)
+
+
+def describe(causal_lm: torch.nn.Module, init: str) -> str:
+    """For people: architecture, size, where its weights came from."""
+    name = type(causal_lm).__name__.removesuffix("ForCausalLM")
+    origin = "from scratch" if init == "scratch" else "pretrained"
+    learned, whole = count_saved(causal_lm), count_parameters(causal_lm)
+    if learned < whole:
+        origin += f" and frozen but for LoRA of {learned / 1e6:.1f}M"
+    return f"{name} {whole / 1e6:.1f}M {origin}"

@@ -13,17 +13,14 @@ from typing import Any
 import torch
 
 from trainstack import distributed
-from trainstack.adapter import lora
-from trainstack.checkpoint import names, snapshot
+from trainstack.checkpoint import names
 from trainstack.checkpoint.interval import Interval, first_save_seconds
 from trainstack.checkpoint.load import newest_whole
 from trainstack.checkpoint.state import TrainState, read_state
 from trainstack.config.schema import Config
-from trainstack.data.corpus import Corpus
 from trainstack.data.feed import Batch
 from trainstack.distributed import World
 from trainstack.errors import ConfigError, Refused, first_words
-from trainstack.model.causal_lm import build_causal_lm, special_tokens
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.strategy import Strategy
 from trainstack.optim.optimizer import undecayed_matrices
@@ -145,25 +142,6 @@ def left_out(run: RunFolder, newest: Path | None) -> list[dict[str, int]]:
     return whole
 
 
-def build_model(config: Config, newest: Path | None, model_folder: Path) -> torch.nn.Module:
-    """The model with its weights: those of the checkpoint, else as model.init says.
-
-    With an adapter only that is in a checkpoint, and the model's own are in its folder.
-    """
-    is_adapted = config.adapter.type is not None
-    init = "pretrained" if newest else config.model.init
-    causal_lm = build_causal_lm(
-        model_folder if is_adapted else newest or model_folder,
-        init, config.model, config.train.precision, config.run.seed, config.adapter,
-    )  # fmt: skip
-    if is_adapted:
-        lora.tell_rest(causal_lm)
-        lora.name_base(causal_lm, config.model.name, model_folder)
-        if newest:
-            lora.load_adapter(causal_lm, newest)
-    return causal_lm
-
-
 def restore(
     newest: Path | None, strategy: Strategy, guard: Guard, at_start: TrainState
 ) -> TrainState:
@@ -203,12 +181,6 @@ def warm_up(strategy: Strategy, batches: Iterator[Batch], world: World) -> bool:
     gc.collect()
     gc.freeze()  # what is there now stays: no collection within a step looks at it again
     return distributed.random_state(world) != before
-
-
-def small_files(causal_lm: torch.nn.Module, model_folder: Path, corpus: Corpus) -> dict[str, bytes]:
-    """What a checkpoint has beside the weights: the model writes and stops as it learned."""
-    ends, odd = special_tokens(causal_lm, model_folder, corpus.ends)
-    return snapshot.small_files(causal_lm, model_folder, ends, corpus.chat_template, odd)
 
 
 def tell_running(attempt: Attempt, step: int, stop: Stop, parameters: int) -> None:
