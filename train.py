@@ -177,7 +177,7 @@ class Loop:
         # A stop may have come meanwhile. An evaluation that the last one cut short is due first.
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), attempt.world)
         if not state.is_evaluated and not is_stopping:
-            self.evaluate()
+            _, is_stopping = self.evaluate()
         is_stopping |= not state.is_evaluated
         self.report.begins(state.step)
         self.pace.restart()
@@ -192,8 +192,8 @@ class Loop:
                 # counts. A save request is dropped: either we save here anyway, or it comes again.
                 is_stopping |= self.read_numbers().stop
             if is_evaluating:
-                is_saving |= self.evaluate() and config.eval.keep_best
-                is_stopping |= not state.is_evaluated
+                is_best, is_cut = self.evaluate()
+                is_saving, is_stopping = is_saving or is_best, is_stopping or is_cut
             if is_saving or is_stopping or ending.is_over(attempt, state):
                 self.save()
                 self.pace.restart()
@@ -270,8 +270,8 @@ class Loop:
             self.report.step(result, self.state.take_mean_loss(), *self.pace.read(), by_source)
         return result.requested
 
-    def evaluate(self) -> bool:
-        """The loss over what is held out, then prompts; whether that loss is the lowest so far.
+    def evaluate(self) -> tuple[bool, bool]:
+        """The loss over what is held out, then prompts; whether to keep it as the best, or to stop.
 
         A stop cuts it short (``state.is_evaluated``): then it comes first when the run is resumed.
         """
@@ -288,8 +288,9 @@ class Loop:
         wants_no_more = partial(wants_stop, Phase.PROMPTS, ANSWER_SECONDS)
         said = self.prompts.ask(loss_model, world, wants_no_more)
         self.report.evaluation(step, results, said, time.monotonic() - started)
-        self.pace.restart()
-        return is_best
+        if results != {} or said != []:  # else nothing was done
+            self.pace.restart()
+        return is_best and config.eval.keep_best, results is None or said is None
 
     def save(self) -> None:
         """Begin to publish checkpoint-<step>; it is written while the next steps run."""

@@ -111,8 +111,9 @@ def takes(schema: dict[str, Any]) -> str:
 
 def resume(dotted: str) -> str:
     mixed = ["data.weight=1", "data.mixture=[{name: another/one, weight: 1}]"]
-    identity = load(ROOT / "config.yaml", mixed).identity()
-    if dotted == "run.name" or dotted in identity:
+    adapted = ["adapter.type=lora", "model.init=pretrained"]
+    identity = load(ROOT / "config.yaml", [*mixed, *adapted]).identity()
+    if dotted in ("run.name", "run.branch_from") or dotted in identity:
         return "no"
     return "same tokens" if dotted.startswith("data.") else "yes"
 

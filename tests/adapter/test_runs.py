@@ -147,6 +147,56 @@ def test_precisions_and_settings_run_and_resume(base, settings):
     assert all(torch.equal(tensor, last[key]) for key, tensor in kept.items())
 
 
+def test_its_checkpoint_is_evaluated_exported_and_merged(base, reference, tmp_path):
+    lines = (base / "runs/reference/metrics.jsonl").read_text().splitlines()
+    known = [line for line in map(json.loads, lines) if "eval_loss" in line][-1]
+    measured = tiny.run_command("eval", "reference", "--home", base, "--json")
+    found = json.loads(measured.stdout)
+    assert [found[key] for key in ("eval_loss", "eval_token_accuracy")] == [
+        known[key] for key in ("eval_loss", "eval_token_accuracy")
+    ]
+    for name, *options in (["alone"], ["merged", "--merge"]):
+        tiny.run_command("export", "reference", "--home", base, "--to", tmp_path / name, *options)
+    model = layout.model_folder(base, "tiny")
+    ids = torch.arange(1, 21).reshape(1, 20)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model), tmp_path / "alone"
+    )
+    with torch.no_grad():
+        assert torch.allclose(whole(ids).logits, adapted(ids).logits, atol=1e-5, rtol=0)
+        assert not torch.allclose(
+            whole(ids).logits, AutoModelForCausalLM.from_pretrained(model)(ids).logits, atol=1e-3
+        )
+
+
+def test_another_model_under_its_name_is_neither_evaluated_nor_merged(base, reference, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(base, home, symlinks=True)
+    give_weights(home, seed=7)
+    for command in (["eval", "reference"], ["export", "reference", "--to", tmp_path / "out"]):
+        done = tiny.run_command(*command, "--home", home, check=False)
+        assert done.returncode in (1, 2) and not (tmp_path / "out").exists()
+        assert "has other weights than the adapter learned beside" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_was_written_over_since_is_noticed_before_it_is_used(
+    base, reference, tmp_path
+):
+    home = tmp_path / "home"
+    shutil.copytree(base, home, symlinks=True)
+    weights = layout.model_folder(home, "tiny") / WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    again = tiny.train(home, 1, "run.name=reference", "train.max_steps=21", *LORA, check=False)
+    measured = tiny.run_command("eval", "reference", "--home", home, check=False)
+    for done, said in ((again, again.stdout), (measured, measured.stderr)):
+        assert done.returncode == 2
+        assert "is another than when it was brought (model.safetensors: hash differs)" in said
+
+
 def test_a_run_that_may_resume_needs_its_model_and_no_other(base, reference, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(base, home, symlinks=True)

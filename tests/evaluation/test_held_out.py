@@ -95,6 +95,6 @@ def test_a_stop_while_it_speaks_ends_that_and_nothing_drawn_at_random_is_used_up
         asked.append(len(asked))
         return len(asked) > after
 
-    assert prompts.ask(loss_model, world, lambda: wants_stop(7)) == []
+    assert prompts.ask(loss_model, world, lambda: wants_stop(7)) is None
     assert len(asked) < 15, "no more of the first text, and nothing of the second"
     assert loss_model.training and torch.equal(torch.get_rng_state(), before)

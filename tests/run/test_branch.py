@@ -13,6 +13,7 @@ from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.config.load import load
 from trainstack.data.store import find_stores
 from trainstack.errors import ConfigError, Refused
+from trainstack.job.inputs import check_further
 from trainstack.run import branch
 from trainstack.run.folder import RunFolder
 from trainstack.run.identity import identity
@@ -50,6 +51,7 @@ def test_a_branch_decays_from_the_middle_of_a_run_and_outlives_it(lab, parent):
         s: x for s, x in parent.losses().items() if s <= 21
     }, "the first loss of its own is that of its parent, to the last bit"
     assert loss_at(made, 28) != loss_at(parent, 28)
+    assert newest_state(made.run.checkpoints)[1].best_step == 28, "not one of its parent"
     assert "28 steps" in made.ledger() and "attempts: 1\n" in made.ledger()
     spent = tiny.run_command("goodput", made.run.path).stdout
     assert "attempts: 1\n" in spent
@@ -70,9 +72,9 @@ def test_a_branch_decays_from_the_middle_of_a_run_and_outlives_it(lab, parent):
 # --- Without training
 
 
-def make_run(home, name: str, *steps: int, **changes) -> RunFolder:
+def make_run(home, name: str, *steps: int, settings=(), base: str | None = None) -> RunFolder:
     """A run with checkpoints of these steps, as far as a branch looks at it."""
-    config = load(home / "config.yaml", [f"run.name={name}"])
+    config = load(home / "config.yaml", [f"run.name={name}", *settings])
     run = RunFolder(home / "runs" / name)
     run.create()
     run.add_event("attempt", job="1", attempt=1)
@@ -80,7 +82,7 @@ def make_run(home, name: str, *steps: int, **changes) -> RunFolder:
     for step in steps:
         folder = run.checkpoints / f"checkpoint-{step}"
         files.make_folder(folder / "training")
-        state = TrainState.at_start(identity(config, store.name), config.model_dump(), [], 1)
+        state = TrainState.at_start(identity(config, store.name, base), config.model_dump(), [], 1)
         state.step = step
         entries = {STATE: files.write_file(folder / STATE, state.to_json())}
         entries["model.safetensors"] = files.write_file(folder / "model.safetensors", bytes(99))
@@ -148,9 +150,9 @@ def test_a_submission_that_is_killed_anywhere_is_finished_by_the_next(own_home, 
 
 
 REFUSED = [
-    (["run.branch_from=a@15"], "that checkpoint is not there; others of run a: 10, 20"),
-    (["run.branch_from=c@15"], "that checkpoint is not there; others of run c: none"),
-    (["run.branch_from=a@20"], r"is damaged \(model.safetensors: .*\); others of run a: 10"),
+    (["run.branch_from=a@15"], "run a has no checkpoint 15; it has steps 10, 20"),
+    (["run.branch_from=c@15"], "run c has no checkpoint 15; it has saved none yet"),
+    (["run.branch_from=a@20"], r"is damaged \(model.safetensors: .*\); choose another one"),
     (["run.branch_from=a@10", "data.seq_len=16"],
      "run b, a branch of a, cannot continue with data.seq_len=16 .*leave out run.branch_from"),
     (["run.name=other"], "run other is there, and no branch of it; choose another run.name"),
@@ -171,6 +173,31 @@ def test_what_cannot_be_a_branch_is_refused_in_one_line_and_nothing_is_made(
         begin(own_home, *settings)
     assert len(caught.value.problems) == 1
     assert not (own_home / "runs/b").exists()
+
+
+def test_a_run_with_an_adapter_has_branches_too(own_home):
+    lora = ["adapter.type=lora", "model.init=pretrained"]
+    make_run(own_home, "a", 10, settings=lora, base="c0ffee")
+    assert newest_state(begin(own_home, *lora).checkpoints)[0] == 10
+    with pytest.raises(Refused, match="adapter.r=4 .the run has 16."):
+        begin(own_home, *lora, "adapter.r=4", "run.name=other")
+
+
+def test_a_name_that_sbatch_refused_once_may_become_a_branch(own_home):
+    make_run(own_home, "a", 10)
+    run = RunFolder(own_home / "runs" / "b")
+    run.create()
+    run.add_event("not_submitted", cause="no such partition")
+    assert newest_state(begin(own_home).checkpoints)[0] == 10
+
+
+def test_a_branch_without_a_step_to_make_is_refused(own_home):
+    make_run(own_home, "a", 10)
+    config = load(own_home / "config.yaml", ["run.name=b", "run.branch_from=a@10"])
+    with pytest.raises(ConfigError, match="asks for 10 steps, and run b has made 10; ask for more"):
+        check_further(begin(own_home), config, 10, 10)
+    check_further(begin(own_home), config, 10, 11)
+    check_further(begin(own_home), config, 11, 11)
 
 
 def test_a_branch_that_submit_did_not_make_does_not_start_from_scratch(own_home):

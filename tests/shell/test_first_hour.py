@@ -67,7 +67,7 @@ MISTAKES = [
     (nothing, ["--chain", "0"], 2, "write --chain 4", ["--chain", "4"]),
     (nothing, ["--", "--wrap=hostname"], 2, "leave out: --wrap=hostname", []),
     (nothing, ["run.seed=-1"], 2, "write a number at least 0", ["run.seed=1"]),
-    (nothing, ["log.report_to=wandb"], 2, "tensorboard", ["log.report_to=[tensorboard]"]),
+    (nothing, ["log.report_to=wandb"], 2, "write [wandb]", ["log.report_to=[tensorboard]"]),
 ]  # fmt: skip
 
 

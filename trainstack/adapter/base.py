@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from trainstack.config.schema import Config
 from trainstack.data.store import is_of_weights
 from trainstack.errors import ConfigError
 from trainstack.storage import layout
-from trainstack.storage.manifest import read_manifest
+from trainstack.storage.manifest import damage, read_manifest
 
 
 def base_of(home: Path, config: Config) -> str | None:
@@ -24,10 +25,24 @@ def base_of(home: Path, config: Config) -> str | None:
 
 def check_base(saved: dict[str, Any], folder: Path, name: str) -> None:
     """ConfigError if a model is not the one beside which a run of that identity learned."""
+    check_whole(folder, name)
     if saved.get("base", found := content_of(folder, name)) != found:
         raise ConfigError(
             f"model {name} in {folder} has other weights than the adapter learned beside; bring "
             f"those back: FORCE_REFRESH=1 bash download_data_model.sh model.name={name}"
+        )
+
+
+def check_whole(folder: Path, name: str, moves: Callable[[], None] = lambda: None) -> None:
+    """ConfigError if a model is not what it was when it was brought; every byte is read.
+
+    ``moves`` is called for each piece.
+    """
+    if problem := next(damage(folder, moves=moves), None):
+        raise ConfigError(
+            f"model {name}, beside which the adapter learns, is another than when it was brought "
+            f"({problem}); bring that back, or: FORCE_REFRESH=1 bash download_data_model.sh "
+            f"model.name={name}"
         )
 
 

@@ -49,6 +49,9 @@ def rename_retired(values: dict, locations: dict[str, str]) -> None:
         section, _, key = old.partition(".")
         own = values.get(section)
         if isinstance(own, dict) and key in own:
+            places = locations[old], locations.get(new, "")
+            if len({"(command line)" in place for place in places}) == 1 and places[1]:
+                raise ConfigError(f"{places[0]}: {old} is named {new} now, and both are set")
             own[new.partition(".")[2]] = as_now(own.pop(key))
             locations[new] = locations.pop(old)
 

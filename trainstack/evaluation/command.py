@@ -17,7 +17,7 @@ from typing import Any
 
 from trainstack import distributed
 from trainstack.adapter.base import check_base
-from trainstack.checkpoint.snapshot import CONFIG
+from trainstack.checkpoint.snapshot import ADAPTER_CONFIG, CONFIG
 from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.config.schema import Config
@@ -103,6 +103,10 @@ def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]
     try:
         run, folder = find_checkpoint(model, home)
     except ConfigError:
+        if (given / ADAPTER_CONFIG).is_file():
+            raise ConfigError(
+                f"{model} is an adapter; name its run, or export it with --merge"
+            ) from None
         if not (given / CONFIG).is_file():
             raise
         settings += [f"model.name={given.resolve()}", "model.init=pretrained"]
@@ -136,10 +140,11 @@ def measure(
         )
     causal_lm = build_model(config, folder, model_folder)
     data = config.data
-    loss_model = CausalLMLoss(causal_lm, config.train, world.device, data.packing, data.seq_len)
+    train = config.train.model_copy(update={"torch_compile": False})  # it takes longer than a pass
+    loss_model = CausalLMLoss(causal_lm, train, world.device, data.packing, data.seq_len)
     results = evaluate_all(corpus, config, loss_model, world, lambda: False)
     prompts = Prompts(config, corpus.is_chat, files_beside(causal_lm, folder, corpus))
-    return results, prompts.ask(loss_model, world, lambda: False)
+    return results, prompts.ask(loss_model, world, lambda: False) or []
 
 
 def make_ready(subject: Subject, config: Config, home: Path) -> None:

@@ -63,8 +63,8 @@ class Prompts:
 
     def ask(
         self, loss_model: CausalLMLoss, world: World, wants_stop: Callable[[], bool]
-    ) -> list[Said]:
-        """What it says to each, the same at any world size; nothing if any rank wants to stop.
+    ) -> list[Said] | None:
+        """What it says to each, the same at any world size; None if any rank wants to stop.
 
         ``wants_stop`` is asked before each token. What fails is told, and raises nothing. What
         training draws at random stays as it is. Collective: every rank must call this.
@@ -73,13 +73,15 @@ class Prompts:
         devices = [world.device] if world.device.type == "cuda" else []
         for first in range(0, len(prompts), world.world_size):
             if any_rank(wants_stop(), world):
-                return []
+                return None
             number = first + world.rank
             if number < len(prompts):
                 with torch.random.fork_rng(devices), as_used(loss_model), loss_model.autocast():
                     own.append(self._answer(loss_model, number, wants_stop))
-        if not prompts or any_rank(wants_stop(), world):
+        if not prompts:
             return []
+        if any_rank(wants_stop(), world):
+            return None
         of_ranks = distributed.gather(own)
         return [of_ranks[n % world.world_size][n // world.world_size] for n in range(len(prompts))]
 
@@ -124,7 +126,9 @@ class Prompts:
         said = output[0, len(ids) :].tolist()
         text = self.tokenizer.decode(said if is_answer else [*ids, *said], skip_special_tokens=True)
         end = "was cut, and did not stop"
-        if said[-1] in self.ends or len(said) < most:
+        if len(said) < most and said[-1] not in self.ends:
+            end = f"was cut after {ANSWER_SECONDS} s"
+        elif said[-1] in self.ends:
             end = f"stopped by itself, after {len(said)} tokens"
         elif most < wanted:
             end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can "

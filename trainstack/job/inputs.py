@@ -23,7 +23,7 @@ from trainstack.hub.asset import Asset, named_assets, needed_assets
 from trainstack.hub.fetch import CHANGED, NO_WEIGHTS, inspect
 from trainstack.prepare import demo
 from trainstack.run.folder import RunFolder
-from trainstack.run.identity import changed_settings, check_identity, identity
+from trainstack.run.identity import changed_settings, check_identity, identity, identity_beside
 from trainstack.storage import files, layout
 from trainstack.storage.manifest import MANIFEST, TRUSTED_BY_SIZE, damage, read_manifest
 
@@ -157,9 +157,8 @@ def check_settings(run: RunFolder, config: Config) -> None:
             )
     _, saved = newest_state(run.checkpoints)
     if saved:
-        known = saved.identity
-        wanted = identity(config, known["tokens"], config.adapter.type and known.get("base"))
-        check_identity(known, wanted, config.run.name)
+        wanted = identity_beside(config, saved.identity)
+        check_identity(saved.identity, wanted, config.run.name)
 
 
 def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int, list[str]]:
@@ -184,9 +183,10 @@ def check_progress(run: RunFolder, config: Config, corpus: Corpus) -> tuple[int,
 
 
 def check_further(run: RunFolder, config: Config, step: int, max_steps: int) -> None:
-    """ConfigError if a run has made more steps than it is asked for."""
+    """ConfigError if a run has made more steps than it is asked for, or a branch has none left."""
     key = "num_train_epochs" if config.train.max_steps is None else "max_steps"
-    if step > max_steps:
+    has_begun = config.run.parent is None or config.run.parent[1] < step
+    if step > max_steps or (step == max_steps and not has_begun):
         raise ConfigError(
             f"train.{key} asks for {max_steps:,} steps, and run {run.path.name} has made {step:,}; "
             "ask for more, or choose another run.name"

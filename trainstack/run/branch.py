@@ -15,7 +15,7 @@ from trainstack.checkpoint.state import read_state
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, Refused
 from trainstack.run.folder import RunFolder, lines_until
-from trainstack.run.identity import check_identity, identity
+from trainstack.run.identity import check_identity, identity_beside
 from trainstack.storage import files, manifest
 
 
@@ -43,7 +43,7 @@ def origin(run: RunFolder, config: Config) -> Path | None:
     )
     if begun and has_begun:
         return None
-    if has_begun or (events and not begun):
+    if has_begun or (not begun and any(e["event"] in ("attempt", "start") for e in events)):
         raise Refused(
             f"{wanted}: run {name} is there, and no branch of it; choose another run.name"
         )
@@ -52,7 +52,8 @@ def origin(run: RunFolder, config: Config) -> Path | None:
         raise ConfigError(f"{wanted}: that checkpoint is damaged ({problem}); choose another one")
     saved = read_state(found).identity
     fix = "choose another checkpoint, or leave out run.branch_from"
-    check_identity(saved, identity(config, saved["tokens"]), f"{name}, a branch of {parent},", fix)
+    wanted = identity_beside(config, saved)
+    check_identity(saved, wanted, f"{name}, a branch of {parent},", fix)
     return found
 
 

@@ -15,6 +15,11 @@ def identity(config: Config, key: str, base: str | None = None) -> dict[str, Any
     return {**config.identity(), "tokens": key, **({"base": base} if base else {})}
 
 
+def identity_beside(config: Config, saved: dict[str, Any]) -> dict[str, Any]:
+    """The same as far as settings tell: tokens, and the model of an adapter, as a run has them."""
+    return identity(config, saved["tokens"], config.adapter.type and saved.get("base"))
+
+
 def check_identity(
     saved: dict[str, Any],
     wanted: dict[str, Any],

@@ -136,8 +136,9 @@ class Report:
             self.attempt.run.set_status(RUNNING, step=step)
 
     def evaluation(
-        self, step: int, results: dict[str, Evaluation] | None, said: list[Said], seconds: float
-    ) -> None:
+        self, step: int, results: dict[str, Evaluation] | None, said: list[Said] | None,
+        seconds: float,
+    ) -> None:  # fmt: skip
         """``results``: of each data set; ``said``: to each prompt; ``seconds``: for both."""
         if not self.is_main or not (results or said):
             return

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainstack import distributed
+from trainstack.adapter.base import check_whole
 from trainstack.checkpoint import names
 from trainstack.checkpoint.interval import Interval, first_save_seconds
 from trainstack.checkpoint.load import newest_whole
@@ -32,7 +33,7 @@ from trainstack.run.folder import RunFolder
 from trainstack.run.identity import check_identity
 from trainstack.run.lease import Lease, Owner
 from trainstack.run.states import RUNNING, Phase
-from trainstack.storage import files
+from trainstack.storage import files, layout
 from trainstack.train.attempt import Attempt
 from trainstack.waits import LOAD_SECONDS
 
@@ -114,6 +115,9 @@ def find_checkpoint(
     moves = partial(watch.at, 0, Phase.VERIFY, LOAD_SECONDS)
 
     def find() -> Path | None:
+        if "base" in identity:
+            model = identity["model.name"]
+            check_whole(layout.model_folder(run.path.parents[1], model), model, moves)
         newest = newest_whole(run.checkpoints, moves)
         if newest is None:
             names.check_not_lost(run.checkpoints, run.events())
@@ -161,7 +165,12 @@ def restore(
         )
     strategy.load(newest, state)
     guard.restore(state.guard)
-    return replace(state, settings=at_start.settings, left_out=at_start.left_out)
+    now, before = at_start.settings, state.settings
+    is_branch = (now["run"]["branch_from"] or "").endswith(f"@{state.step}")
+    # What was best in a parent is not here; losses on other samples are no measure either.
+    if is_branch or before["eval"]["eval_samples"] != now["eval"]["eval_samples"]:
+        state = replace(state, best_step=0, best_loss=None, evaluations_without_better=0)
+    return replace(state, settings=now, left_out=at_start.left_out)
 
 
 def remember(state: TrainState, attempt: Attempt, strategy: Strategy, guard: Guard) -> None:
