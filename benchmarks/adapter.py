@@ -1,8 +1,8 @@
 """A step of an adapter beside HF Trainer with peft, and beside a step of all weights.
 
-LoRA of rank 16 on all linear layers; one thread, each loop a command of its own, in turn, five and
+LoRA of rank 8 on all linear layers; one thread, each loop a command of its own, in turn, five and
 three rounds. Beside Trainer: a Llama of 13M parameters, 4 samples of 256 tokens; losses have to
-agree. Beside all weights: layers as wide as those of SmolLM2-135M, 12 of them, 2 samples.
+agree. Beside all weights: the shape of SmolLM2-135M, 2 samples.
 """
 
 import os
@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from runs import OURS, Case, Loop, Work, judged, make, run  # noqa: E402
 
 SMALL = Work(hidden=320, layers=8, vocab=8192, seq_len=256, batch=4, micro=4, steps=14, skipped=4)
-WIDE = Work(576, 12, vocab=16384, seq_len=256, batch=2, micro=2, steps=9, skipped=3, head=64)
-RANK = 16
+WIDE = Work(576, 30, vocab=49152, seq_len=256, batch=2, micro=2, steps=8, skipped=3, head=64)
+RANK = 8
 MOST_OF_ALL, ROUNDS = 0.75, 3
 
 

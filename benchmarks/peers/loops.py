@@ -104,7 +104,7 @@ def new_model(options) -> nn.Module:
 
     torch.manual_seed(options.settings["seed"])
     asked = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=32, **asked))
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, **asked))
 
 
 def autocast(options):

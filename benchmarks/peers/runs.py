@@ -222,7 +222,7 @@ def settings(work: Work) -> list[str]:
         "optim.lr_scheduler_type=constant", "optim.lr_scheduler_kwargs={}",
         "checkpoint.save_steps=100000", "eval.eval_steps=null", "eval.prompts=[]",
         "log.report_to=[]", "log.logging_steps=5",
-        *(["adapter.type=lora", f"adapter.r={work.lora}", "adapter.alpha=32"] * (work.lora > 0)),
+        *(["adapter.type=lora", f"adapter.r={work.lora}", "adapter.alpha=16"] * (work.lora > 0)),
     ]  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def test_a_run_with_an_adapter_has_branches_too(own_home):
     lora = ["adapter.type=lora", "model.init=pretrained"]
     make_run(own_home, "a", 10, settings=lora, base="c0ffee")
     assert newest_state(begin(own_home, *lora).checkpoints)[0] == 10
-    with pytest.raises(Refused, match="adapter.r=4 .the run has 16."):
+    with pytest.raises(Refused, match="adapter.r=4 .the run has 8."):
         begin(own_home, *lora, "adapter.r=4", "run.name=other")
 
 

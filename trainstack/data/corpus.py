@@ -13,7 +13,7 @@ from trainstack.data.store import PLAIN, TokenStore, find_stores
 from trainstack.errors import ConfigError
 from trainstack.units import counted
 
-ADAPTER_AS_SHIPPED = {"r": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"}
+ADAPTER_AS_SHIPPED = {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear"}
 EPOCHS_AS_SHIPPED = 1  # train.num_train_epochs: nothing is lost where it does nothing
 WARMUP_AS_SHIPPED = 30  # optim.warmup_steps: likewise
 

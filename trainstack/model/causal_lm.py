@@ -324,7 +324,8 @@ def notes_on(causal_lm: nn.Module, model_folder: Path) -> list[str]:
     named, notes = tokens_in(settings_of(causal_lm)), []
     for key, ids in tokens_in(read_object(model_folder / GENERATION)).items():
         named[key] = list(dict.fromkeys([*named.get(key, ()), *ids]))
-    row = getattr(causal_lm.get_input_embeddings(), "padding_idx", None)
+    embedding = causal_lm.get_input_embeddings()
+    row = getattr(embedding, "padding_idx", None) if embedding.weight.requires_grad else None
     with contextlib.suppress(ConfigError):  # preparing the data says it
         tokenizer = load_tokenizer(model_folder)
         odd = words(tokenizer, {number for ids in named.values() for number in ids})
