@@ -46,17 +46,6 @@ ARCHITECTURES = {
         "n_shared_experts": 1},
     "rwkv": {"hidden_size": 32, "num_hidden_layers": 8, "context_length": 64},  # see held_out.py
 }  # fmt: skip
-ASK = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, words = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
-asked = words.apply_chat_template(
-    [{"role": "user", "content": "one"}], add_generation_prompt=True, return_tensors="pt",
-    return_dict=True,
-)
-ids = model.generate(**asked, max_new_tokens=30, do_sample=False)[0, asked["input_ids"].shape[1]:]
-print(words.decode(ids))
-"""
 
 
 def publish_again(folder: Path, **facts) -> None:
@@ -89,10 +78,10 @@ def project(tmp_path_factory):
     tiny.publish(layout.dataset_folder(home, "./chats", None), {"a.jsonl": lines})
     names = {"model__name": "org/base", "model__init": "pretrained", "data__name": "org/data"}
     run(home, "r", **names)
+    run(home, "adapted", **names, adapter__type="lora", checkpoint__save_steps=20)
     names = {"model__name": "./chat", "data__name": "./chats", "data__packing": "best_fit"}
     steps = {"train__max_steps": 60, "checkpoint__save_steps": 60, "eval__eval_steps": None}
     run(home, "chat", **names, **steps, data__eval_fraction=0, eval__prompts=[])
-    adapt(home)
     return home
 
 
@@ -102,34 +91,6 @@ def run(home: Path, name: str, **changes) -> None:
     arguments = ["--home", str(home), "--config", str(home / "config.yaml")]
     assert prepare.main([*arguments, "--processes", "1"]) == 0
     tiny.train(home, 1, f"run.name={name}")
-
-
-def adapt(home: Path) -> None:
-    """The run ``adapted``: as ``r``, but its checkpoint is an adapter that peft wrote."""
-    folder = layout.run_folder(home, "adapted")
-    shutil.copytree(layout.run_folder(home, "r"), folder)
-    last, other = (folder / "checkpoints" / name for name in ("checkpoint-20", ".new"))
-    for path in [*(folder / "checkpoints").iterdir()]:
-        if path != last:
-            shutil.rmtree(path)
-    torch.manual_seed(2)
-    base = AutoModelForCausalLM.from_pretrained(layout.model_folder(home, "org/base"))
-    section = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, section)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(other)
-    for path in other.glob("adapter*"):
-        shutil.move(path, last / path.name)
-    shutil.rmtree(other)
-    for name in ("model.safetensors", "config.json"):
-        (last / name).unlink()
-    state = json.loads((last / "training/state.json").read_text())
-    state["settings"]["run"]["name"] = "adapted"
-    state["settings"]["adapter"]["type"] = "lora"
-    (last / "training/state.json").write_text(json.dumps(state))
-    publish_again(last)
 
 
 @pytest.fixture
@@ -251,14 +212,23 @@ def test_an_adapter_is_merged_into_its_model(project, call, tmp_path):
     assert stops["eos_token_id"] == 0
 
 
-def test_an_adapter_of_another_commit_of_its_model_is_refused(project, call, tmp_path):
+def test_an_adapter_of_a_model_with_other_weights_is_refused(project, call, tmp_path):
     shutil.copytree(checkpoint(project, "adapted", 20), tmp_path / "own")
-    path = tmp_path / "own/adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"revision": "ab" * 20}))
+    path = tmp_path / "own/training/state.json"
+    state = json.loads(path.read_text())
+    state["identity"]["base"] = "ab" * 8
+    path.write_text(json.dumps(state))
     publish_again(tmp_path / "own")
-    problem = f"commit {'ab' * 6} of org/base, and .* is {COMMIT[:12]};"
-    with pytest.raises(ConfigError, match=problem):
+    with pytest.raises(ConfigError, match="has other weights than the adapter learned beside"):
         call(tmp_path / "own", "--to", tmp_path / "out", "--merge")
+
+
+def test_a_bare_model_or_adapter_needs_no_export(call, tmp_path):
+    call("adapted", "--to", tmp_path / "bare")
+    with pytest.raises(
+        ConfigError, match="bare has no training/state.json, so it is no checkpoint"
+    ):
+        call(tmp_path / "bare", "--to", tmp_path / "out", "--merge")
 
 
 def test_an_adapter_whose_model_is_not_here_is_refused(project, tmp_path):
@@ -354,13 +324,15 @@ def test_of_a_run_that_is_not_done_the_newest_checkpoint_is_taken_and_said(proje
         status.write_bytes(before)
 
 
-def test_a_damaged_checkpoint_is_named_with_those_that_are_left(project, call, tmp_path):
+def test_a_damaged_checkpoint_is_refused_and_another_asked_for(project, call, tmp_path):
     shutil.copytree(layout.run_folder(project, "r"), layout.run_folder(project, "bad"))
     path = checkpoint(project, "bad", 20) / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(Failed, match="model.safetensors: hash differs.; another one: bad@STEP"):
+    with pytest.raises(
+        Failed, match="model.safetensors: hash differs.; name another one, as RUN@STEP"
+    ):
         call("bad", "--to", tmp_path / "out")
 
 
@@ -372,15 +344,28 @@ def test_only_an_earlier_export_is_replaced(call, tmp_path):
     (target / "README.md").write_text("edited")
     assert "is this export already" in call("r", "--to", target)[-1]
     assert (target / "README.md").read_text() == "edited"
+    assert "README.md was edited, so it stays as it is" in call("r@15", "--to", target)[-1]
+    assert (target / "README.md").read_text() == "edited"
+    (target / "README.md").unlink()
+    call("r@15", "--to", target)
+    assert "at step 15 " in (target / "README.md").read_text()
     (target / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="and notes.txt in it is somebody's own; move that away"):
-        call("r@15", "--to", target)
+        call("r", "--to", target)
     other = tmp_path / "other"
     other.mkdir()
     (other / "a").touch()
     with pytest.raises(ConfigError, match="is there already, and is no export"):
         call("r", "--to", other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_an_export_whose_swap_was_killed_is_there_again(call, tmp_path):
+    target = tmp_path / "out"
+    call("r", "--to", target)
+    target.rename(tmp_path / ".out.old")  # and killed before the new one got the name
+    assert "is this export already" in call("r", "--to", target)[-1]
+    assert [*tmp_path.iterdir()] == [target]
 
 
 def test_a_full_disk_leaves_nothing_and_says_where_to(call, tmp_path):
@@ -434,6 +419,12 @@ def push(project, server, made, tmp_path):
     return run_it
 
 
+def export_to(folder: Path, project: Path, name: str, **way) -> None:
+    """In this process, where all is imported, so that a push finds it there."""
+    shutil.rmtree(folder)
+    export(find_source(name, project), folder, Way("fp32", False, **way), print)
+
+
 def content(folder: Path) -> dict[str, str]:
     """The hash of each file that a push brings."""
     names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
@@ -441,7 +432,10 @@ def content(folder: Path) -> dict[str, str]:
     return {n: manifest.hash_file(folder / n)["sha256"] for n in names if not n.startswith(hidden)}
 
 
-def test_a_pushed_chat_is_downloaded_again_the_same_answers_and_stops(push, server, tmp_path):
+def test_a_pushed_chat_is_downloaded_again_the_same_answers_and_stops(
+    push, project, server, tmp_path
+):
+    export_to(tmp_path / "out", project, "chat")
     assert "have the hashes of" in push("chat", "--private")[-1]
     assert "org/mine" in server.private
     code = "from huggingface_hub import *; snapshot_download('org/mine', local_dir='again')"
@@ -449,15 +443,17 @@ def test_a_pushed_chat_is_downloaded_again_the_same_answers_and_stops(push, serv
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | variables
     subprocess.run([sys.executable, "-c", code], env=variables, check=True, cwd=tmp_path)
     assert content(tmp_path / "again") == content(tmp_path / "out")
-    command = [sys.executable, "-c", ASK, tmp_path / "again"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said == "three four <|end|>\n"
+    model, words = load(tmp_path / "again"), AutoTokenizer.from_pretrained(tmp_path / "again")
+    asked = words.apply_chat_template(
+        [{"role": "user", "content": "one"}],
+        add_generation_prompt=True, return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    ids = model.generate(**asked, max_new_tokens=30, do_sample=False)[0]
+    assert words.decode(ids[asked["input_ids"].shape[1] :]) == "three four <|end|>"
 
 
 def test_an_interrupted_push_continues_and_sends_nothing_twice(push, server, project, tmp_path):
-    shutil.rmtree(tmp_path / "out")
-    way = Way("fp32", False, shard_bytes=40_000)
-    export(find_source("r", project), tmp_path / "out", way, print)
+    export_to(tmp_path / "out", project, "r", shard_bytes=40_000)
     server.faults.append({"path": "PUT /lfs/", "kind": 400})
     assert "did not take all of it (HTTP 400); what has arrived" in push("r", code=1)[-1]
     server.faults.append({"path": "POST /api/models/org/mine/commit", "kind": 403})
@@ -467,9 +463,35 @@ def test_an_interrupted_push_continues_and_sends_nothing_twice(push, server, pro
     assert content(there) == content(tmp_path / "out")
     sent = [request.path for request in server.requests if request.method == "PUT"]
     assert len(sent) == 1 + len({*sent}) > 3  # the one that was refused came again
+    export_to(tmp_path / "out", project, "r@15")
     push("r@15")
     assert [path.name for path in there.glob("*.safetensors*")] == ["model.safetensors"]
     assert content(there) == content(tmp_path / "out")
+
+
+def test_a_push_of_a_model_over_an_adapter_leaves_no_adapter(push, server, project, tmp_path):
+    export_to(tmp_path / "out", project, "adapted")
+    push("adapted")
+    assert (server.root / "models/org/mine/adapter_config.json").exists()
+    (server.root / "models/org/mine/notes.txt").write_text("somebody's own")
+    export_to(tmp_path / "out", project, "r")
+    lines = push("r")
+    assert "adapter_config.json of an earlier export is removed" in "".join(lines)
+    here = {"notes.txt", *content(tmp_path / "out")}
+    assert content(server.root / "models/org/mine").keys() == here
+
+
+def test_a_card_that_people_edited_on_the_hub_stays(push, server, project, tmp_path):
+    push("r")
+    card = server.root / "models/org/mine/README.md"
+    card.write_text("license: apache-2.0, " + card.read_text())
+    export_to(tmp_path / "out", project, "r@15")
+    assert "its README.md was edited and stays; remove it there" in "".join(push("r@15"))
+    assert card.read_text().startswith("license: apache-2.0, ")
+    card.write_text((tmp_path / "out/README.md").read_text())
+    export_to(tmp_path / "out", project, "r")
+    push("r")
+    assert card.read_text() == (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trainstack.adapter.base import named_base
-from trainstack.checkpoint.snapshot import ADAPTER_NAME, ADAPTER_WEIGHTS
+from trainstack.checkpoint.snapshot import ADAPTER_NAME
 from trainstack.config.schema import AdapterSection
 from trainstack.errors import ConfigError, first_words
+from trainstack.storage.layout import ADAPTER_WEIGHTS
 
 log = logging.getLogger("trainstack")
 PREFIX = "base_model.model."  # of the names in peft's files

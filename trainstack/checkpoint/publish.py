@@ -14,19 +14,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainstack.checkpoint.names import BEST, LATEST, checkpoints, linked, point_to
-from trainstack.checkpoint.snapshot import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    WEIGHTS,
-    SaveError,
-    Share,
-    Snapshot,
-)
+from trainstack.checkpoint.snapshot import WEIGHTS, SaveError, Share, Snapshot
 from trainstack.checkpoint.state import STATE
 from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.distributed import World, from_main, gather
 from trainstack.errors import Refused
 from trainstack.storage import files, manifest
+from trainstack.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Entries = dict[str, dict]  # of a manifest, by the file's name
 

@@ -10,10 +10,6 @@ from typing import Any
 import torch
 
 WEIGHTS = "model.safetensors"
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)  # peft's
 ADAPTER_NAME = "default"  # of an adapter within its model
 CONFIG, GENERATION = "config.json", "generation_config.json"
 ENDS = "eos_token_id"

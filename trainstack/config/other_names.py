@@ -86,6 +86,7 @@ THEIRS = {  # our key -> the names that other trainers have for it
     "log.logging_steps": "log_freq log_interval log_every_n_steps logging_strategy",
     "log.report_to": "metric_logger loggers use_wandb use_tensorboard use_trackio",
 }
+EXPORT = '"$TRAINSTACK_PYTHON" -m trainstack export RUN --to FOLDER'
 LACKING = {  # what there is in place of a setting -> the names that other trainers have for one
     "it is derived from the batch sizes and the number of processes; remove it": (
         "gradient_accumulation_steps gradient_accumulation_iters accumulate_grad_batches world_size"
@@ -116,10 +117,10 @@ LACKING = {  # what there is in place of a setting -> the names that other train
     "the held-out loss decides, and lower is better: eval.keep_best, eval.patience; remove it": (
         "metric_for_best_model greater_is_better early_stopping_threshold min_delta"
     ),
-    "a resume needs all of a checkpoint; the model alone: python -m trainstack export RUN": (
+    f"a resume needs all of a checkpoint; the model alone: source env.sh; {EXPORT}": (
         "save_only_model save_safetensors"
     ),
-    "a finished model is pushed by: python -m trainstack export RUN --push": (
+    f"a finished model is pushed by: source env.sh; {EXPORT} --push ORG/NAME": (
         "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push "
         "push_to_hub_model_id export_hub_model_id"
     ),
@@ -127,11 +128,6 @@ LACKING = {  # what there is in place of a setting -> the names that other train
         "resume_from_checkpoint resume resume_from auto_resume_from_checkpoints ignore_data_skip "
         "ckpt_path"
     ),
-    "nothing is overwritten: another run.name is a new run; remove it": "overwrite_output_dir",
-    "it trains, and evaluates if something is held out; remove it": (
-        "do_train do_eval do_predict stage task_type"
-    ),
-    "the first evaluation is after eval.eval_steps; remove it": "eval_on_start eval_delay",
     "an evaluation has the batches of train.micro_batch_size; remove it": (
         "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size eval_sample_packing "
         "eval_accumulation_steps eval_packing"
@@ -139,11 +135,6 @@ LACKING = {  # what there is in place of a setting -> the names that other train
     "eval.prompts are answered at each evaluation; remove it": (
         "predict_with_generate eval_table_size"
     ),
-    "it is logged in any case; remove it": (
-        "include_num_input_tokens_seen include_tokens_per_second include_tokens_per_sec "
-        "logging_first_step log_peak_memory_stats plot_loss"
-    ),
-    "files of a run are in its folder, runs/NAME; remove it": "logging_dir log_dir",
     "the optimizer is AdamW, and section optim has its settings; remove it": (
         "optim optimizer optim_args optim_target_modules"
     ),
@@ -153,14 +144,16 @@ LACKING = {  # what there is in place of a setting -> the names that other train
         "tokenized_path overwrite_cache pad_to_sequence_len group_by_length dataloader_drop_last"
     ),
     "no code of a model's repository runs here; remove it": "trust_remote_code",
-    "the kind of a model is in its config.json; remove it": "model_type architecture",
     "the tokenizer is the model's own; remove it": (
         "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_type use_fast_tokenizer "
         "eos_token pad_token"
     ),
-    "there is no such thing here; remove it": (
-        "neftune_noise_alpha label_smoothing_factor use_liger_kernel torch_empty_cache_steps "
-        "auto_find_batch_size freeze_layers unfrozen_parameters"
+    "it is so without a setting, or there is no such thing here; remove it": (
+        "do_train do_eval do_predict stage task_type eval_on_start eval_delay overwrite_output_dir "
+        "include_num_input_tokens_seen include_tokens_per_second include_tokens_per_sec log_dir "
+        "logging_dir logging_first_step log_peak_memory_stats plot_loss "
+        "model_type architecture neftune_noise_alpha label_smoothing_factor use_liger_kernel "
+        "torch_empty_cache_steps auto_find_batch_size freeze_layers unfrozen_parameters"
     ),
 }
 # another trainer's name -> the fix

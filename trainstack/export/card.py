@@ -24,31 +24,6 @@ DECIDED = (  # settings that say what was learned, and how
     "optim.lr_scheduler_kwargs", "optim.warmup_steps", "optim.warmup_ratio", "optim.weight_decay",
     "optim.adam_beta1", "optim.adam_beta2", "optim.max_grad_norm",
 )  # fmt: skip
-VERSIONS = ("transformers", "peft", "tokenizers")  # beside torch, if the run knows them
-PLAIN_USE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this one, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
-ADAPTER_USE = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # this one, or its name on the Hub
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-"""
-CHAT_USE = """\
-inputs = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "..."}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
-"""
-TEXT_USE = 'inputs = tokenizer("...", return_tensors="pt")\n'
-ANSWER = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))\n"
 
 
 class Made(NamedTuple):
@@ -67,18 +42,17 @@ def card(source: Source, made: Made) -> str:
     parts = [
         f"# {source.name}",
         what_it_is(source, made),
-        f"```python\n{use(source, made)}```",
         "## Data",
         "\n".join(data_lines(source)),
         "## Training",
         training(source),
-        "\n".join(table("setting", settings_of(source))),
+        "\n".join(("| setting | |", "|---|---|", *settings_of(source))),
         "## Evaluation",
         evaluation(source),
         "## Proof",
         proof(source),
         "## Versions",
-        "\n".join(table("package", versions_of(source))),
+        versions(source),
     ]
     return f"---\n{head}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -114,13 +88,6 @@ def what_it_is(source: Source, made: Made) -> str:
     )
 
 
-def use(source: Source, made: Made) -> str:
-    base = source.model()
-    is_adapter = source.is_adapter and not made.is_merged
-    start = ADAPTER_USE.format(base=base.name if base else "...") if is_adapter else PLAIN_USE
-    return start + (CHAT_USE if TEMPLATE in made.names else TEXT_USE) + ANSWER
-
-
 def data_lines(source: Source) -> Iterator[str]:
     for origin, weight in source.data_sets():
         share = f", weight {weight:g}" if weight else ""
@@ -139,12 +106,14 @@ def training(source: Source) -> str:
     return text
 
 
-def settings_of(source: Source) -> Iterator[tuple[str, str]]:
+def settings_of(source: Source) -> Iterator[str]:
+    """The rows of a table."""
     for key in DECIDED:
         section, name = key.split(".")
         value = source.state.settings.get(section, {}).get(name)
         if value is not None and (section != "adapter" or source.is_adapter):
-            yield f"`{key}`", json.dumps(value) if isinstance(value, dict | list) else shown(value)
+            text = json.dumps(value) if isinstance(value, dict | list) else shown(value)
+            yield f"| `{key}` | {text} |"
 
 
 def evaluation(source: Source) -> str:
@@ -180,19 +149,12 @@ def proof(source: Source) -> str:
     )
 
 
-def versions_of(source: Source) -> Iterator[tuple[str, str]]:
-    yield "torch", source.state.torch
+def versions(source: Source) -> str:
+    """Of what trained it last, as far as the run knows them."""
     known: dict[str, Any] = {}
     if source.run:
         with contextlib.suppress(OSError, ValueError):
             known = json.loads((source.run.path / "environment.json").read_bytes())
-    for name in VERSIONS:
-        if version := known.get("packages", {}).get(name):
-            yield name, version
-    if commit := known.get("git_commit"):
-        yield "trainstack", f"commit {commit[:12]}"
-
-
-def table(name: str, rows: Iterator[tuple[str, str]]) -> Iterator[str]:
-    yield from (f"| {name} | |", "|---|---|")
-    yield from (f"| {first} | {second} |" for first, second in rows)
+    found = {"torch": source.state.torch, **known.get("packages", {})}
+    text = ", ".join(f"{n} {found[n]}" for n in ("torch", "transformers", "peft") if found.get(n))
+    return text + (f", trainstack at {commit[:12]}" if (commit := known.get("git_commit")) else "")

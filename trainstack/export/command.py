@@ -14,7 +14,6 @@ from pathlib import Path
 from trainstack.errors import ConfigError, Failed
 from trainstack.export.folder import export
 from trainstack.export.source import Source, Way, find_source
-from trainstack.hub.choose import ADAPTER
 from trainstack.hub.fetch import configure_libraries, disk_problem, redacted
 
 TYPES = ("bf16", "fp16", "fp32")
@@ -76,8 +75,8 @@ def check_kind(source: Source, dtype: str | None, is_merged: bool) -> None:
         )
     if dtype and source.is_adapter and not is_merged:
         raise ConfigError(
-            f"--dtype {dtype}: {source.checkpoint.name} is an adapter ({ADAPTER}), which stays as "
-            "it was trained; leave it out, or add --merge"
+            f"--dtype {dtype}: {source.checkpoint.name} is an adapter, which stays as it was "
+            "trained; leave it out, or add --merge"
         )
 
 

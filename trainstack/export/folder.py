@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from trainstack.errors import ConfigError
 from trainstack.export.source import Source, Way
-from trainstack.hub.choose import CARD
+from trainstack.hub.choose import CARD, is_edited
 from trainstack.storage import files, manifest
 
 KIND = "export"  # what the manifest calls such a folder
@@ -22,6 +21,7 @@ def export(source: Source, target: Path, way: Way, say: Callable[[str], None]) -
 
     An earlier export there is replaced. ConfigError if something else is there.
     """
+    manifest.put_back(target)
     before = earlier(target)
     facts = facts_of(source, way)
     is_same = before.items() >= facts.items() and (target / CARD).exists()
@@ -33,14 +33,16 @@ def export(source: Source, target: Path, way: Way, say: Callable[[str], None]) -
 
     with unfinished(target) as temporary:
         entries, made = write_model(source, temporary, way, say)
-        files.write_file(temporary / CARD, card(source, made).encode())
-        aside = target.with_name(f".{target.name}.old")
-        manifest.remove_folder(aside)
+        text = card(source, made).encode()
+        facts["card"] = hashlib.sha256(text).hexdigest()
         if before:
             say(f"it replaces {title(before)}, which was there")
-            os.rename(target, aside)
-        manifest.publish_folder(temporary, target, entries, **facts)
-        manifest.remove_folder(aside)
+            if (target / CARD).exists() and is_edited(target / CARD, before):
+                text = (target / CARD).read_bytes()
+                say(f"{CARD} was edited, so it stays as it is; remove it for one of this export")
+        files.write_file(temporary / CARD, text)
+        manifest.write_manifest(temporary, entries, **facts)
+        manifest.swap_in(temporary, target)
 
 
 def facts_of(source: Source, way: Way) -> dict[str, Any]:

@@ -13,17 +13,17 @@ from torch import nn
 
 from trainstack.adapter.base import check_base
 from trainstack.chat.template import load_tokenizer
-from trainstack.checkpoint.snapshot import ADAPTER_WEIGHTS, CONFIG, GENERATION, JSON_FILES
+from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
 from trainstack.config.schema import ModelSection
 from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError, Failed
 from trainstack.export.card import Made
-from trainstack.export.source import Source, Way, known_of
-from trainstack.export.weights import DTYPES, round_to, write_weights
-from trainstack.hub.choose import ADAPTER, CARD
-from trainstack.model.causal_lm import build_causal_lm, count_parameters, saved_weights
+from trainstack.export.source import Source, Way
+from trainstack.export.weights import round_to, write_weights
+from trainstack.hub.choose import CARD
+from trainstack.model.causal_lm import DTYPES, build_causal_lm, count_parameters, saved_weights
 from trainstack.storage import files, layout
-from trainstack.storage.files import read_object
+from trainstack.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainstack.units import bytes_text
 
 MOST_TOKENS = 512  # on which logits are compared
@@ -90,14 +90,14 @@ def small_files(source: Source, way: Way) -> dict[str, bytes]:
     for name in source.entries:
         if not name.endswith((".safetensors", ".safetensors.index.json")):
             found[name] = (source.checkpoint / name).read_bytes()
-    for name in (CARD, *([ADAPTER] if way.is_merged else [])):
+    for name in (CARD, *([ADAPTER_CONFIG] if way.is_merged else [])):
         found.pop(name, None)
-    for name in {*JSON_FILES, ADAPTER} & found.keys():
-        found[name] = for_others(name, found[name], source, way.dtype)
+    for name in {*JSON_FILES} & found.keys():
+        found[name] = for_others(name, found[name], way.dtype)
     return found
 
 
-def for_others(name: str, content: bytes, source: Source, dtype: str) -> bytes:
+def for_others(name: str, content: bytes, dtype: str) -> bytes:
     """A file of settings as it is right elsewhere: the new type, and no path of this machine."""
     before = json.loads(content)
     settings = {
@@ -108,8 +108,6 @@ def for_others(name: str, content: bytes, source: Source, dtype: str) -> bytes:
     if name == CONFIG:
         settings.pop("torch_dtype", None)  # the name before transformers 5
         settings["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    if name == ADAPTER and (base := source.model()):
-        settings |= {"base_model_name_or_path": base.name, "revision": base.commit}
     if settings == before:
         return content
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
@@ -131,13 +129,6 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
         raise ConfigError(
             f"the adapter is of model {section.name}, which is not in {base or 'a project'}; "
             "run: bash download_data_model.sh, or pass the --home that has it"
-        )
-    learned = read_object(source.checkpoint / ADAPTER).get("revision")
-    here = known_of(base).get("commit")
-    if learned and here and learned != here:
-        raise ConfigError(
-            f"the adapter learned beside commit {learned[:12]} of {section.name}, and {base} is "
-            f"{here[:12]}; set model.revision={learned}, then: bash download_data_model.sh"
         )
     check_base(source.state.identity, base, section.name)
     from peft import PeftModel  # a second, for nothing without an adapter

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainstack.checkpoint.state import STATE, TrainState, read_state
-from trainstack.errors import Failed
-from trainstack.hub.choose import ADAPTER
+from trainstack.errors import ConfigError, Failed
 from trainstack.run.folder import RunFolder, find_checkpoint
 from trainstack.storage import layout, manifest
 
@@ -56,7 +55,7 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
-        return (self.checkpoint / ADAPTER).exists()
+        return (self.checkpoint / layout.ADAPTER_CONFIG).exists()
 
     @cached_property
     def entries(self) -> dict[str, dict[str, Any]]:
@@ -118,7 +117,15 @@ def find_source(text: str, home: Path | None) -> Source:
     """
     run, checkpoint = None, Path(text).expanduser().resolve()
     if checkpoint.parent.name == "checkpoints" or not (checkpoint / STATE).is_file():
-        run, checkpoint = find_checkpoint(text, home)
+        try:
+            run, checkpoint = find_checkpoint(text, home)
+        except ConfigError:
+            if not any((checkpoint / n).is_file() for n in ("config.json", layout.ADAPTER_CONFIG)):
+                raise
+            raise ConfigError(
+                f"{checkpoint} has no {STATE}, so it is no checkpoint of a run; it needs no export "
+                "(peft merges an adapter into its model: merge_and_unload)"
+            ) from None
     if problem := next(manifest.damage(checkpoint), None):
         raise Failed(f"{checkpoint} is damaged ({problem}); name another one, as RUN@STEP")
     own = run.path.parent.parent if run else None

@@ -1,19 +1,17 @@
 """The tensors of an export: rounded, and in shards."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
 from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.errors import ConfigError
-from trainstack.hub.weights import INDEX, WEIGHTS
+from trainstack.hub.weights import INDEX
 from trainstack.storage import files
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def round_to(causal_lm: nn.Module, dtype: torch.dtype) -> None:
@@ -36,27 +34,17 @@ def write_weights(
     folder: Path, weights: dict[str, torch.Tensor], most_bytes: int
 ) -> dict[str, dict[str, Any]]:
     """The manifest entries of one file, or of shards and their index, as from_pretrained reads."""
-    shards = [*sharded(weights, most_bytes)]
-    if len(shards) == 1:
-        return {WEIGHTS: write_safetensors(folder / WEIGHTS, shards[0])}
-    entries, weight_map = {}, {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries[name] = write_safetensors(folder / name, shard)
-        weight_map |= dict.fromkeys(shard, name)
-    size = sum(tensor.nbytes for tensor in weights.values())
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    entries[INDEX] = files.write_file(folder / INDEX, json.dumps(index, indent=2).encode())
+    split = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most_bytes,
+    )
+    entries = {
+        file: write_safetensors(folder / file, {name: weights[name] for name in names})
+        for file, names in split.filename_to_tensors.items()
+    }
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        entries[INDEX] = files.write_file(folder / INDEX, json.dumps(index, indent=2).encode())
     return entries
-
-
-def sharded(weights: dict[str, torch.Tensor], most_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors in their order, so many together as stay below a size; a larger one is alone."""
-    shard, size = {}, 0
-    for name, tensor in weights.items():
-        if shard and size + tensor.nbytes > most_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard

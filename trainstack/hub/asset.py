@@ -30,11 +30,6 @@ class Asset:
         return layout.dataset_folder(self.home, self.name, self.subset)
 
     @property
-    def aside(self) -> Path:
-        """Where the old folder is while a new one takes its place."""
-        return self.folder.with_name(f".{self.folder.name}.old")
-
-    @property
     def lock(self) -> Path:
         """Of the one process at a time that brings it there."""
         name = str(self.folder.relative_to(self.home)).replace("/", "--")

@@ -14,6 +14,7 @@ from trainstack.errors import ConfigError
 from trainstack.hub.weights import INDEX, WEIGHTS, shapes_of, shards_of
 from trainstack.storage import manifest
 from trainstack.storage.files import read_object
+from trainstack.storage.layout import ADAPTER_CONFIG
 
 OBJECTS = (  # files of JSON that decide what a model or its tokenizer is
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -24,12 +25,16 @@ TEMPLATES = "additional_chat_templates/"  # beside chat_template.jinja, by their
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 A_TOKENIZER = re.compile(r"tokenizer\.json|.*\.model|vocab\.(json|txt)")  # any one is enough
 GGUF = "has its weights as GGUF; name what they were made from, which has model.safetensors"
-ADAPTER = "adapter_config.json"  # of the library peft
 CARD = "README.md"  # what the Hub shows of a repository; people edit it
 UNMERGED = (
-    f"is an adapter to another model ({ADAPTER}); merge them first (peft: merge_and_unload, then"
-    " save_pretrained) and name the folder with the result"
+    f"is an adapter to another model ({ADAPTER_CONFIG}); merge them first (peft: merge_and_unload,"
+    " then save_pretrained) and name the folder with the result"
 )
+
+
+def is_edited(card: Path, known: dict[str, Any]) -> bool:
+    """Whether people changed an export's card; ``known``: the manifest that was beside it."""
+    return manifest.hash_file(card)["sha256"] != known.get("card")
 
 
 class Origin(Protocol):
@@ -66,14 +71,14 @@ def choose_model(origin: Origin, wants_weights: bool) -> list[str]:
             "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt); put that"
             " of the model that it was made from beside its config.json, or name another model"
         )
-    unused = (".index.json", ADAPTER)
+    unused = (".index.json", ADAPTER_CONFIG)
     return [n for n in names if n.endswith(SETTINGS) and not n.endswith(unused)] + weights
 
 
 def without_config(names: list[str]) -> str:
     """What that is which has no config.json, and what to name instead."""
     inner = [name.removesuffix("/config.json") for name in names if name.endswith("/config.json")]
-    if ADAPTER in names:
+    if ADAPTER_CONFIG in names:
         return UNMERGED
     if inner:
         some = ", ".join(inner[:3]) + (" ..." if len(inner) > 3 else "")
@@ -92,7 +97,7 @@ def without_weights(names: list[str], listing: list[str]) -> str:
             f"has its weights only as {pickles[0]}, a format that can run code when it is loaded;"
             " name a repository with model.safetensors, or convert it with save_pretrained"
         )
-    if ADAPTER in names:
+    if ADAPTER_CONFIG in names:
         return UNMERGED
     if others := [name for name in names if name.endswith(".safetensors")]:
         return (

@@ -31,9 +31,9 @@ from trainstack.storage import files, layout
 from trainstack.storage.manifest import (
     TRUSTED_BY_SIZE,
     damage,
-    is_whole,
+    put_back,
     read_manifest,
-    remove_folder,
+    swap_in,
     write_manifest,
 )
 from trainstack.units import bytes_text, counted
@@ -102,7 +102,7 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
         if problem or is_forced:
             waiting = f"{asset}: another process is bringing it; waiting"
             with files.only_one(asset.lock, lambda: say(waiting)):
-                put_back(asset)
+                put_back(asset.folder)
                 manifest, problem = inspect(asset)  # another may have brought it
                 if problem or is_forced:
                     obtain(asset, manifest, problem, is_forced, retry_delay)
@@ -154,12 +154,6 @@ def change_of_originals(asset: Asset, manifest: dict[str, Any]) -> str:
     return wrong
 
 
-def put_back(asset: Asset) -> None:
-    """Undo a swap that was killed between its two renames: the old folder gets its name back."""
-    if not asset.folder.exists() and is_whole(asset.aside):
-        os.rename(asset.aside, asset.folder)
-
-
 def obtain(
     asset: Asset, manifest: dict[str, Any], problem: str, is_forced: bool, retry_delay: float
 ) -> None:
@@ -173,7 +167,7 @@ def obtain(
     remove_partials(asset, keep=origin.folder)
     try:
         facts = collect_needed(asset, origin, bool(manifest.get("weight_bytes")))
-        swap_in(asset, origin, facts)
+        finish(asset, origin, facts)
     except (ConfigError, OSError):
         if not origin.is_resumable:
             remove_partials(asset)
@@ -212,8 +206,9 @@ def collect_needed(
     if asset.kind == "model":
         # Weights that were here may be those of another run.
         wanted = choose.choose_model(origin, asset.needs_weights or had_weights)
-        if choose.ADAPTER in origin.sizes:
-            say(f"{asset}: not used: its adapter ({choose.ADAPTER}); merge it first if it is meant")
+        if layout.ADAPTER_CONFIG in origin.sizes:
+            adapter = f"its adapter ({layout.ADAPTER_CONFIG})"
+            say(f"{asset}: not used: {adapter}; merge it first if it is meant")
     else:
         wanted, facts = data_files.choose_data(origin, asset.name, asset.subset)
         unused, lines = data_files.not_taken(origin, wanted, asset)
@@ -262,7 +257,7 @@ def check_space(asset: Asset, needed_bytes: int) -> None:
         raise ConfigError(f"needs {bytes_text(needed_bytes)}, and {there}; {fix}")
 
 
-def swap_in(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:
+def finish(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:
     """Write the manifest of the files that arrived, and swap them in for the old ones."""
     for path in sorted(origin.folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
@@ -274,12 +269,7 @@ def swap_in(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any
     facts["revision"] = None if layout.is_local(asset.name) else asset.revision
     facts["fetched_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     write_manifest(origin.folder, origin.entries, **facts)
-    remove_folder(asset.aside)
-    if asset.folder.exists():
-        os.rename(asset.folder, asset.aside)
-    os.rename(origin.folder, asset.folder)
-    files.sync_folder(asset.folder.parent)
-    remove_folder(asset.aside)
+    swap_in(origin.folder, asset.folder)
 
 
 def remove_partials(asset: Asset, keep: Path | None = None) -> None:

@@ -4,20 +4,21 @@ One commit has all of it, so others see the old files or the new ones. Contents 
 that under their hashes: what has arrived is not sent again after an interruption.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
 
 from trainstack.errors import ConfigError, Failed, first_words
-from trainstack.hub.choose import CARD
+from trainstack.hub.choose import CARD, is_edited
 from trainstack.hub.commit import FAULTS, brief, is_of_disk, status_of, verified_entry
 from trainstack.storage import manifest
 from trainstack.units import bytes_text, counted
 
 GIVEN = (".gitattributes", CARD, "LICENSE")  # what a new repository may begin with
-SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
 def check_token() -> None:
@@ -35,17 +36,23 @@ def push(folder: Path, name: str, is_private: bool, say: Callable[[str], None]) 
     ConfigError if it is another one than is asked for, Failed if the Hub does not take all.
     """
     api, page = hub.HfApi(), f"{constants.ENDPOINT}/{name}"
-    entries = manifest.read_manifest(folder)["files"]
-    names = [*entries, CARD, manifest.MANIFEST]
+    own = manifest.read_manifest(folder)
+    names = [*own["files"], CARD, manifest.MANIFEST]
     try:
         api.create_repo(name, private=is_private or None, exist_ok=True)
         if is_private and not api.repo_info(name).private:
             fix = f"make it private at {page}/settings, or leave out --private"
             raise ConfigError(f"{page} is there already and public; {fix}")
-        stale = superseded(files_of(api, name), names, page)
+        there = files_of(api, name)
+        before = earlier(api, name, there, own["kind"], page)
+        stale = [n for n in there if n in before.get("files", ()) and n not in names]
         for other in stale:
             say(f"{page}: {other} of an earlier export is removed")
-        size = bytes_text(sum(entry["size"] for entry in entries.values()))
+        is_other = CARD in there and not verified_entry(folder / CARD, there[CARD])
+        if before and is_other and is_edited(Path(api.hf_hub_download(name, CARD)), before):
+            names.remove(CARD)
+            say(f"{page}: its {CARD} was edited and stays; remove it there for that of {folder}")
+        size = bytes_text(sum(entry["size"] for entry in own["files"].values()))
         say(f"pushing {counted(len(names), 'file')}, {size}, to {page}")
         commit = api.create_commit(
             name,
@@ -70,19 +77,26 @@ def files_of(api: hub.HfApi, name: str, commit: str | None = None) -> dict[str, 
     return {file.path: file for file in tree if isinstance(file, hub.RepoFile)}
 
 
-def superseded(there: dict[str, hub.RepoFile], names: list[str], page: str) -> list[str]:
-    """Weights of an earlier export, which would be loaded in place of the new ones.
+def earlier(
+    api: hub.HfApi, name: str, there: dict[str, hub.RepoFile], kind: str, page: str
+) -> dict[str, Any]:
+    """The manifest of an earlier export in the repository; empty if it is new.
 
-    ConfigError if the repository has files and none is an export's: it is for something else.
+    ConfigError if it has files and no such manifest: it is for something else.
     """
-    others = [name for name in there if name not in (*names, *GIVEN)]
-    if manifest.MANIFEST not in there and {*there} - {*GIVEN}:
-        other = min({*there} - {*GIVEN})
+    known: dict[str, Any] = {}
+    if manifest.MANIFEST in there:
+        path = Path(api.hf_hub_download(name, manifest.MANIFEST))
+        with contextlib.suppress(ValueError):
+            known = manifest.read_manifest(path.parent)
+    if known.get("kind") == kind:
+        return known
+    if others := {*there} - {*GIVEN}:
         raise ConfigError(
-            f"{page} has files that are no export, such as {other}; name another repository, or "
-            "remove them there"
+            f"{page} has files that are no export, such as {min(others)}; name another repository, "
+            "or remove them there"
         )
-    return [name for name in others if name.endswith(SUFFIXES)]
+    return {}
 
 
 def explained(error: Exception, name: str, page: str) -> Exception:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 DEMO = "demo"  # the name of the built-in model and data set
 LOCAL_PREFIXES = ("/", "./", "../", "~")
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's
 TRACKERS = ("wandb", "trackio")  # of log.report_to; the pins of each are in requirements-NAME.txt
 
 

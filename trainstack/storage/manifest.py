@@ -31,6 +31,31 @@ def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **fac
     files.sync_folder(final.parent)
 
 
+def swap_in(temporary: Path, final: Path) -> None:
+    """Give a folder that has its manifest its final name, in place of the folder of before.
+
+    ``put_back`` undoes it after a kill between the two renames.
+    """
+    aside = aside_of(final)
+    remove_folder(aside)
+    if final.exists():
+        files.rename(final, aside)
+    files.rename(temporary, final)
+    files.sync_folder(final.parent)
+    remove_folder(aside)
+
+
+def put_back(final: Path) -> None:
+    """Let the folder of before have its name again if a swap was killed in its middle."""
+    if not final.exists() and is_whole(aside_of(final)):
+        files.rename(aside_of(final), final)
+
+
+def aside_of(final: Path) -> Path:
+    """Where a folder is while a new one takes its place."""
+    return final.with_name(f".{final.name}.old")
+
+
 def write_manifest(folder: Path, entries: dict[str, dict], **facts: Any) -> None:
     """Write manifest.json as the last file of a folder; sync that folder and all below it."""
     content = {**facts, "files": dict(sorted(entries.items()))}
