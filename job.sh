@@ -9,8 +9,6 @@
 #
 # A name in capitals belongs to the whole job; a function that changes one says so above it.
 
-TRACKER_SECONDS=5 # at the end of a job, for its trackers
-
 # By the name of what people edit and start.
 log() { printf 'train.slurm: %s\n' "$*" >&2 || true; }
 
@@ -372,27 +370,38 @@ start_trackers() {
   local name
   for name in wandb trackio; do
     grep -qw "$name" "$RUN_DIR/config.yaml" || continue # Python looks closer
-    "$PYTHON" -m trainstack track "$RUN_DIR" --to "$name" --follow "$$" \
+    "$PYTHON" -m trainstack track "$RUN_DIR" --to "$name" --follow "$$" "$JOB" \
       >>"$RUN_DIR/logs/$JOB.$name.log" 2>&1 </dev/null &
     TRACKERS+=("$name $!")
   done
 }
 
-# They get a few seconds to write the rest.
+# They get five seconds to write the rest; before a requeue one, for the time may be up.
 # shellcheck disable=SC2329 # the trap calls it, too
 end_trackers() {
-  local name pid code tenths="$((TRACKER_SECONDS * 10))"
-  for name in ${TRACKERS[@]+"${TRACKERS[@]}"}; do kill -TERM "${name#* }" 2>/dev/null || true; done
+  local name pid code tenths=50
+  if [[ "${VERDICT:-}" == requeue ]]; then tenths=10; fi
+  for name in ${TRACKERS[@]+"${TRACKERS[@]}"}; do
+    if is_running "${name#* }"; then kill -TERM "${name#* }" || true; fi
+  done
   for name in ${TRACKERS[@]+"${TRACKERS[@]}"}; do
     pid="${name#* }" name="${name% *}" code=0
-    while kill -0 "$pid" 2>/dev/null && ((tenths-- > 0)); do sleep 0.1; done
-    kill -KILL "$pid" "-$pid" 2>/dev/null || true # with all that it started
+    while is_running "$pid" && ((tenths-- > 0)); do sleep 0.1; done
+    # With what it started: wandb-core has a session of its own.
+    # shellcheck disable=SC2046 # several processes are several words
+    if is_running "$pid"; then
+      kill -KILL "$pid" $(cat "/proc/$pid"/task/*/children 2>/dev/null) || true
+    fi
     wait "$pid" 2>/dev/null || code=$?
     ((code == 0)) || log "$name did not get all of the run (code $code, see" \
       "logs/$JOB.$name.log); the run is not touched; to send it: bash monitor.sh" \
       "${RUN_DIR##*/} --sync"
   done
 }
+
+# Whether a process that this shell started runs; its number may be another one's by now.
+# shellcheck disable=SC2329 # the trap calls it, too
+is_running() { jobs -pr | grep -qx "$1"; }
 
 # A page about the run, if log.report_to has html. Nothing depends on it, so nothing waits for it
 # long. (page.py's LEDGER_SECONDS are fewer.)

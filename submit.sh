@@ -167,13 +167,14 @@ parse() {
 
 # Slurm's records and the run's copy of the code would keep them, also from a comment.
 refuse_secrets() {
-  local found value="[\"']?[A-Za-z0-9_.-]{8}"
-  found="$(cd "$HERE" && grep -nE \
-    "\\b[A-Za-z_]*($SECRET)(ORD)?S?(_[A-Z0-9_]*)?=$value|\\bhf_[A-Za-z0-9]{8}" \
-    train.slurm setup.sh)" || return 0
-  [[ "$found" =~ ^[^:]+:[0-9]+ ]]
-  die "${BASH_REMATCH[0]}: a secret, which Slurm and the run would keep; remove it, a job needs \
+  local file found value="[\"']?[A-Za-z0-9_.-]{8}"
+  local none="[A-Za-z_]+_(PATH|FILE|DIR)=|=[\"']?[0-9]+([^A-Za-z0-9_.-]|\$)"
+  for file in train.slurm setup.sh; do
+    found="$(sed -E "s/$none//g" "$HERE/$file" | grep -nE \
+      "\\b[A-Za-z_]*($SECRET)(ORD)?S?(_[A-Z0-9_]*)?=$value|\\bhf_[A-Za-z0-9]{20}")" || continue
+    die "$file:${found%%:*}: a secret, which Slurm and the run would keep; remove it, a job needs \
 none; your shell may have it, or the file that wandb login or hf auth login writes" 2
+  done
 }
 
 # Sets: CONFIG

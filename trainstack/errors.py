@@ -4,14 +4,21 @@ import re
 from typing import Any
 
 USAGE_ERROR = 2
-SECRET = re.compile(  # each with what stays of it; the limits keep it linear in the text
-    r"""()\bhf_\w{8,}
-    | (://) [^\s/]+ (?=@)
-    | (\bbearer[ ]) [\w.~+/=-]{8,}
-    | ((?: token(?![a-z]) | (?-i:TOKENS) | secret | passw | api[_-]?key | access_key | credential
-        | authorization) [\w-]{0,30} [\\'"]{0,2} (?: [ ]?=[ ]? | [ ]?:[ ]?(?=["']|\S{4}) )
-        (?: [\\'"]{0,2} (?:bearer|basic|token)[ ] )?)
+# Each with what stays of it; the limits keep it linear in the text.
+SENT = r"(://) [^\s/]+ (?=@) | (\bbearer[ ]) [\w.~+/=-]{8,}"
+NAME = r"""(?: token(?![a-z]) | (?-i:TOKENS) | secret | passw | api[_-]?key | access_key
+    | credential | authorization) [\w-]{0,30}"""
+SECRET = re.compile(
+    rf"""()\bhf_\w{{8,}} | {SENT}
+    | ({NAME} [\\'"]{{0,2}} (?: [ ]?=[ ]? | [ ]?:[ ]?(?=["']|\S{{4}}) )
+        (?: [\\'"]{{0,2}} (?:bearer|basic|token)[ ] )?)
       (?: "[^"\n]*" | '[^'\n]*' | \S+ )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+SECRET_IN_CODE = re.compile(  # where names stand for values: literals alone
+    rf"""()\bhf_[a-z0-9]{{20,}} | {SENT}
+    | ({NAME} ["']?[ ]?[=:][ ]?) (?: "[\w-]{{16,}}" | '[\w-]{{16,}}'
+        | (?=[a-z_-]*\d)[\w-]{{16,}}(?![\w.(\[-]) )""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -73,6 +80,6 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text):,} characters)"
 
 
-def without_secrets(text: str) -> str:
+def without_secrets(text: str, secret: re.Pattern = SECRET) -> str:
     """A text of a log or a command line without the tokens that somebody wrote there."""
-    return SECRET.sub(lambda found: f"{found[found.lastindex]}...", text)
+    return secret.sub(lambda found: f"{found[found.lastindex]}...", text)

@@ -12,7 +12,7 @@ import pytest
 from test_monitor import MEASURED, Runs, lines_of_squeue, log
 
 import tiny
-from trainstack.errors import without_secrets
+from trainstack.errors import SECRET, SECRET_IN_CODE, without_secrets
 from trainstack.monitor.view import view_of
 from trainstack.monitor.why import lines_of
 from trainstack.resilience.kinds import ELSEWHERE, INFRASTRUCTURE, KINDS, NO, WORKLOAD, kind_of
@@ -454,10 +454,34 @@ def test_secrets_are_left_out_however_they_are_written(text, left):
     assert without_secrets(text) == left
 
 
+LITERALS = [
+    ('+HF_TOKEN = "hf_abcdefghijklmnopqrst"', "+HF_TOKEN = ..."),
+    ("+export WANDB_API_KEY=0123456789abcdef01", "+export WANDB_API_KEY=..."),
+    ("+db_password: 'correct-horse-battery'", "+db_password: ..."),
+    ("+call(api_key=a1b2c3d4e5f6a7b8c9, x=1)", "+call(api_key=..., x=1)"),
+    ('+"Authorization": "Bearer abcdefgh.ij"', '+"Authorization": "Bearer ..."'),
+    ("+index=https://me:pw@host/simple", "+index=https://...@host/simple"),
+]
+CODE = [
+    "+eos_token = tokenizer.eos_token_id",
+    '+pad_token="<|reserved_special_token_0|>", unk_token="<unk>"',
+    "+token = next_token_of_the_sequence",
+    "+token=next_token_2_of_the_sequence(x)",
+    "+bos_token: str = 'a b'; import hf_transfer; hf_token_file",
+    "+max_tokens=8192; tokenizer_name = 'Some-Model-2.5-0.5B'",
+]
+
+
+@pytest.mark.parametrize(("text", "left"), [*LITERALS, *((text, text) for text in CODE)])
+def test_of_code_only_literals_are_left_out(text, left):
+    assert without_secrets(text, SECRET_IN_CODE) == left
+
+
 @pytest.mark.parametrize("part", ["token", "secret_", "://", "://a:", "token='", "bearer a", "hf_"])
-def test_secrets_are_found_in_a_time_that_is_linear(part):
+@pytest.mark.parametrize("pattern", [SECRET, SECRET_IN_CODE])
+def test_secrets_are_found_in_a_time_that_is_linear(part, pattern):
     begun = time.monotonic()
-    without_secrets(part * 100_000)
+    without_secrets(part * 100_000, pattern)
     assert time.monotonic() - begun < 3
 
 

@@ -1126,11 +1126,11 @@ def test_the_environment_of_a_run_is_kept_with_commit_difference_and_packages(si
         subprocess.run([*git, *command], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     with (site.checkout / "config.yaml").open("a") as file:
-        file.write("# my change\n")
+        file.write("# my change: eos_token = tokenizer.eos_token\n# KEY: hf_" + "a1" * 17 + "\n")
     assert site.submit().returncode == 0
     kept = json.loads((site.run_dir / "environment.json").read_text())
     assert kept["git_commit"] == commit.strip()
-    assert "+# my change" in kept["git_difference"]
+    assert "+# my change: eos_token = tokenizer.eos_token\n+# KEY: ..." in kept["git_difference"]
     assert kept["packages"]["torch"]
     assert kept["python"] == ".".join(map(str, sys.version_info[:3]))
 
@@ -1236,7 +1236,9 @@ def test_a_batch_that_the_processes_of_this_machine_cannot_share_is_known_at_onc
         "export WANDB_API_KEY=0123456789abcdef",
         "# export HF_TOKEN='hf_thisMustNeverBeSeen'",
         'export DB_PASSWORD="correct-horse"',
-        "curl -H hf_thisMustNeverBeSeen site",
+        "curl -H hf_thisMustNeverBeSeenAnywhere site",
+        "MY_TOKEN_PATH=a MY_TOKEN=MustNeverBe1",
+        "export SECRET_KEY=12345678MustNever",
     ],
 )
 def test_a_secret_in_the_jobs_script_is_refused_before_slurm_sees_it(site, line):
@@ -1259,7 +1261,9 @@ def test_a_tracker_that_is_not_installed_is_said_before_the_queue(site):
 
 def test_what_only_sounds_like_a_secret_is_none(site):
     lines = ["export TOKENIZERS_PARALLELISM=false", 'export HF_TOKEN="${HF_TOKEN:-}"',
-             "export WANDB_API_KEY", "MAX_TOKENS=4096"]  # fmt: skip
+             "export WANDB_API_KEY", "MAX_TOKENS=100000000", "# pip install hf_transfer",
+             "export HF_TOKEN_PATH=hf_token_file", 'SECRETS_DIR="/home/me/secrets"',
+             "NUM_TOKENS='1000000000' # of hf_datasets_and_more"]  # fmt: skip
     script = site.checkout / "train.slurm"
     script.write_text("\n".join([script.read_text(), *lines, ""]))
     assert site.submit("--dry-run").returncode == 0

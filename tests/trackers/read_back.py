@@ -1,17 +1,19 @@
 """Prints what a tracker holds of a run as JSON: ``lines`` of [step, values], ``config``, ``state``.
 
-It runs with the packages of the tracker, and not with ours but for the frames of .wandb files.
+It runs with the packages of the tracker, and not with ours.
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+BLOCK, HEADER = 32768, 7  # bytes, of a .wandb file
+WHOLE = (1, 4)  # kinds of a part that ends its record
 
 
 def of_wandb(*files: str) -> dict:
     from wandb.proto.wandb_internal_pb2 import Record
-
-    from trainstack.trackers.to_wandb import records_in
 
     found = {"lines": [], "config": {}, "state": {}}
     for file in files:
@@ -25,6 +27,23 @@ def of_wandb(*files: str) -> dict:
             elif record.HasField("summary"):
                 found["state"] |= items(record.summary.update)
     return found
+
+
+def records_in(data: bytes) -> Iterator[bytes]:
+    """The records, framed as in LevelDB's log: doc/log_format.md there."""
+    at, record = HEADER, b""
+    while at + HEADER <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < HEADER:
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        at += HEADER
+        record += data[at : at + size]
+        at += size
+        if kind in WHOLE:
+            yield record
+            record = b""
 
 
 def items(parts) -> dict:

@@ -13,36 +13,33 @@ from wandb_server import WandbServer
 
 import tiny
 from trainstack.checkpoint.names import newest_checkpoint
+from trainstack.checkpoint.state import STATE, TrainState
 from trainstack.run.folder import RunFolder, numbers_in
-from trainstack.storage import layout
+from trainstack.storage import files, layout, manifest
 from trainstack.trackers import feed
+from trainstack.trackers.command import start_of
 
 MAX_STEPS = 20
-KILLS = (8, 14)  # steps that a rank does not survive; checkpoints are made of each fifth
-OFFLINE = {"WANDB_MODE": "offline"}
+KILL = 8  # a step that a rank does not survive; checkpoints are made of each fifth
 every_tracker = pytest.mark.parametrize("tracker", layout.TRACKERS)
 
 
-def track(
-    run: RunFolder, tracker: str, variables=OFFLINE, **options
-) -> subprocess.CompletedProcess:
-    """Send what is new: wandb offline, trackio into the folder ``trackio`` of the project."""
-    home = run.path.parents[1]
-    environment = {**os.environ, "TRACKIO_DIR": str(home / "trackio"), **variables}
-    command = [sys.executable, "-m", "trainstack", "track", str(run.path), "--to", tracker]
+def track(run: RunFolder, tracker: str, **options) -> subprocess.CompletedProcess:
+    """Show the run in its own folder, as at the end of a job."""
+    command, environment = start_of(tracker, run.path, "--offline")
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=100, **options
     )
 
 
-def shown(run: RunFolder, tracker: str, packages: Path, database: Path | None = None) -> dict:
+def shown(run: RunFolder, tracker: str, packages: Path) -> dict:
     """What the tracker holds of a run, by its own reader, in a Python that has its packages."""
     home = run.path.parents[1]
     files = sorted(map(str, run.path.glob("wandb/offline-run-*/*.wandb")))
     place = files if tracker == "wandb" else [home.name, run.path.name]
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("read_back.py"), tracker, *place],
-        env={**os.environ, "TRACKIO_DIR": str(database or home / "trackio"),
+        env={**os.environ, "TRACKIO_DIR": str(run.path / "trackio"),
              "PYTHONPATH": f"{packages}{os.pathsep}{os.environ['PYTHONPATH']}"},
         capture_output=True, text=True,
     )  # fmt: skip
@@ -52,11 +49,11 @@ def shown(run: RunFolder, tracker: str, packages: Path, database: Path | None = 
 
 @pytest.fixture(scope="module")
 def attempts(home, tmp_path_factory) -> list[RunFolder]:
-    """A run as it is after each of three attempts, of which two were killed."""
+    """A run as it is after each of two attempts, of which the first was killed."""
     folder = tmp_path_factory.mktemp("attempts") / "home"
     shutil.copytree(home, folder, symlinks=True, ignore=shutil.ignore_patterns("runs"))
     copies = []
-    for number, kill in enumerate((*KILLS, 0)):
+    for number, kill in enumerate((KILL, 0)):
         fault = [f"--fault=kill:rank=0,step={kill}"] if kill else []
         settings = ("run.name=killed", "log.report_to=[tensorboard]")
         tiny.train(folder, 1, *settings, *fault, check=not kill)
@@ -76,10 +73,29 @@ def test_only_steps_that_stay_are_shown(attempts):
     assert [step for step, _ in feed.final_steps(attempts[-1], 17)] == [18, 19, 20]
 
 
+def test_the_last_evaluation_is_shown_though_a_stop_put_it_off(tmp_path):
+    """The attempt that makes it saves nothing after it."""
+    run = RunFolder(tmp_path)
+    state = TrainState.at_start({}, {}, left_out=[], data_sets=1)
+    state.step, state.is_evaluated = MAX_STEPS, False
+    folder = run.checkpoints / f"checkpoint-{MAX_STEPS}"
+    (folder / STATE).parent.mkdir(parents=True)
+    manifest.write_manifest(folder, {STATE: files.write_file(folder / STATE, state.to_json())})
+    for line in (
+        {"step": 19, "loss": 2.0},
+        {"step": 20, "loss": 1.0},
+        {"step": 20, "eval_loss": 3.0},
+    ):
+        files.append_line(tmp_path / "metrics.jsonl", line)
+    run.set_status("PAUSED", step=MAX_STEPS)
+    assert [step for step, _ in feed.final_steps(run, 0)] == [19]
+    run.set_status("DONE", step=MAX_STEPS)
+    last = {"train/loss": 1.0, "eval/loss": 3.0}
+    assert [*feed.final_steps(run, 0)] == [(19, {"train/loss": 2.0}), (20, last)]
+
+
 @every_tracker
-def test_a_run_that_was_killed_twice_holds_each_step_once(
-    attempts, tracker, packages, install, tmp_path
-):
+def test_a_run_that_was_killed_holds_each_step_once(attempts, tracker, packages, install, tmp_path):
     home = tmp_path / "project"
     run = RunFolder(home / "runs" / "killed")
     install(home, tracker)
@@ -98,6 +114,7 @@ def test_a_run_that_was_killed_twice_holds_each_step_once(
     assert found["state"]["state"] == "DONE"
 
 
+@pytest.mark.matrix  # half a minute; test_in_a_job.py has the parts
 def test_a_job_whose_rank_is_killed_twice_shows_each_step_once(home, packages, install, tmp_path):
     """The whole of it: submit.sh, three attempts, and both trackers beside them."""
     project = tmp_path / "trainstack"
@@ -118,7 +135,7 @@ def test_a_job_whose_rank_is_killed_twice_shows_each_step_once(home, packages, i
     run = RunFolder(project / "runs" / "job")
     assert [event["event"] for event in run.events()].count("start") == 3
     for tracker in both:
-        found = shown(run, tracker, packages(tracker), run.path / "trackio")
+        found = shown(run, tracker, packages(tracker))
         assert [step for step, _ in found["lines"]] == [*range(1, MAX_STEPS + 1)], tracker
         assert found["state"]["state"] == "DONE" and found["config"]["environment"]["packages"]
 
@@ -127,10 +144,11 @@ def test_a_server_gets_each_step_once_and_only_what_is_new(attempts, install, tm
     home, server, counts = tmp_path / "project", WandbServer(), []
     run = RunFolder(home / "runs" / "killed")
     install(home, "wandb")
-    online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    online = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    command = [sys.executable, "-m", "trainstack", "track", run.path, "--to", "wandb"]
     for attempt in (*attempts, attempts[-1]):
         shutil.copytree(attempt.path, run.path, dirs_exist_ok=True)
-        done = track(run, "wandb", online)
+        done = subprocess.run(command, env=online, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, done.stdout + done.stderr
         counts.append(len(server.lines))
         assert counts[-1] == newest_checkpoint(run.checkpoints)[0]
@@ -165,7 +183,7 @@ def test_tensorboard_shows_each_step_once_with_settings_and_sample(attempts):
         assert dict(points) == pytest.approx(logged, rel=1e-6)
     assert [point.step for point in shown.Scalars("eval/loss")] == [10, 20]
     assert {"train/peak_memory_gb", "eval/perplexity"} <= {*shown.Tags()["scalars"]}
-    assert shown.Tensors("sample/1/text_summary")[0].step == MAX_STEPS
+    assert shown.Tensors("sample/1/text_summary")[-1].step == MAX_STEPS
     plugin = shown.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optim.learning_rate" in plugin
 

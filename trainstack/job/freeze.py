@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainstack.config.schema import Config
-from trainstack.errors import without_secrets
+from trainstack.errors import SECRET_IN_CODE, without_secrets
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
 from trainstack.storage import files, layout
@@ -106,4 +106,5 @@ def _git(repository: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return without_secrets(result.stdout.strip()) if result.returncode == 0 else None
+    said = without_secrets(result.stdout.strip(), SECRET_IN_CODE)
+    return said if result.returncode == 0 else None

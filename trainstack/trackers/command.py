@@ -1,8 +1,8 @@
 """Shows a run in Weights & Biases and trackio.
 
 Command line: ``python -m trainstack track RUN [--home HOME]`` sends what is new to the trackers of
-log.report_to, or, if it names none, to those that are installed. ``--follow SHELL --to NAME``: a
-job shows itself, without a network, as long as that process runs.
+log.report_to, or, if it names none, to those that are installed. ``--follow SHELL JOB --to NAME``:
+a job shows itself, without a network, as long as that process runs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trainstack.errors import ConfigError
 from trainstack.history.settings import settings_of
-from trainstack.run.folder import RunFolder, find_run
+from trainstack.run.folder import find_run
 from trainstack.storage import layout
 
 CODE = Path(__file__).resolve().parents[2]
@@ -27,14 +27,16 @@ def main(arguments: list[str]) -> int:
         help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it",
     )  # fmt: skip
     parser.add_argument("--to", choices=layout.TRACKERS, help="this tracker alone")
-    parser.add_argument("--follow", metavar="SHELL", help="the process of the job's shell")
+    parser.add_argument(
+        "--follow", nargs=2, metavar=("SHELL", "JOB"), help="the process of the job's shell"
+    )
     options = parser.parse_args(arguments)
     run = find_run(options.run, options.home)
     asked = settings_of(run / "config.yaml").get("log.report_to") or []
     asked = [name for name in layout.TRACKERS if name in asked]
     if options.follow:
         if options.to in asked:
-            start = start_of(options.to, run, "--offline", "--follow", options.follow)
+            start = start_of(options.to, run, "--offline", "--follow", *options.follow)
             os.setsid()  # a group, with what it starts, that Ctrl-C does not reach
             os.nice(19)
             os.execve(sys.executable, *start)  # else two processes would wait beside the job
@@ -70,12 +72,7 @@ def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, 
 def send(name: str, run: Path) -> int:
     """Send what is new; 0, or another code after a line that says why not."""
     options = []
-    if name == "wandb" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-        options.append("--offline")
-        status = RunFolder(run).status()
-        if status.get("exit_code") is None and RunFolder(run).is_beating(status.get("job") or ""):
-            raise ConfigError(f"a job writes {run}/wandb itself now; wait, or unset WANDB_MODE")
-    elif name == "trackio" and (space := os.environ.get("TRACKIO_SPACE_ID")):
-        options += ["--space", space]
+    if name == "trackio" and (space := os.environ.get("TRACKIO_SPACE_ID")):
+        options = ["--space", space]
     command, environment = start_of(name, run, *options)
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode

@@ -24,7 +24,7 @@ from trainstack.trackers.to_trackio import Trackio
 from trainstack.trackers.to_wandb import Wandb
 
 LOOK_SECONDS = 5.0  # between two looks at a job
-STATE = ("state", "step", "max_steps", "checkpoint", "cause", "nodes")  # of status.json
+STATE = ("state", "step", "max_steps", "checkpoint", "cause")  # of status.json
 
 
 def main(arguments: list[str]) -> int:
@@ -34,16 +34,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--project", required=True)
     parser.add_argument("--offline", action="store_true", help="write into the run's folder alone")
     parser.add_argument("--space", help="of the Hugging Face Hub, for trackio")
-    parser.add_argument("--follow", type=int, metavar="SHELL")
+    parser.add_argument("--follow", nargs=2, metavar=("SHELL", "JOB"))
     options = parser.parse_args(arguments)
     is_over = threading.Event()
     if options.follow:
         signal.signal(signal.SIGTERM, lambda *_: is_over.set())
-        die_with_parent(options.follow)
+        die_with_parent(int(options.follow[0]))
     else:
         is_over.set()
     try:
         run = RunFolder(options.run)
+        if options.follow and not owns(run, options.follow[1], is_over):
+            return 0
         kind = {"wandb": Wandb, "trackio": Trackio}[options.tracker]
         tracker = kind(options.project, run.path, run_id(run), about(run), options.offline)
         shown = feed(tracker, run, is_over)
@@ -53,6 +55,14 @@ def main(arguments: list[str]) -> int:
         return 1
     print(f"{options.tracker}: shown up to step {shown:,}, in {where}", flush=True)
     return 0
+
+
+def owns(run: RunFolder, job: str, is_over: threading.Event) -> bool:
+    """Wait until the run is this job's; False if that never came. Else another one shows it."""
+    while run.status().get("job") != job:
+        if is_over.wait(LOOK_SECONDS):
+            break
+    return run.status().get("job") == job
 
 
 def feed(tracker: Wandb | Trackio, run: RunFolder, is_over: threading.Event) -> int:
@@ -75,11 +85,15 @@ def feed(tracker: Wandb | Trackio, run: RunFolder, is_over: threading.Event) -> 
 def final_steps(run: RunFolder, after: int) -> Iterator[tuple[int, dict[str, float]]]:
     """What was logged beyond step ``after`` and stays, by step.
 
-    The evaluation of the newest checkpoint's own step may still follow: a stop cut it short.
+    The evaluation of the newest checkpoint's own step may still follow: a stop cut it short. A run
+    that is DONE has made it, and saves nothing after it.
     """
     newest, saved = newest_state(run.checkpoints)
+    status = run.status()
+    if is_done := status.get("state") == "DONE":
+        newest = status["step"]
     for step, lines in itertools.groupby(run.measurements(), key=lambda line: line["step"]):
-        if step > newest or (step == newest and not saved.is_evaluated):
+        if step > newest or (step == newest and not (is_done or saved.is_evaluated)):
             return
         if step > after:
             yield step, {name: value for line in lines for name, value in numbers_in(line)}

@@ -1,15 +1,12 @@
 """A run in Weights & Biases: on its server, or offline in the run's folder."""
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trainstack.errors import Failed
 from trainstack.storage import files
 
-BLOCK, HEADER = 32768, 7  # bytes, of a .wandb file
-WHOLE = (1, 4)  # kinds of a part that ends its record
 MOST_TAG = 64  # characters
 INIT_SECONDS = 30  # until a server has answered
 
@@ -66,24 +63,10 @@ def data_of(section: dict[str, Any]) -> list[str]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a .wandb file has the record of the end: wandb tells of no failed write."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    """Whether a .wandb file ends as its last record does, with the message in field 18: exit.
 
-    return any(Record.FromString(each).HasField("exit") for each in records_in(path.read_bytes()))
-
-
-def records_in(data: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file, framed as in LevelDB's log: doc/log_format.md there."""
-    at, record = HEADER, b""
-    while at + HEADER <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < HEADER:
-            at += left
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        at += HEADER
-        record += data[at : at + size]
-        at += size
-        if kind in WHOLE:
-            yield record
-            record = b""
+    wandb tells of no failed write, but makes no other after one. (One file in 3,000 has the border
+    of a block there, and is taken for a cut one.)
+    """
+    message = path.read_bytes()[-14:].partition(b"\x92\x01")[2]  # its length, then itself
+    return message != b"" and message[0] == len(message) - 1

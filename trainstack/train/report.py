@@ -227,18 +227,15 @@ def open_tensorboard(attempt: Attempt, purge_step: int):
     from torch.utils.tensorboard import SummaryWriter  # 2 s; only rank 0 pays them
     from torch.utils.tensorboard.summary import hparams
 
-    settings = flat(attempt.config.model_dump())
+    settings = {  # numbers, texts and booleans, as TensorBoard takes them
+        f"{section}.{key}": value if isinstance(value, int | float) else str(value)
+        for section, keys in attempt.config.model_dump().items() for key, value in keys.items()
+    }  # fmt: skip
     folder = attempt.run.path / "tensorboard"
     writer = SummaryWriter(folder, purge_step=purge_step, flush_secs=30)
     for summary in hparams(settings, {"train/loss": 0, "eval/loss": 0}):
         writer.file_writer.add_summary(summary)
     return writer
-
-
-def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Settings by their dotted keys, as TensorBoard takes them: numbers, texts, and booleans."""
-    settings = {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
-    return {key: v if isinstance(v, int | float) else str(v) for key, v in settings.items()}
 
 
 def drop_beyond(step: int, run: RunFolder) -> None:
