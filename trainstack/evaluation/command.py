@@ -3,7 +3,7 @@
 A run's checkpoint is evaluated as in the run: with its settings, on its held-out data; a folder of
 a Hugging Face model on the held-out data of --config. data.name, data.subset or data.split on the
 command line name other data: then all of that split is evaluated. Tokens that are not there are
-made first. On several processes: torchrun --nproc-per-node=N -m trainstack eval ...
+made first. On several processes: -m torch.distributed.run --nproc-per-node=N -m trainstack eval ...
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from trainstack import distributed
 from trainstack.adapter.base import check_base
-from trainstack.checkpoint.snapshot import ADAPTER_CONFIG, CONFIG
+from trainstack.checkpoint.snapshot import CONFIG
 from trainstack.checkpoint.state import read_state
 from trainstack.config.load import load
 from trainstack.config.schema import Config
@@ -103,7 +103,7 @@ def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]
     try:
         run, folder = find_checkpoint(model, home)
     except ConfigError:
-        if (given / ADAPTER_CONFIG).is_file():
+        if (given / layout.ADAPTER_CONFIG).is_file():
             raise ConfigError(
                 f"{model} is an adapter; name its run, or export it with --merge"
             ) from None
