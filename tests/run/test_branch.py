@@ -154,7 +154,7 @@ REFUSED = [
     (["run.branch_from=c@15"], "run c has no checkpoint 15; it has saved none yet"),
     (["run.branch_from=a@20"], r"is damaged \(model.safetensors: .*\); choose another one"),
     (["run.branch_from=a@10", "data.seq_len=16"],
-     "run b, a branch of a, cannot continue with data.seq_len=16 .*leave out run.branch_from"),
+     "run b, a branch of a, cannot continue with data.seq_len=16 .*or begin with its settings:"),
     (["run.name=other"], "run other is there, and no branch of it; choose another run.name"),
     (["run.name=of_a", "run.branch_from=a@20"], "run of_a is a branch of a@10; choose another"),
     (["run.name=a"], "a branch is another run than a; choose another run.name"),

@@ -338,7 +338,10 @@ def test_a_folder_that_is_not_there_is_not_set_up_beside_the_one_that_is(site, t
 
 WRONG_USE = [
     (["--train.max_steps=4"], "is a setting, not an option; write train.max_steps=4"),
-    (["--nodes=4"], "--nodes=4 is not an option of submit.sh; options for sbatch come after --"),
+    (
+        ["--nodes=4"],
+        "--nodes=4 is not an option of submit.sh; a setting is key=value",
+    ),
     (["--config"], "--config needs a file"),
     (["--", "train.max_steps=5"], "train.max_steps=5 is a setting; write it before the --"),
     (["--", "--dry-run"], "--dry-run is an option of submit.sh, not of sbatch; write it before"),

@@ -28,7 +28,7 @@ THEIRS = {  # our key -> the names that other trainers have for it
         "max_length max_seq_length max_seq_len sequence_len sequence_length cutoff_len block_size "
         "model_max_length"
     ),
-    "data.packing": "sample_packing neat_packing packing_strategy packed",
+    "data.packing": "sample_packing neat_packing packing_strategy packed padding_free",
     "data.too_long": "truncation_mode excess_length_strategy",
     "data.format": (
         "train_on_inputs train_on_input train_on_prompt mask_prompt assistant_only_loss "
@@ -63,7 +63,9 @@ THEIRS = {  # our key -> the names that other trainers have for it
         "activation_offloading"
     ),
     "optim.learning_rate": "lr max_lr",
-    "optim.lr_scheduler_kwargs": "min_lr min_lr_rate min_lr_ratio cosine_min_lr_ratio num_cycles",
+    "optim.lr_scheduler_kwargs": (
+        "decay_steps num_decay_steps min_lr min_lr_rate min_lr_ratio cosine_min_lr_ratio num_cycles"
+    ),
     "optim.lr_scheduler_type": "lr_scheduler scheduler decay_type",
     "optim.warmup_steps": "warmup_iters num_warmup_steps lr_warmup_steps",
     "optim.warmup_ratio": "warmup_fraction lr_warmup_fraction",
@@ -81,7 +83,7 @@ THEIRS = {  # our key -> the names that other trainers have for it
     ),
     "eval.eval_samples": "max_eval_samples eval_iters limit_val_batches",
     "eval.keep_best": "load_best_model_at_end",
-    "eval.patience": "early_stopping_patience early_stopping early_stop",
+    "eval.patience": "early_stopping_patience early_stopping early_stop EarlyStoppingCallback",
     "eval.sample_tokens": "max_new_tokens generation_max_length",
     "log.logging_steps": "log_freq log_interval log_every_n_steps logging_strategy",
     "log.report_to": "metric_logger loggers use_wandb use_tensorboard use_trackio",
@@ -101,7 +103,8 @@ LACKING = {  # what there is in place of a setting -> the names that other train
     "LoRA is the section adapter: write adapter: {type: lora}": "peft_config peft lora lora_config",
     "weights are not quantised here; remove it": (
         "load_in_4bit load_in_8bit use_qlora qlora quantization quantization_bit quantize "
-        "bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_config"
+        "bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant bnb_config "
+        "quantization_config"
     ),
     "of LoRA there is what section adapter has; remove it": (
         "use_dora peft_use_dora use_rslora peft_use_rslora lora_bias modules_to_save "
@@ -111,18 +114,25 @@ LACKING = {  # what there is in place of a setting -> the names that other train
         "dropout attention_dropout hidden_dropout resid_pdrop"
     ),
     "write log.report_to: [wandb]; WANDB_PROJECT names the project, see doc/trackers.md": (
-        "wandb wandb_project wandb_entity wandb_name wandb_run_id wandb_watch wandb_log_model "
-        "wandb_mode"
+        "wandb tracker project WANDB_PROJECT wandb_project wandb_entity wandb_name wandb_run_id "
+        "wandb_watch wandb_log_model wandb_mode"
     ),
     "the held-out loss decides, and lower is better: eval.keep_best, eval.patience; remove it": (
-        "metric_for_best_model greater_is_better early_stopping_threshold min_delta"
+        "metric_for_best_model greater_is_better early_stopping_threshold min_delta metric metrics"
+        " compute_metrics"
     ),
     f"a resume needs all of a checkpoint; the model alone: source env.sh; {EXPORT}": (
         "save_only_model save_safetensors"
     ),
     f"a finished model is pushed by: source env.sh; {EXPORT} --push ORG/NAME": (
-        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push "
+        "push push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push "
         "push_to_hub_model_id export_hub_model_id"
+    ),
+    f"an adapter is merged when it is exported: source env.sh; {EXPORT} --merge": (
+        "merge merge_lora merge_adapter merge_and_unload"
+    ),
+    "a new run begins as a checkpoint of another by run.branch_from=RUN@STEP": (
+        "adapter_name_or_path resume_from_adapter lora_model_dir"
     ),
     "a run resumes from its newest checkpoint: bash submit.sh --resume RUN": (
         "resume_from_checkpoint resume resume_from auto_resume_from_checkpoints ignore_data_skip "

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import json
 import math
 import re
 import typing
@@ -140,6 +141,8 @@ def list_meant(dotted: str, value: Any) -> str:
     if dotted == "log.report_to" and value not in words_of(dotted):
         return "[tensorboard], or [] for metrics.jsonl alone"
     item = "" if value is None else shown(value)
+    if dotted == "eval.prompts" and isinstance(value, str):  # a question mark wants quotes in YAML
+        return f"'[{json.dumps(value.strip('[]'))}]'"
     return f"[{{name: {item}, weight: null}}]" if dotted == "data.mixture" and item else f"[{item}]"
 
 

@@ -148,7 +148,12 @@ def epoch_lines(config: Config, corpus: Corpus) -> list[str]:
         "eval.eval_steps": config.eval.eval_steps,
     }
     keys = " and ".join(key for key, every in intervals.items() if every == "epoch")
-    steps = config.epoch_steps(corpus.train.num_samples)
+    samples = corpus.train.num_samples
+    steps, most = config.epoch_steps(samples), config.steps_for(samples)
+    if keys and steps > most:
+        return [
+            f"{keys}=epoch: an epoch is {steps:,} steps, so that is at the end of {most:,} alone"
+        ]
     is_saved = config.checkpoint.save_steps == "epoch"
     cost = ", which a kill without warning may cost" if is_saved else ""
     return [f"{keys}=epoch: every {counted(steps, 'step')}{cost}"] if keys else []
@@ -167,6 +172,8 @@ def not_used(config: Config, corpus: Corpus) -> list[str]:
             lines.append(f"adapter.{key} is not used: adapter.type is null")
     if not corpus.is_held_out:
         lines.append("no held-out documents: there will be no evaluation")
+    if config.eval.patience and not config.eval.keep_best:
+        lines.append("eval.keep_best is false: the best checkpoint may be gone when patience ends")
     if config.eval.keep_best and (config.eval.eval_steps is None or not corpus.is_held_out):
         reason = "of several evaluations one is the best, and there is one at most"
         lines.append(f"eval.keep_best is not used: {reason}")

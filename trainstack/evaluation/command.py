@@ -63,15 +63,16 @@ def main(arguments: list[str]) -> int:
         distributed.set_numerics(config.train.precision, config.train.deterministic)
         world = distributed.start(None)
         results, said = measure(subject, config, options.home, world)
-    except ConfigError:
-        if distributed.rank():  # rank 0 tells
-            return ConfigError.code
-        raise
+    except ConfigError as error:
+        if not distributed.rank():  # it tells for all
+            print(error.report("eval"), file=sys.stderr, flush=True)
+        os._exit(error.code)  # taking a process group apart may abort (gloo, 2.13)
     if world.is_main:
         show = print_json if options.json else print_lines
         show(subject, results, said)
     distributed.gather(None)  # all leave together
-    return 0
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -172,7 +173,7 @@ def make_ready(subject: Subject, config: Config, home: Path) -> None:
 
 def print_lines(subject: Subject, results: dict[str, Evaluation], said: list[Said]) -> None:
     """For people."""
-    print(f"{subject.folder}\n{overall(results.values())}")
+    print(f"{subject.folder} on {', '.join(results)}\n{overall(results.values())}")
     for label, part in results.items() if len(results) > 1 else ():
         print(f"  {label}: {part}")
     for one in said:

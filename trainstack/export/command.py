@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> int:
     target = options.to.expanduser().absolute()
     try:
         export(source, target, Way(dtype, options.merge), say)
+        base = source.model() if source.is_adapter and not options.merge else None
+        if base and not base.is_public:
+            say(f"others need {base.name} beside it, a folder of yours; --merge puts it in")
         print(target)
         if options.push:
             print(push.push(target, options.push, options.private, say))

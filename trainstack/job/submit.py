@@ -151,6 +151,10 @@ def check_run(
     lines += [*epoch_lines(config, corpus), *not_used(config, corpus), *remarks]
     lines += [f"the tokens of {name} stay, which earlier rules made" for name in corpus.earlier]
     lines += planned(request, config, resources, model, max_steps - step)
+    for name in {*layout.TRACKERS} & {*config.log.report_to}:
+        lines.append(
+            f"{name} gets nothing while the job runs; bash monitor.sh {run.path.name} --sync"
+        )
     if logs is not run:
         lines.append(f"run {run.path.name} begins as step {step:,} of run {logs.path.name}")
     if changes:

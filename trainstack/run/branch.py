@@ -51,7 +51,8 @@ def origin(run: RunFolder, config: Config) -> Path | None:
     if problem := next(manifest.damage(found, names.STATE_BYTES), None):
         raise ConfigError(f"{wanted}: that checkpoint is damaged ({problem}); choose another one")
     saved = read_state(found).identity
-    fix = "choose another checkpoint, or leave out run.branch_from"
+    own = found.parents[1] / "config.yaml"
+    fix = f"begin with its settings: bash submit.sh {own} run.branch_from={parent}@{step} ..."
     wanted = identity_beside(config, saved)
     check_identity(saved, wanted, f"{name}, a branch of {parent},", fix)
     return found

@@ -34,6 +34,7 @@ def check_identity(
         f"{key}={written(wanted.get(key))} (the run has {written(saved.get(key))})"
         for key in sorted(saved.keys() | wanted.keys())
         if (key in saved or not key.startswith("data."))
+        and (key != "base" or {saved.get("adapter.type"), wanted.get("adapter.type")} == {"lora"})
         and not is_same(saved.get(key), wanted.get(key))
     ]
     if different:

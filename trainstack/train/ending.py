@@ -69,7 +69,9 @@ def complete(attempt: Attempt, state: TrainState, seconds: float) -> str:
             log.info("      %s", gone)
         log.info("      look: %s", look)
         log.info("      use:  %s", how_to_load(attempt, model))
-        log.info('      give: "$TRAINSTACK_PYTHON" -m trainstack export %s --to FOLDER', name)
+        best = "@best" if model and model.name == BEST else ""
+        log.info('      give: source env.sh; "$TRAINSTACK_PYTHON" -m trainstack export %s%s --to '
+                 "FOLDER", name, best)  # fmt: skip
         attempt.lease.release()
     return "DONE"
 

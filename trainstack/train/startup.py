@@ -170,6 +170,8 @@ def restore(
     # What was best in a parent is not here; losses on other samples are no measure either.
     if is_branch or before["eval"]["eval_samples"] != now["eval"]["eval_samples"]:
         state = replace(state, best_step=0, best_loss=None, evaluations_without_better=0)
+    if is_branch:  # its first mean is of its own steps
+        state = replace(state, loss_sum=0.0, loss_steps=0)
     return replace(state, settings=now, left_out=at_start.left_out)
 
 
