@@ -187,7 +187,7 @@ def test_names_of_no_layer_are_refused_before_the_queue(tmp_path):
         )
     one = "adapter.target_modules=[layers.11.self_attn.q_proj]"
     found = rehearse(folder, config(f"model.name={folder}", "data.seq_len=24", one))
-    assert found.parameters == 16 * (32 + 32)
+    assert found.parameters == 8 * (32 + 32)
 
 
 def test_a_model_that_peft_does_not_take_is_refused_before_the_queue(tmp_path):

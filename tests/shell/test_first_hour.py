@@ -52,7 +52,7 @@ MISTAKES = [
      ["eval.patience=3"]),
     (nothing, ["run.branch_from=first@5"], 2, "choose another run.name", []),
     (nothing, ["run.branch_from=first", "run.name=b"], 2, "RUN@STEP", []),
-    (nothing, ["run.branch_from=gone@5", "run.name=b"], 2, "others of run gone: none", []),
+    (nothing, ["run.branch_from=gone@5", "run.name=b"], 2, "run gone has no checkpoint 5", []),
     (nothing, ["my.yml"], 2, "no such file", []),
     (write(TINY + "train: {max_steps: 5\n"), ["my.yaml"], 2, "my.yaml:", []),
     (write(TINY + "train:\n\tmax_steps: 5\n"), ["my.yaml"], 2, "tab", []),

@@ -343,7 +343,7 @@ def test_a_killed_install_is_repaired_by_the_next_at_once(machine):
 
 def test_ctrl_c_says_what_to_do_and_holds_up_nobody(machine):
     begun = machine.folder / "begun"
-    machine.installs(f"touch {begun}; sleep 60")
+    machine.installs(f"touch {begun}; exec sleep 60")
     stopped = machine.start()
     wait_until(begun.exists, "the install", seconds=20)
     time.sleep(0.5)  # the sleep has begun by now: bash would wait for one that missed the signal

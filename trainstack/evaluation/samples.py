@@ -3,6 +3,7 @@
 import functools
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,6 +116,7 @@ class Prompts:
             )
         inputs = torch.tensor([ids], device=next(causal_lm.parameters()).device)
         is_answer = self._is_asked(prompt)
+        started = time.monotonic()
         output = causal_lm.generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=most,
             eos_token_id=self.ends, pad_token_id=self.tokenizer.eos_token_id,
@@ -126,9 +128,9 @@ class Prompts:
         said = output[0, len(ids) :].tolist()
         text = self.tokenizer.decode(said if is_answer else [*ids, *said], skip_special_tokens=True)
         end = "was cut, and did not stop"
-        if len(said) < most and said[-1] not in self.ends:
+        if time.monotonic() - started > ANSWER_SECONDS:
             end = f"was cut after {ANSWER_SECONDS} s"
-        elif said[-1] in self.ends:
+        elif said[-1] in self.ends or len(said) < most:
             end = f"stopped by itself, after {len(said)} tokens"
         elif most < wanted:
             end = f"was cut after {most} tokens: with the prompt they are the {positions:,} it can "

@@ -48,7 +48,7 @@ from trainstack.model.trial import (
 from trainstack.storage.files import read_object
 
 NO_FIX = "choose another model"  # if no value of its config.json is to blame
-MOST_SECONDS = 20  # to find one
+MOST_SECONDS = 40  # to find one
 MOST_PARAMETERS = 110e6  # of a small copy; with its gradients in fp32 that is 0.9 GB
 CPU = torch.device("cpu")
 WAYS_OUT = (  # settings that may help

@@ -166,9 +166,10 @@ def restore(
     strategy.load(newest, state)
     guard.restore(state.guard)
     now, before = at_start.settings, state.settings
-    is_branch = (now["run"]["branch_from"] or "").endswith(f"@{state.step}")
+    is_branch = (now.get("run", {}).get("branch_from") or "").endswith(f"@{state.step}")
+    measures = [part.get("eval", {}).get("eval_samples") for part in (before, now)]
     # What was best in a parent is not here; losses on other samples are no measure either.
-    if is_branch or before["eval"]["eval_samples"] != now["eval"]["eval_samples"]:
+    if is_branch or measures[0] != measures[1]:
         state = replace(state, best_step=0, best_loss=None, evaluations_without_better=0)
     if is_branch:  # its first mean is of its own steps
         state = replace(state, loss_sum=0.0, loss_steps=0)
