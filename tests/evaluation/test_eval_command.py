@@ -114,7 +114,7 @@ def test_what_cannot_be_evaluated_is_one_line(home, model):
 def test_for_people_it_prints_lines_and_names_what_is_not_here(home):
     path = layout.run_folder(home, "r") / "checkpoints" / "checkpoint-10"
     done = tiny.run_command("eval", path, "--home", home, "eval.sample_tokens=2")
-    assert done.stdout.startswith(f"{path}\nloss ")
+    assert done.stdout.startswith(f"{path} on tiny\nloss ")
     assert "token accuracy" in done.stdout and "(eval.sample_tokens=2)" in done.stdout
     far = tiny.run_command("eval", "r", "--home", home, "data.name=org/far", check=False)
     assert far.returncode == 1
