@@ -178,7 +178,6 @@ class Loop:
         is_stopping = distributed.any_rank(self.stop.is_wanted(0), attempt.world)
         if not state.is_evaluated and not is_stopping:
             _, is_stopping = self.evaluate()
-        is_stopping |= not state.is_evaluated
         self.report.begins(state.step)
         self.pace.restart()
         while not (is_stopping or ending.is_over(attempt, state)):

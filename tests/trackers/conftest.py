@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import tiny
 from trainstack.storage import layout
 
 
@@ -15,7 +14,7 @@ def packages():
     """The folder of a tracker's packages, which tests/run.sh installs; skipped without."""
 
     def packages_of(tracker: str) -> Path:
-        folder = layout.tracker_packages(Path(sys.prefix).parent, tiny.ROOT, tracker)
+        folder = layout.tracker_packages(Path(sys.prefix).parent, tracker)
         if folder is None:
             reason = f"{tracker} is not installed; bash tests/run.sh does"
             pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)

@@ -10,8 +10,9 @@ from trainstack.config.problems import describe, known_prefix, suggestion
 from trainstack.config.schema import Config, SourceSection
 from trainstack.config.strict_yaml import read_yaml, to_values
 from trainstack.errors import ConfigError, shown
+from trainstack.storage.layout import CODE
 
-SHIPPED = Path(__file__).resolve().parents[2] / "config.yaml"
+SHIPPED = CODE / "config.yaml"
 OWN_OF_A_SOURCE = {"revision": "main", "subset": None}  # not as the first data set's
 
 RETIRED = {  # name of a setting in earlier versions -> its name now, and its value then as one now

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from trainstack import distributed
 from trainstack.adapter.base import check_base
@@ -35,7 +34,6 @@ from trainstack.storage import layout, manifest
 
 NAMES_DATA = {"data.name", "data.subset", "data.split"}
 HOLDS_OUT = {"data.eval_split", "data.eval_fraction"}
-PACKAGE = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]
             raise
         settings += [f"model.name={given.resolve()}", "model.init=pretrained"]
         settings += ["model.revision=main", "adapter.type=null"]
-        file = file or PACKAGE / "config.yaml"
+        file = file or layout.CODE / "config.yaml"
         return Subject(given.resolve(), file, [*settings, *overrides], None, is_whole)
     if problem := next(manifest.damage(folder, manifest.TRUSTED_BY_SIZE), None):
         raise ConfigError(f"{folder} is damaged ({problem}); name another step, as RUN@STEP")
@@ -127,8 +125,9 @@ def measure(
     """Each data set, by its label, and what the model says to the prompts. Collective."""
     folder = subject.folder  # of an adapter, the model is elsewhere
     model_folder = layout.model_folder(home, config.model.name) if config.adapter.type else folder
-    if config.adapter.type:
-        check_base(read_state(folder).identity, model_folder, config.model.name)
+    if config.adapter.type:  # once, for it reads every byte
+        saved, name = read_state(folder).identity, config.model.name
+        distributed.main_decides(world, lambda: check_base(saved, model_folder, name))
     check_kind(read_config(model_folder), "pretrained")
     distributed.main_decides(world, lambda: make_ready(subject, config, home))
     corpus = open_corpus(home, config, subject.checkpoints)
@@ -163,7 +162,7 @@ def make_ready(subject: Subject, config: Config, home: Path) -> None:
             fetch = " ".join(["bash download_data_model.sh", *what])
             raise Failed(f"{asset} is not here; run: {fetch}")
         provide(asset, is_forced=False, retry_delay=0)
-    paths = [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(layout.CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     # Apart, since processes that tokenise cannot be forked from here.
     call = [sys.executable, "-m", "trainstack", "prepare", "--home", str(home), *what]
@@ -182,11 +181,6 @@ def print_lines(subject: Subject, results: dict[str, Evaluation], said: list[Sai
 
 def print_json(subject: Subject, results: dict[str, Evaluation], said: list[Said]) -> None:
     """For programs: the names of metrics.jsonl."""
-
-    def values(part: Evaluation) -> dict[str, Any]:
-        measures = {f"eval_{name}": value for name, value in part.measures()}
-        return measures | {"eval_tokens": part.targets}
-
-    sources = {label: values(part) for label, part in results.items()}
-    whole = {"model": str(subject.folder), **values(overall(results.values()))}
+    sources = {label: part.record() for label, part in results.items()}
+    whole = {"model": str(subject.folder), **overall(results.values()).record()}
     print(json.dumps({**whole, "sources": sources, "samples": [one._asdict() for one in said]}))

@@ -47,10 +47,12 @@ class Evaluation(NamedTuple):
         """The share of hits, from 0 to 1."""
         return self.hits / max(1, self.targets)
 
-    def measures(self) -> Iterator[tuple[str, float]]:
-        """Name and value of each that is known."""
+    def record(self) -> dict[str, float]:
+        """What is known, by the names of metrics.jsonl."""
         names = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
-        return ((name, value) for name in names if (value := getattr(self, name)) is not None)
+        values = {f"eval_{name}": getattr(self, name) for name in names}
+        known = {name: value for name, value in values.items() if value is not None}
+        return known | {"eval_tokens": self.targets}
 
     def __str__(self) -> str:
         bits = f"   {self.bits_per_byte:.4f} bits per byte" if self.bytes else ""

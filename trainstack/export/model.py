@@ -39,6 +39,8 @@ def write_model(
     Whoever loads it gets the checkpoint's values, rounded to the type. So it is loaded again, and
     has to say to the last bit what those rounded values say.
     """
+    if source.is_adapter:
+        check_model(source)
     ids, entries = tokens_of(source), {}
     checkpoint = due = logits_of(load(source, source.checkpoint), ids)
     model = load(source, source.checkpoint)  # again: RWKV changes its weights when it is asked
@@ -113,10 +115,21 @@ def for_others(name: str, content: bytes, dtype: str) -> bytes:
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def check_model(source: Source) -> None:
+    """ConfigError if the model of an adapter is not here, or is another one; reads all of it."""
+    name, base = source.state.settings["model"]["name"], source.model_folder
+    if base is None or not (base / CONFIG).exists():
+        raise ConfigError(
+            f"the adapter is of model {name}, which is not in {base or 'a project'}; "
+            "run: bash download_data_model.sh, or pass the --home that has it"
+        )
+    check_base(source.state.identity, base, name)
+
+
 def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
     """The model in fp32 from the checkpoint or its export, with its adapter if it has one.
 
-    ``is_merged``: the adapter is within. ConfigError if the model of the adapter is not here.
+    ``is_merged``: the adapter is within.
     """
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -124,17 +137,11 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
     section = ModelSection(**{**settings["model"], "attn_implementation": "auto"})
     if is_merged or not source.is_adapter:
         return build_causal_lm(folder, "pretrained", section, "fp32", 0)
-    base = source.model_folder
-    if base is None or not (base / CONFIG).exists():
-        raise ConfigError(
-            f"the adapter is of model {section.name}, which is not in {base or 'a project'}; "
-            "run: bash download_data_model.sh, or pass the --home that has it"
-        )
-    check_base(source.state.identity, base, section.name)
     from peft import PeftModel  # a second, for nothing without an adapter
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by old names
-    causal_lm = build_causal_lm(base, section.init, section, "fp32", settings["run"]["seed"])
+    base, seed = source.model_folder, settings["run"]["seed"]
+    causal_lm = build_causal_lm(base, section.init, section, "fp32", seed)
     return PeftModel.from_pretrained(causal_lm, folder, local_files_only=True)
 
 

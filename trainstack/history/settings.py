@@ -6,6 +6,7 @@ from typing import Any
 
 from trainstack.config.load import read_yaml
 from trainstack.errors import ConfigError
+from trainstack.storage.layout import CODE
 
 
 def settings_of(path: Path) -> dict[str, Any]:
@@ -18,8 +19,7 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 def shipped_settings(folder: Path) -> dict[str, Any]:
     """Those of the config.yaml beside the code that a run uses; by hand, beside this code."""
-    here = Path(__file__).resolve().parents[2]
-    return settings_of(folder / "code" / "config.yaml") or settings_of(here / "config.yaml")
+    return settings_of(folder / "code" / "config.yaml") or settings_of(CODE / "config.yaml")
 
 
 def changed_settings(folder: Path, *sections: str) -> dict[str, tuple[Any, Any]]:

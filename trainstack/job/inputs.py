@@ -148,9 +148,8 @@ def check_settings(run: RunFolder, config: Config) -> None:
 
     ConfigError if a tracker that it names is not installed.
     """
-    code = Path(__file__).resolve().parents[2]
     for name in {*layout.TRACKERS} & {*config.log.report_to}:
-        if layout.tracker_packages(run.path.parents[1], code, name) is None:
+        if layout.tracker_packages(run.path.parents[1], name) is None:
             raise ConfigError(
                 f"log.report_to: {name} is not installed; run: TRACKERS={name} bash setup.sh, or "
                 "leave it out"

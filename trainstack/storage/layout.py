@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+CODE = Path(__file__).resolve().parents[2]  # of this checkout, or of the copy that a run keeps
 DEMO = "demo"  # the name of the built-in model and data set
 LOCAL_PREFIXES = ("/", "./", "../", "~")
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's
@@ -42,8 +43,8 @@ def run_folder(home: Path, run_name: str) -> Path:
     return home / "runs" / run_name
 
 
-def tracker_packages(home: Path, code: Path, name: str) -> Path | None:
-    """Where setup.sh installed a tracker by the pins beside ``code``; None if it did not."""
-    pins = (code / f"requirements-{name}.txt").read_bytes()
+def tracker_packages(home: Path, name: str) -> Path | None:
+    """Where setup.sh installed a tracker by the pins beside this code; None if it did not."""
+    pins = (CODE / f"requirements-{name}.txt").read_bytes()
     folder = home / "cache" / f"beside-{hashlib.sha256(pins).hexdigest()[:12]}"
     return folder if (folder / ".ready").exists() else None

@@ -16,8 +16,6 @@ from trainstack.history.settings import settings_of
 from trainstack.run.folder import find_run
 from trainstack.storage import layout
 
-CODE = Path(__file__).resolve().parents[2]
-
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack track", description=__doc__)
@@ -50,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def packages_of(name: str, run: Path) -> Path | None:
-    return layout.tracker_packages(run.parents[1], CODE, name)
+    return layout.tracker_packages(run.parents[1], name)
 
 
 def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, str]]:
@@ -59,7 +57,7 @@ def start_of(name: str, run: Path, *options: str) -> tuple[list[str], dict[str, 
     if packages is None:
         raise ConfigError(f"{name} is not installed; run: TRACKERS={name} bash setup.sh")
     environment = {**os.environ, "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-    environment["PYTHONPATH"] = f"{packages}{os.pathsep}{CODE}"
+    environment["PYTHONPATH"] = f"{packages}{os.pathsep}{layout.CODE}"
     if "--offline" in options:
         environment["TRACKIO_DIR"] = str(run / "trackio")
         # The file may lie on a shared disk, and be read from another host.

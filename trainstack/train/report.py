@@ -151,12 +151,12 @@ class Report:
 
     def _held_out(self, step: int, results: dict[str, Evaluation]) -> None:
         sources = results if len(self.attempt.config.data.sources) > 1 else {}
-        measures = {f"eval_{name}": value for name, value in overall(results.values()).measures()}
-        values = {"step": step, **measures, "eval_tokens": overall(results.values()).targets}
+        whole = overall(results.values())
+        values: dict[str, Any] = {"step": step, **whole.record()}
         for name in ("loss", "token_accuracy") if sources else ():
             values[f"source_eval_{name}"] = {s: getattr(part, name) for s, part in sources.items()}
         files.append_line(self.metrics, values)
-        log.info("eval    step %s   %s", f"{step:,}", overall(results.values()))
+        log.info("eval    step %s   %s", f"{step:,}", whole)
         for label, part in sources.items():
             log.info("        %s: %s", label, part)
         self._draw(values)
