@@ -145,7 +145,10 @@ parse() {
         break
         ;;
       --*.*=*) die "$1 is a setting, not an option; write ${1#--}" 2 ;;
-      -*) die "$1 is not an option of submit.sh; a setting is key=value, options for sbatch come after --" 2 ;;
+      -*)
+        die "$1 is not an option (see --help); a setting is key=value, options for sbatch come \
+after --" 2
+        ;;
       *.yaml | *.yml) if [[ "$1" == *=* ]]; then SETTINGS+=("$1"); else name_file "$1"; fi ;;
       *=*) SETTINGS+=("$1") ;;
       *) die "$1 is not a setting; write section.key=value, a file (.yaml), or see --help" 2 ;;
@@ -186,8 +189,8 @@ name_file() {
 check_resume() {
   local setting
   [[ "$RESUME" =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] ||
-    die "--resume $RESUME is not the name of a run; bash monitor.sh lists them, and a run resumes from \
-its newest checkpoint; to begin at another: run.branch_from=RUN@STEP run.name=NEW" 2
+    die "--resume $RESUME is not the name of a run; bash monitor.sh lists them, and a run resumes \
+from its newest checkpoint; to begin at another: run.branch_from=RUN@STEP run.name=NEW" 2
   [[ -z "$CONFIG" ]] ||
     die "--resume takes the settings of the run; leave out $CONFIG, or write key=value" 2
   for setting in ${SETTINGS[@]+"${SETTINGS[@]}"}; do

@@ -340,7 +340,7 @@ WRONG_USE = [
     (["--train.max_steps=4"], "is a setting, not an option; write train.max_steps=4"),
     (
         ["--nodes=4"],
-        "--nodes=4 is not an option of submit.sh; a setting is key=value",
+        "--nodes=4 is not an option (see --help); a setting is key=value",
     ),
     (["--config"], "--config needs a file"),
     (["--", "train.max_steps=5"], "train.max_steps=5 is a setting; write it before the --"),
