@@ -232,17 +232,26 @@ def test_a_plan_counts_what_learns_and_a_proof_is_of_the_adapter(tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_layer_gives_what_pefts_own_gives(tmp_path, kind, precision):
-    causal_lm = build(folder_of(tmp_path, kind), precision)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_layer_gives_what_pefts_own_gives_and_its_gradients(tmp_path, kind, precision, dropout):
+    causal_lm = build(folder_of(tmp_path, kind), precision, dropout=dropout)
     layers = [module for module in causal_lm.modules() if type(module) is Layer]
     with torch.no_grad():
         for _, parameter in lora.adapter_of(causal_lm):
             parameter.normal_(std=0.1)
     for layer in layers:
         inputs = torch.randn(2, 5, layer.in_features, dtype=layer.base_layer.weight.dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            mine, theirs = layer(inputs), Layer.__base__.forward(layer, inputs)
-        assert mine.dtype == theirs.dtype
-        assert torch.allclose(mine, theirs, rtol=0.02, atol=0.02 if precision == "bf16" else 1e-6)
+        inputs.requires_grad_()
+        learned = [inputs, *(p for p in layer.parameters() if p.requires_grad)]
+        found = []
+        for forward in (layer.forward, super(Layer, layer).forward):
+            torch.manual_seed(1)  # of dropout
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                output = forward(inputs)
+            found.append([output, *torch.autograd.grad(output.float().square().sum(), learned)])
+        for mine, theirs in zip(*found, strict=True):
+            assert mine.dtype == theirs.dtype
+            size = theirs.float().abs().max().item()
+            assert (mine - theirs).abs().max() <= size * (0.02 if precision == "bf16" else 1e-6)
         layer(inputs)  # without autocast, as somebody may call it
-    assert layers
+    assert layers and len(learned) == 3
