@@ -106,6 +106,16 @@ def recompute(bench: Bench):
     bench.at_most("kept", found["kept"], 0.6)
 
 
+@check(seconds=120)
+def adapter(bench: Bench):
+    """LoRA learns the same eager, compiled and in fp64, and a step costs less than all weights."""
+    found = bench.measure("adapter")
+    for name in ("bf16", "compiled"):
+        bench.at_most(name, found[name], 2e-2)
+    bench.equal("learned", found["learned"], 2 * 7 * bench.size(12, 2))
+    bench.note(step=found["step"])
+
+
 @check(seconds=120, needs_gpu=True)
 def host_syncs(bench: Bench):
     """The host never waits for the GPU within a step."""

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpu.attending import attention_share, documents, which_attention
-from gpu.small import distance, gradients_of, is_gpu, llama, loss_model, wait
+from gpu.attending import attention_share, documents, which_attention  # noqa: F401  # by name
+from gpu.small import ROOT, distance, gradients_of, is_gpu, llama, loss_model, wait
+from trainstack.adapter.lora import adapter_of, add_adapter
+from trainstack.config.load import load
 from trainstack.model import loss
 from trainstack.model.loss import DTYPES
 
 SCALE = 1024.0  # of a loss in fp16, so that its gradients do not vanish
 REPEATS = 10
+COMPILED = "train.torch_compile=true"
 
 
 def seconds_of(action: Callable[[], Any], device: str) -> float:
@@ -116,7 +119,7 @@ def recompute(device: str) -> dict[str, Any]:
     causal_lm, made, found = llama(vocab, True, device, **shape), {}, {}
     batches = [torch.randint(0, vocab, (2, rows, length), device=device) for _ in range(4)]
     saves = "train.activation_checkpointing=true"
-    ways = {"eager": (), "saving": (saves,), "compiled": (saves, "train.torch_compile=true")}
+    ways = {"eager": (), "saving": (saves,), "compiled": (saves, COMPILED)}
     for name, more in ways.items():
         own = loss_model(causal_lm, "bf16", device, *more)
 
@@ -135,6 +138,29 @@ def recompute(device: str) -> dict[str, Any]:
     found["gradients"] = distance(made["compiled"], made["eager"])
     found["kept"] = found["kept_gb_saving"] / found["kept_gb_eager"]
     return found
+
+
+def adapter(device: str) -> dict[str, Any]:
+    """LoRA's gradients in bf16, eager and compiled, to those in fp64; its step to all weights'."""
+    shape = {"hidden": 1024, "num_hidden_layers": 12} if is_gpu(device) else {"hidden": 128}
+    causal_lm = llama(512, True, device, **shape)
+    whole, ids = loss_model(causal_lm, "bf16", device), torch.randint(0, 512, (4, 256)).to(device)
+    section = load(ROOT / "config.yaml", ["model.init=pretrained", "adapter.type=lora"]).adapter
+    add_adapter(causal_lm, section, seed=3)
+    with torch.no_grad():
+        for _, parameter in adapter_of(causal_lm):  # half of them begin as 0
+            parameter.normal_(std=0.05)
+
+    def step(own: nn.Module) -> torch.Tensor:
+        return own(ids, ids.roll(-1, 1)) / ids.numel()
+
+    ways = {"fp64": ("fp64",), "bf16": ("bf16",), "compiled": ("bf16", COMPILED)}
+    own = {name: loss_model(causal_lm, way[0], device, *way[1:]) for name, way in ways.items()}
+    made = {name: gradients_of(m, lambda m=m: step(m))[1] for name, m in own.items()}
+    pair = own["bf16"], whole
+    times = [seconds_of(lambda m=m: step(m).backward(), device) for m in pair]
+    found = {name: distance(made[name], made["fp64"]) for name in ("bf16", "compiled")}
+    return {**found, "learned": len(made["fp64"]), "step": times[0] / times[1]}
 
 
 def backward_but_last(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -176,8 +202,4 @@ def leave(device: str, how: str, gigabytes: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    known = {
-        f.__name__: f
-        for f in (card, gradients, documents, which_attention, attention_share, recompute, leave)
-    }
-    print(json.dumps(known[sys.argv[1]](*sys.argv[2:])))
+    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))

@@ -51,7 +51,8 @@ def gradients_of(
     model.zero_grad()
     value = step()
     (value * scale).backward()
-    found = {n.removeprefix("causal_lm."): p.grad for n, p in model.named_parameters()}
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = {n.removeprefix("causal_lm."): p.grad for n, p in learned.items()}
     return value.item(), {n: (g.double() / scale).cpu() for n, g in found.items()}
 
 
