@@ -39,7 +39,7 @@ def measured(home, step: int) -> dict:
     return {f"eval_{key}": tiny.metrics(home, "r", f"eval_{key}")[step] for key in keys}
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_checkpoint_has_the_numbers_and_the_words_that_the_run_had_at_that_step(home, processes):
     found = evaluate(home, "r@10", processes=processes)
     assert {key: found[key] for key in measured(home, 10)} == measured(home, 10)
