@@ -16,7 +16,7 @@ from trainstack.config.problems import all_keys, suggestion
 from trainstack.config.schedules import SCHEDULES
 from trainstack.errors import ConfigError, Refused
 from trainstack.job.freeze import keep_templates
-from trainstack.run.identity import check_identity
+from trainstack.run.identity import changed_settings, check_identity
 
 SHIPPED_FILE = tiny.ROOT / "config.yaml"
 SHIPPED = SHIPPED_FILE.read_text()
@@ -436,6 +436,15 @@ def test_settings_of_another_run_are_refused_with_the_difference():
     with pytest.raises(ConfigError, match=r"run\.seed=2 \(the run has 1\); put it back") as error:
         check_identity({"run.seed": 1, "a": 1}, {"run.seed": 2, "a": 1}, "r")
     assert error.value.code == 78
+
+
+def test_only_a_change_that_changes_something_is_told():
+    """Of no adapter, its rank is none."""
+    saved, now = (
+        load(tiny.ROOT / "config.yaml", [f"adapter.r={r}", f"log.logging_steps={r}"]).model_dump()
+        for r in (8, 16)
+    )
+    assert changed_settings(saved, now) == ["log.logging_steps: 8 -> 16"]
 
 
 KWARGS = "optim.lr_scheduler_kwargs"

@@ -67,13 +67,14 @@ def changed_settings(saved: dict[str, dict], now: dict[str, dict]) -> list[str]:
 
     One that was not there before, in an earlier version of the code, was not changed by anybody.
     Those of the data are left out: what of them may change makes the same tokens. So are those of
-    the run, which say what it is called and where it came from.
+    the run, which say what it is called and where it came from, and of an adapter, which may not
+    change where there is one.
     """
     return [
         f"{section}.{key}: {saved[section][key]} -> {value}"
         for section, values in now.items()
         for key, value in values.items()
-        if section not in ("data", "run")
+        if section not in ("adapter", "data", "run")
         and key in saved.get(section, {})
         and saved[section][key] != value
     ]
