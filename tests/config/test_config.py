@@ -1,15 +1,17 @@
 """Every mistake in a configuration is one line with its location, its value and its fix."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import tiny
+from trainstack.__main__ import main
 from trainstack.config.load import load
 from trainstack.config.other_names import LACKING, OTHER_NAMES, OTHER_VALUES, THEIRS
 from trainstack.config.problems import all_keys, suggestion
@@ -23,8 +25,12 @@ SHIPPED = SHIPPED_FILE.read_text()
 
 
 def check(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "trainstack", "config", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tiny.ROOT)
+    """``python -m trainstack config``, as it answers; in this process, which is much faster."""
+    command, out, err = ["config", *map(str, arguments)], io.StringIO(), io.StringIO()
+    streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with streams[0], streams[1], contextlib.chdir(tiny.ROOT):
+        code = main(command)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def complaint(result: subprocess.CompletedProcess) -> str:

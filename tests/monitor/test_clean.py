@@ -66,7 +66,7 @@ def clean(home: Path, *arguments: str) -> int:
     return main(["--home", str(home), *arguments])
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(12))
 def test_whatever_is_removed_every_run_that_is_left_can_go_on(own_home, seed):
     rng = random.Random(seed)
     for number in range(rng.randint(0, 3)):
