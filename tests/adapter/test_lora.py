@@ -257,4 +257,6 @@ def test_a_layer_gives_what_pefts_own_gives_and_its_gradients(tmp_path, kind, pr
             size = theirs.float().abs().max().item()
             assert (mine - theirs).abs().max() <= size * (0.02 if precision == "bf16" else 1e-6)
         layer(inputs)  # without autocast, as somebody may call it
+        none = inputs[:, :0].detach().requires_grad_()  # an expert that no token chose
+        torch.autograd.grad(layer(none).sum(), none)
     assert layers and len(learned) == 3

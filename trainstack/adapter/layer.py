@@ -49,16 +49,17 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         weight, given, down, up, low = context.saved_tensors
-        rows, (is_asked, *_) = gradient.flatten(0, -2), context.needs_input_grad
+        rows, shape = gradient.flatten(0, -2), (*gradient.shape[:-1], weight.shape[1])
         of_low = (up.T.contiguous() @ rows.T).mul_(context.scale)  # (r, rows)
         of_up = (low @ rows).mul_(context.scale).T
-        of_x = rows @ weight if is_asked else None
-        of_dropped = None
-        if is_asked and context.is_dropped:
-            of_dropped = (of_low.T @ down).view(*gradient.shape[:-1], -1)
-        elif is_asked:
-            of_x.addmm_(of_low.T, down)
-        of_x = of_x.view(*gradient.shape[:-1], -1) if is_asked else None
+        of_x = of_dropped = None
+        if context.needs_input_grad[0]:  # else it comes from what is frozen
+            of_x = rows @ weight
+            if context.is_dropped:
+                of_dropped = (of_low.T @ down).view(shape)
+            else:
+                of_x.addmm_(of_low.T, down)
+            of_x = of_x.view(shape)
         return of_x, None, None, of_dropped, of_low @ given, of_up, None
 
 
