@@ -26,10 +26,10 @@ from hub_server import HubServer
 from trainstack.errors import ConfigError
 from trainstack.hub import data_files
 from trainstack.hub.asset import Asset
-from trainstack.hub.fetch import disk_problem, main
+from trainstack.hub.fetch import main
 from trainstack.job.inputs import asset_problem
 from trainstack.records.readers import read_chunks, split_files
-from trainstack.storage import layout
+from trainstack.storage import files, layout
 from trainstack.storage.manifest import TRUSTED_BY_SIZE, damage, hash_file, read_manifest
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -614,7 +614,7 @@ def test_a_disk_that_is_full_in_spite_of_what_it_said_is_told(server, home, fetc
 
 def test_a_folder_that_may_not_be_written_is_told_in_one_line(tmp_path):
     refused = OSError(errno.EACCES, "Permission denied", str(tmp_path))
-    assert disk_problem(refused) == (
+    assert files.disk_problem(refused) == (
         f"no permission to write at {tmp_path}; ask its owner, or move SHARED_DIR"
     )
 

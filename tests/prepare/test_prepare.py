@@ -23,14 +23,14 @@ from trainstack.storage import layout, manifest
 # A preparation of many small chunks, each committed, by several processes.
 DRIVER = """
 import sys
-from trainstack.__main__ import hide_torch
+from trainstack.__main__ import hide_torch, main
 hide_torch()
 from trainstack.data import writer
 from trainstack.prepare import prepare, tokenise
 from trainstack.records import chunks
 chunks.CHUNK_BYTES, prepare.FEW_BYTES, writer.COMMIT_SECONDS = {chunk}, 0, 0
 {more}
-sys.exit(prepare.main(sys.argv[1:]))
+sys.exit(main(["prepare", *sys.argv[1:]]))
 """
 SLOWLY = """
 import time

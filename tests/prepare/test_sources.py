@@ -13,11 +13,11 @@ import pytest
 from records import TEMPLATE
 
 import tiny
+from trainstack.__main__ import main
 from trainstack.config.load import load
 from trainstack.data import writer
 from trainstack.data.store import TokenStore, store_folder
 from trainstack.errors import DataError
-from trainstack.prepare import prepare
 from trainstack.prepare.formats import to_documents
 from trainstack.prepare.held_out import is_held_out
 from trainstack.records import chunks
@@ -50,7 +50,7 @@ def make(home, content: dict[str, str], *settings, code: int = 0) -> TokenStore:
     tiny.publish(folder, content, kind="dataset")
     path = tiny.write_config(home, data__name="own", data__eval_fraction=FRACTION)
     common = ["--home", str(home), "--config", str(path), "--processes", "1"]
-    assert prepare.main([*common, *settings]) == code
+    assert main(["prepare", *common, *settings]) == code
     config = load(path, [*settings])
     if code == 0:
         return TokenStore(store_folder(home, "tiny", config.data), 32)

@@ -14,7 +14,8 @@ from pathlib import Path
 from trainstack.errors import ConfigError, Failed
 from trainstack.export.folder import export
 from trainstack.export.source import Source, Way, find_source
-from trainstack.hub.fetch import configure_libraries, disk_problem, redacted
+from trainstack.hub.fetch import configure_libraries, redacted
+from trainstack.storage import files
 
 TYPES = ("bf16", "fp16", "fp32")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
         if options.push:
             print(push.push(target, options.push, options.private, say))
     except OSError as error:
-        raise Failed(disk_problem(error).replace("move SHARED_DIR", "name another --to")) from None
+        raise Failed(files.disk_problem(error, "name another --to")) from None
     return 0
 
 

@@ -9,7 +9,6 @@ that has the old files open keeps them. Imports neither torch nor transformers.
 
 import argparse
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -108,7 +107,7 @@ def provide(asset: Asset, is_forced: bool, retry_delay: float) -> None:
                     obtain(asset, manifest, problem, is_forced, retry_delay)
                     return
     except (ConfigError, OSError) as error:
-        text = disk_problem(error) if isinstance(error, OSError) else str(error)
+        text = files.disk_problem(error) if isinstance(error, OSError) else str(error)
         if not problem:
             text += f". The copy that is here ({summary(manifest)}) stays in use"
         raise ConfigError(text) from None
@@ -296,16 +295,6 @@ def belong_to_no_split(names: list[str]) -> str:
     if len(names) == 1:
         return f"1 file belongs to no split ({names[0]})"
     return f"{len(names)} files belong to no split (such as {names[0]})"
-
-
-def disk_problem(error: OSError) -> str:
-    """One line on what the file system refused, and what to do."""
-    location = f" at {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk or your quota is full{location}; free some space or move SHARED_DIR"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write{location}; ask its owner, or move SHARED_DIR"
-    return f"{error.strerror or error}{location}; check SHARED_DIR"
 
 
 def say(text: str) -> None:

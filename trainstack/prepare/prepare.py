@@ -9,8 +9,8 @@ import argparse
 import errno
 import os
 import shutil
-import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from trainstack.data import packing, store
 from trainstack.data.duplicates import shared_documents
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
-from trainstack.errors import ConfigError, DataError
+from trainstack.errors import ConfigError, DataError, Failed
 from trainstack.prepare import demo, earlier
 from trainstack.prepare.tokenise import (
     DataFile,
@@ -58,14 +58,10 @@ def main(arguments: list[str]) -> int:
         config = load(options.config, options.overrides)
         make_demo(options.home, config, options.force)
         prepare(options.home, config, options.force, options.processes)
-    except ConfigError as error:
-        print(error.report(SPEAKER), file=sys.stderr)
-        return error.code
-    except (DataError, OSError) as error:
-        is_systems = isinstance(error, OSError)
-        problem = system_problem(error, options.home) if is_systems else error
-        print(f"{SPEAKER}: error: {problem}", file=sys.stderr)
-        return 1
+    except DataError as error:
+        raise Failed(str(error)) from None
+    except OSError as error:
+        raise Failed(files.disk_problem(error)) from None
     return 0
 
 
@@ -83,16 +79,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def system_problem(error: OSError, home: Path) -> str:
-    """What the system did not do, as a person reads it."""
-    if error.errno == errno.ENOMEM:
-        return error.strerror
-    path = error.filename or home
-    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    free = f" ({files.free_bytes(Path(path)) / 1e9:.1f} GB free)" if is_full else ""
-    return f"{path}: {error.strerror}{free}"
-
-
 def make_demo(home: Path, config: Config, force: bool) -> None:
     """Build the parts of the demo that the configuration names, if missing or of other code."""
     demo_data = (layout.dataset_folder(home, layout.DEMO, None), demo.make_dataset)
@@ -104,7 +90,10 @@ def make_demo(home: Path, config: Config, force: bool) -> None:
 
 
 def prepare(home: Path, config: Config, force: bool, processes: int | None = None) -> None:
-    """Make the token stores of a configuration unless they are there."""
+    """Make the token stores of a configuration unless they are there.
+
+    Failed if a process was killed, as happens when memory ends; what it left is continued.
+    """
     must_be_whole(config.model.name, layout.model_folder(home, config.model.name))
     processes = processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
     for section in config.data.sources:
@@ -114,6 +103,11 @@ def prepare(home: Path, config: Config, force: bool, processes: int | None = Non
             if len(config.data.sources) == 1 or section.name in str(error):
                 raise
             raise DataError(f"{section.label}: {error}") from None
+        except BrokenProcessPool:
+            raise Failed(
+                "a process that tokenises was killed, most likely for lack of memory; run it again "
+                f"with fewer than PROCESSES={processes}: it continues where it stopped"
+            ) from None
 
 
 def prepare_one(
@@ -293,7 +287,3 @@ def meta_of(
         "version": store.FORMAT_VERSION,
         "tokenizers": version("tokenizers"),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,13 +4,11 @@ Processes, not threads: chat templates and JSON are Python. The tokenizer's own 
 used only if there is one process, since both would fight for the cores.
 """
 
-import errno
 import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -264,7 +262,7 @@ def in_order(
 ) -> Iterator[tuple[Task, Tokenised]]:
     """Each task with what became of it, in order; by ``number`` processes, a few tasks in memory.
 
-    OSError if a process was killed, as happens when memory ends.
+    BrokenProcessPool if a process was killed.
     """
     if number == 1:
         for task in tasks:
@@ -274,12 +272,6 @@ def in_order(
     with ProcessPoolExecutor(number, context, _begin, (tokenise, os.getpid())) as pool:
         try:
             yield from _ahead(pool, tasks, number * CHUNKS_AHEAD)
-        except BrokenProcessPool:
-            raise OSError(
-                errno.ENOMEM,
-                "a process that tokenises was killed, most likely for lack of memory; run it again "
-                f"with fewer than PROCESSES={number}: it continues where it stopped",
-            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -297,3 +297,13 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def disk_problem(error: OSError, move: str = "move SHARED_DIR") -> str:
+    """One line on what the file system refused, and what to do; ``move``: how to use another."""
+    location = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk or your quota is full{location}; free some space or {move}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write{location}; ask its owner, or {move}"
+    return f"{error.strerror or error}{location}; check SHARED_DIR"
