@@ -21,7 +21,6 @@ from hub_server import HubServer
 from trainstack.errors import ConfigError, Failed
 from trainstack.export import command
 from trainstack.export.folder import export
-from trainstack.export.model import check_space
 from trainstack.export.source import Way, find_source
 from trainstack.prepare import prepare
 from trainstack.storage import files, layout, manifest
@@ -245,8 +244,8 @@ def test_weights_beyond_a_type_and_a_disk_that_is_too_small_are_said(project, ca
     publish_again(own)
     with pytest.raises(ConfigError, match="model.norm.weight has values beyond .*--dtype bf16"):
         call(own, "--to", tmp_path / "out", "--dtype", "fp16")
-    with pytest.raises(Failed, match="it takes .* TB, and .* are free at "):
-        check_space(tmp_path, 1 << 60)
+    with pytest.raises(Failed, match="it needs .* TB, and .* are free at .*; free"):
+        files.check_space(tmp_path, 1 << 60)
     assert [*tmp_path.iterdir()] == [own]
 
 

@@ -1031,7 +1031,7 @@ def other_model(site, **changes) -> None:
 def test_a_disk_without_room_for_two_checkpoints_is_told_with_both_sizes(site):
     other_model(site, hidden_size=2**20)  # as large as that is never built
     line = site.submit().stderr.splitlines()[-1]
-    assert re.search(r"GB free, two checkpoints of tiny need 158,\d{3}\.\d GB; free some", line)
+    assert re.search(r"two checkpoints of tiny need 158\.\d TB, and .* are free at .*; free", line)
 
 
 def test_a_model_that_cannot_be_trained_is_refused_before_the_queue(site):

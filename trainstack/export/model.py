@@ -24,7 +24,6 @@ from trainstack.hub.choose import CARD
 from trainstack.model.causal_lm import DTYPES, build_causal_lm, count_parameters, saved_weights
 from trainstack.storage import files, layout
 from trainstack.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from trainstack.units import bytes_text
 
 MOST_TOKENS = 512  # on which logits are compared
 TEXT = "Every sample was used once, and the model that came of it says the same here as it did."
@@ -53,7 +52,8 @@ def write_model(
     else:
         round_to(model, DTYPES[way.dtype])
         tensors = saved_weights(model)
-        check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        files.check_space(folder.parent, size, move="name another --to")
         entries |= write_weights(folder, tensors, way.shard_bytes)
         del tensors
         due = logits_of(model.float(), ids)
@@ -71,15 +71,6 @@ def write_model(
     say(f"loaded again, its logits are those of {source.checkpoint.name}{rounded}, {near}")
     say(f"loss on {ids.numel()} tokens: {losses[1]:.6f}; of the checkpoint {losses[0]:.6f}")
     return entries, Made(architecture, parameters, way.dtype, way.is_merged, [*entries])
-
-
-def check_space(folder: Path, needed_bytes: int) -> None:
-    free = files.free_bytes(folder)
-    if needed_bytes > free:
-        raise Failed(
-            f"it takes {bytes_text(needed_bytes)}, and {bytes_text(free)} are free at "
-            f"{folder.parent}; free some space, or name another disk with --to"
-        )
 
 
 def small_files(source: Source, way: Way) -> dict[str, bytes]:

@@ -218,7 +218,7 @@ def collect_needed(
             say(f"{asset}: not {origin.done}: {line}")
         if part := next((name for name in wanted if f"/{data_files.PARTIAL}" in name), None):
             say(f"{asset}: the Hub converted only the first part of it ({part})")
-    check_space(asset, origin.missing_bytes(wanted))
+    files.check_space(asset.folder.parent, origin.missing_bytes(wanted))
     size = bytes_text(sum(origin.sizes[name] for name in wanted))
     say(f"{asset}: {origin.doing} {counted(len(wanted), 'file')}, {size}")
     origin.collect(wanted)
@@ -246,14 +246,6 @@ def check_splits(asset: Asset, facts: dict[str, Any], unused: Collection[str] = 
     if split:
         fix = f"set data.split, or data.eval_split, to one of: {', '.join(splits)}"
         raise ConfigError(f"has no split {split}; {fix}")
-
-
-def check_space(asset: Asset, needed_bytes: int) -> None:
-    free = files.free_bytes(asset.folder.parent)
-    if needed_bytes > free:
-        there = f"{bytes_text(free)} are free at {asset.folder.parent}"
-        fix = "free some space or move SHARED_DIR"
-        raise ConfigError(f"needs {bytes_text(needed_bytes)}, and {there}; {fix}")
 
 
 def finish(asset: Asset, origin: "HubCommit | LocalFiles", facts: dict[str, Any]) -> None:

@@ -210,11 +210,6 @@ def way_further(run: RunFolder, config: Config, step: int, max_steps: int) -> st
 
 def check_space(home: Path, config: Config, parameters: int) -> str:
     """How much space there is, and is needed; Failed if two checkpoints would not fit."""
-    free = files.free_bytes(home)
     need = 2 * parameters * BYTES_PER_PARAMETER
-    if need > free:
-        raise Failed(
-            f"{home} has {free / 1e9:,.1f} GB free, two checkpoints of {config.model.name} need "
-            f"{need / 1e9:,.1f} GB; free some space, or choose another SHARED_DIR"
-        )
+    free = files.check_space(home, need, f"two checkpoints of {config.model.name} need")
     return f"{free / 1e9:,.0f} GB free, 2 checkpoints need {need / 1e9:,.2f} GB"

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from trainstack.errors import ConfigError
+from trainstack.errors import ConfigError, Failed
+from trainstack.units import bytes_text
 
 CHUNK_BYTES = 8 << 20  # written at once
 READ_BYTES = 1 << 20  # read at once, to be hashed
@@ -297,6 +298,18 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def check_space(
+    folder: Path, needed_bytes: int, needs: str = "it needs", move: str = "move SHARED_DIR"
+) -> int:
+    """The free bytes at a folder; Failed if they are too few."""
+    free = free_bytes(folder)
+    if needed_bytes > free:
+        there = f"{bytes_text(free)} are free at {folder}"
+        fix = f"free some space or {move}"
+        raise Failed(f"{needs} {bytes_text(needed_bytes)}, and {there}; {fix}")
+    return free
 
 
 def disk_problem(error: OSError, move: str = "move SHARED_DIR") -> str:
