@@ -14,7 +14,7 @@ from trainstack.config.schema import Config
 from trainstack.errors import SECRET_IN_CODE, without_secrets
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
-from trainstack.storage import files, layout
+from trainstack.storage import files, layout, manifest
 
 SNAPSHOT = (  # beside the package: what a job runs, and what resumes the run without any checkout
     "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh", "setup.sh",
@@ -26,7 +26,10 @@ OWN_OF_A_CHECKOUT = "env.sh"  # written by setup.sh
 def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: bool) -> None:
     """Keep code, settings and environment, so that the job runs what was submitted."""
     run.create()
-    replace_code(repository, run.path)
+    snapshot = run.path / f".code.{os.getpid()}.tmp"
+    shutil.rmtree(snapshot, ignore_errors=True)
+    copy_code(repository, snapshot)
+    manifest.swap_in(snapshot, run.path / "code")
     config = keep_templates(config, run.path / "chat_templates")
     files.replace_file(run.path / "config.yaml", config.to_yaml().encode())
     described = describe_environment(repository)
@@ -57,19 +60,6 @@ def keep_templates(config: Config, folder: Path) -> Config:
     mixture = [kept(source) for source in config.data.mixture]
     data = kept(config.data).model_copy(update={"mixture": mixture})
     return config.model_copy(update={"data": data})
-
-
-def replace_code(repository: Path, folder: Path) -> None:
-    """Copy the checkout's code to ``folder/code``, whole or not at all."""
-    snapshot, code = folder / f".code.{os.getpid()}.tmp", folder / "code"
-    before = folder / ".code.before"
-    shutil.rmtree(snapshot, ignore_errors=True)
-    copy_code(repository, snapshot)
-    shutil.rmtree(before, ignore_errors=True)
-    if code.exists():
-        os.rename(code, before)
-    os.rename(snapshot, code)
-    shutil.rmtree(before, ignore_errors=True)
 
 
 def copy_code(repository: Path, folder: Path) -> None:

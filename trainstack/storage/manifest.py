@@ -32,9 +32,9 @@ def publish_folder(temporary: Path, final: Path, entries: dict[str, dict], **fac
 
 
 def swap_in(temporary: Path, final: Path) -> None:
-    """Give a folder that has its manifest its final name, in place of the folder of before.
+    """Give a whole folder its final name, in place of the folder of before.
 
-    ``put_back`` undoes it after a kill between the two renames.
+    Of one with a manifest, ``put_back`` undoes it after a kill between the two renames.
     """
     aside = aside_of(final)
     remove_folder(aside)
