@@ -30,8 +30,7 @@ def consumed(samples, batch, seed, attempts, left_out=()) -> list[np.ndarray]:
     steps, first = [], 0
     for last, world_size in attempts:
         ranks = [
-            StepSampler(samples, batch, r, world_size, seed, first, left_out)
-            for r in range(world_size)
+            StepSampler(samples, batch, r, world_size, seed, left_out) for r in range(world_size)
         ]
         for step in range(first, last):
             shares = [rank.samples_at(step) for rank in ranks]

@@ -36,18 +36,16 @@ class StepSampler(StepOrder, DistributedSampler):
 
     def __init__(
         self, num_samples: int, global_batch_size: int, rank: int, world_size: int, seed: int,
-        first_step: int = 0, left_out: Sequence[dict[str, int]] = (),
-        mixture: Mixture | None = None,
+        left_out: Sequence[dict[str, int]] = (), mixture: Mixture | None = None,
     ):  # fmt: skip
         DistributedSampler.__init__(
             self, range(num_samples), num_replicas=world_size, rank=rank, seed=seed, drop_last=True
         )
         StepOrder.__init__(self, num_samples, global_batch_size, seed, left_out, mixture)
-        self.first_step = first_step
 
     def __iter__(self) -> Iterator[int]:
-        """This rank's samples, step by step from ``first_step`` on, without end."""
-        for step in itertools.count(self.first_step):
+        """This rank's samples, step by step, without end."""
+        for step in itertools.count():
             yield from self.samples_at(step).tolist()
 
     def samples_at(self, step: int) -> np.ndarray:
@@ -74,7 +72,7 @@ class Feed:
     def at(self, step: int) -> StepData:
         """What this rank consumes in a step (from 1)."""
         samples, train = self.sampler.samples_at(step - 1), self.corpus.train
-        batches = self._batches(samples, train)
+        batches = micro_batches(samples, self.plan.micro_batch_size, train, self.world.device)
         targets = self.plan.tokens_per_step
         if not train.is_full:  # each rank can compute those of all, so nothing is sent
             targets = train.target_tokens(self.sampler.all_samples_at(step - 1))
@@ -101,9 +99,6 @@ class Feed:
             "source_tokens": {label: number * seq_len for label, number, _ in rows},
             "source_epochs": {label: number / size for label, number, size in rows},
         }
-
-    def _batches(self, samples: np.ndarray, split: Split | Joined) -> Iterator[Batch]:
-        return micro_batches(samples, self.plan.micro_batch_size, split, self.world.device)
 
 
 def held_out_batches(
