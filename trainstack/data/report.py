@@ -28,7 +28,6 @@ SHOWN_SAMPLES = 3
 SHOWN_PIECES, SHOWN_TOKENS = 4, 100  # of a sample, and of each piece
 ENDS = 6  # tokens that are shown of a document's beginning and end
 BAR_WIDTH, SHARE_WIDTH = 34, 20  # characters: of lengths, of sources; lines fit into 80 columns
-BLOCKS, HASHES = " ▏▎▍▌▋▊▉█", " #"  # a character of a bar by how full it is
 COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
@@ -43,14 +42,12 @@ def main(arguments: list[str]) -> int:
         parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
     config = load(options.config, options.overrides)
     corpus = open_corpus(options.home, config)
-    is_terminal = sys.stdout.isatty()
-    marks = COLOUR if is_terminal and "NO_COLOR" not in os.environ else PLAIN
-    signs = BLOCKS if is_terminal and sys.stdout.encoding.lower() == "utf-8" else HASHES
-    for line in shares(config, corpus, signs):
+    marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN
+    for line in shares(config, corpus):
         print(line)
     model_folder = layout.model_folder(options.home, config.model.name)
     for section, store in zip(config.data.sources, corpus.stores.values(), strict=True):
-        for line in (*report(section, store, signs), *examples(store, model_folder, marks)):
+        for line in (*report(section, store), *examples(store, model_folder, marks)):
             print(line)
         for remark in store.remarks(section):  # last, where they are read: each is a decision
             print(f"remark: {remark}")
@@ -60,7 +57,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def shares(config: Config, corpus: Corpus, signs: str) -> Iterator[str]:
+def shares(config: Config, corpus: Corpus) -> Iterator[str]:
     """Of each data set of a mixture, how much of what is learned comes from it."""
     if len(corpus.sizes) == 1:
         return
@@ -69,11 +66,11 @@ def shares(config: Config, corpus: Corpus, signs: str) -> Iterator[str]:
     yield f"share of the sequences, and epochs of each data set in {counted(steps, 'step')}"
     rows = zip(corpus.stores, corpus.sizes, corpus.shares(config.data.sources), strict=True)
     for label, size, share in rows:
-        drawn_bar = f"{bar(share, SHARE_WIDTH, signs):<{SHARE_WIDTH}}"
+        drawn_bar = f"{bar(share, SHARE_WIDTH):<{SHARE_WIDTH}}"
         yield f"    {share:>6.1%} {drawn_bar} {share * drawn / max(1, size):>7.2f} epochs  {label}"
 
 
-def report(section: DataSection, store: TokenStore, signs: str) -> Iterator[str]:
+def report(section: DataSection, store: TokenStore) -> Iterator[str]:
     """What there is, how long it is, how full the samples are, and how much of it is repeated."""
     counts = store.counts
     yield f"{section.label} ({store.meta['format']}) in {store.folder}"
@@ -95,10 +92,10 @@ def report(section: DataSection, store: TokenStore, signs: str) -> Iterator[str]
     copies = duplicates(store.train)
     share = copies / max(1, len(store.train.stops))
     yield f"  duplicates  {counted(copies, 'document')} ({share:.1%})"
-    yield from histogram(np.diff(store.train.stops, prepend=0), signs)
+    yield from histogram(np.diff(store.train.stops, prepend=0))
 
 
-def histogram(lengths: np.ndarray, signs: str) -> Iterator[str]:
+def histogram(lengths: np.ndarray) -> Iterator[str]:
     """A line for each power of two: how many lengths are below it, and not below half of it."""
     if not len(lengths):
         return
@@ -107,16 +104,14 @@ def histogram(lengths: np.ndarray, signs: str) -> Iterator[str]:
     bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(np.int64))
     for power in range(np.flatnonzero(bins)[0], len(bins)):
         count, least, most = bins[power], 1 << power >> 1, (1 << power) - 1
-        drawn = bar(count / bins.max(), BAR_WIDTH, signs)
+        drawn = bar(count / bins.max(), BAR_WIDTH)
         shown = f"    {least:>9,} to {most:>9,} {count:>11,} {count / len(lengths):>6.1%} {drawn}"
         yield shown.rstrip()
 
 
-def bar(share: float, width: int, signs: str) -> str:
-    """A share of ``width`` characters; what is there at all has the smallest sign at least."""
-    parts = len(signs) - 1
-    whole, rest = divmod(max(share > 0, round(share * width * parts)), parts)
-    return (signs[-1] * whole + signs[rest]).rstrip()
+def bar(share: float, width: int) -> str:
+    """A share of ``width`` characters; what is there at all has one at least."""
+    return "#" * max(int(share > 0), round(share * width))
 
 
 def examples(store: TokenStore, model_folder: Path, marks: tuple[str, str]) -> Iterator[str]:
