@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -207,10 +208,11 @@ def test_the_report_counts_and_shows_what_is_learned(home):
     arguments = ["--home", home, "--config", home / "config.yaml", *settings]
     shown = tiny.run_command("data_report", *arguments).stdout
     words = " ".join(shown.split())
-    assert "train 3 documents, 92 tokens, 13.0% of them carry loss" in words
-    assert "longer than seq_len: 1 split, 0 dropped" in words
-    assert "duplicates 1 document (33.3%)" in words
-    assert "length tokens per document of train: median 8, longest 76" in words
+    assert "3 documents (messages) -> 92 tokens (13.0% of them learned), 0 held out" in words
+    assert re.search(r"packing best_fit: \d+ samples of \d+ tokens, 0 more held out", words)
+    assert "padding; 1 longer document split, 0 dropped" in words
+    assert "duplicates: 1 document (33.3%)" in words
+    assert "tokens per document of train: median 8, longest 76" in words
     assert "8 to 15 2 66.7% ######" in words
     assert "64 to 127 1 33.3% ####" in words
     assert "four five <|end|>[[ one two three <|end|>]]" in shown

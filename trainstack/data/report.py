@@ -19,7 +19,6 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config, DataSection
 from trainstack.data.corpus import Corpus, open_corpus
 from trainstack.data.duplicates import duplicates
-from trainstack.data.split import EVAL, TRAIN
 from trainstack.data.store import TokenStore
 from trainstack.storage import layout
 from trainstack.units import counted
@@ -71,27 +70,12 @@ def shares(config: Config, corpus: Corpus) -> Iterator[str]:
 
 
 def report(section: DataSection, store: TokenStore) -> Iterator[str]:
-    """What there is, how long it is, how full the samples are, and how much of it is repeated."""
-    counts = store.counts
-    yield f"{section.label} ({store.meta['format']}) in {store.folder}"
-    for name, split in ((TRAIN, store.train), (EVAL, store.eval)):
-        kinds = ("documents", "tokens", "target_tokens")
-        documents, total, targets = (getattr(counts, f"{name}_{kind}") for kind in kinds)
-        share = targets / max(1, total)
-        yield (
-            f"  {name:<11} {counted(documents, 'document')}, {total:,} tokens, {share:.1%} of them "
-            "carry loss"
-        )
-        yield f"  {'':<11} {counted(split.num_samples, 'sample')} of {section.seq_len} tokens"
-    yield (
-        f"  packing     {section.packing}: {store.train.padding_share:.2%} padding; longer than "
-        f"seq_len: {counts.split_documents:,} split, {counts.dropped_documents:,} dropped"
-    )
-    bad = counted(counts.bad_records, "bad record")
-    yield f"  left out    {counts.empty_documents:,} empty, {bad}"
+    """What there is, how full the samples are, how much of it is repeated, and how long it is."""
+    yield f"{section.label} in {store.folder}"
+    yield from (f"  {line}" for line in store.summary(section))
     copies = duplicates(store.train)
     share = copies / max(1, len(store.train.stops))
-    yield f"  duplicates  {counted(copies, 'document')} ({share:.1%})"
+    yield f"  duplicates: {counted(copies, 'document')} ({share:.1%})"
     yield from histogram(np.diff(store.train.stops, prepend=0))
 
 
@@ -100,7 +84,7 @@ def histogram(lengths: np.ndarray) -> Iterator[str]:
     if not len(lengths):
         return
     middle, longest = f"{np.median(lengths):,.0f}", f"{lengths.max():,}"
-    yield f"  length      tokens per document of train: median {middle}, longest {longest}"
+    yield f"  tokens per document of train: median {middle}, longest {longest}"
     bins = np.bincount(np.ceil(np.log2(lengths + 1)).astype(np.int64))
     for power in range(np.flatnonzero(bins)[0], len(bins)):
         count, least, most = bins[power], 1 << power >> 1, (1 << power) - 1

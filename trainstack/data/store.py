@@ -58,6 +58,7 @@ REMARKS = {
     "little; take them out of one",
 }  # counts of which people are told, if they are not 0
 PLAIN = ("text", "prompt_completion")  # formats that no chat template writes
+BAD_RECORDS = "bad_records.jsonl"  # location and reason of each record left out
 SHOWN = 8  # columns
 PACKED_LAYOUT = 2  # of samples of whole documents; another one is another store
 
@@ -225,6 +226,30 @@ class TokenStore:
         self.eval = Split(self.folder, TRAIN, self.dtype, self.train.seq_len, is_held_out=True)
         self.counts.eval_bytes = self.counts.train_bytes
         self.counts.eval_target_tokens = self.counts.train_target_tokens
+
+    def summary(self, section: DataSection) -> Iterator[str]:
+        """What it holds, in a few lines."""
+        counts = self.counts
+        share = counts.train_target_tokens / max(1, counts.train_tokens)
+        learned = "" if self.train.spans is None else f" ({share:.1%} of them learned)"
+        yield (
+            f"{counted(counts.train_documents, 'document')} ({self.meta['format']}) -> "
+            f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
+            f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
+            f"vocabulary {self.meta['vocab_size']:,}"
+        )
+        samples = f"{counted(self.train.num_samples, 'sample')} of {section.seq_len} tokens"
+        line = f"packing {section.packing}: {samples}, {self.eval.num_samples:,} more held out"
+        if section.packing != "concat":
+            line += (
+                f", {self.train.padding_share:.1%} padding; "
+                f"{counted(counts.split_documents, 'longer document')} split, "
+                f"{counts.dropped_documents:,} dropped (data.too_long)"
+            )
+        yield line
+        if counts.bad_records:
+            bad = counted(counts.bad_records, "bad record")
+            yield f"{bad} left out: {self.folder / BAD_RECORDS}"
 
     def remarks(self, section: DataSection) -> Iterator[str]:
         """What a person has to decide on, a line for each."""

@@ -21,12 +21,11 @@ import numpy as np
 
 from trainstack.data.packing import Plan
 from trainstack.data.split import EVAL, INDEX, TRAIN, Split
-from trainstack.data.store import Counts
+from trainstack.data.store import BAD_RECORDS, Counts
 from trainstack.processes import is_dead, process_start
 from trainstack.storage import files, manifest
 
 PROGRESS = "progress.json"  # of an unfinished folder: what of it is committed
-BAD_RECORDS = "bad_records.jsonl"  # of a store: location and reason of each record left out
 WRITE_BYTES = 1 << 20
 COMMIT_SECONDS = 10
 SILENT_SECONDS = 600  # without a commit: then a preparation on another host is taken for dead

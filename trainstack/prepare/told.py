@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 from trainstack.chat.ends import Ends
 from trainstack.config.schema import DataSection
 from trainstack.data.store import PLAIN, SINCE_VERSION_3, TokenStore
-from trainstack.data.writer import BAD_RECORDS
 from trainstack.prepare.tokenise import DataFile, Tokenised, Tokeniser, tasks_from
 from trainstack.prepare.tokenizer import Encoder
-from trainstack.units import counted
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -52,15 +50,8 @@ def say(section: DataSection, text: str) -> None:
 def describe(section: DataSection, folder: Path, remark: str) -> None:
     """Say what is in a store."""
     store = TokenStore(folder, section.seq_len)
-    counts = store.counts
-    share = counts.train_target_tokens / max(1, counts.train_tokens)
-    learned = "" if store.train.spans is None else f" ({share:.0%} of them learned)"
-    lines = [
-        f"{counted(counts.train_documents, 'document')} ({store.meta['format']}) -> "
-        f"{counts.train_tokens:,} tokens{learned}, {counts.eval_documents:,} held out "
-        f"({counts.eval_tokens:,} tokens), {counts.empty_documents:,} empty dropped; "
-        f"vocabulary {store.meta['vocab_size']:,}; {remark}"
-    ]
+    counts, lines = store.counts, [*store.summary(section)]
+    lines[0] += f"; {remark}"
     held = counts.eval_tokens / max(1, counts.eval_tokens + counts.train_tokens)
     wanted = 0 if section.eval_split else section.eval_fraction
     if wanted and not wanted / MOST_OFF < held < wanted * MOST_OFF:
@@ -69,21 +60,9 @@ def describe(section: DataSection, folder: Path, remark: str) -> None:
             "documents are, by a hash of each; with more documents it comes nearer, or name a "
             "data.eval_split, or divide them (data.split_on)"
         )
-    if section.packing != "concat":
-        lines.append(
-            f"packing {section.packing}: {counted(store.train.num_samples, 'sample')} "
-            f"of {section.seq_len} tokens, {store.train.padding_share:.1%} padding; "
-            f"{counted(counts.split_documents, 'longer document')} split, "
-            f"{counts.dropped_documents:,} dropped (data.too_long)"
-        )
     if store.meta["template"] and store.meta["format"] not in PLAIN:
         lines.append("checked: each text of each conversation is in it, the assistant's is learned")
-    lines += store.remarks(section)
-    if counts.bad_records:
-        lines.append(
-            f"{counted(counts.bad_records, 'bad record')} left out: {folder / BAD_RECORDS}"
-        )
-    for line in lines:
+    for line in (*lines, *store.remarks(section)):
         say(section, line)
 
 
