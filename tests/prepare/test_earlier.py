@@ -60,7 +60,7 @@ def test_a_store_of_the_last_rules_is_kept_by_its_runs_and_by_new_ones_if_it_is_
     assert find_store(home, "tiny", section, [last.name]) == last
 
 
-def test_plain_texts_have_the_store_that_both_rules_make_and_it_is_not_made_twice(home, capsys):
+def test_plain_texts_have_the_store_that_both_rules_make_and_it_is_not_written_twice(home, capsys):
     section, now, before = made(home, "data.name=text")
     assert now.is_symlink() and now.resolve() == before
     assert find_store(home, "tiny", section, ()) == before
@@ -69,6 +69,8 @@ def test_plain_texts_have_the_store_that_both_rules_make_and_it_is_not_made_twic
     written = meta.stat().st_mtime_ns
     made(home, "data.name=text")
     assert now.resolve() == before and meta.stat().st_mtime_ns == written
+    capsys.readouterr()
+    made(home, "data.name=text")
     assert "are here" in capsys.readouterr().err
 
 

@@ -172,15 +172,15 @@ def write_store(
         ends = ends_of_turns(encoder.tokenizer, learned.ids, learned.spans, encoder.end_id)
     meta["stop_ids"] = ends.stops
     meta["notes"] = notes_on_data(model_folder, tokenise, data_files, ends)
-    if not force and manifest.is_whole(final):
-        remove([writer.temporary])  # where locks exclude nobody, another process was faster
-        return
     target, is_plain = final, form == "text" and not writer.counts.written_documents
-    if is_plain and store.is_as_before(section) and earlier.read_alike(model_folder) is not None:
+    if is_plain and store.is_as_before(section) and earlier.is_read_alike(model_folder):
         # What the rules before made alike keeps its name, so that runs from before resume with it.
         target = store.store_folder(home, model_name, section, store.EARLIER_VERSION)
-    manifest.remove_folder(target)  # damaged, or to be made again
-    writer.publish(target, meta)
+    if not force and manifest.is_whole(target):
+        remove([writer.temporary])  # runs learn from it, or where locks exclude nobody it is new
+    else:
+        manifest.remove_folder(target)  # damaged, or to be made again
+        writer.publish(target, meta)
     if target != final:
         earlier.link(final, target)
 
