@@ -278,6 +278,18 @@ if not os.path.exists(sys.argv[2] + "/died"):
     assert stores(home) == expected["chats"]
 
 
+def test_a_disk_that_is_full_is_one_line_with_what_to_do(home):
+    full = """
+def full(*_):
+    raise OSError(28, "No space left on device", "a/train.bin")
+writer.Column._flush = full
+"""
+    said = run(home, "data.name=texts", code=1, more=full).splitlines()
+    problem = "the disk or your quota is full at a/train.bin; free some space or move SHARED_DIR"
+    assert said[-1] == f"prepare: error: {problem}"
+    assert "Traceback" not in "".join(said)
+
+
 def test_peak_memory_does_not_grow_with_the_data(tmp_path):
     """Forty times the data, ten per cent at most; benchmarks/memory.py goes from 10 MB to 1 GB."""
     tiny.make_model(tmp_path)
