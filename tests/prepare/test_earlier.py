@@ -8,10 +8,18 @@ from records import TEMPLATE, record
 
 import tiny
 from trainstack.config.load import load
-from trainstack.data.store import EARLIER_VERSION, LAST_VERSION, find_store, store_folder
+from trainstack.data.store import (
+    EARLIER_VERSION,
+    LAST_VERSION,
+    TokenStore,
+    find_store,
+    store_folder,
+)
 from trainstack.prepare import prepare
 from trainstack.storage import layout
 from trainstack.storage.manifest import damage, remove_folder
+
+EOS, TOKENIZER = "eos_token_id", "PreTrainedTokenizerFast"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +91,22 @@ def test_a_store_of_the_rules_before_is_made_anew_if_a_document_spells_a_special
     now.rename(before.with_name(store_folder_name(home, settings)))
     _, now, before = made(home, *settings)
     assert before.exists() and now.is_dir() and not now.is_symlink()
+
+
+def test_models_of_one_tokenizer_and_two_end_tokens_have_a_store_each(own_home):
+    """Where config.json alone names the end, which the key of the rules before does not hold."""
+    folder, ends = layout.model_folder(own_home, "tiny"), {}
+    names = ("config.json", "tokenizer.json")
+    content = {name: (folder / name).read_text() for name in names}
+    content["tokenizer_config.json"] = json.dumps({"tokenizer_class": TOKENIZER})
+    for end in (0, 3):
+        content["config.json"] = json.dumps({**json.loads(content["config.json"]), EOS: end})
+        remove_folder(folder)
+        tiny.publish(folder, content, kind="model", weight_bytes=0)
+        section, now, _ = made(own_home, "data.name=text", "data.seq_len=48")
+        train = TokenStore(now, section.seq_len).train
+        ends[end] = {int(train.ids[stop - 1]) for stop in train.stops}
+    assert ends == {0: {0}, 3: {3}}
 
 
 def test_only_the_link_to_a_store_is_removed_with_it(home):

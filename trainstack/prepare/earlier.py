@@ -23,11 +23,14 @@ def adopt(home: Path, model_name: str, section: DataSection, final: Path) -> boo
 
 
 def is_read_alike(model_folder: Path) -> bool:
-    """Whether the tokenizer gives a plain text the ids that its tokenizer.json alone gives."""
+    """Whether the tokenizer gives a plain text the ids that its tokenizer.json alone gives.
+
+    And says itself what ends a text: the key of the rules before knows nothing of config.json.
+    """
     from tokenizers import Tokenizer
 
     path = model_folder / "tokenizer.json"
-    if not path.exists():
+    if not path.exists() or "eos_token_id" in store.read_by_tokenizer(model_folder):
         return False
     pair = Tokenizer.from_file(str(path)), load_backend(model_folder)[0]
     own, theirs = ({**json.loads(made.to_str()), **UNREAD} for made in pair)
