@@ -3,8 +3,8 @@
 Llamas from scratch by train.py, one process and one thread, in five configurations. The constants
 of the prediction were chosen with the first three; the last two were not looked at for that. Each
 is calibrated right before its run, in turn, three rounds; the medians count. Others may use the
-machine: of the steps of a run the lower quartile counts, and of an operation its time of the
-processor.
+machine: of the steps of a run the lower quartile counts, and of those that are made to calibrate
+their time of the processor.
 """
 
 import os
@@ -120,7 +120,7 @@ def worked(trail: list[tuple[float, float]], at: float) -> float:
 
 def predicted(home: Path, config: Config) -> tuple[float, float]:
     """Seconds of a step and bytes of a process, from what the command kept."""
-    machines = facts.machines_of(home, 1, 1, None, facts.NETWORK)
+    machines = facts.machines_of(1, 1, None)
     cost = facts.known_cost(home, layout.model_folder(home, "llama"), config, machines)
     pace = estimate.pace_of(cost, config, machines, config.batch_plan(1))
     return pace.step, sum(estimate.memory_of(cost, config, machines).values())

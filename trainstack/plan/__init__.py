@@ -4,7 +4,7 @@ command.py      the page that a person reads
 line.py         the line of submit.sh
 facts.py        what was found before, kept in the project's cache
 estimate.py     memory by part, step time, hours: arithmetic alone
-machine.py      GPUs by their names, with what they can do; what was measured of a processor
+machine.py      GPUs by their names, with what they can do
 cost.py         the operations of a micro step, found without memory
-calibrate.py    how long those operations take on this machine
+calibrate.py    how long a step takes on this processor
 """

@@ -1,156 +1,53 @@
-"""How long the operations of a micro step take on this machine, each measured by itself.
-
-Each kind of operation is made again with tensors of its shapes, in the order of a step, several
-times. What is between operations (Python, autograd, torch's dispatcher) is measured with a model so
-small that little else is left.
-"""
+"""How long a step of a model takes on this processor: some are made, as a run makes them."""
 
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trainstack import distributed
 from trainstack.config.schema import Config
-from trainstack.model.causal_lm import read_config
-from trainstack.optim.optimizer import build_optimizer
-from trainstack.plan.cost import Shape, Tracer, loss_without_values, traced
-from trainstack.plan.machine import Measured
+from trainstack.distributed import World
+from trainstack.model.causal_lm import build_causal_lm
+from trainstack.model.ddp import DataParallel
+from trainstack.model.loss import CausalLMLoss
+from trainstack.plan.cost import CPU, plain_batch
 
-MOST_SECONDS, ROUNDS = 40.0, 9
-MOST_BYTES = 3 << 30  # of all tensors; operations that do not find room are not measured
-BURST, SHORT = 10, 2e-4  # calls at once of those that take fewer seconds: a clock costs time too
-UPDATED = 1 << 22  # parameters of the optimizer that is measured
-SMALL = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "max_position_embeddings": 32,
-}  # fmt: skip
+SECONDS, LEAST = 3.0, 3  # of steps, but so many at least; the first one does not count
 
 
-def calibrate(folder: Path, config: Config, keeps_gradients: bool) -> Measured:
-    """Of the processor, with the threads that torch has, at the shapes of a model's micro step."""
+def calibrate(
+    folder: Path, config: Config, keeps_gradients: bool, threads: int
+) -> tuple[float, float]:
+    """Median seconds of a micro step, and of the norm, the clipping and the update.
+
+    Of one process, in the memory that a run takes. The weights are new ones, and stay as they are.
+    """
+    torch.set_num_threads(threads)
     distributed.keep_memory()  # as a rank does
-    loss_model = loss_without_values(folder, read_config(folder), config)
-    rows, seq_len = config.train.micro_batch_size, config.data.seq_len
-    seen = traced(loss_model, rows, seq_len, config.data.packing, keeps_gradients)
-    seconds = measured(seen.examples)
-    ops = {
-        name: (seconds[name], op.flops, op.bytes)
-        for name, op in seen.ops.items()
-        if name in seconds
-    }
-    return Measured(ops, seconds_between(), update_seconds(config))
-
-
-def seconds_between() -> float:
-    """From an operation to the next: what the step of a small model takes beside its operations."""
-    config = LlamaConfig(**SMALL)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tokens, size = torch.zeros(4, 32, dtype=torch.int64), (config.vocab_size, config.hidden_size)
-
-    def step() -> None:
-        hidden = model.base_model(tokens).last_hidden_state
-        hidden.sum().backward()
-
-    with Tracer(size) as seen:
-        step()
-    seconds = measured(seen.examples)
-    alone = sum(op.count * seconds.get(name, 0.0) for name, op in seen.ops.items())
-    return max(0.0, median_seconds(step, 100) - alone) / sum(op.count for op in seen.ops.values())
+    train, data = config.train.model_copy(update={"torch_compile": False}), config.data
+    own = (config.model, train.precision, config.run.seed, config.adapter)
+    causal_lm = build_causal_lm(folder, "scratch", *own)
+    loss_model = CausalLMLoss(causal_lm, train, CPU, data.packing, data.seq_len)
+    plan, world = config.batch_plan(1), World(0, 0, 1, 1, CPU)
+    strategy = DataParallel(loss_model, config.optim, train.precision, plan, world)
+    strategy.optimizer.set_learning_rate(0.0)
+    vocabulary = len(causal_lm.get_input_embeddings().weight)
+    batch = plain_batch(train.micro_batch_size, data.seq_len, data.packing, vocabulary)
+    times, is_bad, until = [], torch.zeros(()), time.monotonic() + SECONDS
+    while len(times) < LEAST or time.monotonic() < until:
+        for _ in range(1 + keeps_gradients):  # the second finds gradients
+            started = now()
+            strategy.scaler.scale(loss_model(*batch)).backward()
+        between = now()
+        _, norm = strategy.gradients((), 1)
+        strategy.update(is_bad, norm, config.optim.max_grad_norm)
+        times.append((between - started, now() - between))
+    micro, update = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return micro, update
 
 
 def now() -> float:
     """Seconds of work of this thread, so that what others do meanwhile does not count."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
-def median_seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The median seconds of a call, but for the first."""
-    found = []
-    for _ in range(rounds):
-        started = now()
-        call()
-        found.append(now() - started)
-    return statistics.median(found[1:])
-
-
-def measured(calls: dict[str, tuple[Any, tuple, dict]]) -> dict[str, float]:
-    """Median seconds of each call, by signature; none for those that fail, or are too large.
-
-    Tensors of one shape share their memory from call to call, as what one operation makes is what
-    the next one reads.
-    """
-    pool: dict[tuple, torch.Tensor] = {}
-    found: dict[str, list[float]] = {}
-    left, until = dict(calls), time.monotonic() + MOST_SECONDS
-    for _ in range(ROUNDS):
-        for signature, call in [*left.items()]:
-            if time.monotonic() > until:
-                break
-            try:
-                times = found.get(signature, [])
-                seconds = seconds_of(call, pool, BURST if times and min(times) < SHORT else 1)
-                found[signature] = [*times, seconds]
-            except Exception:  # it takes no such values, or too much memory
-                del left[signature]
-    return {name: statistics.median(times[1:] or times) for name, times in found.items()}
-
-
-@torch.no_grad()
-def seconds_of(call: tuple[Any, tuple, dict], pool: dict, count: int) -> float:
-    """Of one call out of so many, one after the other; MemoryError if ``pool`` grows too large."""
-    func, args, kwargs = call
-    args, kwargs = with_tensors(args, kwargs, pool)
-    if func.namespace == "trainstack":
-        whole_rows(args)
-    started = now()
-    for _ in range(count):
-        func(*args, **kwargs)
-    return (now() - started) / count
-
-
-def with_tensors(args: tuple, kwargs: dict, pool: dict) -> tuple[tuple, dict]:
-    """The arguments of a call with tensors in place of shapes; numbers between 0 and 1, or zero."""
-    place = iter(range(len(tree_leaves((args, kwargs)))))
-
-    def made(shape: Shape) -> torch.Tensor:
-        key = (next(place), shape)
-        if key not in pool:
-            size = 1 + sum((n - 1) * s for n, s in zip(shape.sizes, shape.strides, strict=True))
-            if sum(t.nbytes for t in pool.values()) + size * shape.dtype.itemsize > MOST_BYTES:
-                raise MemoryError
-            values = torch.zeros(max(size, 1), dtype=shape.dtype)
-            if shape.dtype.is_floating_point:
-                values.uniform_(0.1, 0.9)
-            pool[key] = values.as_strided(shape.sizes, shape.strides)
-        return pool[key]
-
-    return tree_map_only(Shape, made, (args, kwargs))
-
-
-def whole_rows(args: tuple) -> None:
-    """Let each row be one document, by the bounds among the arguments of our attention."""
-    rows, _, length, _ = args[0].shape
-    (bounds,) = (a for a in args if isinstance(a, torch.Tensor) and a.dim() == 1)
-    bounds.copy_(torch.arange(rows + 1, dtype=bounds.dtype) * length)
-
-
-def update_seconds(config: Config) -> float:
-    """Seconds for each parameter of a norm and an update of the optimizer."""
-    model = torch.nn.ParameterList(torch.zeros(UPDATED // 8) for _ in range(8))
-    optimizer = build_optimizer(model, config.optim)
-    for parameter in model:
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    zero, one = torch.zeros(()), torch.ones(())  # not bad; divided by nothing
-
-    def update() -> None:
-        torch._foreach_norm([p.grad for p in model])
-        optimizer.prepare(zero, one)
-        optimizer.step()
-
-    return median_seconds(update, 7) / UPDATED

@@ -1,7 +1,7 @@
 """``python -m trainstack plan``: memory, step time, hours and checkpoints of a run, before it runs.
 
-It is an estimate, and prints what it assumes. --calibrate measures how long the operations of this
-model take on this processor, in less than a minute; later plans on such a processor use it.
+It is an estimate, and prints what it assumes. --calibrate makes some steps of this model on this
+processor; later plans of it on such a processor know how long they took.
 """
 
 import argparse
@@ -52,11 +52,10 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"model {config.model.name} is not in {options.home}; write: {fix}")
     config = facts.as_shared(config, options.nodes * per_node)
     if options.calibrate:
-        say("each operation is measured by itself; that takes less than a minute")
-        facts.measure(options.home, folder, config, options.nodes * per_node, per_node)
-    where = facts.machines_of(options.home, options.nodes, per_node, gpu, options.network)
-    cost = facts.known_cost(options.home, folder, config, where)
-    cost = cost or facts.new_cost(options.home, folder, config, where)
+        say("some steps of the model are made on this processor, of one process")
+    where = facts.machines_of(options.nodes, per_node, gpu, options.network)
+    cost = None if options.calibrate else facts.known_cost(options.home, folder, config, where)
+    cost = cost or facts.new_cost(options.home, folder, config, where, options.calibrate)
     print("\n".join(page(config, cost, where, *steps_of(options.home, config))))
     return 0
 
@@ -89,7 +88,7 @@ def page(
     yield f"  {'all':<20} {sum(parts.values()) / 1e9:8.2f}  {verdict(cost, config, machines)}"
     pace = estimate.pace_of(cost, config, machines, config.batch_plan(world))
     if pace is None:
-        yield "step time: not known, since this processor was not measured; add --calibrate"
+        yield "step time: not known, for it was not measured on this processor; add --calibrate"
     else:
         yield from speed(config, cost, machines, pace)
         yield from course(config, cost, machines, pace, steps, epoch_steps)
@@ -154,7 +153,6 @@ def assumptions(
         if config.train.torch_compile:
             yield "compiled: half of the bytes and calls that are no matrix products"
     elif pace:
-        yield f"{pace.measured:.0%} of a micro step measured at its own shapes, the rest by rates"
         yield "a process is as fast beside the others as it is alone"
         if config.train.torch_compile:
             yield "torch_compile gains nothing on a processor"

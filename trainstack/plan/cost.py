@@ -9,8 +9,8 @@ import contextlib
 import gc
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from trainstack.config.schema import Config
 from trainstack.errors import ConfigError, first_words
@@ -29,7 +29,7 @@ from trainstack.model import loss as loss_file
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, read_config
 from trainstack.model.loss import CausalLMLoss
 from trainstack.model.rehearsal import build_whole, changed, loss_of, small_copy, with_adapter
-from trainstack.plan.estimate import Cost, Op
+from trainstack.plan.estimate import Cost
 
 aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -60,7 +60,8 @@ def cost_of(folder: Path, config: Config, is_gpu: bool, keeps_gradients: bool) -
     learned = sum(p.numel() for p in loss_model.parameters() if p.requires_grad)
     logits, copies = tracer.peak["logits"], 2 * learned * loss_model.is_autocast
     return Cost(
-        count_parameters(loss_model), learned, flops, tracer.ops, sum(tracer.peak.values()),
+        count_parameters(loss_model), learned, flops,
+        [(*each, count) for each, count in tracer.ops.items()], sum(tracer.peak.values()),
         logits, logits * loss_model.is_chunked + copies, keeps_gradients,
     )  # fmt: skip
 
@@ -83,17 +84,24 @@ def traced(
     """What one micro step does; the model's own tensors are not touched."""
     embedding = tuple(loss_model.causal_lm.get_input_embeddings().weight.shape)
     with stand_ins(loss_model) as (tensors, device):
-        tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
-        batch = [tokens, tokens]
-        if packing != "concat":
-            bounds = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-            batch += [torch.zeros_like(tokens), bounds]
+        batch = plain_batch(rows, seq_len, packing, embedding[0], device)
         if keeps_gradients:
             for tensor in tensors.values():
                 tensor.grad = torch.empty_like(tensor) if tensor.requires_grad else None
         with Tracer(embedding) as tracer:
-            functional_call(Pass(loss_model), tensors, tuple(batch))
+            functional_call(Pass(loss_model), tensors, batch)
     return tracer
+
+
+def plain_batch(
+    rows: int, seq_len: int, packing: str, vocabulary: int, device: torch.device = CPU
+) -> tuple[torch.Tensor, ...]:
+    """What CausalLMLoss takes: each row is one document."""
+    tokens = torch.arange(rows * seq_len, device=device).remainder(vocabulary).view(rows, seq_len)
+    if packing == "concat":
+        return tokens, tokens
+    bounds = seq_len * torch.arange(rows + 1, dtype=torch.int32, device=device)
+    return tokens, tokens, torch.arange(seq_len, device=device).repeat(rows, 1), bounds
 
 
 class Pass(nn.Module):
@@ -123,7 +131,7 @@ def flops_per_token(loss_model: CausalLMLoss, seq_len: int) -> float:
         with Tracer(embedding) as tracer:
             functional_call(Pass(loss_model), tensors, (tokens, tokens))
     passes = 2 if hasattr(loss_model.causal_lm, "peft_config") else 3
-    return passes * sum(op.flops * op.count for op in tracer.ops.values()) / seq_len
+    return passes * sum(flops * count for (flops, _), count in tracer.ops.items()) / seq_len
 
 
 @contextlib.contextmanager
@@ -142,31 +150,14 @@ def stand_ins(loss_model: CausalLMLoss) -> Iterator[tuple[dict[str, torch.Tensor
         loss_model.device_type = before.type
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is known of a tensor without its values."""
-
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        sizes, strides = ("x".join(map(str, numbers)) for numbers in (self.sizes, self.strides))
-        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}:{strides}]"
-
-
 class Tracer(TorchDispatchMode):
-    """Counts operations, by their signature, and the bytes that exist, by what they are.
-
-    ``examples``: a call of each, with a Shape for each tensor, to make it again (calibrate.py).
-    """
+    """Counts operations, by their FLOPs and bytes, and the bytes that exist, by what they are."""
 
     def __init__(self, embedding: tuple[int, int]):
         """``embedding``: vocabulary and channels, by which logits are known."""
         super().__init__()
         self.embedding = embedding
-        self.ops: dict[str, Op] = {}
-        self.examples: dict[str, tuple[Any, tuple, dict]] = {}
+        self.ops: Counter[tuple[int, int]] = Counter()
         self.peak = {"logits": 0, "other": 0}
         self._live, self._known = dict(self.peak), {}
 
@@ -190,18 +181,10 @@ class Tracer(TorchDispatchMode):
         is_new = [self._enter(tensor) for tensor in made]
         if func.namespace != "prim":  # a question about a tensor
             is_view = not any(is_new) and not func._schema.is_mutable
-            self._count(func, args, kwargs, out, 0 if is_view else bytes_of(func, read, made))
-        return out
-
-    def _count(self, func: Any, args: tuple, kwargs: dict, out: Any, size: int) -> None:
-        example = tree_map_only(torch.Tensor, shape_of, (args, kwargs))
-        signature = f"{func} {' '.join(map(str, tree_leaves(example)))}"
-        if signature not in self.ops:
             count = flop_counter.flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **kwargs, out_val=out)) if count else 0
-            self.ops[signature] = Op(str(func._overloadpacket), 0, flops, size)
-            self.examples[signature] = (func, *example)
-        self.ops[signature].count += 1
+            self.ops[flops, 0 if is_view else bytes_of(func, read, made)] += 1
+        return out
 
     def _enter(self, tensor: torch.Tensor) -> bool:
         """Count what a tensor holds until nobody has it; False if it was there before."""
@@ -232,10 +215,6 @@ def without_values(rows: torch.Tensor, experts: torch.Tensor, ends=None, *_, **_
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def shape_of(tensor: torch.Tensor) -> Shape:
-    return Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def bytes_of(func: Any, read: list[torch.Tensor], made: list[torch.Tensor]) -> int:
@@ -290,9 +269,9 @@ def by_formula(real: Any, config: Config, keeps_gradients: bool, reason: str) ->
     tokens = train.micro_batch_size * config.data.seq_len
     size = 1 if train.precision in ("bf16", "fp16") else 2
     kept = 2 * layers + ACTIVATIONS if train.activation_checkpointing else ACTIVATIONS * layers
-    op = Op("model", 1, flops * tokens, 3 * 4 * parameters)
     peak = kept * size * tokens * channels + 4 * learned * (not keeps_gradients)
     return Cost(
-        parameters, learned, flops, {"model": op}, peak, 0, 0, keeps_gradients,
+        parameters, learned, flops, [(flops * tokens, 3 * 4 * parameters, 1)], peak, 0, 0,
+        keeps_gradients,
         f"by a formula, since its code cannot be followed without values ({reason})",
     )  # fmt: skip

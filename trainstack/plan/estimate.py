@@ -11,7 +11,7 @@ from trainstack.checkpoint.interval import OVERLAP_COST, Interval, first_save_se
 from trainstack.checkpoint.names import BYTES_PER_PARAMETER
 from trainstack.config.batch import BatchPlan
 from trainstack.config.schema import Config
-from trainstack.plan.machine import Gpu, Measured
+from trainstack.plan.machine import Gpu
 
 # Shares of what a data sheet says that are reached: matrix products reach 0.80 of an H100 and 0.87
 # of an A100 at their best shape (ml-engineering, MAMF); those of a model are not all of that shape.
@@ -28,29 +28,20 @@ RESTART_SECONDS = 120.0
 CPU_NETWORK = 1e9  # bytes a second, of gloo
 
 
-@dataclass
-class Op:
-    """An operation that is called ``count`` times; FLOPs and bytes of one call."""
-
-    name: str
-    count: int
-    flops: int
-    bytes: int
-
-
 @dataclass(frozen=True)
 class Cost:
-    """What cost.py found: of one micro step of one process."""
+    """What cost.py found, and calibrate.py: of one micro step of one process."""
 
     parameters: int
     trained: int
     flops_per_token: float
-    ops: dict[str, Op]  # by signature
+    ops: list[tuple[int, int, int]]  # FLOPs and bytes of an operation, and how often it comes
     peak: int  # bytes beside weights and optimizer, and gradients if those are kept
     logits: int  # of them
     fixed: int  # of them: the same for any micro_batch_size
     keeps_gradients: bool
     note: str = ""  # empty if the model's code was followed
+    measured: tuple[float, float] | None = None  # seconds on a processor, and of an update
 
 
 @dataclass(frozen=True)
@@ -59,17 +50,13 @@ class Machines:
 
     nodes: int
     per_node: int
-    device: Gpu | Measured | None  # None: a processor that was not measured
+    gpu: Gpu | None  # None: processors as here
     network: float
-    memory: float | None  # bytes of a GPU, or of this machine for each process
+    memory: float  # bytes of a GPU, or of this machine for each process
 
     @property
     def world_size(self) -> int:
         return self.nodes * self.per_node
-
-    @property
-    def gpu(self) -> Gpu | None:
-        return self.device if isinstance(self.device, Gpu) else None
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,6 @@ class Pace:
     exposed: float  # waiting for the sum of gradients
     step: float
     tokens_needed: float  # of a micro step, so that it hides the sum
-    measured: float  # share of the time of operations that were measured as they are
 
 
 def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float]:
@@ -108,9 +94,9 @@ def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float
 
 
 def way_out(cost: Cost, config: Config, machines: Machines) -> str:
-    """The one thing to change if it does not fit; empty if it does, or nobody knows."""
+    """The one thing to change if it does not fit; empty if it does."""
     parts = memory_of(cost, config, machines)
-    over = sum(parts.values()) - (machines.memory or float("inf"))
+    over = sum(parts.values()) - machines.memory
     if over <= 0:
         return ""
     train, rows = config.train, config.train.micro_batch_size
@@ -128,24 +114,22 @@ def way_out(cost: Cost, config: Config, machines: Machines) -> str:
 
 
 def pace_of(cost: Cost, config: Config, machines: Machines, plan: BatchPlan) -> Pace | None:
-    """None if the processor was not measured."""
-    device, train = machines.device, config.train
-    if device is None:
-        return None
-    size = 4 * cost.trained
-    if isinstance(device, Gpu):
-        micro, known = on_gpu(cost, device, train.precision, train.torch_compile), 0.0
-        update = (28 + 4 + 4) * cost.trained / (1e9 * device.bandwidth * BANDWIDTH)
+    """None if it was not measured on the processor."""
+    size, gpu, train = 4 * cost.trained, machines.gpu, config.train
+    if gpu:
+        micro = on_gpu(cost, gpu, train.precision, train.torch_compile)
+        update = (28 + 4 + 4) * cost.trained / (1e9 * gpu.bandwidth * BANDWIDTH)
+    elif cost.measured:
+        micro, update = cost.measured[0], cost.measured[1] + LOOP_SECONDS
     else:
-        micro, known = on_cpu(cost, device)
-        update = device.update * cost.trained + LOOP_SECONDS
-    link = 1e9 * LINK * machines.gpu.link if machines.gpu else CPU_NETWORK
+        return None
+    link = 1e9 * LINK * gpu.link if gpu else CPU_NETWORK
     total = all_reduce(size, machines.nodes, machines.per_node, link, machines.network * 1e9)
     last = total * min(1.0, BUCKET_BYTES / size)
     exposed = max(total - BACKWARD * micro, last)
     step = plan.gradient_accumulation_steps * micro + update + exposed
     needed = plan.micro_batch_size * plan.seq_len * total / (BACKWARD * micro)
-    return Pace(micro, update, exposed, step, needed, known)
+    return Pace(micro, update, exposed, step, needed)
 
 
 def mfu(config: Config, cost: Cost, machines: Machines, pace: Pace) -> float:
@@ -159,32 +143,13 @@ def on_gpu(cost: Cost, gpu: Gpu, precision: str, is_compiled: bool) -> float:
     """Seconds of a micro step: of the GPU, or of the host that sends its operations."""
     rate, bandwidth = gpu.flops(precision) * MATMUL, 1e9 * gpu.bandwidth * BANDWIDTH
     device = host = 0.0
-    for op in cost.ops.values():
-        share = COMPILED if is_compiled and not op.flops else 1.0
-        if op.bytes:  # else a view
-            longest = max(op.flops / rate, share * op.bytes / bandwidth, share * LAUNCH_SECONDS)
-            device += op.count * longest
-            host += op.count * share * HOST_SECONDS
+    for flops, size, count in cost.ops:
+        share = COMPILED if is_compiled and not flops else 1.0
+        if size:  # else a view
+            longest = max(flops / rate, share * size / bandwidth, share * LAUNCH_SECONDS)
+            device += count * longest
+            host += count * share * HOST_SECONDS
     return max(device, host)
-
-
-def on_cpu(cost: Cost, measured: Measured) -> tuple[float, float]:
-    """Seconds of a micro step, and the share of them that was measured at these very shapes.
-
-    What was not has the rate of what was.
-    """
-    rows = measured.ops.values()
-    work = [sum(row[i] for row in rows if row[1]) for i in range(2)]
-    moved = [sum(row[i] for row in rows if not row[1]) for i in (0, 2)]
-    known = other = 0.0
-    for signature, op in cost.ops.items():
-        if signature in measured.ops:
-            known += op.count * measured.ops[signature][0]
-        else:
-            seconds, size = (work, op.flops) if op.flops else (moved, op.bytes)
-            other += op.count * seconds[0] * size / max(1, seconds[1])
-    between = measured.between * sum(op.count for op in cost.ops.values())
-    return known + other + between, known / max(1e-12, known + other)
 
 
 def all_reduce(size: float, nodes: int, per_node: int, link: float, network: float) -> float:

@@ -1,4 +1,4 @@
-"""What was found of a model and of a processor, kept in the project's cache: cache/plans/.
+"""What was found of a model, kept in the project's cache: cache/plans/.
 
 A name says all that a record depends on, so that the second answer needs neither torch nor time.
 """
@@ -6,14 +6,15 @@ A name says all that a record depends on, so that the second answer needs neithe
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from trainstack.config.schema import Config
+from trainstack.errors import ConfigError
 from trainstack.model.proof import proof_key
 from trainstack.plan import machine
-from trainstack.plan.estimate import Cost, Machines, Op
-from trainstack.plan.machine import Gpu, Measured
+from trainstack.plan.estimate import Cost, Machines, way_out
+from trainstack.plan.machine import Gpu
 from trainstack.storage import files, manifest
 
 NETWORK = 100.0  # Gb/s of a process, if nothing is said
@@ -26,31 +27,40 @@ def as_shared(config: Config, world_size: int) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def machines_of(home: Path, nodes: int, per_node: int, gpu: Gpu | None, network: float) -> Machines:
-    """With what was measured of this processor, if there is no GPU; ``network``: Gb/s."""
-    if gpu:
-        return Machines(nodes, per_node, gpu, network / 8, 1e9 * gpu.memory)
-    memory = machine.memory_here() / per_node
-    return Machines(nodes, per_node, measured_here(home, per_node), network / 8, memory)
+def machines_of(nodes: int, per_node: int, gpu: Gpu | None, network: float = NETWORK) -> Machines:
+    """Such GPUs, or without one machines like this; ``network``: Gb/s."""
+    memory = 1e9 * gpu.memory if gpu else machine.memory_here() / per_node
+    return Machines(nodes, per_node, gpu, network / 8, memory)
 
 
 def known_cost(home: Path, folder: Path, config: Config, machines: Machines) -> Cost | None:
     """What was found before; None if this was never asked."""
     try:
-        found = json.loads(cost_record(home, folder, config, machines).read_bytes())
-        return Cost(**{**found, "ops": {name: Op(*row) for name, row in found["ops"].items()}})
-    except (OSError, ValueError, TypeError, KeyError):
+        return Cost(**json.loads(cost_record(home, folder, config, machines).read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def new_cost(home: Path, folder: Path, config: Config, machines: Machines) -> Cost:
-    """Found now, in some seconds, and kept; ConfigError if the model cannot be trained so."""
+def new_cost(
+    home: Path, folder: Path, config: Config, machines: Machines, is_measured: bool = False
+) -> Cost:
+    """Found now, in some seconds, and kept; ConfigError if the model cannot be trained so.
+
+    ``is_measured``: with the time that this processor takes.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's library is imported
     from trainstack.plan.cost import cost_of
 
-    cost = cost_of(folder, config, machines.gpu is not None, keeps_gradients(config, machines))
-    rows = {name: [*asdict(op).values()] for name, op in cost.ops.items()}
-    files.keep_found(cost_record(home, folder, config, machines), {**vars(cost), "ops": rows})
+    keeps = keeps_gradients(config, machines)
+    cost = cost_of(folder, config, machines.gpu is not None, keeps)
+    if is_measured:
+        if fix := way_out(cost, config, machines):
+            raise ConfigError(f"a model that does not fit cannot be measured; {fix}")
+        from trainstack.plan.calibrate import calibrate
+
+        threads = threads_of(machines.per_node)
+        cost = replace(cost, measured=calibrate(folder, config, keeps, threads))
+    files.keep_found(cost_record(home, folder, config, machines), vars(cost))
     return cost
 
 
@@ -62,37 +72,13 @@ def keeps_gradients(config: Config, machines: Machines) -> bool:
 def cost_record(home: Path, folder: Path, config: Config, machines: Machines) -> Path:
     """Named after all that a cost depends on."""
     code = [manifest.hash_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    rows, is_gpu = config.train.micro_batch_size, machines.gpu is not None
-    depends_on = [proof_key(folder, config), rows, is_gpu, keeps_gradients(config, machines), code]
+    rows, keeps = config.train.micro_batch_size, keeps_gradients(config, machines)
+    kind = "GPU" if machines.gpu else [machine.processor(), threads_of(machines.per_node)]
+    depends_on = [proof_key(folder, config), rows, kind, keeps, code]
     name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:16]
     return home / "cache" / "plans" / f"{name}.json"
-
-
-def measured_record(home: Path, per_node: int) -> Path:
-    kind = f"{machine.processor()}, {threads_of(per_node)} threads"
-    return home / "cache" / "plans" / f"cpu-{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"
 
 
 def threads_of(per_node: int) -> int:
     """Of each of so many processes on this machine, as a job gives them."""
     return int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, machine.cores() // per_node)
-
-
-def measured_here(home: Path, per_node: int) -> Measured | None:
-    try:
-        return Measured(**json.loads(measured_record(home, per_node).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def measure(home: Path, folder: Path, config: Config, world: int, per_node: int) -> None:
-    """Measure this model's operations on this processor; those of other models stay known."""
-    import torch
-
-    from trainstack.plan.calibrate import calibrate
-
-    torch.set_num_threads(threads_of(per_node))
-    keeps = keeps_gradients(config, Machines(1, world, None, 1, None))
-    new, before = calibrate(folder, config, keeps), measured_here(home, per_node) or Measured()
-    new.ops = {**before.ops, **new.ops}
-    files.keep_found(measured_record(home, per_node), vars(new))

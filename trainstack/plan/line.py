@@ -36,7 +36,7 @@ def plan_lines(
     """
     try:
         config = facts.as_shared(config, job.nodes * job.per_node)
-        where = facts.machines_of(home, *job, facts.NETWORK)
+        where = facts.machines_of(*job)
         cost = facts.known_cost(home, folder, config, where)
         if cost is None and job.gpu:
             say("plan: what a step of this model takes is found once; that takes some seconds")
@@ -63,4 +63,6 @@ def line(config: Config, cost: Cost, where: Machines, steps: int, minutes: float
         told.append(f"{age(seconds)} for {counted(steps, 'step')}")
         if seconds > 60 * (minutes or math.inf):
             told.append("longer than --time: in several jobs")
+    else:
+        told.append('step time not known; run: "$TRAINSTACK_PYTHON" -m trainstack plan --calibrate')
     return ", ".join(told)

@@ -1,5 +1,4 @@
-"""What a machine can do: GPUs as their makers say it, by the names that they go by; processors
-as they were measured.
+"""What a machine can do: GPUs as their makers say it, by the names that they go by.
 
 Peak rates without sparsity, memory, its bandwidth, and the link to the other GPUs of a node in one
 direction: those of the data sheets at nvidia.com and amd.com under the names of the products. They
@@ -9,7 +8,7 @@ were written down from memory, not read there again.
 import difflib
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from trainstack.errors import ConfigError
@@ -56,15 +55,6 @@ GPUS = (  # the first whose pattern is in the name
     Gpu("RTX 3090", 71, 35.6, 24, 936, 32, "3090"),
     Gpu("MI300X", 1307, 163, 192, 5300, 448, "mi300x"),
 )
-
-
-@dataclass
-class Measured:
-    """A processor, by calibrate.py: seconds, FLOPs and bytes of operations by their signature."""
-
-    ops: dict[str, tuple[float, int, int]] = field(default_factory=dict)
-    between: float = 0.0  # seconds from an operation to the next
-    update: float = 0.0  # seconds of the optimizer for each parameter
 
 
 def find_gpu(name: str) -> Gpu | None:
