@@ -139,8 +139,6 @@ def course(
 def assumptions(
     config: Config, cost: Cost, machines: Machines, pace: Pace | None, epoch_steps: int | None
 ) -> Iterator[str]:
-    if cost.note:
-        yield f"operations and memory {cost.note}"
     if gpu := machines.gpu:
         yield (
             f"{gpu.name}: {estimate.MATMUL:.0%} of {gpu.flops(config.train.precision) / 1e12:,.0f} "

@@ -28,18 +28,17 @@ from trainstack.errors import ConfigError, first_words
 from trainstack.model import loss as loss_file
 from trainstack.model.causal_lm import build_causal_lm, count_parameters, read_config
 from trainstack.model.loss import CausalLMLoss
-from trainstack.model.rehearsal import build_whole, changed, loss_of, small_copy, with_adapter
+from trainstack.model.rehearsal import changed, loss_of, small_copy
 from trainstack.plan.estimate import Cost
 
 aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
 # Of these an operation reads a few rows, not the whole.
 ROWS = (aten.embedding, aten.index, aten.gather, aten.index_select)
-ACTIVATIONS = 34  # bytes a token and channel of a layer in 16 bits: Korthikanti et al., 2205.05198
 
 
 def cost_of(folder: Path, config: Config, is_gpu: bool, keeps_gradients: bool) -> Cost:
-    """Of the model in ``folder``, as it would be trained; by a formula if its code needs values.
+    """Of the model in ``folder``, as it would be trained; ConfigError if its code needs values.
 
     ``keeps_gradients``: they are there already, as with DDP or from the micro step before.
     """
@@ -56,7 +55,10 @@ def cost_of(folder: Path, config: Config, is_gpu: bool, keeps_gradients: bool) -
     except ConfigError:
         raise
     except Exception as error:  # of a model's code that wants values, or is new to torch's fakes
-        return by_formula(real, config, keeps_gradients, first_words(error))
+        raise ConfigError(
+            f"model {config.model.name}: what a step takes cannot be found without values "
+            f"({first_words(error)}); run some: train.max_steps=20"
+        ) from None
     learned = sum(p.numel() for p in loss_model.parameters() if p.requires_grad)
     logits, copies = tracer.peak["logits"], 2 * learned * loss_model.is_autocast
     return Cost(
@@ -70,7 +72,7 @@ def loss_without_values(folder: Path, real: Any, config: Config) -> CausalLMLoss
     """The loss of the whole model on torch's device meta; a small copy was tried in its place."""
     small, reason = small_copy(real)
     if small is None:
-        raise ValueError(reason)
+        raise ValueError(f"of small copies {reason}")
     train = config.train.model_copy(update={"torch_compile": False})
     with torch.device(META):
         arguments = (config.model, train.precision, config.run.seed, config.adapter)
@@ -252,26 +254,3 @@ def _(grad, query, key, value, *_, out_shape=None, **__) -> int:
 def _(rows, experts, *_, out_shape=None, **__) -> int:
     """[tokens, channels] by [experts, channels, outputs], or what its gradients are made of."""
     return 2 * math.prod(rows) * experts[-1]
-
-
-def by_formula(real: Any, config: Config, keeps_gradients: bool, reason: str) -> Cost:
-    """Where the model's code cannot be followed: 6 N and 12 L h s FLOPs a token (PaLM, 2022).
-
-    All its parameters count, also those of experts that a token does not see.
-    """
-    whole, text, train = build_whole(real), real.get_text_config(), config.train
-    if config.adapter.type:
-        with_adapter(whole, config)
-    layers, channels = text.num_hidden_layers, text.hidden_size
-    parameters = count_parameters(whole)
-    learned = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    flops = 6 * parameters + 12 * layers * channels * config.data.seq_len
-    tokens = train.micro_batch_size * config.data.seq_len
-    size = 1 if train.precision in ("bf16", "fp16") else 2
-    kept = 2 * layers + ACTIVATIONS if train.activation_checkpointing else ACTIVATIONS * layers
-    peak = kept * size * tokens * channels + 4 * learned * (not keeps_gradients)
-    return Cost(
-        parameters, learned, flops, [(flops * tokens, 3 * 4 * parameters, 1)], peak, 0, 0,
-        keeps_gradients,
-        f"by a formula, since its code cannot be followed without values ({reason})",
-    )  # fmt: skip

@@ -40,7 +40,6 @@ class Cost:
     logits: int  # of them
     fixed: int  # of them: the same for any micro_batch_size
     keeps_gradients: bool
-    note: str = ""  # empty if the model's code was followed
     measured: tuple[float, float] | None = None  # seconds on a processor, and of an update
 
 
