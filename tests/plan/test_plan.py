@@ -19,8 +19,8 @@ from trainstack.errors import ConfigError
 from trainstack.model.causal_lm import build_causal_lm
 from trainstack.model.loss import CausalLMLoss
 from trainstack.plan import command, cost, estimate, machine
+from trainstack.plan.command import line
 from trainstack.plan.estimate import Cost, Machines
-from trainstack.plan.line import line
 from trainstack.plan.machine import GPUS, find_gpu, named_gpu
 
 SMALL = {

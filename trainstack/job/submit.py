@@ -31,7 +31,8 @@ from trainstack.job.resources import (
 )
 from trainstack.model.proof import prove
 from trainstack.optim.schedule import build_schedule, describe_schedule, odd_rate
-from trainstack.plan.line import Job, plan_lines
+from trainstack.plan.command import plan_lines
+from trainstack.plan.facts import machines_of
 from trainstack.plan.machine import find_gpu
 from trainstack.processes import run_command
 from trainstack.resilience import faults
@@ -254,8 +255,8 @@ def planned(
     is_known = gpu or (request.is_local and resources.gpus_per_node == 0)
     if not per_node or not resources.nodes or not is_known:
         return []
-    job, limit = Job(resources.nodes, per_node, gpu), minutes_in(resources.time) if gpu else None
-    return plan_lines(request.home, model, config, job, steps, limit, say)
+    where, limit = machines_of(resources.nodes, per_node, gpu), gpu and minutes_in(resources.time)
+    return plan_lines(request.home, model, config, where, steps, limit, say)
 
 
 def read_trial(said: str) -> tuple[str, str]:

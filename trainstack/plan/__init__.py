@@ -1,7 +1,6 @@
 """What a run will need and take, known before the queue: ``python -m trainstack plan``.
 
-command.py      the page that a person reads
-line.py         the line of submit.sh
+command.py      the page that a person reads, and the line of submit.sh
 facts.py        what was found before, kept in the project's cache
 estimate.py     memory by part, step time, hours: arithmetic alone
 machine.py      GPUs by their names, with what they can do
