@@ -212,7 +212,7 @@ def test_a_step_of_matrix_products_has_the_share_of_the_peak_that_is_assumed():
     assert 0.68 < estimate.mfu(config, SYNTHETIC, where, pace) < 0.70
 
 
-def test_the_sum_of_gradients_hides_behind_as_many_tokens_as_the_network_asks_for():
+def test_the_sum_of_gradients_hides_behind_a_backward_pass_if_the_network_is_fast():
     """16 nodes of 8 GPUs, 360 GB/s inside and 45 between: 4,500 tokens at 445 TFLOP/s."""
     seconds = estimate.all_reduce(4 * PARAMETERS, 16, 8, 360e9, 45e9)
     assert seconds / (4 * PARAMETERS / 445e12) == pytest.approx(4500, rel=0.01)
@@ -221,7 +221,6 @@ def test_the_sum_of_gradients_hides_behind_as_many_tokens_as_the_network_asks_fo
     for network, is_hidden in ((50.0, True), (1.0, False)):
         where = replace(machines(named_gpu("h100"), 16, 8), network=network)
         pace = estimate.pace_of(SYNTHETIC, config, where, config.batch_plan(128))
-        assert (pace.tokens_needed < TOKENS) == is_hidden
         assert (pace.exposed < 0.05 * pace.micro) == is_hidden
 
 
@@ -268,7 +267,7 @@ def test_the_page_has_memory_time_and_what_it_assumes_and_the_second_needs_no_to
     page = plan(*where)
     assert page.startswith("demo: 0.0M parameters on 4 x H100\nglobal batch 8 sequences = 4 proc")
     assert re.search(r"all +1\.20  of 80: fits\nstep: 0\.\d+ s = 1 x 0\.\d+ s, update", page)
-    for text in ("tokens/s, 0% MFU", "the sum of gradients hides behind", "checkpoints: ",
+    for text in ("tokens/s, 0% MFU", "waiting for the sum of gradients", "checkpoints: ",
                  "goodput: ", "20 steps: 00:0", "assumed:\n  H100: 70% of 67 TFLOP/s in fp32",
                  "100 Gb/s for each GPU"):  # fmt: skip
         assert text in page, text

@@ -112,12 +112,6 @@ def speed(config: Config, cost: Cost, machines: Machines, pace: Pace) -> Iterato
     if machines.gpu:
         told += f", {estimate.mfu(config, cost, machines, pace):.0%} MFU"
     yield told
-    if plan.world_size > 1:
-        had = plan.micro_batch_size * plan.seq_len
-        yield (
-            f"  the sum of gradients hides behind a micro step of {pace.tokens_needed:,.0f} tokens "
-            f"or more; it has {had:,}"
-        )
 
 
 def course(

@@ -66,7 +66,6 @@ class Pace:
     update: float
     exposed: float  # waiting for the sum of gradients
     step: float
-    tokens_needed: float  # of a micro step, so that it hides the sum
 
 
 def memory_of(cost: Cost, config: Config, machines: Machines) -> dict[str, float]:
@@ -127,8 +126,7 @@ def pace_of(cost: Cost, config: Config, machines: Machines, plan: BatchPlan) -> 
     last = total * min(1.0, BUCKET_BYTES / size)
     exposed = max(total - BACKWARD * micro, last)
     step = plan.gradient_accumulation_steps * micro + update + exposed
-    needed = plan.micro_batch_size * plan.seq_len * total / (BACKWARD * micro)
-    return Pace(micro, update, exposed, step, needed)
+    return Pace(micro, update, exposed, step)
 
 
 def mfu(config: Config, cost: Cost, machines: Machines, pace: Pace) -> float:
