@@ -6,27 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from trainstack.adapter.base import check_base
-from trainstack.chat.template import load_tokenizer
 from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
 from trainstack.config.schema import ModelSection
-from trainstack.data.store import TokenStore
 from trainstack.errors import ConfigError, Failed
 from trainstack.export.card import Made
 from trainstack.export.source import Source, Way
 from trainstack.export.weights import round_to, write_weights
 from trainstack.hub.choose import CARD
 from trainstack.model.causal_lm import DTYPES, build_causal_lm, count_parameters, saved_weights
+from trainstack.model.trial import some_tokens
 from trainstack.storage import files, layout
 from trainstack.storage.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 MOST_TOKENS = 512  # on which logits are compared
-TEXT = "Every sample was used once, and the model that came of it says the same here as it did."
 MERGED, EQUAL = 1e-4, 1e-6  # of the largest logit: how far those of a merged and a copied one are
 
 
@@ -40,11 +37,13 @@ def write_model(
     """
     if source.is_adapter:
         check_model(source)
-    ids, entries = tokens_of(source), {}
-    checkpoint = due = logits_of(load(source, source.checkpoint), ids)
+    entries, model = {}, load(source, source.checkpoint)
+    ids = some_tokens(model, min(MOST_TOKENS, source.state.identity["data.seq_len"]))
+    due = logits_of(model, ids)
+    del model
     model = load(source, source.checkpoint)  # again: RWKV changes its weights when it is asked
-    architecture = name_of(model)
-    model = merged(model, checkpoint, ids, say) if way.is_merged else model
+    architecture = type(model.get_base_model() if source.is_adapter else model).__name__
+    model = merged(model, due, ids, say) if way.is_merged else model
     parameters = count_parameters(model)
     if source.is_adapter and not way.is_merged:
         content = (source.checkpoint / ADAPTER_WEIGHTS).read_bytes()
@@ -65,11 +64,9 @@ def write_model(
     if (far := distance(found, due)) > EQUAL:
         raise Failed(f"what was written says something else than the checkpoint: its logits differ "
                      f"by {far:.1e}; nothing is left of it")  # fmt: skip
-    losses = [loss_of(logits, ids) for logits in (checkpoint, found)]
     rounded = "" if way.dtype == "fp32" else f", rounded to {way.dtype}"
     near = "bit for bit" if far == 0 else f"to {far:.1e}"
     say(f"loaded again, its logits are those of {source.checkpoint.name}{rounded}, {near}")
-    say(f"loss on {ids.numel()} tokens: {losses[1]:.6f}; of the checkpoint {losses[0]:.6f}")
     return entries, Made(architecture, parameters, way.dtype, way.is_merged, [*entries])
 
 
@@ -136,22 +133,6 @@ def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
     return PeftModel.from_pretrained(causal_lm, folder, local_files_only=True)
 
 
-def name_of(model: nn.Module) -> str:
-    """The class of the model, which an adapter is beside."""
-    return type(getattr(model, "get_base_model", lambda: model)()).__name__
-
-
-def tokens_of(source: Source) -> torch.Tensor:
-    """The first tokens that the run held out, int64 [1, tokens]; of a text if they are gone."""
-    keys = source.state.identity
-    store = source.home and source.home / "tokens" / keys["tokens"].split("+")[0]
-    if store and (store / "meta.json").exists():
-        held_out = TokenStore(store, keys["data.seq_len"]).eval
-        if held_out.num_samples:
-            return torch.from_numpy(held_out.read(np.arange(1))[0][:, :MOST_TOKENS].copy())
-    return torch.tensor([load_tokenizer(source.checkpoint)(TEXT)["input_ids"]])
-
-
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """[tokens, vocabulary]"""
@@ -173,7 +154,3 @@ def merged(
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference of logits, as a share of the largest logit."""
     return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item()
-
-
-def loss_of(logits: torch.Tensor, ids: torch.Tensor) -> float:
-    return nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
