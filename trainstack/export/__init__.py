@@ -4,6 +4,5 @@ command.py  python -m trainstack export
 source.py   the checkpoint that is meant, and what is known of it
 folder.py   the folder: whole, or not there
 model.py    its files, and whether they are the checkpoint's model
-weights.py  its tensors, rounded and in shards
 card.py     README.md
 """

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import nn
 
 from trainstack.adapter.base import check_base
 from trainstack.checkpoint.snapshot import CONFIG, GENERATION, JSON_FILES
+from trainstack.checkpoint.tensorfile import write_safetensors
 from trainstack.config.schema import ModelSection
 from trainstack.errors import ConfigError, Failed
 from trainstack.export.card import Made
 from trainstack.export.source import Source, Way
-from trainstack.export.weights import round_to, write_weights
 from trainstack.hub.choose import CARD
+from trainstack.hub.weights import INDEX
 from trainstack.model.causal_lm import DTYPES, build_causal_lm, count_parameters, saved_weights
 from trainstack.model.trial import some_tokens
 from trainstack.storage import files, layout
@@ -68,6 +70,42 @@ def write_model(
     near = "bit for bit" if far == 0 else f"to {far:.1e}"
     say(f"loaded again, its logits are those of {source.checkpoint.name}{rounded}, {near}")
     return entries, Made(architecture, parameters, way.dtype, way.is_merged, [*entries])
+
+
+def round_to(causal_lm: nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters that type, but for those that transformers keeps in fp32 when it loads them.
+
+    ConfigError for values that it does not have.
+    """
+    kept = [*causal_lm._get_dtype_plan(dtype)]
+    for name, parameter in causal_lm.named_parameters():
+        if any(part in name for part in kept):
+            continue
+        rounded = parameter.data.to(dtype)
+        if not torch.isfinite(rounded).all():
+            fix = "write --dtype bf16" if torch.isfinite(parameter).all() else "choose another step"
+            raise ConfigError(f"{name} has values beyond {dtype}; {fix}")
+        parameter.data = rounded
+
+
+def write_weights(
+    folder: Path, weights: dict[str, torch.Tensor], most_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """The manifest entries of one file, or of shards and their index, as from_pretrained reads."""
+    split = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most_bytes,
+    )
+    entries = {
+        file: write_safetensors(folder / file, {name: weights[name] for name in names})
+        for file, names in split.filename_to_tensors.items()
+    }
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        entries[INDEX] = files.write_file(folder / INDEX, json.dumps(index, indent=2).encode())
+    return entries
 
 
 def small_files(source: Source, way: Way) -> dict[str, bytes]:
