@@ -230,10 +230,14 @@ def test_a_bare_model_or_adapter_needs_no_export(call, tmp_path):
         call(tmp_path / "bare", "--to", tmp_path / "out", "--merge")
 
 
-def test_an_adapter_whose_model_is_not_here_is_refused(project, tmp_path):
+def test_an_adapter_whose_model_is_not_here_is_refused(project, tmp_path, monkeypatch):
     own = shutil.copytree(checkpoint(project, "adapted", 20), tmp_path / "own")
-    with pytest.raises(ConfigError, match="adapter is of model org/base, which is not in .*; run:"):
-        command.main([str(own), "--to", str(tmp_path / "out"), "--home", str(tmp_path)])
+    arguments, due = [str(own), "--to", str(tmp_path / "out")], "model org/base, .* cannot be read"
+    with pytest.raises(ConfigError, match=f"{due} .*; run: bash download_data_model.sh model.name"):
+        command.main([*arguments, "--home", str(tmp_path)])
+    monkeypatch.delenv("TRAINSTACK_HOME", raising=False)
+    with pytest.raises(ConfigError, match="model is in a project; name that with --home"):
+        command.main(arguments)
 
 
 def test_weights_beyond_a_type_and_a_disk_that_is_too_small_are_said(project, call, tmp_path):

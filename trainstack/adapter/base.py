@@ -25,8 +25,9 @@ def base_of(home: Path, config: Config) -> str | None:
 
 def check_base(saved: dict[str, Any], folder: Path, name: str) -> None:
     """ConfigError if a model is not the one beside which a run of that identity learned."""
+    found = content_of(folder, name)
     check_whole(folder, name)
-    if saved.get("base", found := content_of(folder, name)) != found:
+    if saved.get("base", found) != found:
         raise ConfigError(
             f"model {name} in {folder} has other weights than the adapter learned beside; bring "
             f"those back: FORCE_REFRESH=1 bash download_data_model.sh model.name={name}"

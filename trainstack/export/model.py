@@ -38,7 +38,10 @@ def write_model(
     has to say to the last bit what those rounded values say.
     """
     if source.is_adapter:
-        check_model(source)
+        if source.model_folder is None:
+            raise ConfigError("the adapter's model is in a project; name that with --home")
+        name = source.state.settings["model"]["name"]
+        check_base(source.state.identity, source.model_folder, name)
     entries, model = {}, load(source, source.checkpoint)
     ids = some_tokens(model, min(MOST_TOKENS, source.state.identity["data.seq_len"]))
     due = logits_of(model, ids)
@@ -139,17 +142,6 @@ def for_others(name: str, content: bytes, dtype: str) -> bytes:
     if settings == before:
         return content
     return (json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def check_model(source: Source) -> None:
-    """ConfigError if the model of an adapter is not here, or is another one; reads all of it."""
-    name, base = source.state.settings["model"]["name"], source.model_folder
-    if base is None or not (base / CONFIG).exists():
-        raise ConfigError(
-            f"the adapter is of model {name}, which is not in {base or 'a project'}; "
-            "run: bash download_data_model.sh, or pass the --home that has it"
-        )
-    check_base(source.state.identity, base, name)
 
 
 def load(source: Source, folder: Path, is_merged: bool = False) -> nn.Module:
