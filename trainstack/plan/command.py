@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--network", type=float, default=facts.NETWORK, help="Gb/s to other nodes, for each GPU"
     )
-    parser.add_argument("--calibrate", action="store_true", help="measure this processor")
+    parser.add_argument("--calibrate", action="store_true", help="measure steps on this processor")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     if options.home is None:
