@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from trainstack.run.identity import identity
 from trainstack.run.lease import user
 from trainstack.storage.files import write_file
 from trainstack.storage.manifest import write_manifest
+from trainstack.units import bytes_text
 
 
 def make_run(home: Path, name: str, state: str, steps: list[int]) -> RunFolder:
@@ -89,22 +89,20 @@ def test_whatever_is_removed_every_run_that_is_left_can_go_on(own_home, seed):
         assert {run for run in left if not can_go_on(own_home, run)} == set()
 
 
-def test_a_full_project_comes_below_a_size_by_its_own_advice(own_home, capsys):
+def test_what_the_list_says_may_go_is_removed_with_nothing_lost(own_home, capsys):
     make_run(own_home, "done", "DONE", [5, 10, 15])
     make_run(own_home, "paused", "PAUSED", [5])
     tiny.make_model(own_home, "spare")
     before = sum(item.size for item in items_of(own_home) if "/checkpoints/" not in item.name)
-    wanted = before - 60_000
-    assert clean(own_home, "--below", str(wanted)) == 0
-    told = capsys.readouterr().out
-    command = next(shlex.split(line) for line in told.splitlines() if "trainstack clean" in line)
-    assert clean(own_home, *command[command.index("clean") + 1 :]) == 0
+    assert clean(own_home) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    spare = [line for line in lines if "may go" in line]
+    assert clean(own_home, *(line[12:].split()[0] for line in spare)) == 0
     after = sum(item.size for item in items_of(own_home) if "/checkpoints/" not in item.name)
-    assert after <= wanted
+    freed = bytes_text(before - after)
+    assert total.split() == f"{bytes_text(before)} in all, of which {freed} may go".split()
     assert can_go_on(own_home, "done") and can_go_on(own_home, "paused")
     assert (own_home / "runs/done/checkpoints/checkpoint-15").exists()
-    assert clean(own_home, "--below", "1") == 1
-    assert "only you know which may go" in capsys.readouterr().out
 
 
 def test_the_checkpoint_that_best_leads_to_is_not_among_what_may_go(own_home):
@@ -173,13 +171,9 @@ def test_a_run_whose_settings_cannot_be_read_keeps_everything(own_home):
         clean(own_home, "models/tiny")
 
 
-def test_a_name_that_is_not_listed_and_a_size_that_is_none_are_refused(own_home):
+def test_a_name_that_is_not_listed_is_refused(own_home):
     with pytest.raises(ConfigError, match="models/../x: not in the list"):
         clean(own_home, "models/../x")
-    with pytest.raises(ConfigError, match="--below advises, and removes nothing; leave it out"):
-        clean(own_home, "models/tiny", "--below", "1GB")
-    with pytest.raises(ConfigError, match="--below much is not a size; write for example 50GB"):
-        clean(own_home, "--below", "much")
 
 
 def test_the_list_names_size_and_users(own_home):

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,6 @@ from trainstack.units import NOTHING, bytes_text
 
 REBUILT = ("pip", "uv", "conda", "hub", "xet", "datasets", "kernels")  # caches that fill again
 OLD_SECONDS = 86400  # after which nobody is still at it
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 @dataclass
@@ -52,40 +50,21 @@ class Item:
     def is_run(self) -> bool:
         return re.fullmatch(r"runs/[^/]+", self.name) is not None
 
-    @property
-    def may_go(self) -> bool:
-        """Whether nobody would miss it: it is no run, and no run needs it."""
-        return not self.needed_by and not self.is_run
-
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainstack clean", description=__doc__)
     home = os.environ.get("TRAINSTACK_HOME")
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to remove, as it is listed")
-    parser.add_argument("--below", metavar="SIZE", help="advise how to come below it, such as 50GB")
     parser.add_argument("--home", type=Path, default=home, help="project's folder; env.sh sets it")
     options = parser.parse_args(arguments)
     if options.home is None:
         raise ConfigError("the project's folder is not known; run: source env.sh (or pass --home)")
-    if options.names and options.below:
-        raise ConfigError("--below advises, and removes nothing; leave it out, or the names")
-    wanted = size_of_text(options.below) if options.below else None
     items = list(items_of(options.home))
     if options.names:
         remove(options.home, items, options.names)
-    elif wanted is not None:
-        return advise(items, wanted)
     else:
         show(items)
     return 0
-
-
-def size_of_text(text: str) -> float:
-    """Bytes, of 50GB, 50G or 500 MB; ConfigError if it is no size."""
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)B?", text.strip().upper())
-    if not found:
-        raise ConfigError(f"--below {text} is not a size; write for example 50GB")
-    return float(found[1]) * UNITS[found[2]]
 
 
 def items_of(home: Path) -> Iterator[Item]:
@@ -226,40 +205,9 @@ def show(items: list[Item]) -> None:
         elif item.note:
             users = f"{users} ({item.note})"
         print(f"{bytes_text(item.size) if item.size else NOTHING:>10}  {item.name:<44} {users}")
-    print(f"{bytes_text(total_of(items)):>10}  in all")
-
-
-def total_of(items: list[Item]) -> int:
-    """The bytes of all items, those of a run's checkpoints once."""
-    return sum(item.size for item in items if "/checkpoints/" not in item.name)
-
-
-def advise(items: list[Item], wanted: float) -> int:
-    """Print what to remove to come below ``wanted`` bytes, what nobody misses first."""
-    total, chosen = total_of(items), []
-    print(f"{bytes_text(total)} in all, {bytes_text(wanted)} wanted")
-    for item in sorted((i for i in items if i.may_go), key=lambda item: -item.size):
-        if total <= wanted:
-            break
-        chosen.append(item)
-        total -= item.size
-    if chosen:
-        print(f"nobody needs these; without them {bytes_text(total)} are left:")
-        print(
-            f'  "$TRAINSTACK_PYTHON" -m trainstack clean {shlex.join(item.name for item in chosen)}'
-        )
-    elif total <= wanted:
-        print("nothing to remove")
-    if total <= wanted:
-        return 0
-    runs = [item for item in items if item.is_run and not item.needed_by]
-    if not runs:
-        print("that is not enough, and jobs work on all runs")
-        return 1
-    print("that is not enough; of these runs only you know which may go, with their tokens after:")
-    for item in sorted(runs, key=lambda item: -item.size):
-        print(f"  {bytes_text(item.size):>8}  {item.name}  {item.note}")
-    return 1
+    total = sum(item.size for item in items if "/checkpoints/" not in item.name)
+    spare = sum(item.size for item in items if not item.needed_by and not item.is_run)
+    print(f"{bytes_text(total):>10}  in all, of which {bytes_text(spare)} may go")
 
 
 def remove(home: Path, items: list[Item], names: list[str]) -> None:
