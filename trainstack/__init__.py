@@ -9,30 +9,7 @@ waits.py        who waits how long for whom
 distributed.py  ranks, device, process group, logging
 __main__.py     python -m trainstack: all commands
 
-Rooms, in the order of imports; the docstring of each lists its files:
-
-storage/     everything that reaches a disk
-config/      what a run is
-checkpoint/  whole or not there
-run/         the folder of a run
-chat/        conversations, and what is learned of them
-data/        what a step consumes
-records/     data files become records
-prepare/     documents become tokens
-hub/         models and data sets arrive
-optim/       how weights change
-adapter/     LoRA
-model/       the network, its loss, how it is spread
-evaluation/  how good a model is
-resilience/  what keeps a run safe, or ends it
-plan/        what a run will need and take
-train/       the parts of train.py's loop
-job/         from the command to the ranks
-history/     what a run did, from its records
-monitor/     what runs do, and did
-report/      a page about a run
-trackers/    Weights & Biases, trackio
-export/      a model for others
+The rooms, in the order of imports: doc/architecture.md. The docstring of each lists its files.
 """
 
 import gc
