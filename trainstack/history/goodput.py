@@ -22,8 +22,7 @@ from trainstack.history.attempts import (
     read_executions,
 )
 from trainstack.run.folder import RunFolder, find_run
-from trainstack.run.lease import is_local_job
-from trainstack.run.states import RUNNING
+from trainstack.run.states import RUNNING, is_local_job
 from trainstack.units import duration, seconds_of
 
 CAUSES = {

@@ -17,10 +17,10 @@ from trainstack.job import verdict
 from trainstack.job.preflight import free_port
 from trainstack.processes import tell
 from trainstack.run.folder import RunFolder
-from trainstack.run.lease import Lease, Owner, is_local_job, user
+from trainstack.run.lease import Lease, Owner, user
 from trainstack.run.owner import claim_of
 from trainstack.run.queue import NO_JOB, Job, read_queue
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING, resume_command
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, STARTING, is_local_job, resume_command
 from trainstack.storage import files
 
 FOR_A_PERSON = {"NO_PROGRESS", "DIVERGED", "REFUSED"}  # states that no other job gets past

@@ -173,7 +173,7 @@ def is_replaced(run: RunFolder, owner: Owner) -> bool:
 def is_requeued(run: RunFolder, owner: Owner) -> bool:
     """Whether a later attempt of the same job has the run: Slurm had lost the node of this one."""
     _, holder = Lease(run.path).holder()
-    return bool(holder) and holder["job"] == owner.job and order_of(holder) > owner.order
+    return bool(holder) and holder["job"] == owner.job and order_of(holder) > order_of(vars(owner))
 
 
 def is_stuck(run: RunFolder, job: str, attempts: int = MAX_ATTEMPTS_WITHOUT_PROGRESS) -> bool:

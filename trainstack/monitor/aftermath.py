@@ -13,9 +13,8 @@ from trainstack.job.verdict import next_start, titled
 from trainstack.monitor.drawing import cut
 from trainstack.monitor.view import LOST_CAUSES, View
 from trainstack.resilience.kinds import MISTAKE, MORE, NO, UNKNOWN, WORKLOAD, Kind, kind_of
-from trainstack.run.lease import is_local_job
 from trainstack.run.queue import Job, meaning
-from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, RESTARTING
+from trainstack.run.states import EXIT_CODES, NOT_SUBMITTED, RESTARTING, is_local_job
 from trainstack.units import age, counted, seconds_of
 
 Rows = Iterator[tuple[str, str]]

@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from trainstack.monitor.view import LOST_CAUSES, UNKNOWN, View
+from trainstack.monitor.view import LOST_CAUSES, UNKNOWN, View, written_at
 from trainstack.run.queue import meaning
 from trainstack.run.states import EXIT_CODES, QUEUED, RESTARTING, RUNNING, STARTING
 from trainstack.units import age, counted, seconds_of, time_of
@@ -69,14 +69,17 @@ def start_of(view: View) -> Health:
     last = view.events[-1] if view.events else {"event": "", "at": time_of(0)}
     phases = {"start": "loading", "loaded": "warming up, or compiling"}
     what = phases.get(last["event"], "beginning")
-    seconds = time.time() - max(seconds_of(last["at"]), view.job.starts_at, view.status_at)
+    status_at = written_at(view.run.path / "status.json")
+    seconds = time.time() - max(seconds_of(last["at"]), view.job.starts_at, status_at)
     word = "silent" if seconds > LOADING_SECONDS else "starting"
     return Health(word, f"{what} for {age(seconds)}")
 
 
 def silent(view: View) -> Health | None:
     """Nothing new in the log, nor in its history."""
-    between = view.measured.get("step_seconds", 0.0) * view.steps_between_lines
+    logged = view.logged[:2]
+    steps = logged[0]["step"] - logged[1]["step"] if len(logged) > 1 else 1
+    between = view.measured.get("step_seconds", 0.0) * steps
     pauses = (e.get("seconds", e.get("save_seconds", 0.0)) for e in view.events[-PAUSES:])
     seconds = time.time() - view.last_sign_at
     if seconds > max(SILENT_SECONDS, SILENT_LINES * between) + max(pauses, default=0.0):

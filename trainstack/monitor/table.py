@@ -10,8 +10,7 @@ from trainstack.checkpoint.names import BEST, linked
 from trainstack.monitor import drawing
 from trainstack.monitor.health import health_of
 from trainstack.monitor.view import View, written_at
-from trainstack.run.lease import is_local_job
-from trainstack.run.states import RUNNING
+from trainstack.run.states import RUNNING, is_local_job
 from trainstack.units import NOTHING, age, duration
 
 # The columns that may go, first those that a narrow terminal misses least.

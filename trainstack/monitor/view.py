@@ -16,7 +16,7 @@ from trainstack.history.attempts import Interruption, interruptions
 from trainstack.job.resources import minutes_in
 from trainstack.processes import process_start
 from trainstack.run.folder import RunFolder, tail_of
-from trainstack.run.lease import is_local_job, user
+from trainstack.run.lease import user
 from trainstack.run.queue import NO_JOB, Job
 from trainstack.run.states import (
     EXIT_CODES,
@@ -25,6 +25,7 @@ from trainstack.run.states import (
     RESTARTING,
     RUNNING,
     STARTING,
+    is_local_job,
     new_run_command,
     resume_command,
 )
@@ -99,20 +100,10 @@ class View:
         return interruptions(self.events, (None, None) if self.state in LOST_CAUSES else running)
 
     @property
-    def steps_between_lines(self) -> int:
-        """Of the log, as the last ones show."""
-        return self.logged[0]["step"] - self.logged[1]["step"] if len(self.logged) > 1 else 1
-
-    @property
     def last_sign_at(self) -> float:
         """When it wrote something, in seconds since 1970."""
         names = ("status.json", "events.jsonl", "metrics.jsonl")
         return max(written_at(self.run.path / name) for name in names)
-
-    @property
-    def status_at(self) -> float:
-        """When its status was written, in seconds since 1970."""
-        return written_at(self.run.path / "status.json")
 
     @property
     def step(self) -> int:
@@ -255,7 +246,7 @@ def true_state(
     if state == STARTING and not status.get("job"):  # of this machine, and it has not begun
         began_at = written_at(run.path / "status.json")
         return state if time.time() - began_at < BEGINS_SECONDS else "KILLED"
-    if state != QUEUED and is_local_job(status.get("job") or ""):
+    if state != QUEUED and is_local_job(status.get("job")):
         if status.get("host") != socket.gethostname():
             return state  # only its own host could tell
         return state if process_start(status["pid"]) else "KILLED"

@@ -12,6 +12,7 @@ from typing import Any
 
 from trainstack.errors import Refused
 from trainstack.processes import is_dead, process_start
+from trainstack.run.states import is_local_job
 from trainstack.storage import files
 from trainstack.units import now
 from trainstack.waits import OWNED_SECONDS, TAKEOVER_SECONDS
@@ -29,14 +30,9 @@ class Owner:
     attempt: int
     restarts: int = 0
 
-    @property
-    def order(self) -> tuple[int, int]:
-        """Of two attempts of one job, the later has the greater one."""
-        return self.restarts, self.attempt
-
 
 def order_of(holder: dict[str, Any]) -> tuple[int, int]:
-    """Owner.order, of the record of a holder."""
+    """By the record of a holder, or of an Owner: of one job, a later attempt has a greater one."""
     return holder.get("restarts", 0), holder["attempt"]
 
 
@@ -134,7 +130,7 @@ class Lease:
 def may_replace(holder: dict[str, Any], owner: Owner, gone: str | None) -> bool:
     """Whether a holder that did not give the folder back has no right to it any more."""
     if holder["job"] == owner.job:
-        return order_of(holder) < owner.order
+        return order_of(holder) < order_of(vars(owner))
     if holder["job"] == gone:
         return True
     return is_known_here(holder) and is_dead(holder)
@@ -157,8 +153,3 @@ def user() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
-
-
-def is_local_job(job: str) -> bool:
-    """Whether a job runs without Slurm: only its own host can tell if it is alive."""
-    return job.startswith("local")

@@ -17,17 +17,19 @@ RESTARTING = "RESTARTING"  # in place: the job's shell begins another attempt
 NOT_SUBMITTED = "NOT_SUBMITTED"  # sbatch refused its first job
 
 
+def is_local_job(job: str | None) -> bool:
+    """Whether a job runs without Slurm: only its own host can tell if it is alive."""
+    return (job or "").startswith("local")
+
+
 def resume_command(run: str, job: str | None) -> str:
     """What a person types to continue a run whose last job was ``job``."""
-    return f"bash submit.sh --resume {run}" + (
-        " --local" if (job or "").startswith("local") else ""
-    )
+    return f"bash submit.sh --resume {run}{' --local' * is_local_job(job)}"
 
 
 def new_run_command(run: str, job: str | None) -> str:
     """What a person types to begin again what ``run``, whose last job was ``job``, was to do."""
-    is_local = (job or "").startswith("local")
-    return f"bash submit.sh{' --local' if is_local else ''} run.name={run}-2"
+    return f"bash submit.sh{' --local' * is_local_job(job)} run.name={run}-2"
 
 
 class Phase(enum.Enum):

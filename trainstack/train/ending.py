@@ -6,8 +6,7 @@ from pathlib import Path
 
 from trainstack.checkpoint.names import BEST, linked, newest_checkpoint, point_to
 from trainstack.checkpoint.state import TrainState
-from trainstack.run.lease import is_local_job
-from trainstack.run.states import EXIT_CODES, resume_command
+from trainstack.run.states import EXIT_CODES, is_local_job, resume_command
 from trainstack.storage import layout
 from trainstack.train.attempt import Attempt
 from trainstack.units import counted, duration
