@@ -1,7 +1,6 @@
 """Which checkpoints a run has, by their names and small files; no torch, for login nodes."""
 
 import contextlib
-import json
 import os
 import re
 from pathlib import Path
@@ -100,9 +99,7 @@ def check_not_lost(folder: Path, events: list[dict[str, Any]]) -> None:
 
 def is_copy(checkpoint: Path, step: int) -> bool:
     """Whether the state of a checkpoint is of another step than its name says."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((checkpoint / STATE).read_bytes()).get("step", step) != step
-    return False
+    return files.object_in(checkpoint / STATE).get("step", step) != step
 
 
 def kept_stores(folder: Path | None) -> list[str]:

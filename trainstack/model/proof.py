@@ -49,9 +49,8 @@ def prove(home: Path, config: Config, folder: Path, say: Callable[[str], None]) 
     ``folder``: that holds the model. ConfigError if it cannot be trained as configured.
     """
     record = home / "cache" / "proofs" / f"{proof_key(folder, config)}.json"
-    try:
-        found = json.loads(record.read_bytes())
-    except (OSError, ValueError):
+    found = files.object_in(record)
+    if not found:
         say(f"model {config.model.name}: a small copy of it is tried; that takes some seconds")
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the Hub's library is imported
         from trainstack.model.rehearsal import rehearse

@@ -1,7 +1,5 @@
 """All that the page says of one run, as JSON holds it; moments are in seconds since 1970."""
 
-import contextlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from trainstack.history.settings import settings_of, shipped_settings
 from trainstack.monitor.health import health_of
 from trainstack.monitor.view import View
 from trainstack.report.series import BY_SOURCE, Executed, curves_of
+from trainstack.storage.files import object_in
 from trainstack.units import seconds_of
 
 # Events by which an attempt ends; a pause has told what preempted it.
@@ -143,9 +142,7 @@ def checkpoints_of(view: View) -> list[dict[str, Any]]:
 
 def environment_of(view: View) -> dict[str, Any]:
     """Versions, hosts and ranks. Of uncommitted changes only how many lines: they may be secret."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((view.run.path / "environment.json").read_bytes())
+    found = object_in(view.run.path / "environment.json")
     difference = found.pop("git_difference", None)
     changed = sum(line[:1] in "+-" for line in (difference or "").splitlines())
     starts = [event for event in view.events if event["event"] == "start"]

@@ -10,7 +10,7 @@ import pyarrow as pa
 from pyarrow import json as arrow_json
 
 from trainstack.history.attempts import Execution
-from trainstack.run.folder import record_in
+from trainstack.storage.files import record_in
 
 MEASURED = (  # of metrics.jsonl, each a curve
     "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu",

@@ -13,6 +13,7 @@ from trainstack.checkpoint.names import named_checkpoint
 from trainstack.errors import ConfigError
 from trainstack.run.states import EXIT_CODES, resume_command
 from trainstack.storage import files, layout
+from trainstack.storage.files import record_in
 from trainstack.units import age, now, seconds_of, time_of
 from trainstack.waits import ALIVE_SECONDS, VISIBLE_SECONDS
 
@@ -43,9 +44,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """The last status; empty if none was written or it cannot be read."""
-        with contextlib.suppress(OSError):
-            return record_in((self.path / "status.json").read_bytes())
-        return {}
+        return files.object_in(self.path / "status.json")
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Write the state; ``facts`` replace those of before, the others stay."""
@@ -140,9 +139,7 @@ class RunFolder:
 
     def rank_seconds(self) -> dict[str, Any]:
         """What rank 0 showed last: ``step``, ``at``; by rank ``hosts``, ``seconds``; or empty."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.path / "ranks.json").read_bytes())
-        return {}
+        return files.object_in(self.path / "ranks.json")
 
     # --- The heartbeat of a job: logs/<job>.alive, which the launchers of its nodes touch
 
@@ -183,10 +180,8 @@ class RunFolder:
 
     def failures(self, job: str, attempt: int) -> list[dict[str, Any]]:
         """All failure reports of an attempt, by time; those of victims last."""
-        records = []
-        for path in sorted(self.logs.glob(f"{job}.{attempt}.rank*.failure.json")):
-            with contextlib.suppress(OSError, ValueError):
-                records.append(json.loads(path.read_bytes()))
+        paths = sorted(self.logs.glob(f"{job}.{attempt}.rank*.failure.json"))
+        records = filter(None, map(files.object_in, paths))
         # Before victims come aborts: NCCL does that to ranks that wait.
         return sorted(records, key=lambda r: (r["is_victim"], r.get("is_abort", False), r["at"]))
 
@@ -303,15 +298,6 @@ def find_checkpoint(text: str, home: Path | None) -> tuple[RunFolder, Path]:
         name, which = text, ""
     run = RunFolder(find_run(name, home))
     return run, named_checkpoint(run.checkpoints, which)
-
-
-def record_in(line: bytes) -> dict[str, Any]:
-    """The object in a line of JSON; an empty one if the line is torn, by a kill or a cut."""
-    with contextlib.suppress(ValueError):
-        record = json.loads(line)
-        if isinstance(record, dict):
-            return record
-    return {}
 
 
 def numbers_in(line: dict[str, Any]) -> Iterator[tuple[str, float]]:

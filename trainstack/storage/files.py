@@ -63,6 +63,22 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def object_in(path: Path) -> dict[str, Any]:
+    """What a JSON file of ours holds; nothing if it cannot be read, is torn, or is no object."""
+    with contextlib.suppress(OSError):
+        return record_in(path.read_bytes())
+    return {}
+
+
+def record_in(line: bytes) -> dict[str, Any]:
+    """The object in a line of JSON; an empty one if the line is torn, by a kill or a cut."""
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
 class HashedFile:
     """A new file that is hashed while it is written, and synced when it is closed.
 
