@@ -333,16 +333,6 @@ def test_the_health_of_a_run_is_said_beside_its_state(tmp_path):
     assert (found["meaning"], found["cause"]) == ("", "it broke")
 
 
-def test_what_a_writer_that_was_ended_left_is_removed(tmp_path):
-    run = make(tmp_path, "r", LINE)
-    old, new = (run.path / f".report.html.{name}.tmp" for name in ("old", "new"))
-    for path in (old, new):
-        path.touch()
-    os.utime(old, (1, 1))
-    assert main(["report", str(run.path)]) == 0
-    assert not old.exists() and new.exists()  # the new one is perhaps being written
-
-
 def forbid(folder: Path):
     """As the file system answers whoever may not write in a folder."""
 

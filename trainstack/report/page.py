@@ -7,7 +7,6 @@ data is JSON, in ``<script id="data">``, for other programs as well.
 """
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import html
@@ -35,7 +34,6 @@ LEDGER_BYTES = 64 << 20  # of samples.jsonl, some 700,000 steps: beyond it the l
 LEDGER_SECONDS = 5  # from the beginning; the end of a job waits 10 for all of the page
 HERE = Path(__file__).parent
 MOST_NAMED = 3  # runs in the name of the file of a comparison
-LEFT_SECONDS = 60  # since when a file that is being written is nobody's
 
 
 def main(arguments: list[str]) -> int:
@@ -87,12 +85,8 @@ def file_name(runs: Sequence[RunFolder]) -> str:
 
 
 def put(target: Path, page: bytes) -> Path:
-    """Write a page, and remove what a writer that was ended left of one."""
+    """Write a page, under its name at once."""
     files.make_folder(target.parent)
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        with contextlib.suppress(OSError):  # it is gone, or somebody else's
-            if time.time() - path.stat().st_mtime > LEFT_SECONDS:
-                files.unlink(path)
     files.replace_file(target, page)
     return target
 
