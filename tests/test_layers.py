@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "trainstack"
 ROOMS = (  # packages, and single files, of trainstack; each imports only those before it
-    "errors", "processes", "units", "waits", "storage", "distributed", "config", "checkpoint",
-    "run", "chat", "data", "records", "prepare", "hub", "optim", "adapter", "model", "evaluation",
-    "resilience", "plan", "train", "job", "history", "monitor", "report", "trackers", "export",
+    "errors", "options", "processes", "units", "waits", "storage", "distributed", "config",
+    "checkpoint", "run", "chat", "data", "records", "prepare", "hub", "optim", "adapter", "model",
+    "evaluation", "resilience", "plan", "train", "job", "history", "monitor", "report", "trackers",
+    "export",
 )  # fmt: skip
 ABOVE = ("__init__", "__main__")  # of the package itself: nothing imports them
 BEYOND_TRAINING = (
@@ -35,11 +36,9 @@ LIGHT = (  # what a login node runs
     "trackers.command", "trackers.feed",
 )  # fmt: skip
 READ_THE_ENVIRONMENT = {  # commands, and what speaks with torchrun
-    "__main__.py", "distributed.py", "data/report.py", "evaluation/command.py", "export/command.py",
-    "hub/fetch.py", "job/launch.py", "job/submit.py", "model/proof.py", "monitor/clean.py",
-    "history/goodput.py",
-    "history/ledger.py", "plan/command.py", "plan/facts.py", "prepare/prepare.py",
-    "prepare/tokenise.py", "report/page.py", "trackers/command.py",
+    "__main__.py", "options.py", "distributed.py", "data/report.py", "evaluation/command.py",
+    "hub/fetch.py", "job/launch.py", "job/submit.py", "model/proof.py", "plan/facts.py",
+    "prepare/prepare.py", "prepare/tokenise.py", "trackers/command.py",
 }  # fmt: skip
 SLURM_COMMANDS = {"sbatch", "srun", "salloc", "scancel", "scontrol", "squeue", "sacct", "sinfo"}
 RANK_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # torchrun's

@@ -3,6 +3,7 @@
 A room is a package of this folder. Single files, below and above the rooms:
 
 errors.py       what a person is told; exit codes of mistakes
+options.py      --home, --config, key=value of all commands
 processes.py    how a process ends, and whether it is alive
 units.py        sizes, durations and moments in words
 waits.py        who waits how long for whom

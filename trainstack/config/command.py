@@ -4,17 +4,13 @@ Usage: ``python -m trainstack config [--config FILE] [--world-size N] [key=value
 neither torch nor transformers, so that a check on a login node takes a blink.
 """
 
-import argparse
-from pathlib import Path
-
 from trainstack.config.load import load
+from trainstack.options import parser_of
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack config", description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser = parser_of("config", __doc__, has_config=True)
     parser.add_argument("--world-size", type=int, default=1, metavar="N")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args(arguments)
     config = load(options.config, options.overrides)
     plan = config.batch_plan(options.world_size)

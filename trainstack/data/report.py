@@ -5,7 +5,6 @@ Reads the token store that download_data_model.sh or prepare made. Tokens that c
 coloured on a terminal, and between [[ and ]] elsewhere.
 """
 
-import argparse
 import itertools
 import os
 import sys
@@ -20,6 +19,7 @@ from trainstack.config.schema import Config, DataSection
 from trainstack.data.corpus import Corpus, open_corpus
 from trainstack.data.duplicates import duplicates
 from trainstack.data.store import TokenStore
+from trainstack.options import parse, parser_of
 from trainstack.storage import layout
 from trainstack.units import counted
 
@@ -31,14 +31,8 @@ COLOUR, PLAIN = ("\033[32m", "\033[0m"), ("[[", "]]")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack data_report", description=__doc__)
-    home, what = os.environ.get("TRAINSTACK_HOME"), "$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
-    parser.add_argument("--home", type=Path, default=home, help=what)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
-    if options.home is None:
-        parser.error("the project's folder is not known; run: source env.sh (or pass --home)")
+    parser = parser_of("data_report", __doc__, has_config=True)
+    options = parse(parser, arguments)
     config = load(options.config, options.overrides)
     corpus = open_corpus(options.home, config)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else PLAIN

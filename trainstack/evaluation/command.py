@@ -29,6 +29,7 @@ from trainstack.hub.asset import named_assets
 from trainstack.hub.fetch import provide
 from trainstack.model.causal_lm import build_model, check_kind, read_config
 from trainstack.model.loss import CausalLMLoss
+from trainstack.options import parse, parser_of
 from trainstack.run.folder import find_checkpoint
 from trainstack.storage import layout, manifest
 
@@ -52,10 +53,8 @@ class Subject:
 
 
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+    options = parsed(arguments)
     try:
-        if options.home is None:
-            raise ConfigError("the project's folder is not known; write: source env.sh")
         subject = find_subject(options.model, options.home, options.config, options.overrides)
         config = subject.config
         distributed.set_numerics(config.train.precision, config.train.deterministic)
@@ -73,15 +72,13 @@ def main(arguments: list[str]) -> int:
     os._exit(0)
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainstack eval", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of("eval", __doc__)
     parser.add_argument("model", metavar="RUN[@STEP|@best] | FOLDER")
-    parser.add_argument("--home", type=Path, default=home, help="env.sh sets it")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="default: the run's")
     parser.add_argument("--json", action="store_true", help="one object, for programs")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default: the run's")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    return parse(parser, arguments)
 
 
 def find_subject(model: str, home: Path, file: Path | None, overrides: list[str]) -> Subject:

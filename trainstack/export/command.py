@@ -6,7 +6,6 @@ compared with the checkpoint. --push takes the token of HF_TOKEN or of ``hf auth
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from trainstack.errors import ConfigError, Failed
 from trainstack.export.folder import export
 from trainstack.export.source import Source, Way, find_source
 from trainstack.hub.fetch import configure_libraries, redacted
+from trainstack.options import parse, parser_of
 from trainstack.storage import files
 
 TYPES = ("bf16", "fp16", "fp32")
@@ -22,7 +22,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+    options = parsed(arguments)
     check_options(options.push, options.private)
     source = find_source(options.run, options.home)
     check_kind(source, options.dtype, options.merge)
@@ -52,17 +52,15 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainstack export", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of("export", __doc__)
     parser.add_argument("run", metavar="RUN[@STEP]", help="what is exported")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where to")
     parser.add_argument("--dtype", choices=TYPES, help="of the weights; default: train.precision's")
     parser.add_argument("--merge", action="store_true", help="put the adapter into its model")
     parser.add_argument("--push", metavar="ORG/NAME", help="and bring it to the Hub")
     parser.add_argument("--private", action="store_true", help="a repository for few")
-    parser.add_argument("--home", type=Path, default=home, help="project's folder; env.sh sets it")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments, needs_home=False)
 
 
 def check_options(repository: str | None, is_private: bool) -> None:

@@ -7,7 +7,6 @@ beyond it. The effective history is what no later attempt executed again.
 What ended an attempt before the run was done is an interruption; so is what one trained on after.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -56,19 +55,6 @@ class Attempt:
     def effective(self) -> list[Execution]:
         """What it executed and no later attempt executed again."""
         return [e for e in self.executions if e.step <= self.redone_above]
-
-
-def parse_run(
-    arguments: list[str], command: str, description: str, home: str | None
-) -> argparse.Namespace:
-    """The command line of a command about one run, for ``find_run``; ``home``: its default."""
-    prog = f"python -m trainstack {command}"
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
-    parser.add_argument(
-        "--home", type=Path, default=home, help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it"
-    )
-    return parser.parse_args(arguments)
 
 
 def read_executions(path: Path) -> list[Execution]:

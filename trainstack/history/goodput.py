@@ -8,7 +8,6 @@ run was killed and has not resumed yet, the steps beyond its newest checkpoint s
 """
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -18,9 +17,9 @@ from trainstack.history.attempts import (
     Event,
     attempts_of,
     last_durable_step,
-    parse_run,
     read_executions,
 )
+from trainstack.options import parse, parser_of
 from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.states import RUNNING, is_local_job
 from trainstack.units import duration, seconds_of
@@ -41,7 +40,9 @@ BY_SHELL = ("attempt", "submitted", "failed", "hang", "diverged", "no_progress")
 
 
 def main(arguments: list[str]) -> int:
-    options = parse_run(arguments, "goodput", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    parser = parser_of("goodput", __doc__)
+    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
+    options = parse(parser, arguments, needs_home=False)
     show(RunFolder(find_run(options.run, options.home)))
     return 0
 

@@ -8,7 +8,6 @@ later attempt did again, up to the newest checkpoint, or to the end of a run tha
 """
 
 import itertools
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,9 @@ from trainstack.history.attempts import (
     attempts_of,
     last_durable_step,
     of_parent,
-    parse_run,
     read_executions,
 )
+from trainstack.options import parse, parser_of
 from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.identity import identity
 from trainstack.units import counted
@@ -62,7 +61,9 @@ class Findings:
 
 
 def main(arguments: list[str]) -> int:
-    options = parse_run(arguments, "ledger", __doc__, os.environ.get("TRAINSTACK_HOME"))
+    parser = parser_of("ledger", __doc__)
+    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
+    options = parse(parser, arguments, needs_home=False)
     run = RunFolder(find_run(options.run, options.home))
     own_home = run.path.parent.parent
     is_own = options.home is None or (own_home / "tokens").is_dir()

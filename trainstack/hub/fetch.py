@@ -24,6 +24,7 @@ from trainstack.errors import USAGE_ERROR, ConfigError
 from trainstack.hub import choose, data_files
 from trainstack.hub.asset import Asset, named_assets
 from trainstack.hub.local import LocalFiles
+from trainstack.options import parse, parser_of
 from trainstack.processes import end_on_interrupt
 from trainstack.records import readers
 from trainstack.storage import files, layout
@@ -46,7 +47,7 @@ RETRY_SECONDS = 2.0  # before the second try; doubles with each, 30 s in all
 
 
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+    options = parsed(arguments)
     try:
         config = load(options.config, options.overrides)
     except ConfigError as error:
@@ -68,14 +69,11 @@ def main(arguments: list[str]) -> int:
     return 1 if errors else 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainstack hub", description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of("hub", __doc__, has_config=True)
     parser.add_argument("--force", action="store_true", help="fetch what is here again")
     parser.add_argument("--retry-delay", type=float, default=RETRY_SECONDS, metavar="SECONDS")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    return parse(parser, arguments)
 
 
 def configure_libraries(home: Path) -> None:

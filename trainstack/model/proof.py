@@ -5,7 +5,6 @@ submit.sh answers in a blink, and neither torch nor transformers is loaded; only
 yet is tried (rehearsal.py), which takes some seconds.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.store import is_of_weights
 from trainstack.errors import ConfigError
+from trainstack.options import parse, parser_of
 from trainstack.storage import files, layout, manifest
 
 PACKAGE = Path(__file__).parent.parent
@@ -27,11 +27,8 @@ ROOMS = (PACKAGE / "adapter", PACKAGE / "model")  # whose code decides too
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack prove", description=__doc__)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    parser = parser_of("prove", __doc__, has_config=True)
+    options = parse(parser, arguments)
     config = load(options.config, options.overrides)
     folder = layout.model_folder(options.home, config.model.name)
     if config.model.name == layout.DEMO and config.model.init == "pretrained":

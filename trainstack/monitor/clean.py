@@ -4,7 +4,6 @@ Removes only what it is told to, by the names that it lists, and never what a ru
 needs: its checkpoints and tokens, and the model beside an adapter; before its first checkpoint all.
 """
 
-import argparse
 import contextlib
 import functools
 import os
@@ -23,6 +22,7 @@ from trainstack.config.load import load
 from trainstack.data.store import find_stores
 from trainstack.errors import ConfigError, Failed
 from trainstack.hub.asset import needed_assets
+from trainstack.options import parse, parser_of
 from trainstack.processes import is_dead
 from trainstack.run.folder import RunFolder
 from trainstack.run.lease import Lease, is_known_here, user
@@ -52,13 +52,9 @@ class Item:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack clean", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
+    parser = parser_of("clean", __doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to remove, as it is listed")
-    parser.add_argument("--home", type=Path, default=home, help="project's folder; env.sh sets it")
-    options = parser.parse_args(arguments)
-    if options.home is None:
-        raise ConfigError("the project's folder is not known; run: source env.sh (or pass --home)")
+    options = parse(parser, arguments)
     items = list(items_of(options.home))
     if options.names:
         remove(options.home, items, options.names)

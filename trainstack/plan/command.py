@@ -4,9 +4,7 @@ It is an estimate, and prints what it assumes. --calibrate makes some steps of t
 processor; later plans of it on such a processor know how long they took.
 """
 
-import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from trainstack.config.load import load
 from trainstack.config.schema import Config
 from trainstack.data.corpus import open_corpus
 from trainstack.errors import ConfigError
+from trainstack.options import parse, parser_of
 from trainstack.plan import estimate, facts, machine
 from trainstack.plan.estimate import Cost, Machines, Pace
 from trainstack.processes import first_gpu
@@ -23,10 +22,7 @@ from trainstack.units import age, bytes_text, counted, duration
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack plan", description=__doc__)
-    home = os.environ.get("TRAINSTACK_HOME")
-    parser.add_argument("--home", type=Path, default=home, help="env.sh sets it")
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"), metavar="FILE")
+    parser = parser_of("plan", __doc__, has_config=True)
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, metavar="M", help="or processes on CPUs")
     parser.add_argument("--gpu", help="such as h100; without it: what this machine has")
@@ -34,10 +30,7 @@ def main(arguments: list[str]) -> int:
         "--network", type=float, default=facts.NETWORK, help="Gb/s to other nodes, for each GPU"
     )
     parser.add_argument("--calibrate", action="store_true", help="measure steps on this processor")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
-    if options.home is None:
-        raise ConfigError("the project's folder is not known; write: source env.sh")
+    options = parse(parser, arguments)
     config = load(options.config, options.overrides)
     gpu = machine.named_gpu(options.gpu) if options.gpu else machine.find_gpu(first_gpu("name"))
     per_node = options.gpus_per_node or (1 if gpu else 2)

@@ -26,6 +26,7 @@ from trainstack.data.duplicates import shared_documents
 from trainstack.data.split import EVAL, TRAIN, Split
 from trainstack.data.writer import TokenWriter, abandoned, temporary_folder
 from trainstack.errors import ConfigError, DataError, Failed
+from trainstack.options import parse, parser_of
 from trainstack.prepare import demo, earlier
 from trainstack.prepare.tokenise import (
     DataFile,
@@ -49,7 +50,7 @@ TOLD_SECONDS = 60  # between two lines of progress, if there is no terminal
 
 
 def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+    options = parsed(arguments)
     # The processes that tokenise end with this one; nothing has to be saved.
     end_on_interrupt(f"{SPEAKER}: stopped; run it again, it continues where it stopped")
     # Unless it is set, the library warns when processes are forked after it used its threads.
@@ -65,15 +66,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m trainstack prepare", description=__doc__)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=Path("config.yaml"))
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of("prepare", __doc__, has_config=True)
     parser.add_argument("--force", action="store_true", help="make the demo and the tokens again")
     most = f"that tokenise; default: one per core, at most {MOST_PROCESSES}"
     parser.add_argument("--processes", type=int, help=most)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.processes is not None and options.processes < 1:
         parser.error(f"--processes {options.processes}: at least one has to tokenise")
     return options

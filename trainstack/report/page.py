@@ -6,11 +6,9 @@ The page needs no network and asks for nothing: styles, scripts, uPlot and the d
 data is JSON, in ``<script id="data">``, for other programs as well.
 """
 
-import argparse
 import errno
 import hashlib
 import html
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from trainstack.errors import Failed, without_secrets
 from trainstack.history.goodput import CAUSES
 from trainstack.history.settings import settings_of
 from trainstack.monitor.view import view_of
+from trainstack.options import parse, parser_of
 from trainstack.report.facts import facts_of
 from trainstack.run.folder import RunFolder, find_run
 from trainstack.run.queue import read_queue
@@ -37,17 +36,13 @@ MOST_NAMED = 3  # runs in the name of the file of a comparison
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack report", description=__doc__)
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="name or folder of a run")
-    parser.add_argument(
-        "--home", type=Path, default=os.environ.get("TRAINSTACK_HOME"),
-        help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it",
-    )  # fmt: skip
     parser.add_argument(
         "--queue", action="store_true", help="stdin has squeue's lines, as run/queue.py has them"
     )
     parser.add_argument("--if-asked", action="store_true", help="only if log.report_to has html")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, needs_home=False)
     if options.if_asked:
         asked = settings_of(Path(options.runs[0]) / "config.yaml").get("log.report_to") or []
         if "html" not in asked:

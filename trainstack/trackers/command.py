@@ -5,7 +5,6 @@ log.report_to, or, if it names none, to those that are installed. ``--follow SHE
 a job shows itself, without a network, as long as that process runs.
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -13,22 +12,19 @@ from pathlib import Path
 
 from trainstack.errors import ConfigError
 from trainstack.history.settings import settings_of
+from trainstack.options import parse, parser_of
 from trainstack.run.folder import find_run
 from trainstack.storage import layout
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainstack track", description=__doc__)
+    parser = parser_of("track", __doc__)
     parser.add_argument("run", metavar="RUN", help="name or folder of a run")
-    parser.add_argument(
-        "--home", type=Path, default=os.environ.get("TRAINSTACK_HOME"),
-        help="$SHARED_DIR/$PROJECT_NAME; env.sh sets it",
-    )  # fmt: skip
     parser.add_argument("--to", choices=layout.TRACKERS, help="this tracker alone")
     parser.add_argument(
         "--follow", nargs=2, metavar=("SHELL", "JOB"), help="the process of the job's shell"
     )
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, needs_home=False)
     run = find_run(options.run, options.home)
     asked = settings_of(run / "config.yaml").get("log.report_to") or []
     asked = [name for name in layout.TRACKERS if name in asked]
