@@ -1,6 +1,6 @@
 """``python -m trainstack hub``: brings what a configuration names here, whole or not at all.
 
-Usage: ``python -m trainstack hub --home DIR [--config FILE] [--force] [key=value ...]``. It runs
+Usage: ``python -m trainstack hub [--home DIR] [--config FILE] [--force] [key=value ...]``. It runs
 where the Hub can be reached; nothing that it leaves needs a network. A folder under its final name
 is whole: files arrive in a hidden folder beside it, which then takes its place. Two renames do
 that, not a symbolic link, so that a folder stays something that people can copy and remove; a job

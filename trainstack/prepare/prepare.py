@@ -1,6 +1,6 @@
 """Tokenises data sets into token stores.
 
-Command line: ``python -m trainstack prepare --home DIR [--config FILE] [--force] [--processes N]
+Command line: ``python -m trainstack prepare [--home DIR] [--config FILE] [--force] [--processes N]
 [key=value ...]``. Uses no network, so what it could load a run can load. A store that is there
 already is left alone; a preparation that was interrupted is continued.
 """
