@@ -47,7 +47,7 @@ def test_if_the_type_of_gpu_is_known_a_line_tells_memory_and_time(site):
         lines = site.submit("--dry-run", "--", "--gpus-per-node=h100:1").stderr.splitlines()
         told.append([line.removeprefix("submit.sh: plan: ") for line in lines if "plan: " in line])
     first, second = told
-    assert first[0].startswith("what a step of this model takes is found once")
+    assert first[0].startswith("finding out what a step of this model takes")
     assert first[1:] == second  # by then it is known
     assert re.fullmatch(
         r"about 1\.2 of 80 GB per GPU \(H100\), 0\.\d+ s a step, 0% MFU, \d s for 20 steps",

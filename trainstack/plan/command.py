@@ -171,7 +171,7 @@ def plan_lines(
         config = facts.as_shared(config, where.world_size)
         cost = facts.known_cost(home, folder, config, where)
         if cost is None and where.gpu:
-            say("plan: what a step of this model takes is found once; that takes some seconds")
+            say("plan: finding out what a step of this model takes, for some seconds; it is kept")
             cost = facts.new_cost(home, folder, config, where)
         return [f"plan: {line(config, cost, where, steps, minutes)}"] if cost else []
     except Exception:  # of torch, of a model's code, of a configuration that has no batch yet
