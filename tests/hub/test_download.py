@@ -135,7 +135,7 @@ def test_all_formats_of_the_hub_train_as_one_mixture(checkout, hub):
     assert tiny.metrics(home, "formats", "source_eval_loss")[30].keys() == {*names}
     report = tiny.run_command("data_report", "--home", home, "--config",
                              home / "runs" / "formats" / "config.yaml")  # fmt: skip
-    assert all(f"{name} (" in report.stdout for name in names)
+    assert all(f"{name} in {home}" in report.stdout for name in names)
 
 
 def test_a_refresh_while_the_hub_is_down_leaves_the_old_copy_in_use_and_says_so(
