@@ -1092,6 +1092,15 @@ def test_the_snapshot_is_complete_and_an_edit_of_the_checkout_does_not_reach_it(
     assert (code / "trainstack" / "new.py").exists()
 
 
+def test_a_checkout_may_lack_the_packages_of_trackers(site):
+    (site.checkout / "requirements-wandb.txt").unlink()
+    assert site.submit().returncode == 0
+    assert not (site.run_dir / "code" / "requirements-wandb.txt").exists()
+    assert (site.run_dir / "code" / "requirements-trackio.txt").exists()
+    refused = complaint(site.submit("run.name=other", "log.report_to=[wandb]"), 2)
+    assert "wandb is not installed; run: TRACKERS=wandb bash setup.sh" in refused
+
+
 def test_the_snapshot_holds_the_whole_package_whatever_folders_it_has(site):
     """A module that is not copied would be missed by the job alone, after its wait in the queue."""
     package = site.checkout / "trainstack"

@@ -14,13 +14,13 @@ from trainstack.config.schema import Config
 from trainstack.errors import SECRET_IN_CODE, without_secrets
 from trainstack.run.folder import RunFolder
 from trainstack.run.states import QUEUED, STARTING
-from trainstack.storage import files, layout, manifest
+from trainstack.storage import files, manifest
 
 SNAPSHOT = (  # beside the package: what a job runs, and what resumes the run without any checkout
     "train.py", "train.slurm", "job.sh", "slurm.sh", "requirements.txt", "submit.sh", "setup.sh",
-    "monitor.sh", "config.yaml", *(f"requirements-{name}.txt" for name in layout.TRACKERS),
+    "monitor.sh", "config.yaml",
 )  # fmt: skip
-OWN_OF_A_CHECKOUT = "env.sh"  # written by setup.sh
+MAY_LACK = ("env.sh", "requirements-*.txt")  # what setup.sh writes; packages of trackers
 
 
 def make_run_folder(repository: Path, config: Config, run: RunFolder, is_local: bool) -> None:
@@ -70,8 +70,8 @@ def copy_code(repository: Path, folder: Path) -> None:
     """
     package = (repository / "trainstack").rglob("[!.]*")  # an editor may have hidden files open
     kept = [p for p in package if p.is_file() and p.parent.name != "__pycache__"]
-    own = [OWN_OF_A_CHECKOUT] if (repository / OWN_OF_A_CHECKOUT).exists() else []
-    for name in [*SNAPSHOT, *own, *(path.relative_to(repository) for path in kept)]:
+    kept += [path for name in MAY_LACK for path in repository.glob(name)]
+    for name in [*SNAPSHOT, *(path.relative_to(repository) for path in kept)]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(repository / name, folder / name)
 

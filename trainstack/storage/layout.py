@@ -1,5 +1,6 @@
 """Where everything is below ``home``, the project's folder ($SHARED_DIR/$PROJECT_NAME)."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def run_folder(home: Path, run_name: str) -> Path:
 
 def tracker_packages(home: Path, name: str) -> Path | None:
     """Where setup.sh installed a tracker by the pins beside this code; None if it did not."""
-    pins = (CODE / f"requirements-{name}.txt").read_bytes()
-    folder = home / "cache" / f"beside-{hashlib.sha256(pins).hexdigest()[:12]}"
-    return folder if (folder / ".ready").exists() else None
+    with contextlib.suppress(OSError):  # a checkout may lack the pins
+        pins = (CODE / f"requirements-{name}.txt").read_bytes()
+        folder = home / "cache" / f"beside-{hashlib.sha256(pins).hexdigest()[:12]}"
+        if (folder / ".ready").exists():
+            return folder
+    return None
