@@ -108,7 +108,7 @@ def recompute(bench: Bench):
 
 @check(seconds=120)
 def adapter(bench: Bench):
-    """LoRA learns the same eager, compiled and in fp64, and a step costs less than all weights."""
+    """LoRA learns the same eager, compiled and in fp64, and its step beside that of all weights."""
     found = bench.measure("adapter")
     for name in ("bf16", "compiled"):
         bench.at_most(name, found[name], 2e-2)

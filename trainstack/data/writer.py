@@ -207,10 +207,7 @@ def temporary_folder(final: Path) -> Path:
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """What of an unfinished folder is committed; nothing if that cannot be read."""
-    try:
-        progress = json.loads((folder / PROGRESS).read_bytes())
-    except (OSError, ValueError):
-        return {}
+    progress = files.object_in(folder / PROGRESS)
     return progress if {"position", "sizes", "counts", "host", "pid"} <= progress.keys() else {}
 
 

@@ -3,7 +3,6 @@
 Nothing of this machine or its people is in it: of a path the last part, of a host nothing.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from trainstack.errors import ConfigError, shown
 from trainstack.export.source import Source
 from trainstack.history.attempts import attempts_of, read_executions
 from trainstack.history.ledger import compare, sampler_of
+from trainstack.storage.files import object_in
 from trainstack.units import counted, rounded
 
 DECIDED = (  # settings that say what was learned, and how
@@ -151,10 +151,7 @@ def proof(source: Source) -> str:
 
 def versions(source: Source) -> str:
     """Of what trained it last, as far as the run knows them."""
-    known: dict[str, Any] = {}
-    if source.run:
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads((source.run.path / "environment.json").read_bytes())
+    known = object_in(source.run.path / "environment.json") if source.run else {}
     found = {"torch": source.state.torch, **known.get("packages", {})}
     text = ", ".join(f"{n} {found[n]}" for n in ("torch", "transformers", "peft") if found.get(n))
     return text + (f", trainstack at {commit[:12]}" if (commit := known.get("git_commit")) else "")
